@@ -1,0 +1,28 @@
+"""The delta: what training changed, as one file that a base model takes on and off, bit for bit."""
+
+from selectune.delta.delta import DELTA_FILE, Delta, load, versions
+from selectune.delta.diff import diff
+from selectune.delta.fingerprint import base_info, digest_bits, inventory, structure_digest, weights_digest
+from selectune.delta.io import read_owned, write_durably
+from selectune.delta.parts import Dense, Patch
+from selectune.delta.schema import canonical_name
+from selectune.delta.verify import Report
+
+__all__ = [
+    "DELTA_FILE",
+    "Delta",
+    "Dense",
+    "Patch",
+    "Report",
+    "base_info",
+    "canonical_name",
+    "diff",
+    "digest_bits",
+    "inventory",
+    "load",
+    "read_owned",
+    "structure_digest",
+    "versions",
+    "weights_digest",
+    "write_durably",
+]

@@ -1,0 +1,297 @@
+"""Deltas on a live model: what lies on it, what it must look like, and writing all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from selectune.delta import bits
+from selectune.delta.bits import dtype_name, same_bits
+from selectune.delta.fingerprint import Entry, Inventory, _structure, _weights, digest_bits, inventory
+from selectune.delta.parts import Dense, Patch
+from selectune.delta.schema import WRAPPERS
+from selectune.errors import BaseMismatchError, DeltaStateError
+
+if TYPE_CHECKING:
+    from selectune.delta.delta import Delta
+
+SHOWN = 5
+"""How many offending tensors a message names."""
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """One write: where, what, and what was there before."""
+
+    name: str
+    tensor: Tensor
+    indices: Tensor | None  # None: the whole tensor
+    new: Tensor
+    old: Tensor
+
+    def do(self, values: Tensor) -> None:
+        """Put `values` there."""
+        if self.indices is None:
+            bits.overwrite(self.tensor, values)
+        else:
+            bits.scatter(self.tensor, self.indices, values)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One applied delta: its digest, a label for messages, and the values it covered, by tensor name."""
+
+    digest: str
+    label: str
+    olds: dict[str, tuple[Tensor | None, Tensor]]  # name: (indices or None for all, old values)
+
+
+_STACKS: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DDP, torch.compile, FSDP and checkpoint wrappers, which stands for all of them."""
+    while len(model._modules) == 1 and not model._parameters and not model._buffers:
+        name, inner = next(iter(model._modules.items()))
+        if name not in WRAPPERS or inner is None:
+            break
+        model = inner
+    return model
+
+
+def stack_of(model: nn.Module) -> list[Layer]:
+    """The deltas applied to a model, oldest first; the list itself."""
+    return _STACKS.setdefault(unwrapped(model), [])
+
+
+def ready(model: nn.Module) -> Inventory:
+    """The model's tensors; raises DeltaStateError while a tuner is attached."""
+    found = inventory(model)
+    if found.attached:
+        raise DeltaStateError(
+            "a tuner is attached to the model, which may move its weights at any step; "
+            "call tuner.detach() before deltas are applied or reverted"
+        )
+    return found
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check_structure(delta: Delta, found: Inventory) -> None:
+    """Raise BaseMismatchError unless the model has the base's tensors, shapes, dtypes and ties."""
+    problems, hints = [], []
+    owners: dict[str, str] = {}
+    for part, shape, dtype in _parts(delta):
+        entry = found.find.get(part.name)
+        if entry is None:
+            problems.append(f'"{part.name}" is missing')
+            continue
+        got = tuple(entry.tensor.shape)
+        if got != shape:
+            problems.append(f'"{part.name}" has shape {got}, expected {shape}')
+            if len(got) == len(shape) and got[1:] == shape[1:]:
+                hints.append(
+                    "a first dimension that differs alone often means a resized vocabulary or another "
+                    "number of labels: resize the model as the base was"
+                )
+        if entry.tensor.dtype != dtype:
+            problems.append(
+                f'"{part.name}" has dtype {dtype_name(entry.tensor.dtype)}, expected {dtype_name(dtype)}'
+            )
+            hints.append(
+                "load the model in the dtype that the base had: a delta holds the bits of that dtype"
+            )
+        other = owners.setdefault(entry.name, part.name)
+        if other != part.name:
+            problems.append(f'"{part.name}" and "{other}" are one tensor here, but two in the base')
+        if 0 in entry.tensor.stride() and entry.tensor.numel() > 1:
+            problems.append(f'"{part.name}" is an expanded view: several of its entries share memory')
+    if not problems and _structure(found) != delta.info["base"]["structure"]:
+        problems.append(
+            "the tensors that the delta writes are there, but the model has others, or fewer, or other "
+            "shapes, dtypes or ties among them"
+        )
+        hints.append("load the same architecture, with the same head and the same tied weights")
+    _refuse(problems, hints)
+
+
+def check_base(delta: Delta, found: Inventory, under: Sequence[Layer] = ()) -> None:
+    """Raise BaseMismatchError unless the model holds the base's bits wherever the delta writes.
+
+    `under` are layers to look through: their covered values count as the model's.
+    """
+    base = delta.info["base"]
+    fresh = {row["name"]: row["digest"] for row in base["initialised"]}
+    problems = []
+    for name, digest in fresh.items():
+        entry = found.find.get(name)
+        if entry is None:
+            problems.append(f'"{name}" is missing')
+        elif digest_bits(_dense_base(entry, under)) != digest:
+            problems.append(f'"{name}" was initialised otherwise')
+    bad_fresh = bool(problems)
+    for patch in delta.patches:
+        entry = found.find[patch.name]
+        if digest_bits(_base_at(entry, patch.indices, under)) != patch.base_digest:
+            problems.append(f'"{patch.name}" differs at the {patch.indices.numel()} trained places')
+    for dense in delta.dense:
+        if (
+            fresh.get(dense.name) != dense.base_digest
+            and digest_bits(_dense_base(found.find[dense.name], under)) != dense.base_digest
+        ):
+            problems.append(f'"{dense.name}" differs')
+    if not problems:
+        return
+    hints = []
+    if holds(delta, found):
+        hints.append(
+            "the model holds this delta's values already: it was applied or merged before, or the model is "
+            "the tuned one"
+        )
+    if bad_fresh:
+        hints.append(
+            f"these tensors come from no checkpoint but from a random generator; the base drew them with "
+            f"seed {base['seed']} (info['base']['seed'] matters): set it before the model is made"
+        )
+    if not hints:
+        where = f"{base['id'] or 'unnamed'}, revision {base['revision'] or 'unknown'}"
+        hints.append(
+            f"the delta was made on {where}; load exactly that, without another delta or further training"
+        )
+    _refuse(problems, hints)
+
+
+def check_weights(delta: Delta, found: Inventory) -> None:
+    """Raise BaseMismatchError unless every bit of the model is the base's (one read of all weights)."""
+    expected = delta.info["base"]["weights"]
+    if expected is None:
+        raise DeltaStateError(
+            "the delta carries no digest of all weights, so a full check is impossible; "
+            "make it with base_info(model, full=True), or check without full"
+        )
+    if _weights(found) != expected:
+        _refuse(
+            ["some weight differs, perhaps one that the delta does not write"],
+            [f"the delta was made on {delta.info['base']['id'] or 'an unnamed base'}; load exactly that"],
+        )
+
+
+def holds(delta: Delta, found: Inventory) -> bool:
+    """Whether the model has the delta's values, bit for bit, wherever the delta writes."""
+    for write in writes(delta, found):
+        if not same_bits(write.old, write.new):
+            return False
+    return True
+
+
+def _refuse(problems: list[str], hints: list[str]) -> None:
+    if problems:
+        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise BaseMismatchError(
+            f"the model is not the base of this delta: {'; '.join(problems[:SHOWN])}{more}. "
+            f"Nothing was changed. {'. '.join(dict.fromkeys(hints))}".rstrip()
+        )
+
+
+def _parts(delta: Delta) -> Iterator[tuple[Patch | Dense, tuple[int, ...], torch.dtype]]:
+    for patch in delta.patches:
+        yield patch, patch.shape, patch.dtype
+    for dense in delta.dense:
+        yield dense, tuple(dense.tensor.shape), dense.tensor.dtype
+
+
+def _base_at(entry: Entry, indices: Tensor, under: Sequence[Layer]) -> Tensor:
+    """The entry's values at `indices`, with the values that `under` covered put back (oldest last)."""
+    values = bits.gather(entry.tensor, indices)
+    for layer in reversed(under):
+        where, olds = layer.olds.get(entry.name, (indices[:0], values[:0]))
+        if where is None:
+            values = bits.gather(olds, indices)
+        elif where.numel():
+            at = torch.searchsorted(where, indices).clamp_(max=where.numel() - 1)
+            hit = where[at] == indices
+            bits.int_view(values)[hit] = bits.int_view(olds)[at[hit]]
+    return values
+
+
+def _dense_base(entry: Entry, under: Sequence[Layer]) -> Tensor:
+    touching = [layer.olds[entry.name] for layer in reversed(under) if entry.name in layer.olds]
+    if not touching:
+        return entry.tensor
+    values = entry.tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    for where, olds in touching:
+        if where is None:
+            bits.overwrite(values, olds)
+        else:
+            bits.scatter(values, where, olds)
+    return values
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def writes(delta: Delta, found: Inventory) -> list[Write]:
+    """The writes that put the delta on the model, with what is there now."""
+    made = []
+    for patch in delta.patches:
+        entry = found.find[patch.name]
+        old = bits.gather(entry.tensor, patch.indices)
+        made.append(Write(entry.name, entry.tensor, patch.indices, patch.values, old))
+    for dense in delta.dense:
+        entry = found.find[dense.name]
+        old = entry.tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        made.append(Write(entry.name, entry.tensor, None, dense.tensor, old))
+    return made
+
+
+def write_all(made: Sequence[Write]) -> None:
+    """Do all writes, or, if one fails, none: what was written is put back and the error goes on."""
+    begun: list[Write] = []
+    try:
+        for write in made:
+            begun.append(write)
+            write.do(write.new)
+    except BaseException:
+        for write in reversed(begun):
+            write.do(write.old)
+        raise
+
+
+def layer_of(delta: Delta, made: Sequence[Write]) -> Layer:
+    """What to remember of an applied delta."""
+    return Layer(delta.digest, delta.label, {write.name: (write.indices, write.old) for write in made})
+
+
+def undo(delta: Delta, found: Inventory, olds: dict[str, tuple[Any, Tensor]]) -> list[Write]:
+    """The writes that take the delta off again; raises DeltaStateError if the model has moved meanwhile."""
+    check_moved(delta, found)
+    made = []
+    for write in writes(delta, found):
+        made.append(Write(write.name, write.tensor, write.indices, olds[write.name][1], write.old))
+    return made
+
+
+def check_moved(delta: Delta, found: Inventory) -> None:
+    """Raise DeltaStateError unless the model still holds the delta's values."""
+    problems = []
+    for part, shape, dtype in _parts(delta):
+        entry = found.find.get(part.name)
+        if entry is None or tuple(entry.tensor.shape) != shape or entry.tensor.dtype != dtype:
+            problems.append(f'"{part.name}" has another shape or dtype, or is gone')
+    if not problems:
+        problems = [
+            f'"{write.name}" has other values'
+            for write in writes(delta, found)
+            if not same_bits(write.old, write.new)
+        ]
+    if problems:
+        raise DeltaStateError(
+            f"the model changed since the delta was applied, so it cannot be reverted exactly: "
+            f"{'; '.join(problems[:SHOWN])}. Nothing was changed"
+        )

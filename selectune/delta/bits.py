@@ -1,0 +1,100 @@
+"""Tensors as bits: the only way this package reads, compares and writes weights.
+
+Everything goes through an integer view, so that -0.0, NaN payloads and every dtype survive exactly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+FLOATS: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Dtypes that a patch may have, by their names in the file."""
+
+DTYPES: dict[str, torch.dtype] = FLOATS | {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "C64": torch.complex64,
+}
+"""Dtypes that a dense tensor may have."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype's name in the file; dtypes outside the format are named as torch names them.
+
+    >>> dtype_name(torch.bfloat16)
+    'BF16'
+    """
+    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def int_view(tensor: Tensor) -> Tensor:
+    """The same memory, any strides, as integers of the same width (16-byte dtypes have none)."""
+    return tensor.detach().view(_INTEGER[tensor.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(int_view(a).cpu(), int_view(b).cpu())
+
+
+def gather(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Copy the entries at flat row-major `indices` `(n,)` to the CPU, in the tensor's dtype `(n,)`."""
+    bits, where = int_view(tensor), indices.to(tensor.device)
+    if bits.is_contiguous():
+        taken = bits.view(-1)[where]
+    else:
+        taken = bits[torch.unravel_index(where, bits.shape)]
+    return taken.cpu().view(tensor.dtype)
+
+
+def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Write `values` `(n,)`, bit by bit, at flat row-major `indices` `(n,)`, whatever the strides."""
+    bits, where = int_view(tensor), indices.to(tensor.device)
+    new = int_view(values).to(tensor.device)
+    if bits.is_contiguous():
+        bits.view(-1)[where] = new
+    else:
+        bits[torch.unravel_index(where, bits.shape)] = new
+
+
+def overwrite(tensor: Tensor, values: Tensor) -> None:
+    """Write a whole tensor of the same shape and dtype, bit by bit, whatever the strides."""
+    int_view(tensor).copy_(int_view(values))
+
+
+def raw(tensor: Tensor) -> np.ndarray:
+    """The tensor's little-endian bits in row-major order, as a flat integer array that shares memory if it can."""
+    flat = int_view(tensor).reshape(-1).cpu().contiguous().numpy()
+    return flat.astype(flat.dtype.newbyteorder("<"), copy=False)
+
+
+def first_non_finite(tensor: Tensor) -> int | None:
+    """Flat position of the first NaN or infinity, or None."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+        return None
+    # float8 has no isfinite of its own; widening keeps NaN and infinity what they are
+    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    bad = ~torch.isfinite(wide.reshape(-1))
+    return int(bad.int().argmax()) if bool(bad.any()) else None

@@ -1,0 +1,78 @@
+"""A delta out of any two models of one shape."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from selectune.delta.bits import dtype_name, gather, int_view, same_bits
+from selectune.delta.delta import Delta
+from selectune.delta.fingerprint import Inventory, base_info, inventory
+from selectune.delta.parts import Dense, Patch
+from selectune.errors import BaseMismatchError
+
+
+def diff(base_model: nn.Module, tuned_model: nn.Module, *, old_values: bool = False) -> Delta:
+    """The delta that turns `base_model` into `tuned_model`: every scalar whose bits differ, and changed buffers whole.
+
+    Reads both models once. Raises BaseMismatchError if they are not of one structure, NonFiniteError if a tuned
+    value is NaN or infinite.
+
+    >>> import copy, torch
+    >>> base = torch.nn.Linear(4, 3)
+    >>> tuned = copy.deepcopy(base)
+    >>> with torch.no_grad():
+    ...     tuned.weight[1, 2] = 5.0
+    >>> {name: indices.tolist() for name, indices in diff(base, tuned).support.items()}
+    {'weight': [6]}
+    """
+    base, tuned = inventory(base_model), inventory(tuned_model)
+    _check_same_structure(base, tuned)
+    patches, dense = [], []
+    for entry in tuned.entries:
+        old, new = base.find[entry.name].tensor, entry.tensor
+        if entry.kind == "buffer":
+            if not same_bits(old, new):
+                dense.append(Dense.make(entry.name, "buffer", new, old, old_values=old_values))
+            continue
+        # row-major whatever the strides: patches count entries that way
+        changed = int_view(old).to(new.device) != int_view(new)
+        indices = changed.reshape(-1).nonzero().reshape(-1).cpu()
+        if len(indices):
+            patches.append(
+                Patch.make(
+                    entry.name,
+                    tuple(new.shape),
+                    indices,
+                    gather(new, indices),
+                    gather(old, indices),
+                    old_values=old_values,
+                )
+            )
+    return Delta(patches, dense, {"method": {"name": "diff"}, "base": base_info(base_model)})
+
+
+def _check_same_structure(base: Inventory, tuned: Inventory) -> None:
+    problems = []
+    for name in sorted(base.find.keys() | tuned.find.keys()):
+        old, new = base.find.get(name), tuned.find.get(name)
+        if old is None or new is None:
+            problems.append(f'"{name}" is only in the {"tuned" if old is None else "base"} model')
+        elif (
+            old.tensor.shape != new.tensor.shape
+            or old.tensor.dtype != new.tensor.dtype
+            or old.kind != new.kind
+        ):
+            problems.append(
+                f'"{name}" is {dtype_name(old.tensor.dtype)} {tuple(old.tensor.shape)} in the base, '
+                f"{dtype_name(new.tensor.dtype)} {tuple(new.tensor.shape)} in the tuned model"
+            )
+        elif sorted(old.names) != sorted(new.names):
+            problems.append(
+                f'"{name}" is tied to {sorted(old.names)} in the base, to {sorted(new.names)} in the tuned model'
+            )
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise BaseMismatchError(
+            f"the two models differ in more than values: {'; '.join(problems[:5])}{more}. "
+            f"A delta needs the same tensors, shapes, dtypes and ties"
+        )

@@ -1,0 +1,304 @@
+"""A delta as bytes and back: the only reader and the only writer (docs/delta-format.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selectune.delta import schema
+from selectune.delta.bits import DTYPES, FLOATS, dtype_name, raw
+from selectune.delta.codec import decode_gaps, encode_gaps
+from selectune.delta.container import MAX_HEADER, Stream, layout, pack, read_metadata
+from selectune.delta.fingerprint import delta_fingerprint
+from selectune.delta.parts import KINDS, Dense, Patch, check_parts
+from selectune.delta.schema import (
+    canonical_json,
+    check_hex,
+    check_int,
+    check_keys,
+    check_name,
+    parse_json,
+    sha256,
+)
+from selectune.errors import DeltaError, DeltaFormatError
+
+FORMAT = "selectune-delta"
+VERSION = 1
+MAX_TENSORS = 65_536
+MAX_DIMS = 16
+HEAD = 8 + MAX_HEADER
+"""Bytes from the file's start that always hold the whole header."""
+
+_KEYS = {"format", "version", "patches", "dense", "digests", "info", "digest"}
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def encode(patches: Sequence[Patch], dense: Sequence[Dense], info: dict[str, Any]) -> bytes:
+    """Serialise a delta; the same delta always gives the same bytes. Patches without scalars are left out.
+
+    Raises DeltaError or NonFiniteError for parts that do not fit each other, DeltaFormatError for an `info`
+    outside the schema.
+    """
+    patches = [patch for patch in patches if patch.indices.numel()]
+    dense = list(dense)
+    check_parts(patches, dense)
+    schema.check_info(info, sum(patch.indices.numel() for patch in patches))
+    words = [encode_gaps(patch.indices.numpy()) for patch in patches]
+    payload = _payload(patches, dense, words)
+    metadata: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "patches": [
+            [p.name, list(p.shape), dtype_name(p.dtype), p.indices.numel(), len(w), p.base_digest]
+            for p, w in zip(patches, words, strict=True)
+        ],
+        "dense": [
+            [d.kind, d.name, list(d.tensor.shape), dtype_name(d.tensor.dtype), d.base_digest] for d in dense
+        ],
+        "digests": {key: sha256(data) for key, data in payload.items()},
+        "info": info,
+    }
+    metadata["digest"] = sha256(canonical_json(metadata))
+    streams = _streams(metadata)
+    head = pack(canonical_json(metadata), streams)
+    return b"".join([head, *(payload[stream.key].data for stream in streams)])
+
+
+def _payload(
+    patches: Sequence[Patch], dense: Sequence[Dense], words: list[np.ndarray]
+) -> dict[str, np.ndarray]:
+    chunks: dict[str, list[np.ndarray]] = {}
+    for patch, coded in zip(patches, words, strict=True):
+        name = dtype_name(patch.dtype)
+        chunks.setdefault("indices", []).append(coded)
+        chunks.setdefault(f"values.{name}", []).append(raw(patch.values))
+        if patch.base_values is not None:
+            chunks.setdefault(f"old.{name}", []).append(raw(patch.base_values))
+        if patch.order is not None:
+            chunks.setdefault("order", []).append(patch.order.numpy().astype("<u4"))
+    for i, entry in enumerate(dense):
+        chunks[f"dense.{i}"] = [raw(entry.tensor)]
+        if entry.base_tensor is not None:
+            chunks[f"old_dense.{i}"] = [raw(entry.base_tensor)]
+    return {key: np.concatenate(parts) for key, parts in chunks.items()}
+
+
+def _streams(metadata: dict[str, Any]) -> list[Stream]:
+    """The streams that a checked metadata announces, in the file's order."""
+    digests = metadata["digests"]
+    counts: dict[str, int] = {}
+    for _, _, dtype, count, _, _ in metadata["patches"]:
+        counts[dtype] = counts.get(dtype, 0) + count
+    found = []
+    if counts:
+        found.append(Stream("indices", "U16", (sum(row[4] for row in metadata["patches"]),)))
+    if counts and "order" in digests:
+        found.append(Stream("order", "U32", (sum(counts.values()),)))
+    old = any(key.startswith("old") for key in digests)
+    for prefix in ("values", "old") if old else ("values",):
+        found += [Stream(f"{prefix}.{dtype}", dtype, (count,)) for dtype, count in counts.items()]
+    for prefix in ("dense", "old_dense") if old else ("dense",):
+        found += [
+            Stream(f"{prefix}.{i}", dtype, tuple(shape))
+            for i, (_, _, shape, dtype, _) in enumerate(metadata["dense"])
+        ]
+    return layout(found)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def check_head(head: bytearray, size: int) -> None:
+    """Refuse a file by its first HEAD bytes and its size, before the rest is read."""
+    _read_head(head, size)
+
+
+def decode(data: bytes | bytearray) -> tuple[list[Patch], list[Dense], dict[str, Any]]:
+    """Read a delta from bytes, checking everything that docs/delta-format.md lists; nothing is run or opened.
+
+    The tensors returned share memory with `data` if it is a bytearray (which the caller must then leave alone).
+    Raises DeltaFormatError for whatever is wrong.
+    """
+    owned = data if isinstance(data, bytearray) else bytearray(data)
+    metadata, streams, begin = _read_head(owned, len(owned))
+    payload = _split(owned, streams, begin, metadata["digests"])
+    try:
+        patches = _read_patches(metadata, payload)
+        dense = _read_dense(metadata, payload)
+        check_parts(patches, dense)
+    except DeltaFormatError:
+        raise
+    except DeltaError as error:
+        raise DeltaFormatError(f"the delta is damaged: {error}") from error
+    base = metadata["info"]["base"]
+    if delta_fingerprint(base["structure"], patches, dense) != base["fingerprint"]:
+        raise DeltaFormatError("info.base.fingerprint does not agree with the digests of the patches")
+    return patches, dense, metadata["info"]
+
+
+def _read_head(head: bytes | bytearray, size: int) -> tuple[dict[str, Any], list[Stream], int]:
+    text, raw_header, entries = read_metadata(head, size)
+    metadata = _read_metadata(text)
+    streams = _streams(metadata)
+    announced, there = {stream.key for stream in streams}, set(entries)
+    if announced != there or announced != set(metadata["digests"]):
+        odd = sorted((announced ^ there) | (announced ^ set(metadata["digests"])))[:3]
+        raise DeltaFormatError(
+            f"tensors of the file are not those that its metadata announces: {', '.join(ascii(key)[:80] for key in odd)}"
+        )
+    if raw_header != pack(text, streams):
+        raise DeltaFormatError(
+            "the file's header is not the one that its metadata calls for: wrong dtype, shape, "
+            "offsets, order or spacing"
+        )
+    expected = len(raw_header) + sum(stream.nbytes for stream in streams)
+    if size != expected:
+        raise DeltaFormatError(
+            f"the file has {size} bytes; its metadata calls for {expected}: cut short or appended to"
+        )
+    return metadata, streams, len(raw_header)
+
+
+def _read_metadata(text: str) -> dict[str, Any]:
+    metadata = parse_json(text, "the delta's metadata")
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise DeltaFormatError(f'the file is no delta: its metadata does not say format "{FORMAT}"')
+    version = metadata.get("version")
+    if type(version) is not int or version != VERSION:
+        raise DeltaFormatError(
+            f"the delta has format version {ascii(version)[:40]}; this version of selectune reads version {VERSION}. "
+            f"A newer selectune may have written it"
+        )
+    check_keys(metadata, _KEYS, "the delta's metadata")
+    check_hex(metadata["digest"], 64, "the metadata's digest")
+    if canonical_json(metadata) != text:
+        raise DeltaFormatError(
+            "the delta's metadata is not in canonical form: damaged, or not written by selectune"
+        )
+    rest = {key: value for key, value in metadata.items() if key != "digest"}
+    if sha256(canonical_json(rest)) != metadata["digest"]:
+        raise DeltaFormatError("the delta's metadata does not have the digest it claims: damaged or edited")
+    _check_rows(metadata)
+    if not isinstance(metadata["digests"], dict):
+        raise DeltaFormatError("the delta's digests must be an object")
+    for key, digest in metadata["digests"].items():
+        check_hex(digest, 64, f"the digest of stream {ascii(key)[:80]}")
+    schema.check_info(metadata["info"], sum(row[3] for row in metadata["patches"]))
+    return metadata
+
+
+def _check_rows(metadata: dict[str, Any]) -> None:
+    for what, width in (("patches", 6), ("dense", 5)):
+        rows = metadata[what]
+        if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != width for row in rows):
+            raise DeltaFormatError(f"the delta's {what} must be a list of rows of {width}")
+    if len(metadata["patches"]) + len(metadata["dense"]) > MAX_TENSORS:
+        raise DeltaFormatError(f"the delta names more than {MAX_TENSORS} tensors")
+    for name, shape, dtype, count, words, base in metadata["patches"]:
+        check_name(name)
+        numel = _check_shape(name, shape)
+        if dtype not in tuple(FLOATS):
+            raise DeltaFormatError(
+                f'patch "{name}" has dtype {ascii(dtype)[:40]}; allowed: {", ".join(FLOATS)}'
+            )
+        check_int(count, f'the count of "{name}"', 1, numel)
+        check_int(words, f'the words of "{name}"', count, count + numel // 0xFFFF)
+        check_hex(base, 16, f'the base digest of "{name}"')
+    for kind, name, shape, dtype, base in metadata["dense"]:
+        check_name(name)
+        _check_shape(name, shape)
+        if kind not in KINDS:
+            raise DeltaFormatError(f'dense "{name}" has kind {ascii(kind)[:40]}; allowed: {", ".join(KINDS)}')
+        if dtype not in tuple(DTYPES):
+            raise DeltaFormatError(
+                f'dense "{name}" has dtype {ascii(dtype)[:40]}; allowed: {", ".join(DTYPES)}'
+            )
+        check_hex(base, 16, f'the base digest of "{name}"')
+
+
+def _check_shape(name: str, shape: Any) -> int:
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS:
+        raise DeltaFormatError(f'the shape of "{name}" must be a list of at most {MAX_DIMS} sizes')
+    for size in shape:
+        check_int(size, f'a size of "{name}"')
+    return check_int(math.prod(shape), f'the number of entries of "{name}"', 0, 2**62)
+
+
+def _split(
+    data: bytearray, streams: list[Stream], begin: int, digests: dict[str, str]
+) -> dict[str, memoryview]:
+    payload = {}
+    view = memoryview(data)
+    for stream in streams:
+        end = begin + stream.nbytes
+        payload[stream.key] = view[begin:end]
+        if sha256(payload[stream.key]) != digests[stream.key]:
+            raise DeltaFormatError(
+                f'stream "{stream.key}" does not have the digest it should: the file is damaged'
+            )
+        begin = end
+    return payload
+
+
+def _tensor(data: memoryview, dtype: torch.dtype) -> Tensor:
+    """A flat tensor over the bytes, in the machine's byte order."""
+    if not len(data):
+        return torch.empty(0, dtype=dtype)
+    integers = np.frombuffer(data, dtype=f"<u{dtype.itemsize}").astype(f"=u{dtype.itemsize}", copy=False)
+    if dtype == torch.bool and integers.max() > 1:
+        raise DeltaFormatError("a stream of booleans holds bytes other than 0 and 1")
+    return torch.from_numpy(integers).view(dtype)
+
+
+def _read_patches(metadata: dict[str, Any], payload: dict[str, memoryview]) -> list[Patch]:
+    words = np.frombuffer(payload.get("indices", b""), dtype="<u2")
+    order = _tensor(payload["order"], torch.int32) if "order" in payload else None
+    flat = {
+        key: _tensor(data, DTYPES[key.partition(".")[2]])
+        for key, data in payload.items()
+        if key.startswith(("values.", "old."))
+    }
+    done: dict[str, int] = {}
+    word = scalar = 0
+    patches = []
+    for name, shape, dtype, count, length, base in metadata["patches"]:
+        indices = decode_gaps(words[word : word + length], count, math.prod(shape), name)
+        at = slice(done.get(dtype, 0), done.get(dtype, 0) + count)
+        old = flat.get(f"old.{dtype}")
+        patches.append(
+            Patch(
+                name,
+                tuple(shape),
+                DTYPES[dtype],
+                torch.from_numpy(indices),
+                flat[f"values.{dtype}"][at],
+                base,
+                None if old is None else old[at],
+                None if order is None else order[scalar : scalar + count],
+            )
+        )
+        word, scalar, done[dtype] = word + length, scalar + count, at.stop
+    return patches
+
+
+def _read_dense(metadata: dict[str, Any], payload: dict[str, memoryview]) -> list[Dense]:
+    found: Iterable[Any] = enumerate(metadata["dense"])
+    return [
+        Dense(
+            name,
+            kind,
+            _tensor(payload[f"dense.{i}"], DTYPES[dtype]).view(shape),
+            base,
+            _tensor(payload[f"old_dense.{i}"], DTYPES[dtype]).view(shape)
+            if f"old_dense.{i}" in payload
+            else None,
+        )
+        for i, (kind, name, shape, dtype, base) in found
+    ]

@@ -1,0 +1,131 @@
+"""The one way files are written and read: durably, once, into memory we own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from selectune.errors import DeltaError, DeltaFormatError
+
+MAX_FILE = 1 << 36
+"""Largest file that is read: 64 GiB."""
+
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+
+
+def write_durably(path: str | os.PathLike[str], data: bytes | bytearray | memoryview) -> Path:
+    """Write `data` so that `path` holds all of it or what it held before, also after a crash.
+
+    Temp file in the same directory, write, fsync, rename, fsync of the directory. A symbolic link at `path` is
+    replaced, not followed. The mode is that of the file it replaces, or 0666 without the umask's bits.
+    If only the last step fails, the new file is in place and complete, but may not outlive a power loss.
+
+    Raises DeltaError that names the path; the temp file is gone then. Returns the path.
+    """
+    path = Path(path)
+    temp = f".{path.name}.{secrets.token_hex(8)}.tmp"
+    try:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC)
+        try:
+            _write_in(folder, path.name, temp, memoryview(data).cast("B"))
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise DeltaError(
+            f"cannot write {path} ({len(data)} bytes): {error.strerror or error}; the file is as it was before"
+            if not getattr(error, "selectune_renamed", False)
+            else f"wrote {path}, but its directory could not be flushed: {error.strerror or error}"
+        ) from error
+    return path
+
+
+def _write_in(folder: int, name: str, temp: str, data: memoryview) -> None:
+    mode = _mode_of(folder, name)
+    # the kernel takes the umask off 0666 here: asking for the umask would change it for other threads
+    handle = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW | _CLOEXEC, 0o666, dir_fd=folder)
+    try:
+        try:
+            while len(data):
+                data = data[os.write(handle, data) :]
+            if mode is not None:
+                os.fchmod(handle, mode)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(temp, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        try:
+            os.unlink(temp, dir_fd=folder)
+        except FileNotFoundError:
+            pass  # renamed before the interruption
+        raise
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        # some file systems cannot flush a directory; they answer EINVAL
+        if error.errno != errno.EINVAL:
+            error.selectune_renamed = True  # type: ignore[attr-defined]
+            raise
+
+
+def _mode_of(folder: int, name: str) -> int | None:
+    try:
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return None
+    return stat.S_IMODE(found) if stat.S_ISREG(found) else None
+
+
+def read_owned(
+    path: str | os.PathLike[str],
+    limit: int = MAX_FILE,
+    head: tuple[int, Callable[[bytearray, int], None]] | None = None,
+) -> bytearray:
+    """Read a regular file once, whole, into memory that nobody else can change.
+
+    `head` = (n, check) calls `check(first n bytes, file size)` before anything else is read, so that a file can be
+    refused by its beginning. Symbolic links are followed; FIFOs, devices, sockets and directories are refused.
+
+    Raises DeltaError where the file cannot be read, DeltaFormatError where it is no regular file, too large, or
+    changes its size meanwhile.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO would wait for a writer for ever
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | _CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise DeltaFormatError(f"{path} is not a regular file") from error
+        raise DeltaError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise DeltaFormatError(f"{path} is not a regular file; expected a delta in a file of its own")
+        if found.st_size > limit:
+            raise DeltaFormatError(f"{path} is too large: {found.st_size} bytes; at most {limit} are read")
+        if head is not None:
+            head[1](_read_exactly(handle, min(head[0], found.st_size), path), found.st_size)
+            os.lseek(handle, 0, os.SEEK_SET)
+        data = _read_exactly(handle, found.st_size, path)
+        if os.read(handle, 1):
+            raise DeltaFormatError(f"{path} grew while it was read; expected {found.st_size} bytes")
+        return data
+    except OSError as error:
+        raise DeltaError(f"cannot read {path}: {error.strerror or error}") from error
+    finally:
+        os.close(handle)
+
+
+def _read_exactly(handle: int, size: int, path: str | os.PathLike[str]) -> bytearray:
+    data = bytearray(size)
+    view, done = memoryview(data), 0
+    while done < size:
+        got = os.readv(handle, [view[done:]])
+        if not got:
+            raise DeltaFormatError(f"{path} shrank while it was read: {done} bytes; expected {size}")
+        done += got
+    return data

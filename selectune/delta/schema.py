@@ -1,0 +1,217 @@
+"""Strict JSON, names and the closed schema of `info` (docs/delta-format.md, "Metadata")."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from selectune.errors import DeltaFormatError
+
+MAX_DEPTH = 16
+MAX_NAME = 512
+MAX_INT = 2**63 - 1
+
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Name components that DDP, torch.compile, FSDP and activation checkpointing put in."""
+
+_INFO = {"method", "budget", "selected", "base", "versions"}
+_BASE = {"id", "revision", "seed", "initialised", "structure", "fingerprint", "weights"}
+
+
+def canonical_json(value: Any) -> str:
+    """Serialise with sorted keys, no spaces, ASCII only; NaN, infinity and foreign types are refused.
+
+    >>> canonical_json({"b": [1, 2.0], "a": None})
+    '{"a":null,"b":[1,2.0]}'
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DeltaFormatError(f"a delta's metadata must be plain, finite JSON: {error}") from error
+
+
+def parse_json(text: str, what: str) -> Any:
+    """Parse JSON and refuse what Python's parser lets through: duplicate keys, NaN, infinity, endless integers."""
+    try:
+        return json.loads(
+            text, object_pairs_hook=_no_duplicates, parse_constant=_refuse, parse_float=_float, parse_int=_int
+        )
+    except RecursionError as error:
+        raise DeltaFormatError(f"{what} is nested too deeply; at most {MAX_DEPTH} levels are read") from error
+    except ValueError as error:
+        raise DeltaFormatError(f"{what} is not valid JSON: {str(error)[:200]}") from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {_short(twice)} occurs twice")
+    return found
+
+
+def _refuse(literal: str) -> NoReturn:
+    raise ValueError(f"{literal} is not a number that JSON allows")
+
+
+def _float(literal: str) -> float:
+    if len(literal) > 40 or not math.isfinite(float(literal)):
+        raise ValueError(f"number {_short(literal)} is not finite or too long")
+    return float(literal)
+
+
+def _int(literal: str) -> int:
+    if len(literal) > 20 or abs(int(literal)) > MAX_INT:
+        raise ValueError(f"integer {_short(literal)} is beyond 64 bits")
+    return int(literal)
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def sha256(data: Any) -> str:
+    """sha256 of bytes (or of a canonical JSON string), 64 hex digits."""
+    return hashlib.sha256(data.encode("ascii") if isinstance(data, str) else data).hexdigest()
+
+
+def canonical_name(name: str) -> str:
+    """The parameter's name without what DDP, torch.compile, FSDP and checkpoint wrappers put into it.
+
+    >>> canonical_name("module._orig_mod.encoder._checkpoint_wrapped_module.weight")
+    'encoder.weight'
+    """
+    *path, last = name.split(".")
+    return ".".join([part for part in path if part not in WRAPPERS] + [last])
+
+
+def check_name(name: Any) -> str:
+    """Return `name` if it may stand in a delta; raises DeltaFormatError with the reason otherwise."""
+    if not isinstance(name, str):
+        raise DeltaFormatError(f"a tensor's name must be a string; got {_short(name)}")
+    parts = name.split(".")
+    why = None
+    if not 1 <= len(name) <= MAX_NAME:
+        why = f"it has {len(name)} characters; expected 1 to {MAX_NAME}"
+    elif not name.isprintable():
+        why = "it holds control, format or bidirectional characters"
+    elif name.startswith("/") or "\\" in name:
+        why = "it looks like a path"
+    elif "" in parts:
+        why = "it has an empty component"
+    elif any(len(part) > 4 and part.startswith("__") and part.endswith("__") for part in parts):
+        why = "it has a component of the form __x__"
+    elif canonical_name(name) != name:
+        why = f"it is not canonical; expected {_short(canonical_name(name))}"
+    if why:
+        raise DeltaFormatError(f"tensor name {_short(name)} is not allowed: {why}")
+    return name
+
+
+def check_int(value: Any, what: str, low: int = 0, high: int = MAX_INT) -> int:
+    """Return `value` if it is an integer (a bool is none) between `low` and `high`."""
+    if type(value) is not int or not low <= value <= high:
+        raise DeltaFormatError(f"{what} must be an integer from {low} to {high}; got {_short(value)}")
+    return value
+
+
+def check_hex(value: Any, length: int, what: str) -> str:
+    """Return `value` if it is `length` lower-case hex digits."""
+    if not isinstance(value, str) or len(value) != length or set(value) - set("0123456789abcdef"):
+        raise DeltaFormatError(f"{what} must be {length} lower-case hex digits; got {_short(value)}")
+    return value
+
+
+def check_keys(
+    value: Any, required: set[str], what: str, optional: frozenset[str] | set[str] = frozenset()
+) -> dict:
+    """Return `value` if it is an object with exactly these keys."""
+    if not isinstance(value, dict):
+        raise DeltaFormatError(f"{what} must be an object; got {_short(value)}")
+    missing, unknown = required - value.keys(), value.keys() - required - optional
+    if missing or unknown:
+        raise DeltaFormatError(
+            f"{what} must hold exactly {', '.join(sorted(required))}; "
+            f"missing: {', '.join(sorted(missing)) or 'none'}; unknown: {', '.join(map(_short, sorted(unknown))) or 'none'}"
+        )
+    return value
+
+
+def check_text(value: Any, what: str, none: bool = False) -> None:
+    """Refuse what is no string that can be encoded (a lone surrogate cannot)."""
+    if value is None and none:
+        return
+    if not isinstance(value, str) or len(value) > 4096 or any("\ud800" <= c <= "\udfff" for c in value):
+        raise DeltaFormatError(f"{what} must be a string of at most 4096 characters; got {_short(value)}")
+
+
+def check_tree(value: Any, what: str, depth: int = 0) -> None:
+    """Refuse what is no plain JSON: foreign types, non-finite floats, endless integers, depth."""
+    if depth > MAX_DEPTH:
+        raise DeltaFormatError(f"{what} is nested too deeply; at most {MAX_DEPTH} levels are allowed")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_text(key, f"a key of {what}")
+            check_tree(item, what, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            check_tree(item, what, depth + 1)
+    elif isinstance(value, str):
+        check_text(value, f"a string in {what}")
+    elif type(value) is int:
+        check_int(value, f"an integer in {what}", -MAX_INT)
+    elif type(value) is float:
+        if not math.isfinite(value):
+            raise DeltaFormatError(f"{what} holds {value}; only finite numbers are allowed")
+    elif value is not None and type(value) is not bool:
+        raise DeltaFormatError(f"{what} holds {_short(value)}; only plain JSON is allowed")
+
+
+def check_info(info: Any, total: int) -> None:
+    """Check `info` against the closed schema; `total` is the number of scalars in the patches."""
+    check_keys(info, _INFO, "info", {"created_by"})
+    if not isinstance(info["method"], dict):
+        raise DeltaFormatError(f"info.method must be an object; got {_short(info['method'])}")
+    check_tree(info["method"], "info.method", 2)
+    check_int(info["selected"], "info.selected")
+    if info["selected"] != total:
+        raise DeltaFormatError(f"info.selected is {info['selected']}, but the patches hold {total} scalars")
+    if info["budget"] is not None:
+        check_int(info["budget"], "info.budget")
+        if info["budget"] < total:
+            raise DeltaFormatError(
+                f"info.budget is {info['budget']}, below the {total} scalars in the patches"
+            )
+    if "created_by" in info:
+        check_text(info["created_by"], "info.created_by")
+    if not isinstance(info["versions"], dict):
+        raise DeltaFormatError(f"info.versions must be an object; got {_short(info['versions'])}")
+    for package, version in info["versions"].items():
+        check_text(package, "a key of info.versions")
+        check_text(version, f"info.versions[{_short(package)}]")
+    _check_base(check_keys(info["base"], _BASE, "info.base"))
+
+
+def _check_base(base: Mapping[str, Any]) -> None:
+    check_text(base["id"], "info.base.id", none=True)
+    check_text(base["revision"], "info.base.revision", none=True)
+    if base["seed"] is not None:
+        check_int(base["seed"], "info.base.seed", -MAX_INT)
+    check_hex(base["structure"], 64, "info.base.structure")
+    check_hex(base["fingerprint"], 64, "info.base.fingerprint")
+    if base["weights"] is not None:
+        check_hex(base["weights"], 64, "info.base.weights")
+    if not isinstance(base["initialised"], list):
+        raise DeltaFormatError(f"info.base.initialised must be a list; got {_short(base['initialised'])}")
+    names = set()
+    for row in base["initialised"]:
+        check_keys(row, {"name", "digest"}, "a row of info.base.initialised")
+        names.add(check_name(row["name"]))
+        check_hex(row["digest"], 16, f'the digest of "{row["name"]}" in info.base.initialised')
+    if len(names) != len(base["initialised"]):
+        raise DeltaFormatError("info.base.initialised names a tensor twice")
