@@ -26,10 +26,10 @@ setup: $(STAMP) ## make .venv and install everything, pinned
 # torch comes after its own dependencies, so that pip adds only what its build for this machine needs besides.
 $(STAMP): pyproject.toml $(LOCKS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/lock.txt
-	$(BIN)/python -m pip install --quiet -r requirements/torch.txt
-	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/demo.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install -qq --require-hashes --no-deps -r requirements/lock.txt
+	$(BIN)/python -m pip install -qq -r requirements/torch.txt
+	$(BIN)/python -m pip install -qq --require-hashes --no-deps -r requirements/demo.txt
+	$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
 	touch $@
 
 demo: setup ## train, save, verify and revert a delta of a real model, in minutes
@@ -49,7 +49,7 @@ format: setup ## sort imports, format
 	$(BIN)/ruff format .
 
 lock: ## resolve requirements/lock.txt anew from pyproject.toml
-	$(BIN)/python -m pip install --quiet pip-tools==7.6.2
+	$(BIN)/python -m pip install -qq pip-tools==7.6.2
 	$(BIN)/pip-compile --quiet --extra hf --extra trl --extra dev -c requirements/torch.txt \
 		--unsafe-package torch --generate-hashes --strip-extras --annotation-style line --no-header \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
