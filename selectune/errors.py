@@ -1,0 +1,105 @@
+"""Every error a user can meet, in one tree.
+
+SelectuneError
+├── ConfigError              a value of a recipe, an axis or a command is not allowed   (also ValueError)
+│   ├── BudgetError          a budget of 0, beyond the model, or neither count nor density
+│   ├── ScheduleError        a method without its steps, or with steps it cannot use
+│   └── ScopeError           patterns that match nothing, tensors that cannot be trained in place
+├── TunerError               attach, train, detach                                      (also RuntimeError)
+│   ├── AlreadyAttachedError the model carries a tuner already
+│   ├── DetachedError        the tuner was taken off the model
+│   ├── OptimizerError       an optimizer made over the frozen weights
+│   ├── AccumulationError    more backward passes in a step than `accumulation_steps` said
+│   ├── CalibrationError     a method that needs examples got none, or unusable ones
+│   ├── IntegrityError       a weight outside the support is not the base's any more
+│   └── NothingTrainedError  nothing was selected, or nothing moved
+├── DeltaError               files and deltas                                           (also RuntimeError)
+│   ├── DeltaFormatError     a file that is not a delta, is damaged, or is of a later version
+│   ├── BaseMismatchError    the model is not the base this delta was made on
+│   ├── DeltaStateError      applied twice, reverted out of order, applied under a tuner
+│   └── NonFiniteError       NaN or infinity among the trained values
+├── ModelError               a model that cannot be found or loaded
+└── TaskError                a task, split or data file that cannot be found or read
+
+A message says what was asked, why it cannot be, what was received and what is allowed.
+"""
+
+
+class SelectuneError(Exception):
+    """Base of every error that selectune raises on purpose."""
+
+
+class ConfigError(SelectuneError, ValueError):
+    """A value of a recipe, an axis or a command is not allowed."""
+
+
+class BudgetError(ConfigError):
+    """The budget is 0, beyond the model, or neither a count nor a density."""
+
+
+class ScheduleError(ConfigError):
+    """A method got no steps, or steps it cannot use."""
+
+
+class ScopeError(ConfigError):
+    """The scope's patterns match nothing, or a tensor in it cannot be trained in place."""
+
+
+class TunerError(SelectuneError, RuntimeError):
+    """Something went wrong between attach and detach."""
+
+
+class AlreadyAttachedError(TunerError):
+    """The model carries a tuner already."""
+
+
+class DetachedError(TunerError):
+    """The tuner was taken off its model."""
+
+
+class OptimizerError(TunerError):
+    """An optimizer holds the frozen weights and not the tuner's values."""
+
+
+class AccumulationError(TunerError):
+    """A step saw more backward passes than `accumulation_steps` announced."""
+
+
+class CalibrationError(TunerError):
+    """A method that reads examples got none, or examples it cannot use."""
+
+
+class IntegrityError(TunerError):
+    """A weight outside the support differs from the base."""
+
+
+class NothingTrainedError(TunerError):
+    """Nothing was selected, or no selected scalar moved."""
+
+
+class DeltaError(SelectuneError, RuntimeError):
+    """Something is wrong with a delta or with its use."""
+
+
+class DeltaFormatError(DeltaError):
+    """The file is not a delta, is damaged, or is of a later version."""
+
+
+class BaseMismatchError(DeltaError):
+    """The model is not the base that the delta was made on."""
+
+
+class DeltaStateError(DeltaError):
+    """A delta was applied twice, reverted out of order, or applied under a tuner."""
+
+
+class NonFiniteError(DeltaError):
+    """NaN or infinity stands among the trained values."""
+
+
+class ModelError(SelectuneError):
+    """A model cannot be found or loaded."""
+
+
+class TaskError(SelectuneError):
+    """A task, a split or a data file cannot be found or read."""

@@ -1,0 +1,173 @@
+"""Scope: which tensors may be selected, which are trained whole, which stay out.
+
+Patterns are shell patterns on parameter names (`*` crosses dots): "*.bias", "encoder.layer.11.*".
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from selectune.errors import ScopeError
+
+VALUES = "selectune_values"  # the name of the trainable vector on an attached model
+BIASES = "*bias"  # names whose last component is `bias` or ends in `_bias`
+
+
+def patterns(value: str | Iterable[str]) -> tuple[str, ...]:
+    """One pattern or many, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Include and exclude patterns for selection, and patterns trained wholly outside the budget.
+
+    Only floating tensors with requires_grad=True are eligible, so what was frozen before stays out
+    (point `include` at LoRA or adapter tensors by freezing the rest, as peft does). Tied tensors count
+    once, under their first name; a pattern may match any of their names.
+
+    >>> import torch, selectune as st
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    >>> [t.name for t in st.Scope(exclude="*.bias").find(model).tensors]
+    ['0.weight', '1.weight']
+    """
+
+    include: Sequence[str] | str = ("*",)
+    exclude: Sequence[str] | str = ()
+    train_fully: Sequence[str] | str = ()
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude", "train_fully"):
+            object.__setattr__(self, name, patterns(getattr(self, name)))
+            for pattern in getattr(self, name):
+                if not isinstance(pattern, str) or not pattern:
+                    raise ScopeError(f"{name}= takes patterns on parameter names, got {pattern!r}.")
+
+    def find(self, model: nn.Module) -> Found:
+        """The tensors of a model that this scope selects from and trains wholly, checked."""
+        names = _names(model)
+        dense: list[ScopedTensor] = []
+        scoped: list[ScopedTensor] = []
+        matched: set[str] = set()
+        for parameter, aliases in names:
+            hits = {p for p in (*self.include, *self.train_fully) if _matches(aliases, (p,))}
+            matched |= hits
+            if not parameter.requires_grad or not parameter.is_floating_point():
+                continue
+            if _matches(aliases, self.train_fully):
+                dense.append(ScopedTensor(len(dense), aliases, parameter))
+            elif _matches(aliases, self.include) and not _matches(aliases, self.exclude):
+                scoped.append(ScopedTensor(len(scoped), aliases, parameter, _padding(model, parameter, aliases)))
+        for pattern in (*self.include, *self.train_fully):
+            if pattern not in matched:
+                hint = "This model has no bias vectors, so BitFit has nothing to train. " if pattern == BIASES else ""
+                raise ScopeError(
+                    f"The pattern '{pattern}' matches no parameter of {type(model).__name__}. {hint}"
+                    f"Its parameters are named like: {_some(names)}."
+                )
+        if not scoped and not dense:
+            raise ScopeError(
+                f"The scope include={list(self.include)}, exclude={list(self.exclude)} leaves no trainable floating "
+                f"tensor of {type(model).__name__}; parameters with requires_grad=False do not count. "
+                f"Its parameters are named like: {_some(names)}."
+            )
+        for tensor in (*scoped, *dense):
+            _check(tensor)
+        _check_overlap([*scoped, *dense])
+        return Found(tuple(scoped), tuple(dense))
+
+
+@dataclass(frozen=True)
+class ScopedTensor:
+    """One tensor in scope: its number in the total order, all its names, and entries that get no gradient."""
+
+    index: int
+    names: tuple[str, ...]
+    parameter: nn.Parameter
+    padding: range = range(0)  # flat entries of an embedding's padding row: never selected
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def eligible(self) -> int:
+        return self.parameter.numel() - len(self.padding)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a scope found in a model, in the model's order."""
+
+    tensors: tuple[ScopedTensor, ...]
+    dense: tuple[ScopedTensor, ...]
+
+    @property
+    def eligible(self) -> int:
+        return sum(t.eligible for t in self.tensors)
+
+
+def _names(model: nn.Module) -> list[tuple[nn.Parameter, tuple[str, ...]]]:
+    names: dict[int, list[str]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameters[id(parameter)] = parameter
+        names.setdefault(id(parameter), []).append(name)
+    return [(parameters[key], tuple(aliases)) for key, aliases in names.items()]
+
+
+def _matches(names: Sequence[str], wanted: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in wanted)
+
+
+def _some(names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]) -> str:
+    shown = [aliases[0] for _, aliases in names[:6]]
+    return ", ".join(shown) + (f" ... ({len(names)} in all)" if len(names) > 6 else "") or "(none)"
+
+
+def _padding(model: nn.Module, parameter: nn.Parameter, names: Sequence[str]) -> range:
+    if len(names) != 1 or not names[0].endswith("weight"):
+        return range(0)
+    owner = model.get_submodule(names[0].rpartition(".")[0])
+    row = getattr(owner, "padding_idx", None)
+    if not isinstance(owner, nn.Embedding | nn.EmbeddingBag) or row is None:
+        return range(0)
+    width = parameter.shape[1]
+    return range(row * width, (row + 1) * width)
+
+
+def _check(tensor: ScopedTensor) -> None:
+    parameter = tensor.parameter
+    why = None
+    if parameter.is_meta:
+        why = "it is on the meta device; load its weights first"
+    elif parameter.layout.__str__() != "torch.strided":
+        why = f"its layout is {parameter.layout}; only strided tensors can be written in place"
+    elif type(parameter) is not nn.Parameter and type(parameter.data) is not Tensor:
+        why = f"it is a {type(parameter.data).__name__}; attach before sharding or quantising"
+    elif not parameter.is_leaf:
+        why = "it is not a leaf tensor"
+    elif parameter.numel() and 0 in [s for s, d in zip(parameter.stride(), parameter.shape, strict=True) if d > 1]:
+        why = "it is expanded: several entries share one memory cell"
+    if why:
+        raise ScopeError(f'The parameter "{tensor.name}" cannot be trained in place: {why}. Exclude it.')
+
+
+def _check_overlap(tensors: Sequence[ScopedTensor]) -> None:
+    spans = []
+    for tensor in tensors:
+        p = tensor.parameter
+        if p.numel():
+            extent = 1 + sum((d - 1) * s for d, s in zip(p.shape, p.stride(), strict=True))
+            spans.append((str(p.device), p.data_ptr(), p.data_ptr() + extent * p.element_size(), tensor.name))
+    spans.sort()
+    for (device, _, end, name), (other, start, _, second) in zip(spans, spans[1:], strict=False):
+        if device == other and start < end:
+            raise ScopeError(
+                f'The parameters "{name}" and "{second}" share memory without being one Parameter. '
+                "Tie them as one Parameter, or exclude one of them."
+            )

@@ -1,0 +1,114 @@
+"""Selection: scores x quota -> exactly that many entries.
+
+One total order decides everything: score descending, tensor order, flat index ascending. Scores
+arrive in pieces, one dense tensor at a time; a collector keeps candidates only, because the best q of
+all lie among the best q of every piece. So nothing of size N is ever built beside the scores at hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selectune.errors import ConfigError
+
+Rows = tuple[Tensor, Tensor, Tensor]  # scores, positions in the total order, what is carried along
+
+_SLACK = 1 << 16  # candidates kept beyond two quotas before they are sorted down to one
+
+
+@dataclass(frozen=True)
+class GlobalTopK:
+    """The q best entries over all tensors together: exact count, exact ties.
+
+    `tie="order"` gives equal scores to the earlier tensor and the lower index; `tie="random"` to a
+    seeded shuffle (PaFi on LoRA, whose B matrices are all zeros, otherwise fills the first layers only).
+    """
+
+    tie: str = "order"
+
+    def __post_init__(self) -> None:
+        if self.tie not in ("order", "random"):
+            raise ConfigError(f"Unknown tie rule '{self.tie}'. Known: order, random.")
+
+    def collector(self, quota: int, sizes: Sequence[int], seed: int) -> GlobalCollector:
+        return GlobalCollector(quota, sizes, seed if self.tie == "random" else None)
+
+
+class GlobalCollector:
+    """Keeps the q best of what it is offered, in any order of offers and any cut into pieces."""
+
+    def __init__(self, quota: int, sizes: Sequence[int], tie_seed: int | None) -> None:
+        self.quota = quota
+        self.tie_seed = tie_seed
+        self.starts = torch.tensor([0, *itertools.accumulate(sizes)])  # of each tensor in the total order
+        self.cutoff = float("-inf")  # q entries at least this good are known
+        self.kept: list[Rows] = []
+        self.count = 0
+
+    def offer(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
+        """See `selectune.types.Collector`."""
+        if self.quota == 0:
+            return
+        good = scores > self.cutoff if self.cutoff == float("-inf") else scores >= self.cutoff
+        where = good.nonzero().squeeze(1)
+        if where.numel() == 0:
+            return
+        positions = (where + flat if isinstance(flat, int) else flat[where]) + int(self.starts[tensor])
+        carried = torch.zeros_like(scores[where]) if carry is None else carry[where]
+        self._keep(self._best((scores[where].double().cpu(), positions.cpu(), carried.double().cpu())))
+
+    def close(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `selectune.types.Collector`."""
+        self._compress()
+        if not self.kept:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0)
+        _, positions, carried = self.kept[0]
+        tensors = torch.searchsorted(self.starts, positions, right=True) - 1
+        return tensors, positions - self.starts[tensors], carried
+
+    def _keep(self, rows: Rows) -> None:
+        self.kept.append(rows)
+        self.count += rows[0].numel()
+        if self.count > 2 * self.quota + _SLACK or (self.cutoff == float("-inf") and self.count >= self.quota):
+            self._compress()
+
+    def _compress(self) -> None:
+        if not self.kept:
+            return
+        scores, positions, carried = (torch.cat(column) for column in zip(*self.kept, strict=True))
+        order = self._order(scores, positions)[: self.quota]
+        self.kept = [(scores[order], positions[order], carried[order])]
+        self.count = order.numel()
+        if self.count == self.quota:
+            self.cutoff = float(scores[order[-1]])
+
+    def _best(self, rows: Rows) -> Rows:
+        """The best q of one piece, ties at its edge kept by the total order; spares a full sort."""
+        scores, positions, carried = rows
+        if scores.numel() <= self.quota:
+            return rows
+        edge = torch.topk(scores, self.quota, sorted=True).values[-1]
+        near = (scores >= edge).nonzero().squeeze(1)
+        if near.numel() > self.quota:
+            near = near[self._order(scores[near], positions[near])[: self.quota]]
+        return scores[near], positions[near], carried[near]
+
+    def _order(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """The permutation that sorts by (score descending, tie key, position ascending)."""
+        order = torch.argsort(positions)
+        if self.tie_seed is not None:
+            order = order[torch.argsort(_mix(positions[order], self.tie_seed), stable=True)]
+        return order[torch.argsort(scores[order], descending=True, stable=True)]
+
+
+def _mix(positions: Tensor, seed: int) -> Tensor:
+    """A seeded hash of positions (splitmix64 finaliser in wrapping int64 arithmetic)."""
+    x = positions * -7046029254386353131 + seed * 0x2545F491
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))

@@ -1,0 +1,305 @@
+"""attach: put a tuner on a model. Everything a user touches while training is on the `Tuner`."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selectune import ops
+from selectune.delta import Delta
+from selectune.errors import AlreadyAttachedError, ConfigError, DetachedError, IntegrityError
+from selectune.method import Method
+from selectune.scope import VALUES, Found
+from selectune.train import package
+from selectune.train.calibrate import Loss, calibrate
+from selectune.train.ledger import Ledger
+from selectune.train.optimizers import Follower
+from selectune.train.tracker import Tracker
+from selectune.types import Reads
+
+log = logging.getLogger("selectune")
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    seed: int = 0,
+    accumulation_steps: int = 1,
+    calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> Tuner:
+    """Freezes a model and lets `method` train B of its scalars in place.
+
+    The ordinary training loop follows, with no extra call in it: any torch optimizer over
+    `tuner.parameters()`, or `transformers.Trainer` on the model. Gradients of the weights are formed at
+    the support only, optimizer state is O(B), unselected weights keep their bits.
+
+    `accumulation_steps`: backward passes that make one optimizer step; the selection is exact over their
+    sum. `calibration`, `loss`: single examples and `loss(model, example)`, for methods that read them.
+    `seed`: for methods that draw. Costs one pass over the weights (a checksum) and O(B) memory.
+
+    Raises ScopeError, BudgetError, ScheduleError before anything changes; AlreadyAttachedError for a
+    second attach; CalibrationError.
+
+    >>> import torch, selectune as st
+    >>> model = torch.nn.Linear(8, 4)
+    >>> tuner = st.attach(model, st.id3(budget=6, steps=3))
+    >>> optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+    >>> for _ in range(3):
+    ...     model(torch.randn(5, 8)).square().mean().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> tuner.selected, tuner.verify().changed
+    (6, 6)
+    >>> tuner.detach()
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"attach takes a torch.nn.Module, got {type(model).__name__}.")
+    if not isinstance(method, Method):
+        raise ConfigError(
+            f"attach takes a method, such as selectune.id3(budget=..., steps=...), got {type(method).__name__}."
+        )
+    if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
+        raise ConfigError(f"accumulation_steps= must be an int of at least 1, got {accumulation_steps!r}.")
+    for name, module in model.named_modules():
+        if VALUES in module._parameters:
+            where = f'its submodule "{name}"' if name else "it"
+            raise AlreadyAttachedError(f"{where} carries a tuner already; call its detach() first.")
+    return Tuner(model, method, seed, accumulation_steps, calibration, loss)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `Tuner.verify` found: scalars that differ from the base, counted by their bits."""
+
+    changed: int
+    selected: int
+    touched: int
+    budget: int
+    dense: int
+    tensors: int
+
+
+class Tuner:
+    """A model in training: its B values, its support, its budget. Made by `attach`.
+
+    >>> import torch, selectune as st
+    >>> tuner = st.attach(torch.nn.Linear(8, 4), st.pafi(budget=0.25))
+    >>> tuner
+    Tuner(pafi, selected 9 of 9, step 0)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        seed: int,
+        accumulation_steps: int,
+        calibration: Iterable[Any] | None,
+        loss: Loss | None,
+    ) -> None:
+        found = method.scope.find(model)
+        schedule = None if method.schedule is None else method.schedule.resolve(found.eligible)
+        self.method, self.schedule, self.seed = method, schedule, seed
+        self.budget = 0 if schedule is None else int(schedule.budget or 0)
+        self._model: nn.Module | None = model
+        self._found = found if schedule is not None else Found((), found.dense)
+        self._ledger = Ledger(self._found.tensors, self.budget)
+        package.warn_of_zeros(method, self._found, self.budget)
+        self._base = package.BaseCopy(model, self._found)
+        self._requires_grad = {p: p.requires_grad for p in model.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        try:
+            ready = None
+            if method.score is not None and method.score.reads is Reads.EXAMPLES:
+                ready = calibrate(model, method.score, self._found.tensors, calibration, loss)
+                self._base.restore_buffers(model)
+        except BaseException:
+            self._unfreeze()
+            raise
+        for tensor in self._found.dense:
+            tensor.parameter.requires_grad_(True)
+        self._tracker = Tracker(model, method, schedule, self._found.tensors, self._ledger, seed, accumulation_steps)
+        if self._found.tensors:
+            model.register_parameter(VALUES, self._ledger.values)
+        trained = self.parameters()
+        frozen = [t.parameter for t in self._found.tensors]
+        self._follower = Follower(self._tracker, trained, frozen)
+        self._tracker.keepalive = self._follower  # training goes on when only the model is kept
+        self._handles = [
+            model.register_state_dict_post_hook(_hide_values),
+            model.register_load_state_dict_post_hook(self._weights_loaded),
+        ]
+        if ready is not None:
+            self._tracker.prepare(ready)
+        if schedule is not None and schedule.target(0) == self.budget:
+            self._tracker.select_ahead()
+
+    # -- what is trained
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What an optimizer gets: the values (B,), then the tensors trained wholly."""
+        values = [self._ledger.values] if self._found.tensors else []
+        return [*values, *(t.parameter for t in self._found.dense)]
+
+    @property
+    def model(self) -> nn.Module:
+        if self._model is None:
+            raise DetachedError("This tuner was detached; its model is the base again. Attach anew to train.")
+        return self._model
+
+    @property
+    def selected(self) -> int:
+        """Scalars selected so far, at most `budget`."""
+        return self._ledger.selected
+
+    @property
+    def touched(self) -> int:
+        """Scalars that were ever selected: more than `selected` only under a repeat schedule."""
+        return self._ledger.touched
+
+    @property
+    def trained(self) -> int:
+        """Scalars that may differ from the base: touched, and all of the tensors trained wholly."""
+        return self.touched + sum(t.parameter.numel() for t in self._found.dense)
+
+    @property
+    def support(self) -> dict[str, Tensor]:
+        """{parameter name: sorted flat int64 indices} of the selected entries; tensors without any are left out."""
+        pages = zip(self._found.tensors, self._ledger.pages, strict=True)
+        return {t.name: p.flat.cpu() for t, p in pages if p.flat.numel()}
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self._tracker.step
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps over which the schedule unmasks the budget, if it has such a number."""
+        return None if self.schedule is None else self.schedule.steps
+
+    @property
+    def quota(self) -> int:
+        """Entries that the schedule asks for at the coming step."""
+        return self._tracker.quota
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Backward passes that make one optimizer step."""
+        return self._tracker.accumulation_steps
+
+    @property
+    def events(self) -> Counter[str]:
+        """How often something out of the ordinary happened: skipped_steps, nonfinite_selections, shortfall ..."""
+        return self._tracker.events
+
+    @property
+    def unreached(self) -> list[str]:
+        """Names of tensors that hold selected entries and never sent a gradient."""
+        pages = zip(self._found.tensors, self._ledger.pages, strict=True)
+        return [t.name for t, p in pages if p.flat.numel() and t.index not in self._tracker.reached]
+
+    # -- proof, file, end
+
+    def verify(self) -> Verification:
+        """Proves by bits that only touched scalars differ from the base, at most the budget of them.
+
+        One pass over the weights. Raises IntegrityError naming the tensors that moved.
+        """
+        model = self.model
+        self._tracker.write_weights()
+        moved = self._base.moved(model, self._ledger)
+        if moved:
+            raise IntegrityError(
+                f"{len(moved)} tensors changed outside the support since attach: {', '.join(moved[:5])}. Something "
+                "besides the tuner wrote into the frozen weights (load_state_dict, an optimizer, weight tying)."
+            )
+        changed = sum(
+            int((ops.bits(ops.gather_entries(t.parameter, p.touched()[0])) != ops.bits(p.touched()[1])).sum())
+            for t, p in zip(self._found.tensors, self._ledger.pages, strict=True)
+        )
+        dense = sum(t.parameter.numel() for t in self._found.dense)
+        return Verification(changed, self.selected, self.touched, self.budget, dense, len(self.support))
+
+    def delta(
+        self,
+        *,
+        base: Mapping[str, Any] | None = None,
+        old_values: bool = False,
+        order: bool = False,
+        allow_empty: bool = False,
+    ) -> Delta:
+        """The delta as it stands, in memory, verified. See `save`."""
+        verification = self.verify()
+        return package.delta_of(
+            self, self._found, self._ledger, self._base, verification.changed, base, old_values, order, allow_empty
+        )
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        base: Mapping[str, Any] | None = None,
+        old_values: bool = False,
+        order: bool = False,
+        allow_empty: bool = False,
+    ) -> Path:
+        """Writes the delta: a folder gets `delta.safetensors`, a path ending in .safetensors is the file.
+
+        Durable and atomic: a save that returned survives a crash, one that did not changes nothing.
+        `base`: where the base came from (id, revision, seed), recorded for `eval`; see
+        `selectune.delta.base_info`. `old_values`: also store the base's values, so that a revert needs no
+        base. `order`: also store the order of selection, every smaller budget's mask.
+        Raises NothingTrainedError, NonFiniteError, IntegrityError before a file is touched.
+        """
+        delta = self.delta(base=base, old_values=old_values, order=order, allow_empty=allow_empty)
+        return delta.save(path)
+
+    def detach(self) -> None:
+        """Takes the tuner off: the model is the base again, bit for bit, and trainable as it was before."""
+        model = self.model
+        self._follower.remove()
+        self._tracker.taps.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._ledger.write_base()
+        self._base.restore(model)
+        if VALUES in model._parameters:
+            del model._parameters[VALUES]
+        self._unfreeze()
+        self._model = None
+
+    def _unfreeze(self) -> None:
+        for parameter, trainable in self._requires_grad.items():
+            parameter.requires_grad_(trainable)
+            parameter.grad = None
+
+    def _weights_loaded(self, module: nn.Module, incompatible: Any) -> None:
+        del module
+        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k.rpartition(".")[2] != VALUES]
+        moved = self._base.moved(self.model, self._ledger)
+        if moved:
+            raise IntegrityError(
+                f"load_state_dict changed {len(moved)} tensors outside the support: {', '.join(moved[:5])}. A tuner is "
+                "attached, so only checkpoints of this very run can be loaded. Detach first, or load before attach."
+            )
+        self._tracker.weights_changed()
+
+    def __repr__(self) -> str:
+        return f"Tuner({self.method.name}, selected {self.selected:,} of {self.budget:,}, step {self.step})"
+
+
+def _hide_values(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The state dict of an attached model is that of an ordinary tuned model."""
+    del module, metadata
+    state.pop(prefix + VALUES, None)

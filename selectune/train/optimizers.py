@@ -1,0 +1,81 @@
+"""Following any torch optimizer through torch's own step hooks, without a call in the user's loop."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from selectune.errors import OptimizerError
+from selectune.train.tracker import Tracker
+
+
+_followers: weakref.WeakSet[Follower] = weakref.WeakSet()
+
+
+class Follower:
+    """Tells a tracker when the optimizer that holds its parameters steps, for as long as it is kept alive."""
+
+    def __init__(self, tracker: Tracker, trained: list[nn.Parameter], frozen: list[nn.Parameter]) -> None:
+        self.tracker = tracker
+        self.trained = {id(p) for p in trained}
+        self.frozen = {id(p) for p in frozen}
+        _install()
+        _followers.add(self)
+
+    def remove(self) -> None:
+        _followers.discard(self)
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        tracker, held = self.tracker, _held(optimizer)
+        if held & self.trained:
+            if tracker.tensors and id(tracker.ledger.values) not in held:
+                return
+            tracker.before_step()
+            if tracker.recycled is not None:
+                _forget(optimizer, tracker.ledger.values, tracker.recycled)
+        elif held & self.frozen:
+            raise OptimizerError(
+                f"This {type(optimizer).__name__} holds {len(held & self.frozen)} weights that attach froze and not the "
+                "tuner's values, so its step would train nothing. Make the optimizer after attach, over "
+                "tuner.parameters()."
+            )
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        tracker = self.tracker
+        wanted = {id(tracker.ledger.values)} if tracker.tensors else self.trained
+        if _held(optimizer) & wanted:
+            tracker.commit()
+
+
+@functools.cache
+def _install() -> None:
+    """One pair of hooks for the life of the process; torch cannot remove them while it runs them."""
+
+    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        for follower in list(_followers):
+            follower.before_step(optimizer)
+
+    def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        for follower in list(_followers):
+            follower.after_step(optimizer)
+
+    register_optimizer_step_pre_hook(before)
+    register_optimizer_step_post_hook(after)
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _forget(optimizer: torch.optim.Optimizer, values: Tensor, slots: Tensor) -> None:
+    """Slots that changed hands start with a fresh elementwise state (moments 0)."""
+    for state in optimizer.state.get(values, {}).values():
+        if isinstance(state, Tensor) and state.shape == values.shape:
+            state[slots] = 0

@@ -1,0 +1,180 @@
+"""From a ledger to a delta: what the base was, that nothing else moved, what goes into the file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from selectune import ops
+from selectune.delta import Delta, Dense, Patch, base_info, digest_bits
+from selectune.errors import NonFiniteError, NothingTrainedError
+from selectune.method import Method
+from selectune.scope import Found, ScopedTensor
+from selectune.train.ledger import Ledger
+from selectune.types import Reads, Schedule
+
+log = logging.getLogger("selectune")
+
+
+class BaseCopy:
+    """What it takes to see and to undo changes: a checksum a frozen tensor, a copy of dense tensors and buffers."""
+
+    def __init__(self, model: nn.Module, found: Found) -> None:
+        self.found = found
+        self.scoped = {id(t.parameter): t for t in found.tensors}
+        self.dense = {t.name: t.parameter.detach().clone() for t in found.dense}
+        whole = {id(t.parameter) for t in found.dense}
+        self.sums = {n: ops.checksum(p) for n, p in model.named_parameters() if id(p) not in whole}
+        self.buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+
+    def moved(self, model: nn.Module, ledger: Ledger) -> list[str]:
+        """Names of tensors whose untouched entries are not the base's."""
+        moved = []
+        parameters = dict(model.named_parameters())
+        for name, before in self.sums.items():
+            tensor = self.scoped.get(id(parameters[name]))
+            now = ops.checksum(parameters[name])
+            if tensor is not None:
+                flat, base = ledger.pages[tensor.index].touched()
+                now += ops.checksum(base) - ops.checksum(ops.gather_entries(tensor.parameter, flat))
+            if (now - before) % (1 << 64):
+                moved.append(name)
+        return moved
+
+    def changed_buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        """Persistent buffers whose bits differ from the base's (batch-norm statistics, say)."""
+        persistent = set(model.state_dict().keys())
+        now = dict(model.named_buffers())
+        return {
+            n: now[n].detach()
+            for n, old in self.buffers.items()
+            if n in persistent and n in now and not _same(old, now[n])
+        }
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        for tensor in self.found.dense:
+            tensor.parameter.copy_(self.dense[tensor.name])
+        self.restore_buffers(model)
+
+    @torch.no_grad()
+    def restore_buffers(self, model: nn.Module) -> None:
+        for name, buffer in model.named_buffers():
+            old = self.buffers.get(name)
+            if old is not None and not _same(old, buffer):
+                buffer.copy_(old)
+
+
+class Run(Protocol):
+    """What of a tuner goes into a delta's info."""
+
+    method: Method
+    schedule: Schedule | None
+    budget: int
+    seed: int
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def selected(self) -> int: ...
+    @property
+    def unreached(self) -> list[str]: ...
+
+
+def delta_of(
+    run: Run,
+    found: Found,
+    ledger: Ledger,
+    before: BaseCopy,
+    changed: int,
+    base: Mapping[str, Any] | None,
+    old_values: bool,
+    order: bool,
+    allow_empty: bool,
+) -> Delta:
+    """The delta of a run; refuses one that is empty or not finite."""
+    ranks = _ranks(ledger) if order else {}
+    patches = [
+        _patch(t, *ledger.pages[t.index].touched(), old_values, ranks.get(t.index))
+        for t in found.tensors
+        if ledger.pages[t.index].touched()[0].numel()
+    ]
+    dense = [_dense(t.name, "parameter", t.parameter, before.dense[t.name], old_values) for t in found.dense]
+    dense += [
+        _dense(n, "buffer", b, before.buffers[n], old_values) for n, b in before.changed_buffers(run.model).items()
+    ]
+    moved = changed or any(not _same(before.dense[t.name], t.parameter) for t in found.dense)
+    if not moved and not allow_empty:
+        why = "no scalar was selected" if not run.selected and not found.dense else "no trained scalar moved"
+        raise NothingTrainedError(
+            f"There is nothing to save: {why}. Did loss.backward() and optimizer.step() run, with a learning rate "
+            "above 0 and an optimizer over tuner.parameters()? (allow_empty=True saves an empty delta.)"
+        )
+    for part in (*((p.name, p.values) for p in patches), *((d.name, d.tensor) for d in dense)):
+        if part[1].is_floating_point() and not bool(torch.isfinite(part[1]).all()):
+            raise NonFiniteError(f'Trained values of "{part[0]}" are NaN or infinite; the delta is not saved.')
+    if run.unreached:
+        log.warning("Selected entries of %s never got a gradient.", ", ".join(run.unreached[:5]))
+    info = {
+        "method": {**run.method.describe(), "seed": run.seed},
+        "budget": run.budget if found.tensors and run.schedule is not None and run.schedule.keeps else None,
+        "selected": sum(p.indices.numel() for p in patches),
+        "base": dict(base) if base is not None else base_info(run.model),
+    }
+    return Delta(patches, dense, info)
+
+
+def warn_of_zeros(method: Method, found: Found, budget: int) -> None:
+    """LoRA's B matrices start at 0: when more zeros than the budget tie for the best score, order alone decides."""
+    score = method.score
+    if score is None or score.reads is not Reads.WEIGHT or getattr(method.select, "tie", "") != "order":
+        return
+    zero_wins = bool(torch.diff(score(torch.tensor([0.0, 1.0]))) < 0)
+    zeros = sum(int((t.parameter == 0).sum()) for t in found.tensors) if zero_wins else 0
+    if zeros > budget:
+        log.warning(
+            "%d scalars in scope are exactly 0, more than the budget of %d: the first of them in the model's order are "
+            "selected. tie='random' spreads them.", zeros, budget,
+        )  # fmt: skip
+
+
+def _ranks(ledger: Ledger) -> dict[int, Tensor]:
+    """Rank of selection (n + r,) per tensor: slots are given in order of selection, retired entries come last."""
+    ranks = {}
+    for index, page in enumerate(ledger.pages):
+        flat, _ = page.touched()
+        rank = torch.full(flat.shape, ledger.values.numel(), dtype=torch.int64)
+        rank[torch.searchsorted(flat, page.flat).cpu()] = page.slot.cpu()
+        ranks[index] = rank
+    return ranks
+
+
+def _patch(tensor: ScopedTensor, flat: Tensor, base: Tensor, old_values: bool, rank: Tensor | None) -> Patch:
+    return Patch(
+        name=tensor.name,
+        shape=tuple(tensor.parameter.shape),
+        dtype=tensor.parameter.dtype,
+        indices=flat.cpu(),
+        values=ops.gather_entries(tensor.parameter, flat).cpu(),
+        base_digest=digest_bits(base.cpu()),
+        base_values=base.cpu() if old_values else None,
+        order=None if rank is None else rank.to(torch.int32),
+    )
+
+
+def _dense(name: str, kind: str, now: Tensor, before: Tensor, old_values: bool) -> Dense:
+    return Dense(
+        name=name,
+        kind=kind,
+        tensor=now.detach().cpu().clone(),
+        base_digest=digest_bits(before.cpu()),
+        base_tensor=before.cpu() if old_values else None,
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool((ops.bits(a) == ops.bits(b)).all())

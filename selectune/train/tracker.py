@@ -1,0 +1,353 @@
+"""The tracker follows a training run from backward pass to optimizer step, and selects in between.
+
+A *window* is what makes one optimizer step: `accumulation_steps` backward passes, then `step()`.
+
+    forward    values moved since? write them into the weights; weight-only selections happen here
+    backward   on a selecting window every tensor's gradient is scored and dropped as it appears
+    close      after the last backward of the window: select, give slots, add their gradient
+    step       commit: the step counts, the values are written into the weights
+
+A window whose step never comes (a gradient scaler skipped it) is undone: support, quota and step
+number are as before. The selection is exact over the sum of the window's gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from selectune.errors import AccumulationError
+from selectune.method import Method
+from selectune.scope import ScopedTensor
+from selectune.train.ledger import Ledger, Page
+from selectune.train.scan import scan
+from selectune.train.taps import Taps
+from selectune.types import Collector, Reads, Schedule
+
+log = logging.getLogger("selectune")
+
+
+@dataclass
+class Window:
+    """What is known of the present step, from its first backward pass to its commit."""
+
+    backwards: int = 0
+    selecting: bool = False  # a dense gradient is wanted from every tensor
+    closed: bool = False  # the selection of this window is done
+    collector: Collector | None = None
+    held: dict[int, Tensor] = field(default_factory=dict)  # dense sums, while more is to come for them
+    broken: list[str] = field(default_factory=list)  # tensors with non-finite scores
+    before: tuple[list[Page], Tensor] | None = None  # the ledger before this window's selection
+    gradient: Tensor | None = None  # (B,) what the window gave so far, kept under accumulation only
+
+
+class Tracker:
+    """One run's state: step number, window, support. Listens to the nodes of `autograd`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        schedule: Schedule | None,
+        tensors: Sequence[ScopedTensor],
+        ledger: Ledger,
+        seed: int,
+        accumulation_steps: int,
+    ) -> None:
+        self.method, self.schedule, self.tensors, self.ledger = method, schedule, tensors, ledger
+        self.seed, self.accumulation_steps = seed, accumulation_steps
+        self.step = 0  # optimizer steps committed
+        self.events: Counter[str] = Counter()
+        self.reached: set[int] = set()  # tensors that ever sent a gradient
+        self.recycled: Tensor | None = None  # slots that changed hands: their optimizer state is stale
+        self.in_step = False  # inside optimizer.step(): a closure may run backward again
+        self.keepalive: object = None
+        self._queue: tuple[Tensor, Tensor] | None = None  # entries in the order known beforehand
+        self._window = Window()
+        self._in_backward = False
+        self._deferred = False
+        self._version = ledger.values._version
+        self._needs_gradient = method.score is not None and method.score.reads is Reads.GRADIENT
+        self.taps = Taps(model, tensors, ledger.values, self, self.before_forward, self.open_graph, self.recompute)
+
+    @property
+    def quota(self) -> int:
+        """How many entries the schedule still asks for at this step."""
+        if self.schedule is None or not self.schedule.due(self.step):
+            return 0
+        target = self.schedule.target(self.step)
+        return target if not self.schedule.keeps else max(0, target - self.ledger.selected)
+
+    # -- forward
+
+    def before_forward(self) -> None:
+        """Brings weights and support up to date before the outermost module runs."""
+        self.ledger.follow()
+        if self._in_backward:  # a backward pass broke off, or asked for input gradients only
+            self._in_backward = False
+            self._window.held.clear()
+            self._window.collector = None
+            self.taps.forget()
+        if self._window.backwards >= self.accumulation_steps and not self.in_step and self._moved():
+            self.commit()  # an optimizer without torch's hooks has stepped
+        elif self.ledger.values._version != self._version:
+            self.write_weights()
+        if torch.is_grad_enabled() and self._window.backwards == 0:
+            self.select_ahead()
+
+    def open_graph(self) -> list[tuple[Page, bool]]:
+        """The pages of a new graph, and whether each tensor needs a gradient in it."""
+        dense = self._needs_gradient and (self.quota > 0 or self._window.before is not None)
+        return [(page, dense or page.flat.numel() > 0) for page in self.ledger.pages]
+
+    def recompute(self) -> None:
+        """A forward is repeated inside a backward pass: with reentrant checkpointing, close after all of it."""
+        if self.taps.grad_was_off and not self._deferred:
+            self._deferred = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._close_deferred)
+
+    # -- backward (Listener)
+
+    def wants_dense(self) -> bool:
+        self._begin()
+        return self._window.selecting and not self._window.closed
+
+    def offer(self, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
+        self.taps.uses[index] -= 1
+        last_use = self.taps.uses[index] <= 0 and not self.taps.grad_was_off
+        last_pass = self._window.backwards + 1 == self.accumulation_steps
+        held = self._window.held
+        if last_use and last_pass and index not in held:
+            self._score(index, gradient, rows)
+            return
+        self._hold(index, gradient, rows)
+        if last_use and last_pass:
+            self._score(index, held.pop(index))
+
+    def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
+        self._begin()
+        self.reached.update(i for i, piece in enumerate(pieces) if piece is not None)
+        gradient = self.ledger.gather(pages, pieces)
+        gradient[self.ledger.free] = 0  # slots of a selection that was undone after this graph was built
+        if self.taps.grad_was_off:
+            self.recompute()
+            return gradient
+        return self._close(gradient)
+
+    def _close_deferred(self) -> None:
+        self._deferred = False
+        values = self.ledger.values
+        if values.grad is None:
+            values.grad = torch.zeros_like(values)
+        values.grad.add_(self._close(torch.zeros_like(values)))
+
+    def _close(self, gradient: Tensor) -> Tensor:
+        window = self._window
+        window.backwards += 1
+        self._in_backward = False
+        self.taps.forget()
+        if window.selecting and not window.closed:
+            if window.backwards == self.accumulation_steps:
+                gradient = self._select(gradient)
+            elif window.gradient is None:
+                window.gradient = gradient.clone()
+            else:
+                window.gradient.add_(gradient)
+        return gradient
+
+    def _begin(self) -> None:
+        """The first sign of a new backward pass."""
+        if self._in_backward:
+            return
+        self._in_backward = True
+        window = self._window
+        if window.backwards >= self.accumulation_steps and not self.in_step:
+            grad = self.ledger.values.grad
+            if grad is None or not bool(grad.any()):
+                self._undo()
+                window = self._window
+            elif window.selecting:
+                raise AccumulationError(
+                    f"A backward pass began before optimizer.step(), after the {window.backwards} of this step that "
+                    f"attach(accumulation_steps={self.accumulation_steps}) announced. The selection of the step is "
+                    "closed, so it would miss this gradient. Attach with accumulation_steps = the number of backward "
+                    "passes between two optimizer steps."
+                )
+        if window.backwards == 0:
+            window.selecting = self._needs_gradient and self.quota > 0
+
+    def _undo(self) -> None:
+        """The window's step was skipped: nothing of it stays."""
+        if self._window.before is not None and self._needs_gradient:
+            self.ledger.restore(self._window.before)
+            self._version = self.ledger.values._version
+        self._window = Window(before=None if self._needs_gradient else self._window.before)
+        self.events["skipped_steps"] += 1
+
+    # -- selection
+
+    def select_ahead(self) -> None:
+        """Selections that read no gradient of the run: before forward, so that no dense gradient is needed."""
+        if self._needs_gradient or self.quota == 0 or self._window.before is not None:
+            return
+        assert self.schedule is not None
+        if self.schedule.keeps:
+            if self._queue is None:
+                self.prepare()
+            assert self._queue is not None
+            tensors, flat = (column[: self.quota] for column in self._queue)
+            self._queue = (self._queue[0][flat.numel() :], self._queue[1][flat.numel() :])
+        else:
+            tensors, flat = self._rank(self.quota)
+        self._window.before = self.ledger.snapshot()
+        self._take(tensors, flat, None, None)
+
+    def prepare(self, ready: Sequence[Tensor] | None = None) -> None:
+        """Ranks the whole budget beforehand, by weights or by scores that are `ready`."""
+        assert self.schedule is not None and isinstance(self.schedule.budget, int)
+        self._queue = self._rank(self.schedule.budget, ready)
+
+    def _rank(self, quota: int, ready: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        assert self.method.score is not None
+        collector = self._collector(quota)
+        generator = torch.Generator().manual_seed(self.seed)
+        for tensor in self.tensors:
+            known = None if ready is None else ready[tensor.index]
+            taken = self._taken(tensor.index)
+            if not scan(collector, self.method.score, tensor, taken, generator=generator, ready=known):
+                self._report_broken([tensor.name])
+        tensors, flat, _ = collector.close()
+        return tensors, flat
+
+    def _select(self, gradient: Tensor) -> Tensor:
+        """Closes the window's selection; returns its gradient with that of the new entries."""
+        window = self._window
+        for index in list(window.held):
+            self._score(index, window.held.pop(index))
+        window.closed = True
+        if window.broken:
+            self._report_broken(window.broken)
+            return gradient
+        quota = self.quota
+        if window.collector is None:
+            return gradient
+        tensors, flat, carried = window.collector.close()
+        window.collector = None
+        if flat.numel() < quota:
+            self.events["shortfall"] += quota - flat.numel()
+        window.before = self.ledger.snapshot()
+        return self._take(tensors, flat, carried, gradient)
+
+    def _take(self, tensors: Tensor, flat: Tensor, carried: Tensor | None, gradient: Tensor | None) -> Tensor:
+        """Gives entries their slots and, where known, the gradient of this step."""
+        assert self.schedule is not None
+        values = self.ledger.values
+        if self.schedule.keeps:
+            slots = self.ledger.add(tensors, flat)
+        else:
+            fresh, slots = self.ledger.replace(tensors, flat)
+            carried = None if carried is None else carried[fresh]
+            for stale in (gradient, values.grad):
+                if stale is not None:
+                    stale[slots] = 0
+                    stale[self.ledger.free] = 0
+            self.recycled = slots
+        self._version = values._version
+        if gradient is None or carried is None:
+            return torch.empty(0)
+        gradient[slots] = carried.to(gradient)
+        return gradient
+
+    def _score(self, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
+        window = self._window
+        assert self.method.score is not None
+        if window.collector is None:
+            window.collector = self._collector(self.quota)
+        tensor = self.tensors[index]
+        if rows is not None and self.method.score.above is None:
+            gradient, rows = _scattered(gradient, rows, tensor), None  # zeros may be chosen: they must be seen
+        if not scan(window.collector, self.method.score, tensor, self._taken(index), gradient, rows):
+            window.broken.append(tensor.name)
+
+    def _hold(self, index: int, gradient: Tensor, rows: Tensor | None) -> None:
+        held, tensor = self._window.held, self.tensors[index]
+        wide = torch.float64 if tensor.parameter.dtype == torch.float64 else torch.float32
+        if rows is not None:
+            if index in held:
+                held[index].index_add_(0, rows, gradient.to(wide))
+            else:
+                held[index] = _scattered(gradient.to(wide), rows, tensor)
+        elif index in held:
+            held[index].add_(gradient)
+        else:
+            held[index] = gradient.to(wide, copy=True)
+
+    def _collector(self, quota: int) -> Collector:
+        return self.method.select.collector(quota, [t.parameter.numel() for t in self.tensors], self.seed)
+
+    def _taken(self, index: int) -> Tensor | None:
+        return self.ledger.pages[index].flat if self.schedule is not None and self.schedule.keeps else None
+
+    def _report_broken(self, names: Sequence[str]) -> None:
+        self.events["nonfinite_selections"] += 1
+        log.warning(
+            "Step %d: scores of %s are not finite, so nothing is selected at this step; the quota is carried over.",
+            self.step, ", ".join(f'"{n}"' for n in names[:3]) + (" ..." if len(names) > 3 else ""),
+        )  # fmt: skip
+
+    # -- the optimizer's step
+
+    def before_step(self) -> None:
+        """The optimizer is about to step; a window that ends short (last batches of an epoch) closes here."""
+        self.in_step = True
+        window = self._window
+        if window.selecting and not window.closed and 0 < window.backwards < self.accumulation_steps:
+            values = self.ledger.values
+            if values.grad is None:
+                values.grad = torch.zeros_like(values)
+            scale = _scale(values.grad, window.gradient)
+            fresh = self._select(torch.zeros_like(values))
+            values.grad.add_(fresh, alpha=scale)
+            self.events["short_windows"] += 1
+
+    def commit(self) -> None:
+        """The optimizer has stepped: the window counts, the weights follow the values."""
+        self.in_step = False
+        if self._window.backwards == 0 and self.tensors:
+            return
+        self.step += 1
+        self._window = Window()
+        self.recycled = None
+        self.write_weights()
+
+    def write_weights(self) -> None:
+        self.ledger.write_weights()
+        self._version = self.ledger.values._version
+
+    def weights_changed(self) -> None:
+        """Somebody loaded weights into the model: the values follow them."""
+        self.ledger.follow()
+        self.ledger.read_weights(only_changed=True)
+        self._version = self.ledger.values._version
+
+    def _moved(self) -> bool:
+        return self.ledger.values._version != self._version or not self.ledger.agrees()
+
+
+def _scattered(block: Tensor, rows: Tensor, tensor: ScopedTensor) -> Tensor:
+    """Rows of a gradient as the dense gradient they stand for."""
+    dense = block.new_zeros(tensor.parameter.shape)
+    return dense.index_copy_(0, rows, block)
+
+
+def _scale(now: Tensor, then: Tensor | None) -> float:
+    """What clipping or unscaling multiplied the gradient by since backward; 1 where that cannot be seen."""
+    if then is None or not bool(then.any()):
+        return 1.0
+    at = int(then.abs().argmax())
+    return float(now[at] / then[at])

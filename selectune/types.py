@@ -1,0 +1,159 @@
+"""The contract: what a score, a selection and a schedule are, and what a score may read.
+
+A method is four values (`selectune.method.Method`):
+
+    scope     which tensors may be selected                    selectune/scope.py
+    score     one number per entry, higher = more worth it     selectune/scores/
+    select    scores x quota -> exactly that many entries      selectune/select.py
+    schedule  is it time to select, and how many by then       selectune/schedule.py
+
+Letters used beside tensors: N entries in scope, B the budget, n entries of one tensor, q a quota.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Generator, Tensor
+
+from selectune.errors import ConfigError
+
+
+class Reads(enum.StrEnum):
+    """What a score must be shown; the engine computes only that."""
+
+    NOTHING = "nothing"  # f(weight, generator): the shape and a seeded generator
+    WEIGHT = "weight"  # f(weight): one pass over the weights, no data
+    GRADIENT = "gradient"  # f(weight, gradient): the gradient of the step that is being taken
+    EXAMPLES = "examples"  # f(weight, gradient), summed over single examples before training
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number per entry, float32 (float64 for float64 weights); higher means more worth training.
+
+    `function` gets flat pieces of a tensor of any length, so it must be elementwise. `above`: an
+    entry is eligible only if it scores strictly above this; a gradient score with `above=0`
+    promises to be 0 wherever the gradient is 0, so entries without gradient are never selected.
+    NaN or infinity abort the selection of that step.
+    """
+
+    name: str
+    reads: Reads
+    function: Callable[..., Tensor] = field(repr=False)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    above: float | None = None
+
+    def __call__(
+        self,
+        weight: Tensor,  # (n,) float32 or float64
+        gradient: Tensor | None = None,  # (n,) same dtype; None unless the score reads it
+        generator: Generator | None = None,
+    ) -> Tensor:  # (n,)
+        if self.reads is Reads.WEIGHT:
+            return self.function(weight, **self.parameters)
+        if self.reads is Reads.NOTHING:
+            return self.function(weight, generator, **self.parameters)
+        return self.function(weight, gradient, **self.parameters)
+
+
+def score(reads: str, above: float | None = None) -> Callable[[Callable[..., Tensor]], Callable[..., Score]]:
+    """Turns a plain function of tensors into a maker of scores.
+
+    Keyword parameters of the function become parameters of the maker:
+
+    >>> import torch, selectune as st
+    >>> @st.score(reads="gradient", above=0.0)
+    ... def taylor(weight, gradient, power=1.0):
+    ...     return (weight * gradient).abs() ** power
+    >>> taylor(power=2.0)(torch.tensor([2.0]), torch.tensor([3.0])).item()
+    36.0
+    """
+    known = Reads(_known(reads, [r.value for r in Reads], "reads"))
+
+    def decorate(function: Callable[..., Tensor]) -> Callable[..., Score]:
+        signature = inspect.signature(function)
+        tensors = 1 if known is Reads.WEIGHT else 2
+        defaults = dict(list(signature.parameters.items())[tensors:])
+
+        @functools.wraps(function)
+        def make(**parameters: Any) -> Score:
+            for name in parameters:
+                _known(name, list(defaults), f"parameter of the score '{function.__name__}'")
+            full = {k: p.default for k, p in defaults.items() if p.default is not p.empty} | parameters
+            missing = [k for k in defaults if k not in full]
+            if missing:
+                raise ConfigError(f"The score '{function.__name__}' needs {', '.join(missing)}.")
+            return Score(function.__name__, known, function, full, above)
+
+        return make
+
+    return decorate
+
+
+def _known(value: str, allowed: Sequence[str], what: str) -> str:
+    if value not in allowed:
+        raise ConfigError(f"Unknown {what} '{value}'. Known: {', '.join(allowed) or 'none'}.")
+    return value
+
+
+class Collector(Protocol):
+    """Takes scores piece by piece and keeps the best; never sees all of them at once."""
+
+    def offer(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
+        """Entries of tensor number `tensor` and their scores (n,); -inf = not eligible.
+
+        `flat`: their flat indices (n,) int64, or the first of n consecutive ones. `carry` (n,): a number
+        that travels with each entry (its gradient), 0 without it.
+        """
+        ...
+
+    def close(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The chosen entries, best first, k <= quota: tensor numbers (k,), flat indices (k,), carried (k,); on the CPU."""
+        ...
+
+
+@runtime_checkable
+class Select(Protocol):
+    """scores x quota -> support."""
+
+    def collector(self, quota: int, sizes: Sequence[int], seed: int) -> Collector:
+        """A fresh collector of `quota` entries over tensors of these sizes."""
+        ...
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Two questions, asked at optimizer step 0, 1, 2, ...: is it time, and how many by then?"""
+
+    @property
+    def keeps(self) -> bool:
+        """True: the support only grows. False: every selection starts from all entries again."""
+        ...
+
+    def resolve(self, eligible: int) -> Schedule:
+        """The same schedule with its budget as a count, checked against the entries there are."""
+        ...
+
+    @property
+    def budget(self) -> int | float | None:
+        """The budget B: a count after `resolve`."""
+        ...
+
+    @property
+    def steps(self) -> int | None:
+        """The planned number of optimizer steps T, if the schedule has one."""
+        ...
+
+    def due(self, step: int) -> bool:
+        """Whether entries are selected at this step."""
+        ...
+
+    def target(self, step: int) -> int:
+        """How many entries are selected once this step's selection is done."""
+        ...
