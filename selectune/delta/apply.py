@@ -49,6 +49,7 @@ class Layer:
     digest: str
     label: str
     olds: dict[str, tuple[Tensor | None, Tensor]]  # name: (indices or None for all, old values)
+    changes: bool  # whether any bit differed
 
 
 _STACKS: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()
@@ -80,7 +81,26 @@ def ready(model: nn.Module) -> Inventory:
     return found
 
 
-# --- checks ---------------------------------------------------------------------------------------------------------
+def forget_undone(stack: list[Layer], found: Inventory) -> None:
+    """Drop the topmost layers whose old values are back in the model, as after loading a state dict."""
+    while (
+        stack
+        and stack[-1].changes
+        and all(
+            name in found.find and _equals(found.find[name].tensor, where, old)
+            for name, (where, old) in stack[-1].olds.items()
+        )
+    ):
+        stack.pop()
+
+
+def _equals(tensor: Tensor, where: Tensor | None, old: Tensor) -> bool:
+    if where is None:
+        return same_bits(tensor, old)
+    return bool(where[-1] < tensor.numel()) and same_bits(bits.gather(tensor, where), old)
+
+
+# --- checks -------------------------------------------------------------------------------------------------
 
 
 def check_structure(delta: Delta, found: Inventory) -> None:
@@ -233,7 +253,7 @@ def _dense_base(entry: Entry, under: Sequence[Layer]) -> Tensor:
     return values
 
 
-# --- writing ----------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
 
 def writes(delta: Delta, found: Inventory) -> list[Write]:
@@ -265,7 +285,10 @@ def write_all(made: Sequence[Write]) -> None:
 
 def layer_of(delta: Delta, made: Sequence[Write]) -> Layer:
     """What to remember of an applied delta."""
-    return Layer(delta.digest, delta.label, {write.name: (write.indices, write.old) for write in made})
+    changes = any(not same_bits(write.old, write.new) for write in made)
+    return Layer(
+        delta.digest, delta.label, {write.name: (write.indices, write.old) for write in made}, changes
+    )
 
 
 def undo(delta: Delta, found: Inventory, olds: dict[str, tuple[Any, Tensor]]) -> list[Write]:

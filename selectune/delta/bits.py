@@ -85,7 +85,7 @@ def overwrite(tensor: Tensor, values: Tensor) -> None:
 
 
 def raw(tensor: Tensor) -> np.ndarray:
-    """The tensor's little-endian bits in row-major order, as a flat integer array that shares memory if it can."""
+    """The tensor's little-endian bits in row-major order, as a flat integer array (no copy if possible)."""
     flat = int_view(tensor).reshape(-1).cpu().contiguous().numpy()
     return flat.astype(flat.dtype.newbyteorder("<"), copy=False)
 

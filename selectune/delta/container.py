@@ -50,7 +50,7 @@ def pack(metadata: str, streams: list[Stream]) -> bytes:
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise DeltaFormatError(
-            f"the delta's header would take {len(text)} bytes; at most {MAX_HEADER} are allowed: too many tensors"
+            f"the delta has too many tensors: its header takes {len(text)} bytes; allowed are {MAX_HEADER}"
         )
     return len(text).to_bytes(8, "little") + text
 
@@ -59,16 +59,16 @@ def header_length(head: Any, size: int) -> int:
     """Length of the JSON header, from the file's first bytes; `size` is that of the whole file."""
     if bytes(head[:4]) in _PICKLES or bytes(head[:2]) in _PICKLES:
         raise DeltaFormatError(
-            "the file is a pickle (or a zip of pickles, as torch.save writes); selectune never opens those, because "
-            "they can run code. Expected a delta in safetensors format"
+            "the file is a pickle (or a zip of pickles, as torch.save writes); selectune never opens those, "
+            "because they can run code. Expected a delta in safetensors format"
         )
     if size < 8:
         raise DeltaFormatError(f"the file is no delta: it has {size} bytes, fewer than a header needs")
     length = int.from_bytes(head[:8], "little")
     if not 2 <= length <= MAX_HEADER or length % 8 or 8 + length > size:
         raise DeltaFormatError(
-            f"the file is no delta, or is damaged: its header claims {length} bytes; expected a multiple of 8, "
-            f"at most {MAX_HEADER} and within the file of {size} bytes"
+            f"the file is no delta, or is damaged: its header claims {length} bytes; expected a multiple of "
+            f"8, at most {MAX_HEADER} and within the file of {size} bytes"
         )
     return length
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from selectune.delta import apply as live
 from selectune.delta import format as layout
 from selectune.delta import parts
-from selectune.delta.bits import same_bits
+from selectune.delta.bits import raw, same_bits
 from selectune.delta.fingerprint import delta_fingerprint, digest_bits
 from selectune.delta.io import read_owned, write_durably
 from selectune.delta.parts import Dense, Patch
 from selectune.delta.schema import canonical_json, check_info, parse_json
 from selectune.errors import DeltaError, DeltaFormatError, DeltaStateError
+
+if TYPE_CHECKING:
+    from selectune.delta.verify import Report
 
 DELTA_FILE = "delta.safetensors"
 """Name of the delta's file in a directory."""
@@ -31,13 +34,13 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dist
 
 
 class Delta:
-    """Values of some scalars of a model: apply them to the base, revert them bit for bit, ship them as one file.
+    """Values of some scalars of a model: applied to the base, reverted bit for bit, shipped as one file.
 
     `patches` (scattered scalars) and `dense` (whole tensors) are copied. `info` needs `info["base"]` from
     `base_info(base_model)`; the other keys have defaults. Patches without scalars are dropped.
 
-    Raises DeltaError for parts that do not fit each other, NonFiniteError for NaN or infinity among the values,
-    DeltaFormatError for an `info` outside the schema (docs/delta-format.md).
+    Raises DeltaError for parts that do not fit each other, NonFiniteError for NaN or infinity among the
+    values, DeltaFormatError for an `info` outside the schema (docs/delta-format.md).
     """
 
     def __init__(self, patches: Sequence[Patch], dense: Sequence[Dense], info: Mapping[str, Any]) -> None:
@@ -53,7 +56,7 @@ class Delta:
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray) -> Delta:
-        """Read a delta from the bytes of its file; raises DeltaFormatError for whatever is wrong with them."""
+        """Read a delta from the bytes of its file; raises DeltaFormatError for whatever is wrong."""
         delta = cls.__new__(cls)
         delta._set(*layout.decode(data))
         return delta
@@ -78,7 +81,7 @@ class Delta:
         self._nbytes = len(data)
         return write_durably(path, data)
 
-    # --- what it holds ------------------------------------------------------------------------------------------
+    # --- what it holds --------------------------------------------------------------------------------------
 
     @property
     def patches(self) -> tuple[Patch, ...]:
@@ -132,7 +135,7 @@ class Delta:
             found = hashlib.sha256()
             for patch in self._patches:
                 found.update(canonical_json([patch.name, *patch.shape, patch.indices.numel()]).encode())
-                found.update(patch.indices.numpy())
+                found.update(raw(patch.indices).data)
                 found.update(digest_bits(patch.values).encode())
             for entry in self._dense:
                 found.update(canonical_json([entry.kind, entry.name]).encode())
@@ -154,31 +157,34 @@ class Delta:
     def __repr__(self) -> str:
         return f"<Delta {self.label} in {len(self._patches)} tensors, {len(self._dense)} dense>"
 
-    # --- on a model -----------------------------------------------------------------------------------------------
+    # --- on a model -----------------------------------------------------------------------------------------
 
     def apply(self, model: nn.Module, stack: bool = False, full: bool = False) -> None:
         """Write the values into the model, in place: all of them or, on any error, none.
 
-        The model must be the delta's base: same tensors, and the same bits wherever the delta writes; with `full`,
-        the same bits everywhere (reads all weights). `stack=True` allows it on top of other applied deltas; the base
-        is then looked for under them, or, for a delta trained on top of them, in the model as it stands.
+        The model must be the delta's base: same tensors, and the same bits wherever the delta writes; with
+        `full`, the same bits everywhere (reads all weights). `stack=True` allows it on top of other applied
+        deltas; the base is then looked for under them, or, for a delta trained on top of them, in the model
+        as it stands.
 
-        Raises BaseMismatchError for another model, DeltaStateError if a tuner is attached, this delta is applied
-        already, or another one is and `stack` is False.
+        Raises BaseMismatchError for another model, DeltaStateError if a tuner is attached, this delta is
+        applied already, or another one is and `stack` is False.
         """
         found = live.ready(model)
         stack_now = live.stack_of(model)
+        live.forget_undone(stack_now, found)
         self._check_not_applied(stack_now, stack)
         self._check_fits(found, stack_now, full)
         made = live.writes(self, found)
+        layer = live.layer_of(self, made)
         live.write_all(made)
-        stack_now.append(live.layer_of(self, made))
+        stack_now.append(layer)
 
     def revert(self, model: nn.Module) -> None:
         """Take the delta off again: every bit is what it was before `apply`.
 
-        It must be the last one applied. A delta that carries old values can also be reverted where it was merged, or
-        applied in another process, as long as the model holds exactly its values.
+        It must be the last one applied. A delta that carries old values can also be reverted where it was
+        merged, or applied in another process, as long as the model holds exactly its values.
 
         Raises DeltaStateError if it is not applied, is not the last one, or the model changed meanwhile.
         """
@@ -192,18 +198,18 @@ class Delta:
             below = any(layer.digest == self.digest for layer in stack)
             raise DeltaStateError(
                 f"cannot revert {self.label}: {'it lies under' if below else 'it is not applied, but'} "
-                f"{stack[-1].label}{'' if below else ' is'}; revert that first (deltas applied here, oldest first: "
+                f"{stack[-1].label}{'' if below else ' is'}; revert that first (applied here, oldest first: "
                 f"{', '.join(layer.label for layer in stack)})"
             )
         if not self.reversible:
             raise DeltaStateError(
-                f"cannot revert {self.label}: it is not applied to this model (or was reverted already), and it does "
-                f"not carry the base's values, as one saved with old_values=True does"
+                f"cannot revert {self.label}: it is not applied to this model (or was reverted already), and "
+                f"it does not carry the base's values, as one saved with old_values=True does"
             )
         self._revert_merged(found)
 
     def merge(self, model: nn.Module) -> None:
-        """Apply and forget: the values become the model's own. A delta that is applied already is only forgotten.
+        """Apply and forget: the values become the model's own. If it is applied, it is only forgotten.
 
         Raises as `apply` does, and DeltaStateError where other deltas are applied.
         """
@@ -230,8 +236,13 @@ class Delta:
         finally:
             self.revert(model)
 
-    def verify(self, model: nn.Module, full: bool = False) -> Any:
-        """Prove, on a base model, what the delta does to it; the model is left as it was. See `verify.verify`."""
+    def verify(self, model: nn.Module, full: bool = False) -> Report:
+        """Prove, on a bare base model, what the delta does to it, and leave it as it was.
+
+        Reads all weights twice; `full` also compares them with the recorded digest of the base. A wrong base
+        is reported (`report.ok`, `report.problem`), not raised. Raises DeltaStateError if a tuner or another
+        delta is on the model.
+        """
         from selectune.delta.verify import verify
 
         return verify(self, model, full=full)
@@ -287,8 +298,8 @@ class Delta:
 def load(path: str | os.PathLike[str]) -> Delta:
     """Read a delta from its file, or from a directory that holds delta.safetensors.
 
-    The file is read once into memory; nothing in it is run and no other file is opened. Raises DeltaError if there
-    is none, DeltaFormatError if it is anything but an intact delta.
+    The file is read once into memory; nothing in it is run and no other file is opened. Raises DeltaError if
+    there is none, DeltaFormatError if it is anything but an intact delta.
     """
     path = Path(path)
     if path.is_dir():

@@ -12,10 +12,10 @@ from selectune.errors import BaseMismatchError
 
 
 def diff(base_model: nn.Module, tuned_model: nn.Module, *, old_values: bool = False) -> Delta:
-    """The delta that turns `base_model` into `tuned_model`: every scalar whose bits differ, and changed buffers whole.
+    """The delta that turns `base_model` into `tuned_model`: scalars whose bits differ, changed buffers whole.
 
-    Reads both models once. Raises BaseMismatchError if they are not of one structure, NonFiniteError if a tuned
-    value is NaN or infinite.
+    Reads both models once. Raises BaseMismatchError if they are not of one structure, NonFiniteError if a
+    tuned value is NaN or infinite.
 
     >>> import copy, torch
     >>> base = torch.nn.Linear(4, 3)
@@ -68,7 +68,7 @@ def _check_same_structure(base: Inventory, tuned: Inventory) -> None:
             )
         elif sorted(old.names) != sorted(new.names):
             problems.append(
-                f'"{name}" is tied to {sorted(old.names)} in the base, to {sorted(new.names)} in the tuned model'
+                f'"{name}" is one with {sorted(old.names)} in the base, with {sorted(new.names)} when tuned'
             )
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""

@@ -64,8 +64,8 @@ def inventory(model: nn.Module) -> Inventory:
         for name in names:
             if name in find:
                 raise BaseMismatchError(
-                    f'two tensors of the model have the same canonical name "{name}": once the components that '
-                    f"DDP, torch.compile, FSDP and checkpoint wrappers add are left out, names must differ"
+                    f'two tensors of the model have the same canonical name "{name}": once the components '
+                    f"that DDP, torch.compile, FSDP and checkpointing add are left out, names must differ"
                 )
             find[name] = entry
     return Inventory(tuple(entries), find, attached)
@@ -102,12 +102,12 @@ def digest_bits(tensor: Tensor) -> str:
     """
     shape = ",".join(str(size) for size in tensor.shape)
     found = hashlib.sha256(f"{dtype_name(tensor.dtype)}[{shape}]".encode("ascii"))
-    found.update(raw(tensor))
+    found.update(raw(tensor).data)
     return found.hexdigest()[:16]
 
 
 def structure_digest(model: nn.Module) -> str:
-    """sha256 over names, shapes, dtypes and ties of all parameters and persistent buffers; reads no weight."""
+    """sha256 over names, shapes, dtypes, ties of all parameters and persistent buffers; reads no weight."""
     return _structure(inventory(model))
 
 
@@ -147,7 +147,8 @@ def base_info(
     """Describe a base model for `info["base"]`; call it while the model holds the base's weights.
 
     `initialised` names the tensors that no checkpoint held (a new task head), or maps them to digests taken
-    before training. `full` adds the digest of all weights (one read of them). The fingerprint is filled in by Delta.
+    before training. `full` adds the digest of all weights (one read of them). The fingerprint is filled in by
+    Delta.
 
     Raises BaseMismatchError for a name in `initialised` that the model does not have.
     """

@@ -37,7 +37,7 @@ HEAD = 8 + MAX_HEADER
 _KEYS = {"format", "version", "patches", "dense", "digests", "info", "digest"}
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
 
 def encode(patches: Sequence[Patch], dense: Sequence[Dense], info: dict[str, Any]) -> bytes:
@@ -112,7 +112,7 @@ def _streams(metadata: dict[str, Any]) -> list[Stream]:
     return layout(found)
 
 
-# --- reading ------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def check_head(head: bytearray, size: int) -> None:
@@ -123,8 +123,8 @@ def check_head(head: bytearray, size: int) -> None:
 def decode(data: bytes | bytearray) -> tuple[list[Patch], list[Dense], dict[str, Any]]:
     """Read a delta from bytes, checking everything that docs/delta-format.md lists; nothing is run or opened.
 
-    The tensors returned share memory with `data` if it is a bytearray (which the caller must then leave alone).
-    Raises DeltaFormatError for whatever is wrong.
+    The tensors returned share memory with `data` if it is a bytearray (which the caller must then leave
+    alone). Raises DeltaFormatError for whatever is wrong.
     """
     owned = data if isinstance(data, bytearray) else bytearray(data)
     metadata, streams, begin = _read_head(owned, len(owned))
@@ -151,7 +151,8 @@ def _read_head(head: bytes | bytearray, size: int) -> tuple[dict[str, Any], list
     if announced != there or announced != set(metadata["digests"]):
         odd = sorted((announced ^ there) | (announced ^ set(metadata["digests"])))[:3]
         raise DeltaFormatError(
-            f"tensors of the file are not those that its metadata announces: {', '.join(ascii(key)[:80] for key in odd)}"
+            "tensors of the file are not those that its metadata announces: "
+            + ", ".join(ascii(key)[:80] for key in odd)
         )
     if raw_header != pack(text, streams):
         raise DeltaFormatError(
@@ -173,7 +174,7 @@ def _read_metadata(text: str) -> dict[str, Any]:
     version = metadata.get("version")
     if type(version) is not int or version != VERSION:
         raise DeltaFormatError(
-            f"the delta has format version {ascii(version)[:40]}; this version of selectune reads version {VERSION}. "
+            f"the delta has format version {ascii(version)[:40]}; this selectune reads version {VERSION}. "
             f"A newer selectune may have written it"
         )
     check_keys(metadata, _KEYS, "the delta's metadata")

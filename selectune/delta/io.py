@@ -21,9 +21,9 @@ _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 def write_durably(path: str | os.PathLike[str], data: bytes | bytearray | memoryview) -> Path:
     """Write `data` so that `path` holds all of it or what it held before, also after a crash.
 
-    Temp file in the same directory, write, fsync, rename, fsync of the directory. A symbolic link at `path` is
-    replaced, not followed. The mode is that of the file it replaces, or 0666 without the umask's bits.
-    If only the last step fails, the new file is in place and complete, but may not outlive a power loss.
+    Temp file in the same directory, write, fsync, rename, fsync of the directory. A symbolic link at `path`
+    is replaced, not followed. The mode is that of the file it replaces, or 0666 without the umask's bits. If
+    only the last step fails, the new file is in place and complete, but may not outlive a power loss.
 
     Raises DeltaError that names the path; the temp file is gone then. Returns the path.
     """
@@ -37,9 +37,9 @@ def write_durably(path: str | os.PathLike[str], data: bytes | bytearray | memory
             os.close(folder)
     except OSError as error:
         raise DeltaError(
-            f"cannot write {path} ({len(data)} bytes): {error.strerror or error}; the file is as it was before"
-            if not getattr(error, "selectune_renamed", False)
-            else f"wrote {path}, but its directory could not be flushed: {error.strerror or error}"
+            f"wrote {path}, but its directory could not be flushed: {error.strerror or error}"
+            if getattr(error, "selectune_renamed", False)
+            else f"cannot write {path} ({len(data)} bytes): {error.strerror or error}; it is as it was before"
         ) from error
     return path
 
@@ -88,11 +88,12 @@ def read_owned(
 ) -> bytearray:
     """Read a regular file once, whole, into memory that nobody else can change.
 
-    `head` = (n, check) calls `check(first n bytes, file size)` before anything else is read, so that a file can be
-    refused by its beginning. Symbolic links are followed; FIFOs, devices, sockets and directories are refused.
+    `head` = (n, check) calls `check(first n bytes, file size)` before anything else is read, so that a file
+    can be refused by its beginning. Symbolic links are followed; FIFOs, devices, sockets and directories are
+    refused.
 
-    Raises DeltaError where the file cannot be read, DeltaFormatError where it is no regular file, too large, or
-    changes its size meanwhile.
+    Raises DeltaError where the file cannot be read, DeltaFormatError where it is no regular file, too large,
+    or changes its size meanwhile.
     """
     try:
         # O_NONBLOCK: opening a FIFO would wait for a writer for ever

@@ -46,7 +46,7 @@ class Patch:
         old_values: bool = False,
         order: Tensor | None = None,
     ) -> Patch:
-        """A patch from new and base values `(n,)` at `indices` `(n,)`; the base's are kept if `old_values`."""
+        """A patch of new and base values `(n,)` at `indices` `(n,)`; the base's are kept if `old_values`."""
         base_values = base_values.detach().cpu()
         return cls(
             name,
@@ -161,7 +161,7 @@ def _check_values(name: str, values: Tensor, base: Tensor | None, base_digest: s
 
 
 def check_parts(patches: list[Patch], dense: list[Dense]) -> None:
-    """Check every part, that no name occurs twice, and that old values and order are all there or not at all."""
+    """Check every part, that no name occurs twice, and that old values and order are all there or absent."""
     for patch in patches:
         check_patch(patch)
     for entry in dense:

@@ -34,7 +34,7 @@ def canonical_json(value: Any) -> str:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """Parse JSON and refuse what Python's parser lets through: duplicate keys, NaN, infinity, endless integers."""
+    """Parse JSON, refusing what Python's parser lets through: duplicate keys, NaN, huge integers."""
     try:
         return json.loads(
             text, object_pairs_hook=_no_duplicates, parse_constant=_refuse, parse_float=_float, parse_int=_int
@@ -137,7 +137,8 @@ def check_keys(
     if missing or unknown:
         raise DeltaFormatError(
             f"{what} must hold exactly {', '.join(sorted(required))}; "
-            f"missing: {', '.join(sorted(missing)) or 'none'}; unknown: {', '.join(map(_short, sorted(unknown))) or 'none'}"
+            f"missing: {', '.join(sorted(missing)) or 'none'}; "
+            f"unknown: {', '.join(map(_short, sorted(unknown))) or 'none'}"
         )
     return value
 

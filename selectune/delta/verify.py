@@ -40,11 +40,13 @@ class Report:
 def verify(delta: Delta, model: nn.Module, full: bool = False) -> Report:
     """Apply the delta to a bare base model, count what differs, revert, and compare every bit with before.
 
-    Revert writes only where apply wrote, so if the digest of all weights is the same before and after, apply touched
-    nothing but the support. Reads all weights twice. `full` also compares them with the recorded digest of the base.
+    Revert writes only where apply wrote, so if the digest of all weights is the same before and after, apply
+    touched nothing but the support. Reads all weights twice. `full` also compares them with the recorded
+    digest of the base.
 
-    Raises DeltaStateError if a tuner or another delta is on the model, or if `full` is asked of a delta without that
-    digest; IntegrityError if the model could not be put back. A wrong base is reported, not raised.
+    Raises DeltaStateError if a tuner or another delta is on the model, or if `full` is asked of a delta
+    without that digest; IntegrityError if the model could not be put back. A wrong base is reported, not
+    raised.
     """
     found = live.ready(model)
     if live.stack_of(model):
