@@ -49,9 +49,7 @@ def expected_fisher(examples: Iterable[tuple[Sequence[float], Sequence[Sequence[
 
     An example is (probabilities of the classes, gradient of -log p(c) for every class c).
     """
-    return fisher(
-        [math.sqrt(p) * g for g in row] for ps, rows in examples for p, row in zip(ps, rows, strict=True)
-    )
+    return fisher([math.sqrt(p) * g for g in row] for ps, rows in examples for p, row in zip(ps, rows, strict=True))
 
 
 def d3_scores(exp: float, eps: float) -> Scorer:

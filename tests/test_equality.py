@@ -195,9 +195,7 @@ def test_random_keeps_its_budget_and_its_seed(model):
             attached = build(model)
             supports.append(st.attach(attached, st.random(budget=budget), seed=3).support)
         assert sum(flat.numel() for flat in supports[0].values()) == budget
-        assert {k: v.tolist() for k, v in supports[0].items()} == {
-            k: v.tolist() for k, v in supports[1].items()
-        }
+        assert {k: v.tolist() for k, v in supports[0].items()} == {k: v.tolist() for k, v in supports[1].items()}
 
 
 def test_the_whole_model_is_dense_training():

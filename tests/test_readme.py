@@ -22,9 +22,7 @@ def blocks(text: str) -> Iterator[tuple[int, str]]:
         before = text[: match.start()].rstrip().rsplit("\n", 1)[-1].strip()
         if before != NO_RUN:
             width = len(match["indent"])
-            code = "".join(
-                line[width:] if line.strip() else line for line in match["code"].splitlines(keepends=True)
-            )
+            code = "".join(line[width:] if line.strip() else line for line in match["code"].splitlines(keepends=True))
             yield text[: match.start("code")].count("\n") + 1, code
 
 

@@ -104,9 +104,7 @@ def test_the_order_check_sees_a_wrong_import(tmp_path, monkeypatch):
     (tmp_path / "ops").mkdir()
     (tmp_path / "train").mkdir()
     file = tmp_path / "ops" / "bad.py"
-    file.write_text(
-        "import selectune.train\ndef f():\n    from ..train import tracker\nfrom selectune import train\n"
-    )
+    file.write_text("import selectune.train\ndef f():\n    from ..train import tracker\nfrom selectune import train\n")
     assert [imported_top(module, name) for _, module, name in imports(file)] == ["train"] * 3
 
 
