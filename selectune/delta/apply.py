@@ -121,12 +121,8 @@ def check_structure(delta: Delta, found: Inventory) -> None:
                     "number of labels: resize the model as the base was"
                 )
         if entry.tensor.dtype != dtype:
-            problems.append(
-                f'"{part.name}" has dtype {dtype_name(entry.tensor.dtype)}, expected {dtype_name(dtype)}'
-            )
-            hints.append(
-                "load the model in the dtype that the base had: a delta holds the bits of that dtype"
-            )
+            problems.append(f'"{part.name}" has dtype {dtype_name(entry.tensor.dtype)}, expected {dtype_name(dtype)}')
+            hints.append("load the model in the dtype that the base had: a delta holds the bits of that dtype")
         other = owners.setdefault(entry.name, part.name)
         if other != part.name:
             problems.append(f'"{part.name}" and "{other}" are one tensor here, but two in the base')
@@ -181,9 +177,7 @@ def check_base(delta: Delta, found: Inventory, under: Sequence[Layer] = ()) -> N
         )
     if not hints:
         where = f"{base['id'] or 'unnamed'}, revision {base['revision'] or 'unknown'}"
-        hints.append(
-            f"the delta was made on {where}; load exactly that, without another delta or further training"
-        )
+        hints.append(f"the delta was made on {where}; load exactly that, without another delta or further training")
     _refuse(problems, hints)
 
 
@@ -286,9 +280,7 @@ def write_all(made: Sequence[Write]) -> None:
 def layer_of(delta: Delta, made: Sequence[Write]) -> Layer:
     """What to remember of an applied delta."""
     changes = any(not same_bits(write.old, write.new) for write in made)
-    return Layer(
-        delta.digest, delta.label, {write.name: (write.indices, write.old) for write in made}, changes
-    )
+    return Layer(delta.digest, delta.label, {write.name: (write.indices, write.old) for write in made}, changes)
 
 
 def undo(delta: Delta, found: Inventory, olds: dict[str, tuple[Any, Tensor]]) -> list[Write]:
@@ -309,9 +301,7 @@ def check_moved(delta: Delta, found: Inventory) -> None:
             problems.append(f'"{part.name}" has another shape or dtype, or is gone')
     if not problems:
         problems = [
-            f'"{write.name}" has other values'
-            for write in writes(delta, found)
-            if not same_bits(write.old, write.new)
+            f'"{write.name}" has other values' for write in writes(delta, found) if not same_bits(write.old, write.new)
         ]
     if problems:
         raise DeltaStateError(

@@ -42,9 +42,7 @@ def pack(metadata: str, streams: list[Stream]) -> bytes:
     for stream in streams:
         end = begin + stream.nbytes
         shape = canonical_json(list(stream.shape))
-        parts.append(
-            f'"{stream.key}":{{"dtype":"{stream.dtype}","shape":{shape},"data_offsets":[{begin},{end}]}}'
-        )
+        parts.append(f'"{stream.key}":{{"dtype":"{stream.dtype}","shape":{shape},"data_offsets":[{begin},{end}]}}')
         begin = end
     text = ("{" + ",".join(parts) + "}").encode("ascii")
     text += b" " * (-len(text) % 8)

@@ -249,9 +249,7 @@ class Delta:
 
     def _check_not_applied(self, stack: list[live.Layer], allowed: bool) -> None:
         if any(layer.digest == self.digest for layer in stack):
-            raise DeltaStateError(
-                f"{self.label} is applied to this model already; revert it before applying it again"
-            )
+            raise DeltaStateError(f"{self.label} is applied to this model already; revert it before applying it again")
         if stack and not allowed:
             raise DeltaStateError(
                 f"{stack[-1].label} is applied to this model; revert it first, or pass stack=True to put "
@@ -262,9 +260,7 @@ class Delta:
         live.check_structure(self, found)
         if full:
             if stack:
-                raise DeltaStateError(
-                    "a full check needs the bare base; revert the deltas that are applied first"
-                )
+                raise DeltaStateError("a full check needs the bare base; revert the deltas that are applied first")
             live.check_weights(self, found)
         try:
             live.check_base(self, found)
@@ -304,14 +300,10 @@ def load(path: str | os.PathLike[str]) -> Delta:
     path = Path(path)
     if path.is_dir():
         if not (path / DELTA_FILE).exists():
-            raise DeltaError(
-                f"{path} holds no {DELTA_FILE}; expected a directory that selectune saved a delta to"
-            )
+            raise DeltaError(f"{path} holds no {DELTA_FILE}; expected a directory that selectune saved a delta to")
         path = path / DELTA_FILE
     if path.suffix in _PICKLES:
-        raise DeltaFormatError(
-            f"{path} is a pickle by its name; selectune never opens those. Expected *.safetensors"
-        )
+        raise DeltaFormatError(f"{path} is a pickle by its name; selectune never opens those. Expected *.safetensors")
     try:
         return Delta.from_bytes(read_owned(path, head=(layout.HEAD, layout.check_head)))
     except DeltaFormatError as error:
@@ -333,9 +325,7 @@ def _complete(info: Mapping[str, Any], patches: list[Patch], dense: list[Dense])
     """`info` with defaults and fingerprint, as plain JSON that shares nothing with the caller's."""
     total = sum(patch.indices.numel() for patch in patches)
     if not isinstance(info.get("base"), Mapping) or not info["base"].get("structure"):
-        raise DeltaFormatError(
-            'a delta needs info["base"] with the base\'s structure: take it from base_info(model)'
-        )
+        raise DeltaFormatError('a delta needs info["base"] with the base\'s structure: take it from base_info(model)')
     full = {"method": {}, "budget": None, "selected": total, "versions": versions(), **info}
     base = {"id": None, "revision": None, "seed": None, "initialised": [], "weights": None, **info["base"]}
     full["base"] = base

@@ -57,11 +57,7 @@ def _check_same_structure(base: Inventory, tuned: Inventory) -> None:
         old, new = base.find.get(name), tuned.find.get(name)
         if old is None or new is None:
             problems.append(f'"{name}" is only in the {"tuned" if old is None else "base"} model')
-        elif (
-            old.tensor.shape != new.tensor.shape
-            or old.tensor.dtype != new.tensor.dtype
-            or old.kind != new.kind
-        ):
+        elif old.tensor.shape != new.tensor.shape or old.tensor.dtype != new.tensor.dtype or old.kind != new.kind:
             problems.append(
                 f'"{name}" is {dtype_name(old.tensor.dtype)} {tuple(old.tensor.shape)} in the base, '
                 f"{dtype_name(new.tensor.dtype)} {tuple(new.tensor.shape)} in the tuned model"

@@ -59,9 +59,7 @@ def encode(patches: Sequence[Patch], dense: Sequence[Dense], info: dict[str, Any
             [p.name, list(p.shape), dtype_name(p.dtype), p.indices.numel(), len(w), p.base_digest]
             for p, w in zip(patches, words, strict=True)
         ],
-        "dense": [
-            [d.kind, d.name, list(d.tensor.shape), dtype_name(d.tensor.dtype), d.base_digest] for d in dense
-        ],
+        "dense": [[d.kind, d.name, list(d.tensor.shape), dtype_name(d.tensor.dtype), d.base_digest] for d in dense],
         "digests": {key: sha256(data) for key, data in payload.items()},
         "info": info,
     }
@@ -71,9 +69,7 @@ def encode(patches: Sequence[Patch], dense: Sequence[Dense], info: dict[str, Any
     return b"".join([head, *(payload[stream.key].data for stream in streams)])
 
 
-def _payload(
-    patches: Sequence[Patch], dense: Sequence[Dense], words: list[np.ndarray]
-) -> dict[str, np.ndarray]:
+def _payload(patches: Sequence[Patch], dense: Sequence[Dense], words: list[np.ndarray]) -> dict[str, np.ndarray]:
     chunks: dict[str, list[np.ndarray]] = {}
     for patch, coded in zip(patches, words, strict=True):
         name = dtype_name(patch.dtype)
@@ -106,8 +102,7 @@ def _streams(metadata: dict[str, Any]) -> list[Stream]:
         found += [Stream(f"{prefix}.{dtype}", dtype, (count,)) for dtype, count in counts.items()]
     for prefix in ("dense", "old_dense") if old else ("dense",):
         found += [
-            Stream(f"{prefix}.{i}", dtype, tuple(shape))
-            for i, (_, _, shape, dtype, _) in enumerate(metadata["dense"])
+            Stream(f"{prefix}.{i}", dtype, tuple(shape)) for i, (_, _, shape, dtype, _) in enumerate(metadata["dense"])
         ]
     return layout(found)
 
@@ -180,9 +175,7 @@ def _read_metadata(text: str) -> dict[str, Any]:
     check_keys(metadata, _KEYS, "the delta's metadata")
     check_hex(metadata["digest"], 64, "the metadata's digest")
     if canonical_json(metadata) != text:
-        raise DeltaFormatError(
-            "the delta's metadata is not in canonical form: damaged, or not written by selectune"
-        )
+        raise DeltaFormatError("the delta's metadata is not in canonical form: damaged, or not written by selectune")
     rest = {key: value for key, value in metadata.items() if key != "digest"}
     if sha256(canonical_json(rest)) != metadata["digest"]:
         raise DeltaFormatError("the delta's metadata does not have the digest it claims: damaged or edited")
@@ -206,9 +199,7 @@ def _check_rows(metadata: dict[str, Any]) -> None:
         check_name(name)
         numel = _check_shape(name, shape)
         if dtype not in tuple(FLOATS):
-            raise DeltaFormatError(
-                f'patch "{name}" has dtype {ascii(dtype)[:40]}; allowed: {", ".join(FLOATS)}'
-            )
+            raise DeltaFormatError(f'patch "{name}" has dtype {ascii(dtype)[:40]}; allowed: {", ".join(FLOATS)}')
         check_int(count, f'the count of "{name}"', 1, numel)
         check_int(words, f'the words of "{name}"', count, count + numel // 0xFFFF)
         check_hex(base, 16, f'the base digest of "{name}"')
@@ -218,9 +209,7 @@ def _check_rows(metadata: dict[str, Any]) -> None:
         if kind not in KINDS:
             raise DeltaFormatError(f'dense "{name}" has kind {ascii(kind)[:40]}; allowed: {", ".join(KINDS)}')
         if dtype not in tuple(DTYPES):
-            raise DeltaFormatError(
-                f'dense "{name}" has dtype {ascii(dtype)[:40]}; allowed: {", ".join(DTYPES)}'
-            )
+            raise DeltaFormatError(f'dense "{name}" has dtype {ascii(dtype)[:40]}; allowed: {", ".join(DTYPES)}')
         check_hex(base, 16, f'the base digest of "{name}"')
 
 
@@ -232,18 +221,14 @@ def _check_shape(name: str, shape: Any) -> int:
     return check_int(math.prod(shape), f'the number of entries of "{name}"', 0, 2**62)
 
 
-def _split(
-    data: bytearray, streams: list[Stream], begin: int, digests: dict[str, str]
-) -> dict[str, memoryview]:
+def _split(data: bytearray, streams: list[Stream], begin: int, digests: dict[str, str]) -> dict[str, memoryview]:
     payload = {}
     view = memoryview(data)
     for stream in streams:
         end = begin + stream.nbytes
         payload[stream.key] = view[begin:end]
         if sha256(payload[stream.key]) != digests[stream.key]:
-            raise DeltaFormatError(
-                f'stream "{stream.key}" does not have the digest it should: the file is damaged'
-            )
+            raise DeltaFormatError(f'stream "{stream.key}" does not have the digest it should: the file is damaged')
         begin = end
     return payload
 
@@ -297,9 +282,7 @@ def _read_dense(metadata: dict[str, Any], payload: dict[str, memoryview]) -> lis
             kind,
             _tensor(payload[f"dense.{i}"], DTYPES[dtype]).view(shape),
             base,
-            _tensor(payload[f"old_dense.{i}"], DTYPES[dtype]).view(shape)
-            if f"old_dense.{i}" in payload
-            else None,
+            _tensor(payload[f"old_dense.{i}"], DTYPES[dtype]).view(shape) if f"old_dense.{i}" in payload else None,
         )
         for i, (kind, name, shape, dtype, base) in found
     ]

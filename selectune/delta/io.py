@@ -29,18 +29,20 @@ def write_durably(path: str | os.PathLike[str], data: bytes | bytearray | memory
     """
     path = Path(path)
     temp = f".{path.name}.{secrets.token_hex(8)}.tmp"
+    renamed = False
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC)
         try:
             _write_in(folder, path.name, temp, memoryview(data).cast("B"))
+            renamed = True
+            _flush(folder)
         finally:
             os.close(folder)
     except OSError as error:
-        raise DeltaError(
-            f"wrote {path}, but its directory could not be flushed: {error.strerror or error}"
-            if getattr(error, "selectune_renamed", False)
-            else f"cannot write {path} ({len(data)} bytes): {error.strerror or error}; it is as it was before"
-        ) from error
+        what = f"{path} ({len(data)} bytes): {error.strerror or error}"
+        if renamed:
+            raise DeltaError(f"wrote {what}; but its directory could not be flushed") from error
+        raise DeltaError(f"cannot write {what}; what was there before is unchanged") from error
     return path
 
 
@@ -64,12 +66,14 @@ def _write_in(folder: int, name: str, temp: str, data: memoryview) -> None:
         except FileNotFoundError:
             pass  # renamed before the interruption
         raise
+
+
+def _flush(folder: int) -> None:
     try:
         os.fsync(folder)
     except OSError as error:
         # some file systems cannot flush a directory; they answer EINVAL
         if error.errno != errno.EINVAL:
-            error.selectune_renamed = True  # type: ignore[attr-defined]
             raise
 
 

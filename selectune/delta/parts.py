@@ -71,9 +71,7 @@ class Dense:
     base_tensor: Tensor | None = None
 
     @classmethod
-    def make(
-        cls, name: str, kind: str, tensor: Tensor, base_tensor: Tensor, *, old_values: bool = False
-    ) -> Dense:
+    def make(cls, name: str, kind: str, tensor: Tensor, base_tensor: Tensor, *, old_values: bool = False) -> Dense:
         """A dense entry from a tensor's new and base value; the base's is kept if `old_values`."""
         return cls(name, kind, tensor, digest_bits(base_tensor), base_tensor if old_values else None)
 
@@ -128,9 +126,7 @@ def check_patch(patch: Patch) -> None:
     if n > 1 and bool((patch.indices.diff() <= 0).any()):
         raise DeltaError(f'indices of "{name}" must rise strictly; some repeat or go back')
     if patch.order is not None and (patch.order.shape != (n,) or (n and int(patch.order.min()) < 0)):
-        raise DeltaError(
-            f'order of "{name}" must hold {n} ranks of at least 0; got {tuple(patch.order.shape)}'
-        )
+        raise DeltaError(f'order of "{name}" must hold {n} ranks of at least 0; got {tuple(patch.order.shape)}')
     _check_values(name, patch.values, patch.base_values, patch.base_digest)
 
 
@@ -170,9 +166,7 @@ def check_parts(patches: list[Patch], dense: list[Dense]) -> None:
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})[0]
         raise DeltaError(f'"{twice}" occurs twice in the delta; each tensor is recorded once')
-    olds = [patch.base_values is not None for patch in patches] + [
-        entry.base_tensor is not None for entry in dense
-    ]
+    olds = [patch.base_values is not None for patch in patches] + [entry.base_tensor is not None for entry in dense]
     if any(olds) and not all(olds):
         raise DeltaError("some parts of the delta carry old values and some do not; expected all or none")
     orders = [patch.order for patch in patches if patch.order is not None]
@@ -181,6 +175,4 @@ def check_parts(patches: list[Patch], dense: list[Dense]) -> None:
     if orders:
         ranks = torch.cat(orders)
         if len(torch.unique(ranks)) != len(ranks):
-            raise DeltaError(
-                "two scalars have the same rank in the order of selection; expected all different"
-            )
+            raise DeltaError("two scalars have the same rank in the order of selection; expected all different")

@@ -127,9 +127,7 @@ def check_hex(value: Any, length: int, what: str) -> str:
     return value
 
 
-def check_keys(
-    value: Any, required: set[str], what: str, optional: frozenset[str] | set[str] = frozenset()
-) -> dict:
+def check_keys(value: Any, required: set[str], what: str, optional: frozenset[str] | set[str] = frozenset()) -> dict:
     """Return `value` if it is an object with exactly these keys."""
     if not isinstance(value, dict):
         raise DeltaFormatError(f"{what} must be an object; got {_short(value)}")
@@ -185,9 +183,7 @@ def check_info(info: Any, total: int) -> None:
     if info["budget"] is not None:
         check_int(info["budget"], "info.budget")
         if info["budget"] < total:
-            raise DeltaFormatError(
-                f"info.budget is {info['budget']}, below the {total} scalars in the patches"
-            )
+            raise DeltaFormatError(f"info.budget is {info['budget']}, below the {total} scalars in the patches")
     if "created_by" in info:
         check_text(info["created_by"], "info.created_by")
     if not isinstance(info["versions"], dict):

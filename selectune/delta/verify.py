@@ -50,9 +50,7 @@ def verify(delta: Delta, model: nn.Module, full: bool = False) -> Report:
     """
     found = live.ready(model)
     if live.stack_of(model):
-        raise DeltaStateError(
-            f"{live.stack_of(model)[-1].label} is applied to the model; revert it before verifying"
-        )
+        raise DeltaStateError(f"{live.stack_of(model)[-1].label} is applied to the model; revert it before verifying")
     size = sum(entry.tensor.numel() for entry in delta.dense)
     recorded, budget = delta.info["base"]["weights"], delta.info["budget"]
     if full and recorded is None:
@@ -73,9 +71,7 @@ def verify(delta: Delta, model: nn.Module, full: bool = False) -> Report:
         delta.revert(model)
     reverted = _weights(live.ready(model)) == before
     if not reverted:
-        raise IntegrityError(
-            "the model does not have the bits it had before the delta was applied and reverted"
-        )
+        raise IntegrityError("the model does not have the bits it had before the delta was applied and reverted")
     problem = None
     if weights is False:
         problem = "some weight that the delta does not write is not the base's"
