@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from selectune.scope import BIASES, Scope, patterns
 from selectune.select import GlobalTopK
 from selectune.types import Reads, Schedule, Score, Select
 
-Patterns = str | Iterable[str]
+Patterns = str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,11 @@ def static_d3(
 
 
 def increment_pafi(
-    budget: Budget, steps: int | None = None, every: int = 1, scope: Scope | Patterns = ("*",), train_fully: Patterns = ()
+    budget: Budget,
+    steps: int | None = None,
+    every: int = 1,
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
 ) -> Method:
     """Incremental PaFi: at every step unmask the B/T smallest |w|. Needs no dense gradient at all.
 
@@ -150,9 +154,7 @@ def increment_pafi(
     return _compose("increment-pafi", scores.pafi(), Increment(budget, steps, every), scope, train_fully)
 
 
-def pafi(
-    budget: Budget, scope: Scope | Patterns = ("*",), train_fully: Patterns = (), tie: str = "order"
-) -> Method:
+def pafi(budget: Budget, scope: Scope | Patterns = ("*",), train_fully: Patterns = (), tie: str = "order") -> Method:
     """PaFi: the B smallest |w| of the whole model, once. Reads the weights, no data.
 
     Source: Liao, Meng, Monz (2023), Parameter-Efficient Fine-Tuning without Introducing New Latency,
@@ -249,7 +251,12 @@ RECIPES: dict[str, Recipe] = {
         Recipe("static-d3", static_d3, "the gradient of the first step", f"{_ID3}; GaLLoP 2025, arXiv 2510.19778"),
         Recipe("increment-pafi", increment_pafi, "the weights, once", _ID3),
         Recipe("pafi", pafi, "the weights, once", "Liao, Meng, Monz 2023, arXiv 2305.16742"),
-        Recipe("fish", fish, "single-example gradients, before training", "Sung, Nair, Raffel 2021, arXiv 2111.09839"),
+        Recipe(
+            "fish",
+            fish,
+            "single-example gradients, before training",
+            "Sung, Nair, Raffel 2021, arXiv 2111.09839",
+        ),
         Recipe("bitfit", bitfit, "names", "Ben Zaken, Goldberg, Ravfogel 2022, arXiv 2106.10199"),
         Recipe("random", random, "nothing", "R-Mask baseline of arXiv 2111.09839 and 2408.14470"),
         Recipe("full", full, "nothing", "the dense baseline"),

@@ -6,6 +6,7 @@ Patterns are shell patterns on parameter names (`*` crosses dots): "*.bias", "en
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -165,7 +166,7 @@ def _check_overlap(tensors: Sequence[ScopedTensor]) -> None:
             extent = 1 + sum((d - 1) * s for d, s in zip(p.shape, p.stride(), strict=True))
             spans.append((str(p.device), p.data_ptr(), p.data_ptr() + extent * p.element_size(), tensor.name))
     spans.sort()
-    for (device, _, end, name), (other, start, _, second) in zip(spans, spans[1:], strict=False):
+    for (device, _, end, name), (other, start, _, second) in itertools.pairwise(spans):
         if device == other and start < end:
             raise ScopeError(
                 f'The parameters "{name}" and "{second}" share memory without being one Parameter. '

@@ -18,7 +18,7 @@ from selectune.errors import ConfigError
 
 Rows = tuple[Tensor, Tensor, Tensor]  # scores, positions in the total order, what is carried along
 
-_SLACK = 1 << 16  # candidates kept beyond two quotas before they are sorted down to one
+_SLACK = 1 << 10  # candidates kept beyond two quotas before they are sorted down to one
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Collector(Protocol):
         ...
 
     def close(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The chosen entries, best first, k <= quota: tensor numbers (k,), flat indices (k,), carried (k,); on the CPU."""
+        """The chosen entries, best first, k <= quota: tensors (k,), flat indices (k,), carried (k,), on the CPU."""
         ...
 
 

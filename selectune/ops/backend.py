@@ -9,7 +9,7 @@ import logging
 import torch
 from torch import Tensor
 
-from selectune.ops import cpu, reference
+from selectune.ops import cpu
 
 log = logging.getLogger("selectune")
 

@@ -15,7 +15,12 @@ def sampled_matmul(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """`reference.sampled_matmul` for float32 and float64: a loop over tokens for every block of entries."""
     out = torch.zeros(rows.numel(), dtype=dy.dtype)
     _kernel()(
-        dy.contiguous().numpy(), x.contiguous().numpy(), rows.numpy(), cols.numpy(), out.numpy(), torch.get_num_threads()
+        dy.contiguous().numpy(),
+        x.contiguous().numpy(),
+        rows.numpy(),
+        cols.numpy(),
+        out.numpy(),
+        torch.get_num_threads(),
     )
     return out
 

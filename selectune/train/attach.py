@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from selectune import ops
@@ -242,7 +241,15 @@ class Tuner:
         """The delta as it stands, in memory, verified. See `save`."""
         verification = self.verify()
         return package.delta_of(
-            self, self._found, self._ledger, self._base, verification.changed, base, old_values, order, allow_empty
+            self,
+            self._found,
+            self._ledger,
+            self._base,
+            verification.changed,
+            base,
+            old_values,
+            order,
+            allow_empty,
         )
 
     def save(

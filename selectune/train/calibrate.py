@@ -84,7 +84,7 @@ def _losses(result: Tensor, labels: str) -> Iterable[tuple[Tensor, float]]:
     if result.ndim != 2 or result.shape[0] != 1 or result.shape[1] < 2:
         raise CalibrationError(
             'With labels="model" the callable must return logits of one example over at least two classes, shape '
-            f"(1, classes), got {tuple(result.shape)}. A regression has no classes: use labels=\"data\"."
+            f'(1, classes), got {tuple(result.shape)}. A regression has no classes: use labels="data".'
         )
     log_p = torch.log_softmax(result[0], 0)
     return [(-log_p[c], float(log_p[c].detach().exp())) for c in range(result.shape[1])]

@@ -83,8 +83,8 @@ class Ledger:
             weight = tensor.parameter
             if weight.dtype != self.dtypes[index]:
                 raise IntegrityError(
-                    f'The dtype of "{tensor.name}" changed from {self.dtypes[index]} to {weight.dtype} while a tuner is '
-                    "attached, so its base could not be restored. Cast the model before attach."
+                    f'The dtype of "{tensor.name}" changed from {self.dtypes[index]} to {weight.dtype} while a tuner '
+                    "is attached, so its base could not be restored. Cast the model before attach."
                 )
             if page.flat.device != weight.device or page.slot.device != home:
                 self.pages[index] = page.to(weight.device, home)
@@ -184,11 +184,12 @@ class Ledger:
 
     def agrees(self) -> bool:
         """Whether every slot's value casts to the bits of its weight: no optimizer moved them since."""
-        return all(
-            bool((ops.bits(self.values.detach()[p.slot].to(t.parameter)) == ops.bits(ops.gather_entries(t.parameter, p.flat))).all())
-            for t, p in zip(self.tensors, self.pages, strict=True)
-            if p.flat.numel()
-        )  # fmt: skip
+        for tensor, page in zip(self.tensors, self.pages, strict=True):
+            weight = tensor.parameter
+            value = self.values.detach()[page.slot].to(weight)
+            if not bool((ops.bits(value) == ops.bits(ops.gather_entries(weight, page.flat))).all()):
+                return False
+        return True
 
     @torch.no_grad()
     def write_base(self) -> None:

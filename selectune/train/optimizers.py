@@ -13,7 +13,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from selectune.errors import OptimizerError
 from selectune.train.tracker import Tracker
 
-
 _followers: weakref.WeakSet[Follower] = weakref.WeakSet()
 
 
@@ -40,8 +39,8 @@ class Follower:
                 _forget(optimizer, tracker.ledger.values, tracker.recycled)
         elif held & self.frozen:
             raise OptimizerError(
-                f"This {type(optimizer).__name__} holds {len(held & self.frozen)} weights that attach froze and not the "
-                "tuner's values, so its step would train nothing. Make the optimizer after attach, over "
+                f"This {type(optimizer).__name__} holds {len(held & self.frozen)} weights that attach froze and not "
+                "the tuner's values, so its step would train nothing. Make the optimizer after attach, over "
                 "tuner.parameters()."
             )
 

@@ -9,7 +9,7 @@ untouched, and outside forward nothing is in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Use:
             return self.weight
         if self._dense is None:
             self.count()
-            self._dense = Tap.apply(self.piece, self.weight, self.link)
+            self._dense = cast(Tensor, Tap.apply(self.piece, self.weight, self.link))
         return self._dense
 
     def count(self) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from selectune.errors import AccumulationError
 from selectune.method import Method
 from selectune.scope import ScopedTensor
+from selectune.scores import constant
 from selectune.train.ledger import Ledger, Page
 from selectune.train.scan import scan
 from selectune.train.taps import Taps
@@ -72,7 +73,9 @@ class Tracker:
         self._in_backward = False
         self._deferred = False
         self._version = ledger.values._version
-        self._needs_gradient = method.score is not None and method.score.reads is Reads.GRADIENT
+        self._score = method.score or constant()
+        self._keeps = schedule is None or schedule.keeps
+        self._needs_gradient = self._score.reads is Reads.GRADIENT
         self.taps = Taps(model, tensors, ledger.values, self, self.before_forward, self.open_graph, self.recompute)
 
     @property
@@ -123,11 +126,11 @@ class Tracker:
         last_pass = self._window.backwards + 1 == self.accumulation_steps
         held = self._window.held
         if last_use and last_pass and index not in held:
-            self._score(index, gradient, rows)
+            self._offer(index, gradient, rows)
             return
         self._hold(index, gradient, rows)
         if last_use and last_pass:
-            self._score(index, held.pop(index))
+            self._offer(index, held.pop(index))
 
     def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
         self._begin()
@@ -195,13 +198,11 @@ class Tracker:
         """Selections that read no gradient of the run: before forward, so that no dense gradient is needed."""
         if self._needs_gradient or self.quota == 0 or self._window.before is not None:
             return
-        assert self.schedule is not None
-        if self.schedule.keeps:
+        if self._keeps:
             if self._queue is None:
                 self.prepare()
-            assert self._queue is not None
-            tensors, flat = (column[: self.quota] for column in self._queue)
-            self._queue = (self._queue[0][flat.numel() :], self._queue[1][flat.numel() :])
+            tensors, flat = (column[: self.quota] for column in self._queue or ())
+            self._queue = (self._queue[0][flat.numel() :], self._queue[1][flat.numel() :]) if self._queue else None
         else:
             tensors, flat = self._rank(self.quota)
         self._window.before = self.ledger.snapshot()
@@ -209,17 +210,15 @@ class Tracker:
 
     def prepare(self, ready: Sequence[Tensor] | None = None) -> None:
         """Ranks the whole budget beforehand, by weights or by scores that are `ready`."""
-        assert self.schedule is not None and isinstance(self.schedule.budget, int)
-        self._queue = self._rank(self.schedule.budget, ready)
+        self._queue = self._rank(self.ledger.values.numel(), ready)
 
     def _rank(self, quota: int, ready: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        assert self.method.score is not None
         collector = self._collector(quota)
         generator = torch.Generator().manual_seed(self.seed)
         for tensor in self.tensors:
             known = None if ready is None else ready[tensor.index]
             taken = self._taken(tensor.index)
-            if not scan(collector, self.method.score, tensor, taken, generator=generator, ready=known):
+            if not scan(collector, self._score, tensor, taken, generator=generator, ready=known):
                 self._report_broken([tensor.name])
         tensors, flat, _ = collector.close()
         return tensors, flat
@@ -228,7 +227,7 @@ class Tracker:
         """Closes the window's selection; returns its gradient with that of the new entries."""
         window = self._window
         for index in list(window.held):
-            self._score(index, window.held.pop(index))
+            self._offer(index, window.held.pop(index))
         window.closed = True
         if window.broken:
             self._report_broken(window.broken)
@@ -245,9 +244,8 @@ class Tracker:
 
     def _take(self, tensors: Tensor, flat: Tensor, carried: Tensor | None, gradient: Tensor | None) -> Tensor:
         """Gives entries their slots and, where known, the gradient of this step."""
-        assert self.schedule is not None
         values = self.ledger.values
-        if self.schedule.keeps:
+        if self._keeps:
             slots = self.ledger.add(tensors, flat)
         else:
             fresh, slots = self.ledger.replace(tensors, flat)
@@ -263,15 +261,17 @@ class Tracker:
         gradient[slots] = carried.to(gradient)
         return gradient
 
-    def _score(self, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
+    def _offer(self, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
         window = self._window
-        assert self.method.score is not None
         if window.collector is None:
             window.collector = self._collector(self.quota)
         tensor = self.tensors[index]
-        if rows is not None and self.method.score.above is None:
-            gradient, rows = _scattered(gradient, rows, tensor), None  # zeros may be chosen: they must be seen
-        if not scan(window.collector, self.method.score, tensor, self._taken(index), gradient, rows):
+        if rows is not None and self._score.above is None:
+            gradient, rows = (
+                _scattered(gradient, rows, tensor),
+                None,
+            )  # zeros may be chosen: they must be seen
+        if not scan(window.collector, self._score, tensor, self._taken(index), gradient, rows):
             window.broken.append(tensor.name)
 
     def _hold(self, index: int, gradient: Tensor, rows: Tensor | None) -> None:
@@ -291,7 +291,7 @@ class Tracker:
         return self.method.select.collector(quota, [t.parameter.numel() for t in self.tensors], self.seed)
 
     def _taken(self, index: int) -> Tensor | None:
-        return self.ledger.pages[index].flat if self.schedule is not None and self.schedule.keeps else None
+        return self.ledger.pages[index].flat if self._keeps else None
 
     def _report_broken(self, names: Sequence[str]) -> None:
         self.events["nonfinite_selections"] += 1
