@@ -1,0 +1,41 @@
+"""Tasks: what a model is tuned for and measured on. A task is one file with its metric, chance level and source."""
+
+from __future__ import annotations
+
+from selectune.errors import TaskError
+from selectune.tasks.common import DATA, Example, Hub, Split, Task, load
+from selectune.tasks.demo.grammaticality import GRAMMATICALITY
+from selectune.tasks.glue.cola import COLA
+from selectune.tasks.glue.mnli import MNLI, MNLI_MM
+from selectune.tasks.glue.mrpc import MRPC
+from selectune.tasks.glue.qnli import QNLI
+from selectune.tasks.glue.qqp import QQP
+from selectune.tasks.glue.rte import RTE
+from selectune.tasks.glue.sst2 import SST2
+from selectune.tasks.glue.stsb import STSB
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        COLA,
+        MRPC,
+        RTE,
+        STSB,
+        SST2,
+        QNLI,
+        QQP,
+        MNLI,
+        MNLI_MM,
+        GRAMMATICALITY,
+    )
+}
+
+
+def get(name: str) -> Task:
+    """The task of that name; raises TaskError that lists the known ones."""
+    if name not in TASKS:
+        raise TaskError(f"Unknown task '{name}'. Known: {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+__all__ = ["DATA", "TASKS", "Example", "Hub", "Split", "Task", "get", "load"]

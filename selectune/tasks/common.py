@@ -1,0 +1,219 @@
+"""What a task is, and where its rows come from: a folder of JSON lines, the hub, or a generator."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from selectune.errors import TaskError
+
+DATA = "SELECTUNE_DATA"
+"""Environment variable that names a folder of tasks; `--data` comes first."""
+
+Metric = Callable[[Sequence[float], Sequence[float]], float]
+
+
+class Example(NamedTuple):
+    """One row: one or two texts, and a class number or a score."""
+
+    texts: tuple[str, ...]
+    label: int | float
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one split, and the file, hub revision or generator they came from."""
+
+    examples: tuple[Example, ...]
+    origin: str
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where a task lies on the Hugging Face hub; `revision` is a commit, so that rows never change."""
+
+    path: str
+    config: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark: its rows, its metric, its chance level and its source. One file each, one registry line.
+
+    `folders`: places below a data folder, tried in order. `fields`: the texts of a row, one or two. `chance`: what the
+    best constant answer scores on the validation split. `epochs`, `eval_every` (steps) and `max_length` (tokens) are
+    the papers' settings. `generate(split)` replaces files and hub.
+
+    >>> import selectune.tasks as tasks
+    >>> tasks.get("glue/rte").labels
+    ('entailment', 'not_entailment')
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    kind: str  # "classification" or "regression"
+    labels: tuple[str, ...]  # class names by number; empty for a regression
+    metric: Metric
+    metric_name: str
+    chance: float
+    source: str
+    epochs: int
+    eval_every: int
+    max_length: int = 256
+    hub: Hub | None = None
+    folders: tuple[str, ...] = ()
+    train: str = "train"
+    validation: str = "validation"
+    label: str = "label"
+    generate: Callable[[str], Sequence[Mapping[str, Any]]] | None = None
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a model's head gives for one row."""
+        return max(1, len(self.labels))
+
+    def score(self, predictions: Sequence[float], labels: Sequence[float]) -> float:
+        """The metric of some predictions; refuses lists of different or no length."""
+        if len(predictions) != len(labels) or not len(labels):
+            raise TaskError(
+                f"The metric of {self.name} needs as many predictions as labels and at least one; "
+                f"got {len(predictions)} and {len(labels)}."
+            )
+        return float(self.metric(predictions, labels))
+
+
+def load(task: Task, split: str, data: str | os.PathLike[str] | None = None, limit: int | None = None) -> Split:
+    """The rows of a task's split ("train" or "validation").
+
+    `data`, a folder, is where they must be. Without it they come from the folder that SELECTUNE_DATA names if it
+    has them, else from the hub through `datasets`. `limit` keeps the first rows only. A generated task needs neither.
+    """
+    wanted = {"train": task.train, "validation": task.validation}.get(split)
+    if wanted is None:
+        raise TaskError(f"Unknown split '{split}' of {task.name}. Known: train, validation.")
+    if task.generate is not None:
+        rows: Iterator[tuple[str, Mapping[str, Any]]] = (
+            (f"row {number}", row) for number, row in enumerate(task.generate(wanted), 1)
+        )
+        origin = "generated"
+    else:
+        rows, origin = _find(task, wanted, data)
+    examples = []
+    for where, row in rows:
+        if limit is not None and len(examples) == limit:
+            break
+        examples.append(_example(task, row, f"{origin}, {where}"))
+    if not examples:
+        raise TaskError(f"The {wanted} split of {task.name} has no rows ({origin}).")
+    return Split(tuple(examples), origin)
+
+
+def _find(task: Task, split: str, data: str | os.PathLike[str] | None) -> tuple[Iterator[Any], str]:
+    if data is not None:
+        root = Path(data)
+        if not root.is_dir():
+            raise TaskError(f"The data folder {root} does not exist. --data takes a folder of task/split.jsonl(.gz).")
+        path, tried = _file(task, split, root)
+        if path is None:
+            raise TaskError(
+                f"The data folder {root} has no {split} split of {task.name}; looked for {', '.join(tried)} "
+                f"(and .gz). {_beside(task, root)}Add that file, or leave --data out to ask {DATA} and the hub."
+            )
+        return _lines(path), str(path)
+    named = os.environ.get(DATA)
+    tried: list[str] = []
+    if named:
+        path, tried = _file(task, split, Path(named))
+        if path is not None:
+            return _lines(path), str(path)
+    return _from_hub(task, split, tried)
+
+
+def _file(task: Task, split: str, root: Path) -> tuple[Path | None, list[str]]:
+    tried = [root / folder / f"{split}.jsonl" for folder in task.folders]
+    for path in tried:
+        for candidate in (path, path.with_name(path.name + ".gz")):
+            if candidate.is_file():
+                return candidate, []
+    return None, [str(path) for path in tried]
+
+
+def _beside(task: Task, root: Path) -> str:
+    for folder in task.folders:
+        there = sorted(path.name for path in (root / folder).glob("*.jsonl*"))
+        if there:
+            return f"There is {', '.join(there)}. "
+    return ""
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise TaskError(f"{path}, line {number}: expected one JSON object a line, got {line[:60]!r}.")
+                    yield f"line {number}", row
+    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TaskError(f"{path} cannot be read after line {max(0, number - 1)}: {error}.") from error
+
+
+def _from_hub(task: Task, split: str, tried: Sequence[str]) -> tuple[Iterator[Any], str]:
+    looked = f"looked for {', '.join(tried)}; " if tried else f"{DATA} is not set; "
+    advice = (
+        f"Give a folder that holds {task.folders[0] if task.folders else task.name}/{split}.jsonl with --data or {DATA}, "
+        "or allow the hub (no HF_HUB_OFFLINE, a connection)."
+    )
+    if task.hub is None:
+        raise TaskError(f"{task.name} has no {split} split here: {looked}it is not on the hub. {advice}")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise TaskError(
+            f"{task.name} has no {split} split here: {looked}and the package `datasets` that fetches it from the hub is "
+            f"not installed (pip install 'selectune[hf]'). {advice}"
+        ) from error
+    hub = task.hub
+    origin = f"hub {hub.path}/{hub.config}@{hub.revision}"
+    try:
+        rows = load_dataset(hub.path, hub.config, split=split, revision=hub.revision)
+    except (OSError, ValueError, RuntimeError) as error:  # offline, unreachable, not there: all are one of these
+        why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise TaskError(
+            f"{task.name} has no {split} split here: {looked}and {origin} cannot be reached ({why}). {advice}"
+        ) from error
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1)), origin
+
+
+def _example(task: Task, row: Mapping[str, Any], where: str) -> Example:
+    missing = [name for name in (*task.fields, task.label) if name not in row]
+    if missing:
+        raise TaskError(
+            f"{where}: a row of {task.name} needs {', '.join((*task.fields, task.label))}; "
+            f"missing: {', '.join(missing)}. Got {', '.join(map(str, row)) or 'nothing'}."
+        )
+    texts = tuple(row[name] for name in task.fields)
+    if not all(isinstance(text, str) for text in texts):
+        raise TaskError(f"{where}: the texts of {task.name} must be strings, got {texts!r:.120}.")
+    label = row[task.label]
+    if isinstance(label, bool) or not isinstance(label, int | float):
+        raise TaskError(f"{where}: the label of {task.name} must be a number, got {label!r}.")
+    if task.kind == "regression":
+        return Example(texts, float(label))
+    if label not in range(len(task.labels)):
+        raise TaskError(
+            f"{where}: the label of {task.name} must be 0 to {len(task.labels) - 1} "
+            f"({', '.join(task.labels)}), got {label!r}."
+        )
+    return Example(texts, int(label))

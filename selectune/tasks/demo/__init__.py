@@ -1,0 +1,1 @@
+"""Tasks that are generated here, so that a demo needs neither data nor network."""
