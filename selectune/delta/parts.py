@@ -27,7 +27,7 @@ class Patch:
     values: Tensor  # (n,) in `dtype`, CPU: replacement values
     base_digest: str  # digest_bits of the base's values at `indices`
     base_values: Tensor | None = None  # (n,) in `dtype`: the base's values, where kept
-    order: Tensor | None = None  # (n,) int32: rank in the order of selection over the whole delta
+    order: Tensor | None = None  # (n,) int32: rank in the order of selection over the whole delta; may be shared
 
     @property
     def numel(self) -> int:
@@ -172,7 +172,3 @@ def check_parts(patches: list[Patch], dense: list[Dense]) -> None:
     orders = [patch.order for patch in patches if patch.order is not None]
     if orders and len(orders) != len(patches):
         raise DeltaError("some patches carry their order of selection and some do not; expected all or none")
-    if orders:
-        ranks = torch.cat(orders)
-        if len(torch.unique(ranks)) != len(ranks):
-            raise DeltaError("two scalars have the same rank in the order of selection; expected all different")

@@ -271,7 +271,6 @@ BAD_PARTS = {
     "old values of another digest": [_patch(base_values=torch.ones(2))],
     "order count": [_patch(order=torch.tensor([0]))],
     "order negative": [_patch(order=torch.tensor([0, -1]))],
-    "order repeats": [_patch(order=torch.tensor([1, 1]))],
     "name twice": [_patch(), _patch()],
     "name not allowed": [_patch(name="../w")],
     "order in some": [_patch(order=torch.tensor([0, 1])), _patch(name="v")],
