@@ -104,6 +104,11 @@ def mlp() -> Problem:
     return Problem(nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3)), (6, 5))
 
 
+def wide() -> Problem:
+    """Large enough that the support is sparse, so that the gradient is sampled and not cut from a dense one."""
+    return Problem(nn.Sequential(nn.Linear(30, 50), nn.Tanh(), nn.Linear(50, 20)), (8, 30))
+
+
 def conv() -> Problem:
     net = nn.Sequential(
         nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), Flat(),
@@ -133,7 +138,7 @@ def attention() -> Problem:
     return Problem(Attention(), (2, 3, 4))
 
 
-MODELS = (mlp, conv, words, tied, odd, recurrent, attention)
+MODELS = (mlp, wide, conv, words, tied, odd, recurrent, attention)
 PLANS = {
     "id3": id3,
     "id3-every-3": lambda budget, steps: id3(budget, steps, every=3),
