@@ -48,6 +48,7 @@ def calibrate(
 
         return hook
 
+    trainable = [t.parameter.requires_grad for t in tensors]
     training = {module: module.training for module in model.modules()}
     handles = []
     try:
@@ -66,8 +67,8 @@ def calibrate(
     finally:
         for handle in handles:
             handle.remove()
-        for tensor in tensors:
-            tensor.parameter.requires_grad_(False)
+        for tensor, before in zip(tensors, trainable, strict=True):
+            tensor.parameter.requires_grad_(before)
             tensor.parameter.grad = None
         for module, mode in training.items():
             module.training = mode

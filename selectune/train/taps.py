@@ -51,6 +51,7 @@ class Use:
         """The weight behind a Tap; one for all plain uses, so that their gradients arrive summed."""
         if not torch.is_grad_enabled():
             self.taps.grad_was_off = True
+            self.taps.skip_unneeded = False
             return self.weight
         if self._dense is None:
             self.count()
@@ -85,6 +86,7 @@ class Taps:
         self.before_forward, self.pages, self.recompute = before_forward, pages, recompute
         self.uses = [0] * len(tensors)  # gradients expected per tensor in the next backward pass
         self.grad_was_off = False  # part of a forward ran without gradients: reentrant checkpointing, perhaps
+        self.skip_unneeded = True  # until then: reentrant checkpointing needs inputs that require gradients
         self._depth = 0
         self._shadows: list[Shadow | None] | None = None
         self._owners = [[_owner(model, name) for name in t.names] for t in tensors]
@@ -141,7 +143,9 @@ class Taps:
         pages = self.pages()
         pieces = Split.apply(self.values, [page for page, _ in pages], self.listener)
         return [
-            _shadow(Use(Link(t.index, page, self.listener), t.parameter, piece, self)) if needed else None
+            _shadow(Use(Link(t.index, page, self.listener), t.parameter, piece, self))
+            if needed or not self.skip_unneeded
+            else None
             for t, piece, (page, needed) in zip(self.tensors, pieces, pages, strict=True)
         ]
 

@@ -105,8 +105,11 @@ class Tracker:
 
     def open_graph(self) -> list[tuple[Page, bool]]:
         """The pages of a new graph, and whether each tensor needs a gradient in it."""
+        pages = self.ledger.pages
         dense = self._needs_gradient and (self.quota > 0 or self._window.before is not None)
-        return [(page, dense or page.flat.numel() > 0) for page in self.ledger.pages]
+        if not any(pages[i].flat.numel() for i in self.reached):
+            dense = True  # no entry is known to be reached: without a path to the loss, backward() would fail
+        return [(page, dense or page.flat.numel() > 0) for page in pages]
 
     def recompute(self) -> None:
         """A forward is repeated inside a backward pass: with reentrant checkpointing, close after all of it."""
