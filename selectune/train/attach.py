@@ -63,9 +63,7 @@ def attach(
     if not isinstance(model, nn.Module):
         raise ConfigError(f"attach takes a torch.nn.Module, got {type(model).__name__}.")
     if not isinstance(method, Method):
-        raise ConfigError(
-            f"attach takes a method, such as selectune.id3(budget=..., steps=...), got {type(method).__name__}."
-        )
+        raise ConfigError(f"attach takes a selectune.Method, which the recipes make, got {type(method).__name__}.")
     if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
         raise ConfigError(f"accumulation_steps= must be an int of at least 1, got {accumulation_steps!r}.")
     for name, module in model.named_modules():
@@ -152,6 +150,7 @@ class Tuner:
 
     @property
     def model(self) -> nn.Module:
+        """The model in training; DetachedError once the tuner is off."""
         if self._model is None:
             raise DetachedError("This tuner was detached; its model is the base again. Attach anew to train.")
         return self._model
