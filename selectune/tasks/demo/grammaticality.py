@@ -111,16 +111,12 @@ def _complement(words: Words, rng: random.Random) -> Pair:
 
 def _auxiliary(words: Words, rng: random.Random) -> Pair:
     """The doctor has visited / *visit Mary; the doctor can visit / *visited Mary."""
-    verb = rng.choice(words.verbs)
+    verb, person = rng.choice(words.verbs), rng.choice(words.people)
+    past = _past(verb)
     auxiliary, good, bad = rng.choice(
-        (
-            ("has", _past(verb), verb),
-            ("had", _past(verb), verb),
-            ("can", verb, _past(verb)),
-            ("did not", verb, _past(verb)),
-        )
+        (("has", past, verb), ("have", past, verb), ("can", verb, past), ("did not", verb, past))
     )
-    opening = f"The {rng.choice(words.people)} {auxiliary}"
+    opening = f"The {_number(person, auxiliary == 'have')} {auxiliary}"
     rest = f"the {rng.choice(words.adjectives)} {rng.choice(words.things)}"
     return f"{opening} {good} {rest}.", f"{opening} {bad} {rest}."
 

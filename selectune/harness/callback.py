@@ -1,0 +1,61 @@
+"""What a run does between the Trainer's steps: measure, keep the log, tell whoever follows, stop at a broken loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from selectune.train import Tuner
+
+if TYPE_CHECKING:
+    from selectune.harness.train import Progress
+
+
+class Follower(TrainerCallback):
+    """Keeps `history`: one record for each logged loss and each evaluation."""
+
+    def __init__(
+        self,
+        tuner: Tuner,
+        steps: int,
+        measure: Callable[[], float],
+        eval_every: int | None,
+        progress: Progress | None,
+    ) -> None:
+        self.tuner, self.steps, self.measure = tuner, steps, measure
+        self.eval_every, self.progress = eval_every, progress
+        self.history: list[dict[str, Any]] = []
+        self.loss: float | None = None
+        self.metric: float | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = int(state.global_step)
+        if self.eval_every and step % self.eval_every == 0 and step < self.steps:
+            self.metric = self.measure()
+            self.history.append({"step": step, "metric": self.metric, "selected": self.tuner.selected})
+        self._tell(step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self.loss = float(logs["loss"])
+        kept = ("loss", "grad_norm", "learning_rate", "epoch", "selected", "quota")
+        self.history.append({"step": int(state.global_step), **{k: _plain(logs[k]) for k in kept if k in logs}})
+        if not math.isfinite(self.loss):
+            control.should_training_stop = True
+        self._tell(int(state.global_step))
+
+    def _tell(self, step: int) -> None:
+        if self.progress is not None:
+            from selectune.harness.train import Update
+
+            self.progress.update(
+                Update(step, self.steps, self.loss, self.tuner.selected, self.tuner.budget, self.metric)
+            )
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int) else float(value)

@@ -1,0 +1,165 @@
+"""One run's settings, checked before a model or a row of data is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selectune import tasks
+from selectune.errors import BudgetError, ConfigError
+from selectune.harness.models import DTYPES
+from selectune.method import RECIPES, Method, Recipe
+from selectune.scope import Scope
+
+SCHEDULES = ("linear", "cosine", "constant")
+LEARNING_RATES = {"full": 5e-5}
+LEARNING_RATE = 5e-4
+_OPTIONS = ("budget", "exp", "eps", "every", "examples", "labels")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `selectune train` is told. None means the method's, the task's or the checkpoint's own default.
+
+    `budget`: a count (int) or a density (float below 1). `lr` None: 5e-5 for `full`, 5e-4 for the others. `epochs`,
+    `eval_every`, `max_length` None: the papers' values for the task. `seed` draws the head, the data order, dropout and
+    the method's choices. `batch_size` rows make one backward pass, `accumulation` of these one step.
+
+    >>> RunConfig(model="demo", task="glue/rte", budget=1000).learning_rate
+    0.0005
+    """
+
+    model: str
+    task: str
+    method: str = "id3"
+    budget: int | float | None = None
+    lr: float | None = None
+    epochs: float | None = None
+    max_steps: int | None = None
+    batch_size: int = 16
+    accumulation: int = 1
+    max_length: int | None = None
+    seed: int = 6
+    out: str | None = None
+    exp: float | None = None
+    eps: float | None = None
+    every: int | None = None
+    examples: int | None = None
+    labels: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    train_fully: tuple[str, ...] = ()
+    eval_every: int | None = None
+    save_every: int | None = None
+    data: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    warmup: float = 0.0
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        tasks.get(self.task)
+        for name in ("batch_size", "accumulation", "max_steps", "max_length", "eval_every", "save_every"):
+            _count(name, getattr(self, name), optional=name not in ("batch_size", "accumulation"))
+        for name, low in (("lr", 0.0), ("epochs", 0.0)):
+            value = getattr(self, name)
+            if value is not None and not (_number(value) and value > low):
+                raise ConfigError(f"{name}={value!r}: must be a finite number above 0.")
+        for name in ("weight_decay", "warmup", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (_number(value) and value >= 0):
+                raise ConfigError(f"{name}={value!r}: must be a finite number of at least 0.")
+        if self.epochs is not None and self.max_steps is not None:
+            raise ConfigError(f"Give epochs ({self.epochs}) or max_steps ({self.max_steps}), not both.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed!r}: must be an int from 0 to {2**32 - 1}.")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"Unknown schedule '{self.schedule}'. Known: {', '.join(SCHEDULES)}.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"Unknown dtype '{self.dtype}'. Known: {', '.join(DTYPES)}.")
+        if self.out is not None and Path(self.out).exists() and not Path(self.out).is_dir():
+            raise ConfigError(f"out={self.out} is a file; it must be a folder, which is made if it is missing.")
+        build_method(self, steps=self.max_steps or 1)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.lr if self.lr is not None else LEARNING_RATES.get(self.method, LEARNING_RATE)
+
+    def steps(self, examples: int) -> int:
+        """Optimizer steps of the run over that many training examples: the last batch and window may be short."""
+        if self.max_steps is not None:
+            return self.max_steps
+        epochs = self.epochs if self.epochs is not None else tasks.get(self.task).epochs
+        an_epoch = math.ceil(math.ceil(examples / self.batch_size) / self.accumulation)
+        return math.ceil(epochs * an_epoch)
+
+    def as_json(self) -> dict[str, Any]:
+        plain = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+
+def recipe_of(name: str) -> Recipe:
+    """The recipe of that name; raises ConfigError that lists the known ones."""
+    if name not in RECIPES:
+        raise ConfigError(f"Unknown method '{name}'. Known: {', '.join(RECIPES)}.")
+    return RECIPES[name]
+
+
+def build_method(config: RunConfig, steps: int) -> Method:
+    """The method that a run asks for; a setting that its recipe does not take is refused, not ignored."""
+    recipe = recipe_of(config.method)
+    takes = inspect.signature(recipe.function).parameters
+    given: dict[str, Any] = {n: v for n in _OPTIONS if (v := getattr(config, n)) is not None}
+    for name in given:
+        if name not in takes:
+            allowed = ", ".join(n for n in _OPTIONS if n in takes) or "none of " + ", ".join(_OPTIONS)
+            raise ConfigError(
+                f"The method '{config.method}' takes no {name}, but {name}={given[name]!r} was given. "
+                f"It takes: {allowed}."
+            )
+    if "budget" in takes and "budget" not in given:
+        raise BudgetError(
+            f"The method '{config.method}' needs a budget: how many scalars may change, such as 103000, or 0.0017 of "
+            "the model (command line: --budget 103k, --budget 0.17%)."
+        )
+    if "steps" in takes:
+        given["steps"] = steps
+    return recipe.function(**given, **_scope(config, takes))
+
+
+def _scope(config: RunConfig, takes: Any) -> dict[str, Any]:
+    if not (config.include or config.exclude or config.train_fully):
+        return {}
+    include = config.include or takes["scope"].default
+    if "train_fully" in takes:
+        return {"scope": Scope(include=include, exclude=config.exclude, train_fully=config.train_fully)}
+    if config.exclude or config.train_fully:
+        raise ConfigError(
+            f"The method '{config.method}' trains whole tensors: name them with include; it takes no exclude and no "
+            "train_fully."
+        )
+    return {"scope": include}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(name: str, value: Any, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r}: must be an int of at least 1.")
+
+
+def patterns(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Patterns as the command line gives them: repeated options, each one or several separated by commas."""
+    return tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())

@@ -1,0 +1,124 @@
+"""A saved delta on its base again: which model that is, what it scores, and the merged model as a folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import selectune as st
+from selectune import tasks
+from selectune.delta import Delta, Report
+from selectune.errors import DeltaError
+from selectune.harness.evaluate import Evaluation, encode, evaluate
+from selectune.harness.models import LoadedModel, Shape, device, load_model, longest, quiet
+from selectune.tasks import Task
+
+
+@dataclass(frozen=True)
+class Source:
+    """How the base model of a delta is loaded."""
+
+    model: str
+    revision: str | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+
+
+def task_of(delta: Delta) -> Task | None:
+    """The task that the delta was trained for, if it says so and it is known."""
+    name = delta.info["method"].get("task")
+    return tasks.TASKS.get(name) if isinstance(name, str) else None
+
+
+def load_base(source: Source, delta: Delta, task: Task | None) -> LoadedModel:
+    """The base that a delta needs: head of its task, drawn from its seed, in the dtype of its values."""
+    task = task or task_of(delta)
+    floats = [p.dtype for p in delta.patches] + [d.tensor.dtype for d in delta.dense if d.tensor.is_floating_point()]
+    dtype = source.dtype or (max(set(floats), key=floats.count) if floats else None)
+    recorded = delta.info["base"]
+    return load_model(
+        source.model,
+        task,
+        recorded["seed"] or 0,
+        source.revision or _commit(recorded["revision"], recorded["id"], source.model),
+        dtype,
+        source.trust_remote_code,
+        _shape(delta),
+    )
+
+
+def evaluate_delta(
+    source: Source,
+    path: str | Path | None,
+    task: Task,
+    data: str | None = None,
+    max_length: int | None = None,
+    seed: int = 6,
+) -> Evaluation:
+    """What a delta scores on a task: its base is loaded, its head drawn again, the delta applied.
+
+    Without a path the base itself is measured, with a head drawn from `seed`. The same batches as in training, so the
+    value is that of the run to the last bit on the same machine and versions.
+    """
+    split = tasks.load(task, "validation", data)
+    if path is None:
+        loaded = load_model(source.model, task, seed, source.revision, source.dtype, source.trust_remote_code)
+    else:
+        delta = st.load(path)
+        loaded = load_base(source, delta, task)
+        delta.apply(loaded.model)
+        recorded = delta.info["method"].get("max_length")
+        max_length = max_length or (recorded if isinstance(recorded, int) else None)
+    length = longest(loaded.model, loaded.tokenizer, max_length, task.max_length)
+    loaded.model.to(device())
+    return evaluate(loaded.model, loaded.tokenizer, task, encode(loaded.tokenizer, split.examples, length))
+
+
+def verify_delta(source: Source, path: str | Path, task: Task | None = None, full: bool = False) -> Report:
+    """Whether a model is the delta's base and the delta changes no more than it says; see `Delta.verify`."""
+    delta = st.load(path)
+    return delta.verify(load_base(source, delta, task).model, full=full)
+
+
+def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | None = None) -> dict[str, Any]:
+    """Writes base + delta as an ordinary model folder with its tokenizer."""
+    delta = st.load(path)
+    loaded = load_base(source, delta, task)
+    delta.merge(loaded.model)
+    with quiet():
+        try:
+            loaded.model.save_pretrained(out)
+            loaded.tokenizer.save_pretrained(out)
+        except OSError as error:
+            raise DeltaError(f"cannot write the merged model to {out}: {error.strerror or error}") from error
+    return {"out": str(out), "model": source.model, "delta": delta.label, "scalars": delta.selected}
+
+
+def diff_models(base: Source, tuned: str, out: str | Path, seed: int = 6) -> tuple[Delta, Path]:
+    """The delta that turns one model folder into another, saved; tensors the base lacks are drawn from `seed`."""
+    after = load_model(tuned, None, seed, None, base.dtype, base.trust_remote_code)
+    shape = Shape(type(after.model).__name__, int(after.model.config.num_labels))
+    before = load_model(base.model, None, seed, base.revision, base.dtype, base.trust_remote_code, shape)
+    recorded = before.base(full=True)
+    made = st.diff(before.model, after.model)
+    info = {
+        **made.info,
+        "method": {**made.info["method"], "architecture": shape.architecture, "num_labels": shape.num_labels},
+        "base": recorded,
+    }
+    delta = Delta(made.patches, made.dense, info)
+    return delta, delta.save(out)
+
+
+def _shape(delta: Delta) -> Shape | None:
+    """Class and outputs that a delta of two model folders recorded."""
+    method = delta.info["method"]
+    architecture, outputs = method.get("architecture"), method.get("num_labels")
+    return Shape(architecture, outputs) if isinstance(architecture, str) and isinstance(outputs, int) else None
+
+
+def _commit(revision: Any, recorded: Any, asked: str) -> str | None:
+    """The recorded hub commit, if the model that is asked for is the one recorded."""
+    looks = isinstance(revision, str) and len(revision) == 40 and recorded == asked
+    return revision if looks else None

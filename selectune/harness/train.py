@@ -1,0 +1,306 @@
+"""A run: a model, a task and a method become delta.safetensors and run.json. The loop is transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import selectune as st
+from selectune import tasks
+from selectune.delta import DELTA_FILE, Delta, versions, write_durably
+from selectune.errors import CalibrationError, ConfigError, DeltaError, NonFiniteError
+from selectune.harness.config import RunConfig, build_method
+from selectune.harness.evaluate import Evaluation, collate, encode, evaluate
+from selectune.harness.models import LoadedModel, device, load_model, longest, quiet
+from selectune.tasks import Split, Task
+from selectune.train import Tuner, Verification
+
+RUN_FILE = "run.json"
+log = logging.getLogger("selectune")
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Update:
+    """Where a run is; what a progress bar shows."""
+
+    step: int
+    steps: int
+    loss: float | None
+    selected: int
+    budget: int
+    metric: float | None
+
+
+class Progress(Protocol):
+    """Whoever wants to follow a run."""
+
+    def start(self, title: str, steps: int) -> None: ...
+    def update(self, update: Update) -> None: ...
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to. `value` is the metric of the saved delta, read back and applied to the bare base."""
+
+    evaluation: Evaluation
+    best: Mapping[str, Any] | None  # the best evaluation on the way: step, value, selected
+    steps: int
+    selected: int
+    budget: int
+    trained: int
+    verification: Verification
+    delta: Path
+    delta_bytes: int
+    seconds: float
+    events: Mapping[str, int]
+    history: Sequence[Mapping[str, Any]]
+    model: Mapping[str, Any]
+    origins: Mapping[str, str]
+    max_length: int
+    config: RunConfig
+
+    @property
+    def value(self) -> float:
+        return self.evaluation.value
+
+    def as_json(self) -> dict[str, Any]:
+        """The result as `train --json` prints it and run.json keeps it."""
+        return {
+            **self.evaluation.as_json(),
+            "method": self.config.method,
+            "best": None if self.best is None else dict(self.best),
+            "steps": self.steps,
+            "selected": self.selected,
+            "budget": self.budget,
+            "trained": self.trained,
+            "changed": self.verification.changed,
+            "delta": str(self.delta),
+            "delta_bytes": self.delta_bytes,
+            "seconds": round(self.seconds, 3),
+            "max_length": self.max_length,
+            "events": dict(self.events),
+            "model": dict(self.model),
+            "data": dict(self.origins),
+            "config": self.config.as_json(),
+            "versions": _versions(),
+        }
+
+
+def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
+    """Trains, saves `out`/delta.safetensors and `out`/run.json, and measures what was saved.
+
+    The same config gives the same delta, byte for byte, on the same machine, thread count and versions (on a CPU).
+    Raises ModelError, TaskError, ConfigError before training; NonFiniteError if the loss is not finite and
+    NothingTrainedError if no scalar moved, and then no delta is written.
+    """
+    if config.out is None:
+        raise ConfigError("out is missing: the folder that the delta is written to.")
+    began = time.perf_counter()
+    task = tasks.get(config.task)
+    splits = {name: tasks.load(task, name, config.data) for name in ("train", "validation")}
+    loaded = load_model(config.model, task, config.seed, config.revision, config.dtype, config.trust_remote_code)
+    max_length = longest(loaded.model, loaded.tokenizer, config.max_length, task.max_length)
+    rows = {name: encode(loaded.tokenizer, split.examples, max_length) for name, split in splits.items()}
+    base = loaded.base()
+    steps = config.steps(len(rows["train"]))
+    loaded.model.to(device())
+    tuner = _attach(config, loaded, rows["train"], steps)
+    history = _train(config, loaded, tuner, task, rows, steps, base, progress)
+    delta, verification = _save(config, tuner, base, max_length)
+    counts = {"selected": tuner.selected, "budget": tuner.budget, "trained": tuner.trained}
+    events, taken = dict(tuner.events), tuner.step
+    tuner.detach()
+    with st.load(delta).applied(loaded.model):
+        evaluation = evaluate(loaded.model, loaded.tokenizer, task, rows["validation"])
+    result = RunResult(
+        evaluation=evaluation,
+        best=_best(history, taken, counts["selected"], evaluation.value),
+        steps=taken,
+        **counts,
+        verification=verification,
+        delta=delta,
+        delta_bytes=delta.stat().st_size,
+        seconds=time.perf_counter() - began,
+        events=events,
+        history=history,
+        model={k: base[k] for k in ("id", "revision", "seed", "initialised")},
+        origins=_origins(splits),
+        max_length=max_length,
+        config=config,
+    )
+    text = json.dumps({**result.as_json(), "history": list(history)}, indent=2, allow_nan=False)
+    write_durably(Path(config.out) / RUN_FILE, text.encode())
+    return result
+
+
+def _attach(config: RunConfig, loaded: LoadedModel, rows: Rows, steps: int) -> Tuner:
+    method = build_method(config, steps)
+    extra: dict[str, Any] = {}
+    if config.method == "fish":
+        examples = int(method.score.parameters["examples"]) if method.score else 0
+        if examples > len(rows):
+            raise CalibrationError(
+                f"The method reads {examples} single examples, the training set has {len(rows)}. Lower examples "
+                "(command line: --examples)."
+            )
+        extra = {
+            "calibration": _calibration(loaded, rows, examples, config.seed),
+            "loss": _logits if config.labels == "model" else _loss,
+        }
+    return st.attach(loaded.model, method, seed=config.seed, accumulation_steps=config.accumulation, **extra)
+
+
+def _calibration(loaded: LoadedModel, rows: Rows, count: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Single examples of the training set, in an order drawn from the seed."""
+    where = next(loaded.model.parameters()).device
+    for i in random.Random(seed).sample(range(len(rows)), count):
+        yield {key: value.to(where) for key, value in collate(loaded.tokenizer, [rows[i]]).items()}
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return model(**batch).loss
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+
+
+def _train(
+    config: RunConfig,
+    loaded: LoadedModel,
+    tuner: Tuner,
+    task: Task,
+    rows: Mapping[str, Rows],
+    steps: int,
+    base: Mapping[str, Any],
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """Trains for `steps` steps; returns the log: losses, and the metric where it was asked for on the way."""
+    from transformers import Trainer
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from selectune.harness.callback import Follower
+    from selectune.integrations.transformers import SelectuneCallback
+
+    def measure() -> float:
+        return evaluate(loaded.model, loaded.tokenizer, task, rows["validation"]).value
+
+    with quiet():
+        args = _arguments(config, steps)
+        follower = Follower(tuner, steps, measure, config.eval_every or task.eval_every, progress)
+        trainer = Trainer(
+            model=loaded.model,
+            args=args,
+            train_dataset=_Rows(rows["train"]),
+            data_collator=lambda batch: collate(loaded.tokenizer, batch),
+            callbacks=[SelectuneCallback(tuner, base), follower],
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        if progress is not None:
+            progress.start(f"{config.method} on {task.name}", steps)
+        try:
+            trainer.train()
+        finally:
+            if progress is not None:
+                progress.stop()
+    for record in follower.history:
+        loss = record.get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise NonFiniteError(
+                f"The training loss is {loss} at step {record['step']} of {steps}, so the run was stopped and no delta "
+                f"was saved. A lower learning rate than {config.learning_rate:g} or float32 weights may help."
+            )
+    return follower.history
+
+
+class _Rows(torch.utils.data.Dataset):
+    """Rows as the Trainer wants them: a torch Dataset."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+def _arguments(config: RunConfig, steps: int) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(config.out),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        use_cpu=device().type == "cpu",
+        save_strategy="no" if config.save_every is None else "steps",
+        save_steps=config.save_every or 500,
+        logging_steps=max(1, min(20, steps // 20)),
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _save(config: RunConfig, tuner: Tuner, base: Mapping[str, Any], max_length: int) -> tuple[Path, Verification]:
+    """Writes the delta, with what `eval` needs to rebuild the task's head and the same batches."""
+    verification = tuner.verify()
+    delta = tuner.delta(base=base)
+    info = delta.info
+    info["method"] = {**info["method"], "task": config.task, "max_length": max_length}
+    out = Path(str(config.out))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DeltaError(f"cannot make the folder {out}: {error.strerror or error}") from error
+    return Delta(delta.patches, delta.dense, info).save(out / DELTA_FILE), verification
+
+
+def _best(history: Sequence[Mapping[str, Any]], step: int, selected: int, value: float) -> Mapping[str, Any] | None:
+    """The best evaluation of the run, the last one included, as the papers report it; None if there was one only."""
+    seen = [record for record in history if "metric" in record]
+    if not seen:
+        return None
+    points = [{"step": r["step"], "value": r["metric"], "selected": r["selected"]} for r in seen]
+    return max([*points, {"step": step, "value": value, "selected": selected}], key=lambda point: point["value"])
+
+
+def _origins(splits: Mapping[str, Split]) -> dict[str, str]:
+    return {name: f"{split.origin} ({len(split):,} rows)" for name, split in splits.items()}
+
+
+def _versions() -> dict[str, str]:
+    found = {**versions(), "python": platform.python_version()}
+    for package in ("transformers", "accelerate", "datasets"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+__all__ = ["RUN_FILE", "Progress", "RunConfig", "RunResult", "Update", "run"]

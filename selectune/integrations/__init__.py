@@ -1,0 +1,1 @@
+"""Bridges to other libraries; each file needs the library it is named after."""
