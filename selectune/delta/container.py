@@ -55,6 +55,10 @@ def pack(metadata: str, streams: list[Stream]) -> bytes:
 
 def header_length(head: Any, size: int) -> int:
     """Length of the JSON header, from the file's first bytes; `size` is that of the whole file."""
+    length = int.from_bytes(head[:8], "little")
+    if size >= 8 and 2 <= length <= MAX_HEADER and length % 8 == 0 and 8 + length <= size:
+        return length
+    # only now: an honest header length may begin with a pickle's first two bytes
     if bytes(head[:4]) in _PICKLES or bytes(head[:2]) in _PICKLES:
         raise DeltaFormatError(
             "the file is a pickle (or a zip of pickles, as torch.save writes); selectune never opens those, "
@@ -62,13 +66,10 @@ def header_length(head: Any, size: int) -> int:
         )
     if size < 8:
         raise DeltaFormatError(f"the file is no delta: it has {size} bytes, fewer than a header needs")
-    length = int.from_bytes(head[:8], "little")
-    if not 2 <= length <= MAX_HEADER or length % 8 or 8 + length > size:
-        raise DeltaFormatError(
-            f"the file is no delta, or is damaged: its header claims {length} bytes; expected a multiple of "
-            f"8, at most {MAX_HEADER} and within the file of {size} bytes"
-        )
-    return length
+    raise DeltaFormatError(
+        f"the file is no delta, or is damaged: its header claims {length} bytes; expected a multiple of 8, "
+        f"at most {MAX_HEADER} and within the file of {size} bytes"
+    )
 
 
 def read_metadata(head: Any, size: int) -> tuple[str, bytes, dict[str, Any]]:

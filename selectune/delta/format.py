@@ -173,6 +173,8 @@ def _read_metadata(text: str) -> dict[str, Any]:
             f"A newer selectune may have written it"
         )
     check_keys(metadata, _KEYS, "the delta's metadata")
+    if sum(len(metadata[key]) for key in ("patches", "dense") if isinstance(metadata[key], list)) > MAX_TENSORS:
+        raise DeltaFormatError(f"the delta names more than {MAX_TENSORS} tensors")
     check_hex(metadata["digest"], 64, "the metadata's digest")
     if canonical_json(metadata) != text:
         raise DeltaFormatError("the delta's metadata is not in canonical form: damaged, or not written by selectune")
@@ -193,8 +195,6 @@ def _check_rows(metadata: dict[str, Any]) -> None:
         rows = metadata[what]
         if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != width for row in rows):
             raise DeltaFormatError(f"the delta's {what} must be a list of rows of {width}")
-    if len(metadata["patches"]) + len(metadata["dense"]) > MAX_TENSORS:
-        raise DeltaFormatError(f"the delta names more than {MAX_TENSORS} tensors")
     for name, shape, dtype, count, words, base in metadata["patches"]:
         check_name(name)
         numel = _check_shape(name, shape)

@@ -138,6 +138,18 @@ def test_the_file_is_plain_safetensors_with_one_metadata_key():
     }
 
 
+def test_header_lengths_that_begin_like_a_pickle_are_none():
+    """A header of 1408 = 0x0580 bytes makes a file that begins with the bytes of pickle protocol 5."""
+    model = Bag({"w": torch.zeros(4)})
+    begins = set()
+    for length in range(0, 1200, 8):
+        delta = make_delta(model, {"w": torch.tensor([1])}, {"w": torch.ones(1)}, info={"created_by": "x" * length})
+        data = delta.to_bytes()
+        assert Delta.from_bytes(data) == delta
+        begins.add(data[:2])
+    assert {b"\x80\x05", b"\x80\x06"} <= begins
+
+
 def test_file_and_directory(tmp_path):
     _, delta = small()
     assert delta.save(tmp_path / "run") == tmp_path / "run" / "delta.safetensors"
