@@ -115,7 +115,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
     loaded = load_model(config.model, task, config.seed, config.revision, config.dtype, config.trust_remote_code)
     max_length = longest(loaded.model, loaded.tokenizer, config.max_length, task.max_length)
     rows = {name: encode(loaded.tokenizer, split.examples, max_length) for name, split in splits.items()}
-    base = loaded.base()
+    base = loaded.base(full=True)
     steps = config.steps(len(rows["train"]))
     loaded.model.to(device())
     tuner = _attach(config, loaded, rows["train"], steps)

@@ -1,0 +1,51 @@
+"""The command line's tree, and what every command has in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from selectune.cli import deltas, lists, runs
+from selectune.cli.output import code_of, fail, log_to_stderr
+from selectune.errors import SelectuneError
+
+
+class Guarded(TyperGroup):
+    """A group of commands whose errors are one line and an exit code, not a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SelectuneError as error:
+            fail(error)
+            raise typer.Exit(code_of(error)) from None
+
+
+app = typer.Typer(
+    cls=Guarded,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: selectune demo. Exit codes: 0 done, 1 it could not be done, 2 it was asked wrongly. "
+    "SELECTUNE_TRACEBACK=1 shows where an error came from; SELECTUNE_DATA names a folder of task data.",
+)
+
+
+@app.callback()
+def root(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also log what is going on, to stderr.")] = False,
+) -> None:
+    """Selective fine-tuning: train the few scalars of a model that are worth training, ship them as a delta."""
+    log_to_stderr(verbose)
+
+
+app.command("train", epilog=runs.TRAIN_EXAMPLES)(runs.train)
+app.command("eval", epilog=runs.EVAL_EXAMPLES)(runs.evaluate)
+app.command("verify", epilog=deltas.VERIFY_EXAMPLES)(deltas.verify)
+app.add_typer(deltas.app, name="delta")
+app.command("tasks")(lists.tasks)
+app.command("methods")(lists.methods)
+app.command("demo", epilog=lists.DEMO_EXAMPLES)(lists.demo)

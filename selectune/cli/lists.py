@@ -1,0 +1,97 @@
+"""`selectune tasks`, `selectune methods` and `selectune demo`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated
+
+import typer
+
+from selectune.cli import values
+from selectune.cli.options import Data, Json
+from selectune.cli.output import Bar, result, working
+from selectune.harness.demo import BUDGET, STEPS, DemoResult
+from selectune.harness.demo import demo as run_demo
+from selectune.method import RECIPES
+from selectune.tasks import TASKS
+
+DEMO_EXAMPLES = "Examples:  selectune demo\n\nselectune demo --data DIR --out runs/demo --json"
+
+
+def tasks(as_json: Json = False) -> None:
+    """List the tasks: name, metric, what the best constant answer scores, source."""
+    found = [
+        {
+            "name": task.name,
+            "kind": task.kind,
+            "metric": task.metric_name,
+            "chance": task.chance,
+            "epochs": task.epochs,
+            "max_length": task.max_length,
+            "source": task.source,
+        }
+        for task in TASKS.values()
+    ]
+    lines = [f"{t['name']:<21} {t['metric']:<28} chance {t['chance']:.3f}  {t['source']}" for t in found]
+    result(as_json, found, "\n".join(lines))
+
+
+def methods(as_json: Json = False) -> None:
+    """List the methods: name, what selection reads, what it does, source."""
+    found = [
+        {
+            "name": recipe.name,
+            "summary": recipe.summary,
+            "reads": recipe.reads,
+            "source": recipe.source,
+            "takes": [name for name in inspect.signature(recipe.function).parameters if name != "steps"],
+        }
+        for recipe in RECIPES.values()
+    ]
+    lines = [f"{m['name']:<15} {m['summary']} ({m['source']})" for m in found]
+    result(as_json, found, "\n".join(lines))
+
+
+def demo(
+    data: Data = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Keep the deltas in this folder. Default: they are thrown away.")
+    ] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="A folder, a hub id, or 'demo'.")] = "demo",
+    task: Annotated[
+        str | None,
+        typer.Option("--task", "-t", help="Default: STS-B where it can be had, else generated sentences."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.")] = STEPS,
+    budget: Annotated[str, typer.Option("--budget", "-b", help="Scalars that ID3 and the random mask may change.")] = (
+        f"{BUDGET:.2%}"
+    ),
+    seed: Annotated[int, typer.Option(help="Draws the head, the order of the data, dropout, the random mask.")] = 6,
+    as_json: Json = False,
+) -> None:
+    """Show the point in minutes: base, ID3, a random mask and full fine-tuning of one small model, and the revert."""
+    with working():
+        found = run_demo(data, out, model, task, steps, values.budget(budget), seed, Bar())
+    result(as_json, found.as_json(), _table(found))
+
+
+def _table(found: DemoResult) -> str:
+    lines = [
+        f"{found.model} on {found.task}, {found.steps} steps each; {found.metric} (chance {found.chance:.3f})",
+        f"data: {found.origin}",
+        "",
+        f"{'':<8} {'metric':>8} {'trained':>12} {'delta bytes':>12} {'seconds':>8}",
+    ]
+    lines += [
+        f"{row.name:<8} {row.value:>8.4f} {row.trained:>12,} {row.delta_bytes:>12,} {row.seconds:>8.0f}"
+        for row in found.rows
+    ]
+    revert = found.revert
+    lines += [
+        "",
+        f"ID3's delta read from its file and put on a fresh base: {revert.value_applied:.4f}, "
+        f"{revert.scalars_changed:,} scalars differ.",
+        f"Taken off again: all {revert.tensors} tensors have the bits they had before.",
+        f"{found.seconds:.0f} s in all." + (f" The delta is {found.delta}." if found.delta else ""),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""Where things are printed: results on stdout, progress, log and errors on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from selectune.errors import ConfigError, SelectuneError
+from selectune.harness.train import Update
+
+TRACEBACK = "SELECTUNE_TRACEBACK"
+
+
+def stderr() -> Console:
+    """A console on stderr that never wraps, so that an error stays one line."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def fail(error: SelectuneError) -> None:
+    """Prints an error as one red line; with SELECTUNE_TRACEBACK=1 raises it instead."""
+    if os.environ.get(TRACEBACK, "") not in ("", "0"):
+        raise error
+    text = " ".join(str(error).split())
+    stderr().print(f"[bold red]error:[/] [red]{escape(text)}[/]")
+
+
+def code_of(error: SelectuneError) -> int:
+    """2 for a command that was asked wrongly, 1 for one that could not be done."""
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def result(as_json: bool, value: Any, text: str) -> None:
+    """Prints a result on stdout: JSON if it was asked for, else the text."""
+    typer.echo(json.dumps(value, indent=2, allow_nan=False) if as_json else text)
+
+
+@contextlib.contextmanager
+def working() -> Iterator[None]:
+    """While a command works, whatever a library prints goes to stderr, so that stdout holds the result alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def log_to_stderr(verbose: bool) -> None:
+    """Sends selectune's own log to stderr: warnings, and with `verbose` what is going on."""
+    logger = logging.getLogger("selectune")
+    for old in [h for h in logger.handlers if isinstance(h, _Handler)]:
+        logger.removeHandler(old)
+    logger.addHandler(_Handler())
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        stderr().print(f"[{style}]{record.levelname.lower()}:[/] {escape(record.getMessage())}")
+
+
+class Bar:
+    """A progress bar on stderr: loss, selected/budget, steps a second, metric. Silent where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._began = 0.0
+
+    def start(self, title: str, steps: int) -> None:
+        self._began = time.perf_counter()
+        if not self._console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(title, total=steps, state="")
+
+    def update(self, update: Update) -> None:
+        if self._bar is None or self._task is None:
+            return
+        rate = update.step / max(time.perf_counter() - self._began, 1e-9)
+        self._bar.update(self._task, completed=update.step, state=state_line(update, rate))
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def state_line(update: Update, rate: float) -> str:
+    """What stands beside the bar.
+
+    >>> state_line(Update(10, 100, 0.5, 40, 400, None), 2.5)
+    'loss 0.5000  40/400 selected  2.5 steps/s'
+    """
+    parts = [] if update.loss is None else [f"loss {update.loss:.4f}"]
+    if update.budget:
+        parts.append(f"{update.selected:,}/{update.budget:,} selected")
+    parts.append(f"{rate:.1f} steps/s")
+    if update.metric is not None:
+        parts.append(f"metric {update.metric:.4f}")
+    return "  ".join(parts)

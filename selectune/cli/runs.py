@@ -1,0 +1,171 @@
+"""`selectune train` and `selectune eval`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from selectune import tasks
+from selectune.cli import values
+from selectune.cli.options import Data, Dtype, Json, MaxLength, Model, Revision, Trust
+from selectune.cli.output import Bar, result, working
+from selectune.harness.config import RunConfig, patterns
+from selectune.harness.restore import Source, evaluate_delta
+from selectune.harness.train import RunResult, run
+
+TRAIN_EXAMPLES = (
+    "Examples:\n\nselectune train --model demo --task glue/rte --budget 103k --epochs 3 --out runs/rte\n\n"
+    "selectune train --model demo --task glue/stsb --method bitfit --out runs/bias\n\n"
+    "selectune train --model ./my-model --task glue/cola --method id3 --budget 0.17% --exp 1 --every 10 --out runs/cola"
+)
+EVAL_EXAMPLES = "Example:  selectune eval --model demo --delta runs/rte --task glue/rte --json"
+
+
+def train(
+    model: Model,
+    task: Annotated[str, typer.Option("--task", "-t", help="What to learn; `selectune tasks` lists them.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for delta.safetensors and run.json.")],
+    method: Annotated[str, typer.Option(help="How scalars are chosen; `selectune methods` lists them.")] = "id3",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            help="Scalars that may change: 103k, 1.5m, 320_000, or a share: 0.17%.",
+            show_default=False,
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", help="Learning rate. Default: 5e-4, and 5e-5 for the method full.", show_default=False),
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="Passes over the training set. Default: the task's.", show_default=False),
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps, in place of --epochs.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows in one backward pass.")] = 16,
+    accumulation: Annotated[
+        int, typer.Option(help="Backward passes that make one step; selection is exact over their sum.")
+    ] = 1,
+    max_length: MaxLength = None,
+    seed: Annotated[int, typer.Option(help="Draws the task head, the order of the data, dropout, random masks.")] = 6,
+    exp: Annotated[
+        float | None,
+        typer.Option(help="ID3, D3: the exponent of |g| / (|w| + eps)^exp.", show_default=False),
+    ] = None,
+    eps: Annotated[
+        float | None, typer.Option(help="ID3, D3: what is added to |w|; above 0.", show_default=False)
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(help="ID3: select the quotas of k steps at every k-th step; cheaper.", show_default=False),
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="Fish: how many single examples are read before training.", show_default=False)
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Fish: 'data' (their own labels) or 'model' (every class, weighted).", show_default=False),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these tensors may be chosen from: patterns such as '*.attention.*'; repeatable."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="These may not, such as '*embeddings*'; repeatable.")
+    ] = None,
+    train_fully: Annotated[
+        list[str] | None,
+        typer.Option(help="These are trained whole, outside the budget, such as 'classifier.*'; repeatable."),
+    ] = None,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between two measurements. Default: the task's.", show_default=False),
+    ] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between two checkpoints with their delta. Default: none.", show_default=False),
+    ] = None,
+    data: Data = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    warmup: Annotated[
+        float, typer.Option(help="Steps (or a share below 1 of them) over which the learning rate rises.")
+    ] = 0.0,
+    schedule: Annotated[str, typer.Option(help="Of the learning rate: linear, cosine or constant.")] = "linear",
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay; only trained scalars decay.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Train a few scalars of a model on a task, save them as a delta, and measure what was saved."""
+    config = RunConfig(
+        model=model,
+        task=task,
+        method=method,
+        budget=None if budget is None else values.budget(budget),
+        lr=lr,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        max_length=max_length,
+        seed=seed,
+        out=out,
+        exp=exp,
+        eps=eps,
+        every=every,
+        examples=examples,
+        labels=labels,
+        include=patterns(include),
+        exclude=patterns(exclude),
+        train_fully=patterns(train_fully),
+        eval_every=eval_every,
+        save_every=save_every,
+        data=data,
+        revision=revision,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        warmup=warmup,
+        schedule=schedule,
+        weight_decay=weight_decay,
+    )
+    with working():
+        found = run(config, Bar())
+    result(as_json, found.as_json(), _told(found))
+
+
+def _told(found: RunResult) -> str:
+    evaluation = found.evaluation
+    return (
+        f"{evaluation.task}: {evaluation.metric} {evaluation.value:.4f} on {evaluation.examples:,} examples, "
+        f"{found.steps:,} steps in {found.seconds:.0f} s\n"
+        f"{found.selected:,} of {found.budget:,} scalars selected, {found.verification.changed:,} changed"
+        + (f", {found.trained:,} trained in all" if found.trained != found.selected else "")
+        + f"\n{found.delta} ({found.delta_bytes:,} bytes)"
+    )
+
+
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option("--task", "-t", help="What to measure; `selectune tasks` lists them.")],
+    delta: Annotated[
+        str | None,
+        typer.Option("--delta", "-d", help="The delta to apply. Without it the base is measured.", show_default=False),
+    ] = None,
+    data: Data = None,
+    max_length: MaxLength = None,
+    seed: Annotated[int, typer.Option(help="Draws the head where no delta says which seed it was.")] = 6,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a model with a delta on a task's validation split; the same number as training printed."""
+    with working():
+        source = Source(model, revision, dtype, trust_remote_code)
+        found = evaluate_delta(source, delta, tasks.get(task), data, max_length, seed)
+    result(as_json, found.as_json(), f"{found.task}: {found.metric} {found.value:.4f} on {found.examples:,} examples")

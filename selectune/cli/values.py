@@ -1,0 +1,51 @@
+"""Values as people write them on a command line."""
+
+from __future__ import annotations
+
+from decimal import Decimal, InvalidOperation
+
+from selectune.errors import BudgetError
+
+_UNITS = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+
+
+def budget(text: str) -> int | float:
+    """A budget: a count (103000, 320_000, 103k, 1.5m) or a density (0.17%, 0.0017).
+
+    >>> [budget(text) for text in ("103k", "1.5m", "320_000", "0.17%", "0.0017")]
+    [103000, 1500000, 320000, 0.0017, 0.0017]
+    """
+    plain = text.strip().lower().replace("_", "").replace(",", "")
+    unit = _UNITS.get(plain[-1:], 1)
+    percent = plain.endswith("%")
+    try:
+        number = Decimal(plain[:-1] if percent or unit > 1 else plain)
+    except InvalidOperation:
+        raise _refuse(text, "this is no number") from None
+    if not number.is_finite():
+        raise _refuse(text, "it must be finite")
+    if number <= 0:
+        raise _refuse(text, "at least 1 scalar must be trained")
+    if percent:
+        if number >= 100:
+            raise _refuse(text, "a share must be below 100 %; `--method full` trains everything")
+        return float(number / 100)
+    count = number * unit
+    if count == count.to_integral_value():
+        return int(count)
+    if unit == 1 and count < 1:
+        return float(count)
+    raise _refuse(text, "a count must be a whole number, a density below 1")
+
+
+def _refuse(text: str, why: str) -> BudgetError:
+    return BudgetError(f"--budget {text}: {why}. Give a count (103000, 103k, 1.5m) or a share (0.17%, 0.0017).")
+
+
+def shown(number: int | float) -> str:
+    """A count with thousands marks, a metric with four decimals.
+
+    >>> shown(103682), shown(0.81234)
+    ('103,682', '0.8123')
+    """
+    return f"{number:,}" if isinstance(number, int) else f"{number:.4f}"
