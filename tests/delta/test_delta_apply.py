@@ -449,3 +449,26 @@ def test_verify_notices_a_write_outside_the_support(monkeypatch):
     monkeypatch.setattr(bits, "scatter", sloppy)
     with pytest.raises(IntegrityError):
         delta.verify(model)
+
+
+# --- bits, not numbers ---
+
+
+def test_a_sign_of_zero_is_a_change():
+    model = Bag({"w": torch.zeros(6)}, {"b": torch.zeros(2)})
+    delta = make_delta(model, {"w": torch.tensor([1])}, {"w": torch.tensor([-0.0])}, old_values=True)
+    delta.merge(model)
+    with torch.no_grad():
+        model.w[1] = 0.0
+    with pytest.raises(DeltaStateError, match="does not hold"):
+        delta.revert(model)
+    tuned = copy.deepcopy(model)
+    tuned.b[0] = -0.0
+    assert [entry.name for entry in diff(model, tuned).dense] == ["b"]
+
+
+def test_a_nan_that_stayed_is_no_change():
+    model = Bag({"w": torch.full((2,), float("nan"))}, {"b": torch.full((2,), float("nan"))})
+    delta = diff(model, copy.deepcopy(model))
+    assert not delta.patches
+    assert not delta.dense
