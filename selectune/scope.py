@@ -78,6 +78,8 @@ class Scope:
             )
         for tensor in (*scoped, *dense):
             _check(tensor)
+        for tensor in scoped:
+            _check_owners(model, tensor)
         _check_overlap([*scoped, *dense])
         return Found(tuple(scoped), tuple(dense))
 
@@ -156,6 +158,16 @@ def _check(tensor: ScopedTensor) -> None:
         why = "it is expanded: several entries share one memory cell"
     if why:
         raise ScopeError(f'The parameter "{tensor.name}" cannot be trained in place: {why}. Exclude it.')
+
+
+def _check_owners(model: nn.Module, tensor: ScopedTensor) -> None:
+    for name in tensor.names:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if getattr(owner, "max_norm", None) is not None and isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+            raise ScopeError(
+                f'"{name}" belongs to an {type(owner).__name__} with max_norm={owner.max_norm}, which rewrites rows of '
+                "the table in forward, so entries outside the support would move. Exclude it, or set max_norm=None."
+            )
 
 
 def _check_overlap(tensors: Sequence[ScopedTensor]) -> None:

@@ -85,6 +85,13 @@ def test_tensors_that_cannot_be_written_in_place(make, why):
         st.attach(model, st.pafi(1))
 
 
+def test_a_table_that_rewrites_itself_in_forward():
+    model = nn.ModuleDict({"table": nn.Embedding(5, 3, max_norm=1.0), "head": nn.Linear(3, 2)})
+    with pytest.raises(ScopeError, match=r'"table.weight" belongs to an Embedding with max_norm=1.0'):
+        st.attach(model, st.pafi(1))
+    assert st.attach(model, st.pafi(1, scope="head.*")).selected == 1
+
+
 def test_memory_shared_by_two_parameters():
     model = nn.Module()
     memory = torch.zeros(6)

@@ -277,6 +277,23 @@ def test_sampled_gradients_are_the_dense_ones():
     assert set(tuner.unreached) == {"unused.weight", "unused.bias"}
 
 
+def test_sparse_embedding_gradients_are_the_dense_ones():
+    def run(sparse):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(20, 4, sparse=sparse), nn.Linear(4, 3)).double()
+        tuner = st.attach(model, st.id3(12, 3))
+        optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+        for i in range(4):
+            model(tokens(i)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return supports(tuner), bits(model)
+
+    (support, weights), (expected, others) = run(True), run(False)
+    assert support == expected
+    assert same(weights, others)
+
+
 def test_evaluation_between_steps_sees_the_trained_weights_and_changes_nothing():
     model = Mixed()
     tuner = st.attach(model, st.id3(60, 6))
