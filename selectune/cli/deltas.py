@@ -81,7 +81,7 @@ def _described(delta: Delta) -> dict[str, Any]:
         {
             "name": p.name,
             "shape": list(p.shape),
-            "dtype": str(p.dtype).removeprefix("torch."),
+            "dtype": dtype_name(p.dtype),
             "count": p.indices.numel(),
         }
         for p in delta.patches

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from selectune.delta import base_info
@@ -127,7 +128,7 @@ def load_model(
     with quiet():
         try:
             return _load(transformers, place, task, seed, dtype, trust_remote_code, shape)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise ModelError(_why(place, error)) from error
 
 

@@ -75,9 +75,13 @@ def evaluate_delta(
     return evaluate(loaded.model, loaded.tokenizer, task, encode(loaded.tokenizer, split.examples, length))
 
 
-def verify_delta(source: Source, path: str | Path, task: Task | None = None, full: bool = False) -> Report:
-    """Whether a model is the delta's base and the delta changes no more than it says; see `Delta.verify`."""
+def verify_delta(source: Source, path: str | Path, task: Task | None = None) -> Report:
+    """Whether a model is the delta's base and the delta changes no more than it says; see `Delta.verify`.
+
+    All weights are compared where the delta has their digest (those of `selectune train` do), else those it writes.
+    """
     delta = st.load(path)
+    full = delta.info["base"]["weights"] is not None
     return delta.verify(load_base(source, delta, task).model, full=full)
 
 

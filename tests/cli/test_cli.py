@@ -1,0 +1,265 @@
+"""The command line: every command, pure JSON on stdout, one line of error, exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from tiny_kit import make_model
+from typer.testing import CliRunner
+
+import selectune as st
+from selectune.cli import app
+from selectune.cli.lists import _table
+from selectune.harness.demo import DemoResult, Revert, Row
+from selectune.method import RECIPES
+from selectune.tasks import TASKS
+
+pytest_plugins = ("tiny_fixtures",)
+
+runner = CliRunner()
+
+
+def call(*args, code=0, env=None):
+    found = runner.invoke(app, [str(arg) for arg in args], env=env or {})
+    assert found.exit_code == code, f"{found.output}\n{found.exception!r}"
+    return found
+
+
+def data_of(found):
+    """The JSON on stdout, which must be all there is on it."""
+    return json.loads(found.stdout)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, data, tmp_path_factory):
+    """A run of the train command, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "rte"
+    found = call(
+        "train", "--model", tiny, "--task", "glue/rte", "--method", "id3", "--budget", "0.2k", "--lr", "5e-3",
+        "--epochs", 1, "--batch-size", 8, "--max-length", 24, "--seed", 3, "--data", data, "--out", out, "--json",
+    )  # fmt: skip
+    return out, data_of(found)
+
+
+def test_train(trained):
+    out, printed = trained
+    assert (printed["task"], printed["metric"], printed["examples"]) == ("glue/rte", "accuracy", 24)
+    assert (printed["steps"], printed["selected"], printed["budget"]) == (6, 200, 200)
+    assert printed["delta_bytes"] == (out / "delta.safetensors").stat().st_size
+    written = json.loads((out / "run.json").read_text())
+    assert all(written[key] == value for key, value in printed.items())
+
+
+def test_train_tells_people(tiny, data, tmp_path):
+    found = call(
+        "train", "-m", tiny, "-t", "glue/cola", "--method", "bitfit", "--max-steps", 2, "--data", data, "-o", tmp_path
+    )
+    assert re.search(r"glue/cola: Matthews correlation -?[\d.]+ on 24 examples, 2 steps", found.stdout)
+    assert "delta.safetensors" in found.stdout
+
+
+def test_eval_prints_what_train_printed(trained, tiny, data):
+    out, printed = trained
+    found = data_of(call("eval", "--model", tiny, "--delta", out, "--task", "glue/rte", "--data", data, "--json"))
+    assert found == {"task": "glue/rte", "metric": "accuracy", "value": printed["value"], "examples": 24}
+    file = out / "delta.safetensors"
+    text = call(
+        "eval", "--model", tiny, "--delta", file, "--task", "glue/rte", env={"SELECTUNE_DATA": str(data)}
+    ).stdout
+    assert text == f"glue/rte: accuracy {printed['value']:.4f} on 24 examples\n"
+
+
+def test_eval_of_a_base(tiny, data):
+    found = data_of(call("eval", "--model", tiny, "--task", "glue/stsb", "--data", data, "--json"))
+    assert (found["task"], found["examples"]) == ("glue/stsb", 24)
+
+
+def test_verify(trained, tiny):
+    out, _ = trained
+    assert call("verify", "--model", tiny, "--delta", out).stdout.startswith("ok: the base is right, ")
+    found = data_of(call("verify", "--model", tiny, "--delta", out, "--json"))
+    assert found["ok"]
+    assert found["weights"]
+    assert found["reverted"]
+    assert 0 < found["changed"] <= found["budget"] == 200
+
+
+def test_verify_wrong_base(trained, other):
+    out, _ = trained
+    assert call("verify", "--model", other, "--delta", out, code=1).stdout.startswith("not ok: ")
+    assert data_of(call("verify", "--model", other, "--delta", out, "--json", code=1))["ok"] is False
+
+
+def test_verify_another_shape(trained, tmp_path):
+    out, _ = trained
+    wide = make_model(tmp_path / "wide", hidden=64)
+    assert data_of(call("verify", "--model", wide, "--delta", out, "--json", code=1))["ok"] is False
+
+
+def test_verify_flipped_and_truncated_files(trained, tiny, tmp_path):
+    whole = (trained[0] / "delta.safetensors").read_bytes()
+    flipped = bytearray(whole)
+    flipped[-3] ^= 4
+    for name, content in (("flipped", bytes(flipped)), ("short", whole[:-7]), ("empty", b"")):
+        file = tmp_path / f"{name}.safetensors"
+        file.write_bytes(content)
+        found = call("verify", "--model", tiny, "--delta", file, "--json", code=1)
+        assert data_of(found)["ok"] is False
+        assert found.stderr.startswith("error: ")
+        call("eval", "--model", tiny, "--delta", file, "--task", "demo/grammaticality", code=1)
+
+
+def test_verify_that_cannot_be_done(trained, tiny, tmp_path):
+    assert "no such file or folder" in call("verify", "--model", tiny, "--delta", tmp_path / "x", code=2).stderr
+    call("verify", "--model", tmp_path / "nowhere", "--delta", trained[0], code=2)
+    call("verify", "--model", tiny, "--delta", trained[0], "--task", "glue/nothing", code=2)
+    call("verify", "--model", tiny, code=2)
+
+
+def test_delta_show(trained):
+    out, _ = trained
+    text = call("delta", "show", out).stdout
+    assert "id3 on glue/rte" in text
+    assert "200 of 200" in text
+    found = data_of(call("delta", "show", out, "--json"))
+    assert sum(patch["count"] for patch in found["patches"]) == found["selected"] == 200
+    assert found["base"]["seed"] == 3
+
+
+def test_apply_writes_a_model_that_needs_no_selectune(trained, tiny, data, tmp_path):
+    out, printed = trained
+    merged = tmp_path / "merged"
+    call("delta", "apply", "--model", tiny, "--delta", out, "--out", merged)
+    found = data_of(call("eval", "--model", merged, "--task", "glue/rte", "--data", data, "--max-length", 24, "--json"))
+    assert found["value"] == printed["value"]
+
+
+def test_diff_of_base_and_merged_is_the_delta_again(trained, tiny, data, tmp_path):
+    out, printed = trained
+    merged, again = tmp_path / "merged", tmp_path / "again"
+    call("delta", "apply", "--model", tiny, "--delta", out, "--out", merged)
+    found = data_of(call("delta", "diff", "--base", tiny, "--tuned", merged, "--out", again, "--seed", 3, "--json"))
+    assert found["scalars"] == printed["changed"]
+    first, second = st.load(out), st.load(again)
+    for name, indices in second.support.items():
+        assert set(indices.tolist()) <= set(first.support[name].tolist())
+    assert data_of(call("verify", "--model", tiny, "--delta", again, "--json"))["ok"]
+    args = ("--task", "glue/rte", "--data", data, "--max-length", 24, "--json")
+    assert data_of(call("eval", "--model", tiny, "--delta", again, *args))["value"] == printed["value"]
+
+
+def test_tasks_and_methods():
+    assert [task["name"] for task in data_of(call("tasks", "--json"))] == list(TASKS)
+    assert [method["name"] for method in data_of(call("methods", "--json"))] == list(RECIPES)
+    for command, names in (("tasks", TASKS), ("methods", RECIPES)):
+        lines = call(command).stdout.splitlines()
+        assert [line.split()[0] for line in lines] == list(names)
+        assert all("arXiv" in line or "ACL" in line or "baseline" in line for line in lines)
+
+
+def test_demo(tiny, data, tmp_path):
+    args = ("--model", tiny, "--data", data, "--steps", 2, "--budget", "100", "--out", tmp_path / "demo")
+    found = data_of(call("demo", *args, "--json"))
+    assert [row["name"] for row in found["rows"]] == ["base", "id3", "random", "full"]
+    assert found["revert"]["same_bits"]
+    assert st.load(found["delta"]).selected == 100
+
+
+def test_demo_table():
+    rows = [Row("base", 0.1, 0, 0, 1.0), Row("id3", 0.8, 38_612, 240_176, 60.0)]
+    revert = Revert(104, 38_600, 0.8, True)
+    result = DemoResult("demo", "glue/stsb", "a folder", "a mean", 0.0, 300, rows, revert, 90.0, "")
+    text = _table(result)
+    assert "id3        0.8000       38,612      240,176       60" in text
+    assert "all 104 tensors have the bits they had before" in text
+
+
+TRAIN = ("train", "--task", "glue/rte", "--max-steps", "2")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("--budget", "0"), 2, "error: --budget 0: at least 1 scalar must be trained"),
+        (("--budget", "many"), 2, "error: --budget many: this is no number"),
+        (("--budget", "1.2345k"), 2, "a count must be a whole number"),
+        (("--budget", "120%"), 2, "below 100 %"),
+        (("--budget", "10m"), 2, "larger than the"),
+        ((), 2, "needs a budget"),
+        (("--budget", "10", "--method", "id4"), 2, "Unknown method 'id4'"),
+        (("--budget", "10", "--method", "bitfit"), 2, "takes no budget"),
+        (("--method", "bitfit", "--exp", "1"), 2, "takes no exp"),
+        (("--budget", "10", "--task", "glue/none"), 1, "Unknown task 'glue/none'"),
+        (("--budget", "10", "--model", "./nowhere"), 1, "'./nowhere' does not exist"),
+        (("--budget", "10", "--data", "./nowhere"), 1, "The data folder nowhere does not exist"),
+        (("--budget", "10", "--task", "glue/qqp"), 1, "has no train split of glue/qqp"),
+        (("--budget", "10", "--include", "nothing.*"), 2, "matches no parameter"),
+        (("--budget", "10", "--max-length", "900"), 2, "max_length=900 is more than the 32 tokens"),
+    ],
+)
+def test_mistakes_are_one_line_and_a_code(tiny, data, tmp_path, args, code, message):
+    found = call(*TRAIN, "--model", tiny, "--data", data, "--out", tmp_path / "out", *args, "--json", code=code)
+    assert found.stdout == ""
+    assert message in found.stderr
+    assert found.stderr.startswith("error: ")
+    assert found.stderr.count("\n") == 1
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "out" / "delta.safetensors").exists()
+
+
+def test_wrong_usage_is_two(tiny):
+    call("train", "--model", tiny, code=2)
+    call("nothing", code=2)
+    call("train", "--nothing", code=2)
+
+
+def test_the_traceback_can_be_had():
+    found = runner.invoke(app, ["train", "-m", "x", "-t", "y", "-o", "z"], env={"SELECTUNE_TRACEBACK": "1"})
+    assert isinstance(found.exception, st.errors.TaskError)
+
+
+COMMANDS = ("train", "eval", "verify", "tasks", "methods", "demo", "delta show", "delta diff", "delta apply")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option(command):
+    from typer.main import get_command
+
+    text = call(*command.split(), "--help").stdout
+    assert "Usage" in text
+    found = get_command(app)
+    for part in command.split():
+        found = found.commands[part]  # pyright: ignore[reportAttributeAccessIssue]
+    for option in found.params:
+        assert getattr(option, "help", None), f"{command} {option.name} has no help"
+        assert str(option.help).endswith((".", ")")), option.name  # pyright: ignore[reportAttributeAccessIssue]
+    assert (found.help or "").strip().endswith(".")
+
+
+def test_help_shows_examples():
+    for command in ("train", "eval", "verify", "demo"):
+        assert f"selectune {command}" in call(command, "--help").stdout
+
+
+def test_as_a_program(trained, tmp_path):
+    """`python -m selectune`, with stdout and stderr apart."""
+    found = subprocess.run(
+        [sys.executable, "-m", "selectune", "delta", "show", str(trained[0]), "--json"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["selected"] == 200
+    assert found.stderr == ""
+
+
+def test_real_data_is_reproduced(tiny, real_data, tmp_path):
+    for task in ("glue/rte", "glue/stsb"):
+        out = tmp_path / task.replace("/", "-")
+        args = ("--model", tiny, "--task", task, "--data", real_data, "--json")
+        trained = data_of(call("train", *args, "--budget", "0.17%", "--max-steps", 3, "--out", out))
+        assert data_of(call("eval", *args, "--delta", out))["value"] == trained["value"]
+        assert call("verify", "--model", tiny, "--delta", out).exit_code == 0

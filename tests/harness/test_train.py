@@ -1,0 +1,258 @@
+"""Runs: settings refused early, a run that learns, saves and reproduces, runs that must not end in success."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import selectune as st
+from selectune import tasks
+from selectune.delta import weights_digest
+from selectune.errors import (
+    BudgetError,
+    CalibrationError,
+    ConfigError,
+    NonFiniteError,
+    NothingTrainedError,
+    TaskError,
+)
+from selectune.harness.config import RunConfig, build_method
+from selectune.harness.restore import Source, evaluate_delta, load_base, verify_delta
+from selectune.harness.train import Update, run
+from selectune.method import RECIPES
+
+pytest_plugins = ("tiny_fixtures",)
+
+
+@pytest.fixture
+def config(tiny, data, tmp_path):
+    return RunConfig(
+        model=str(tiny),
+        task="glue/rte",
+        budget=200,
+        max_steps=6,
+        lr=5e-3,
+        data=str(data),
+        out=str(tmp_path / "out"),
+        seed=1,
+    )
+
+
+BAD = [
+    ({"method": "id4"}, ConfigError, "Unknown method 'id4'. Known: id3, "),
+    ({"task": "glue/x"}, TaskError, "Unknown task"),
+    ({"budget": None}, BudgetError, "needs a budget"),
+    ({"budget": 0}, BudgetError, "at least 1"),
+    ({"budget": 1.5}, BudgetError, "density"),
+    ({"method": "bitfit"}, ConfigError, "takes no budget"),
+    ({"method": "bitfit", "budget": None, "exp": 1.0}, ConfigError, "takes no exp"),
+    ({"method": "pafi", "every": 2}, ConfigError, "takes no every.*It takes: budget"),
+    ({"method": "full", "budget": None, "exclude": ("*",)}, ConfigError, "no exclude"),
+    ({"method": "fish", "labels": "both"}, ConfigError, "Unknown labels"),
+    ({"lr": 0.0}, ConfigError, "lr=0.0"),
+    ({"lr": float("nan")}, ConfigError, "lr=nan"),
+    ({"batch_size": 0}, ConfigError, "batch_size=0"),
+    ({"max_steps": True}, ConfigError, "max_steps=True"),
+    ({"epochs": 2.0}, ConfigError, "not both"),
+    ({"seed": -1}, ConfigError, "seed=-1"),
+    ({"schedule": "step"}, ConfigError, "Unknown schedule 'step'"),
+    ({"dtype": "int8"}, ConfigError, "Unknown dtype"),
+    ({"warmup": -1.0}, ConfigError, "warmup"),
+    ({"eps": 0.0}, ConfigError, "eps"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[str(row[0]) for row in BAD])
+def test_bad_settings_are_refused_before_anything_is_loaded(change, error, message):
+    good = RunConfig(model="nowhere", task="glue/rte", budget=10, max_steps=5)
+    with pytest.raises(error, match=message):
+        dataclasses.replace(good, **change)
+
+
+def test_steps_and_defaults():
+    config = RunConfig(model="m", task="glue/rte", budget=10)
+    assert config.steps(2490) == 30 * 156
+    assert dataclasses.replace(config, epochs=0.5, accumulation=4).steps(2490) == 20
+    assert config.learning_rate == 5e-4
+    assert RunConfig(model="m", task="glue/rte", method="full").learning_rate == 5e-5
+
+
+def test_patterns_reach_the_scope():
+    bias = RunConfig(model="m", task="glue/rte", method="bitfit", train_fully=("classifier.*",))
+    scope = build_method(bias, 5).scope
+    assert (scope.include, scope.train_fully) == (("*bias",), ("classifier.*",))
+    id3 = RunConfig(model="m", task="glue/rte", budget=5, exclude=("*embeddings*",))
+    assert build_method(id3, 5).scope.exclude == ("*embeddings*",)
+
+
+class Watch:
+    def __init__(self):
+        self.seen = []
+
+    def start(self, title, steps):
+        self.seen.append((title, steps))
+
+    def update(self, update):
+        assert isinstance(update, Update)
+        self.seen.append(update)
+
+    def stop(self):
+        self.seen.append("stop")
+
+
+def test_a_run_saves_what_it_printed(config, tiny, data):
+    watch = Watch()
+    config = dataclasses.replace(config, eval_every=2)
+    result = run(config, watch)
+    assert (result.steps, result.selected, result.budget) == (6, 200, 200)
+    assert 0 < result.verification.changed <= 200
+    assert result.delta_bytes == result.delta.stat().st_size
+    assert watch.seen[0] == ("id3 on glue/rte", 6)
+    assert watch.seen[-1] == "stop"
+    assert watch.seen[-2].step == 6
+
+    written = json.loads((result.delta.parent / "run.json").read_text())
+    assert written["value"] == result.value
+    assert [row["step"] for row in written["history"] if "metric" in row] == [2, 4]
+    assert written["best"]["value"] >= result.value
+    assert written["model"]["id"] == "tiny"
+    assert all(str(tiny.parent) not in text for text in (written["model"]["id"],))
+    assert set(written["versions"]) >= {"selectune", "torch", "transformers"}
+
+    source = Source(str(tiny))
+    task = tasks.get("glue/rte")
+    assert evaluate_delta(source, result.delta, task, str(data)) == result.evaluation
+    report = verify_delta(source, result.delta)
+    assert report.ok, report.problem
+    assert report.weights
+    assert report.changed == result.verification.changed
+    info = st.load(result.delta).info
+    assert info["base"]["id"] == "tiny"
+    assert info["base"]["seed"] == 1
+    assert info["method"]["task"] == "glue/rte"
+    assert str(tiny.parent).encode() not in result.delta.read_bytes()
+
+
+def test_the_same_seed_gives_the_same_bytes(config, tmp_path):
+    first = run(config)
+    again = run(dataclasses.replace(config, out=str(tmp_path / "again")))
+    assert first.delta.read_bytes() == again.delta.read_bytes()
+    assert first.value == again.value
+    other = run(dataclasses.replace(config, out=str(tmp_path / "other"), seed=2))
+    assert first.delta.read_bytes() != other.delta.read_bytes()
+
+
+def test_a_run_learns(config):
+    long = dataclasses.replace(config, max_steps=60, budget=2000, lr=1e-2)
+    losses = [record["loss"] for record in run(long).history if "loss" in record]
+    assert min(losses[-5:]) < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("task", ["glue/cola", "glue/stsb"])
+def test_every_method_runs_and_its_metric_comes_back(config, tiny, data, method, task):
+    changes = {"method": method, "task": task, "max_steps": 3, "lr": 1e-3}
+    if method in ("bitfit", "full"):
+        changes["budget"] = None
+    if method == "fish":
+        changes["examples"] = 8
+    result = run(dataclasses.replace(config, **changes))
+    assert evaluate_delta(Source(str(tiny)), result.delta, tasks.get(task), str(data)) == result.evaluation
+    if method == "full":
+        assert (result.selected, result.trained) == (0, sum(p.numel() for p in _base(result, tiny).parameters()))
+
+
+def _base(result, tiny):
+    return load_base(Source(str(tiny)), st.load(result.delta), None).model
+
+
+def test_fish_with_labels_of_the_model(config):
+    result = run(dataclasses.replace(config, method="fish", examples=4, labels="model", max_steps=2))
+    assert result.selected == 200
+    with pytest.raises(CalibrationError, match="reads 1000 single examples, the training set has 48"):
+        run(dataclasses.replace(config, method="fish", examples=1000))
+
+
+def test_accumulation_and_a_short_last_window(config):
+    # 48 rows in batches of 5 are 10 batches: windows of 4, 4 and 2
+    result = run(dataclasses.replace(config, batch_size=5, accumulation=4, max_steps=None, epochs=2.0))
+    assert (result.steps, result.selected) == (6, 200)
+
+
+def test_bfloat16_is_remembered_by_the_delta(config, tiny, data):
+    result = run(dataclasses.replace(config, dtype="bfloat16"))
+    found = evaluate_delta(Source(str(tiny)), result.delta, tasks.get("glue/rte"), str(data))
+    assert found == result.evaluation
+    assert {p.dtype for p in st.load(result.delta).patches} == {torch.bfloat16}
+
+
+def test_checkpoints_hold_the_delta(config, tmp_path):
+    run(dataclasses.replace(config, save_every=3))
+    halfway = st.load(tmp_path / "out" / "checkpoint-3")
+    assert halfway.selected == 100
+
+
+def test_a_broken_loss_is_no_success(config, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"training loss is (nan|inf).*no delta was saved"):
+        run(dataclasses.replace(config, task="glue/stsb", lr=1e30, max_grad_norm=1e30, max_steps=20))
+    assert not (tmp_path / "out" / "delta.safetensors").exists()
+
+
+def test_a_run_that_changes_nothing_is_no_success(config, tmp_path):
+    with pytest.raises(NothingTrainedError):
+        run(dataclasses.replace(config, lr=1e-30, include=("*dense.weight",)))
+    assert not (tmp_path / "out" / "delta.safetensors").exists()
+
+
+def test_a_budget_beyond_the_model(config):
+    with pytest.raises(BudgetError, match="larger than"):
+        run(dataclasses.replace(config, budget=10_000_000))
+
+
+def test_measuring_leaves_model_and_random_state_alone(tiny, data):
+    from selectune.harness.evaluate import encode, evaluate
+    from selectune.harness.models import load_model
+
+    task = tasks.get("glue/rte")
+    loaded = load_model(str(tiny), task, 0)
+    rows = encode(loaded.tokenizer, tasks.load(task, "validation", data).examples, 32)
+    loaded.model.train()
+    before, state = weights_digest(loaded.model), torch.get_rng_state()
+    first = evaluate(loaded.model, loaded.tokenizer, task, rows)
+    assert first == evaluate(loaded.model, loaded.tokenizer, task, rows)
+    assert loaded.model.training
+    assert weights_digest(loaded.model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_demo(tiny, data):
+    from selectune.harness.demo import demo
+
+    found = demo(data=str(data), model=str(tiny), steps=4, budget=100)
+    assert found.task == "glue/stsb"
+    assert [row.name for row in found.rows] == ["base", "id3", "random", "full"]
+    assert found.rows[1].trained == found.rows[2].trained == 100
+    assert found.rows[1].delta_bytes < found.rows[3].delta_bytes
+    assert found.revert.same_bits
+    assert found.revert.value_applied == found.rows[1].value
+    json.dumps(found.as_json(), allow_nan=False)
+
+
+def test_the_demo_without_data_uses_generated_sentences(tiny, monkeypatch, tmp_path):
+    from selectune.harness.demo import demo
+
+    monkeypatch.delenv("SELECTUNE_DATA", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    found = demo(model=str(tiny), steps=2, budget=100)
+    assert (found.task, found.origin) == ("demo/grammaticality", "generated (1,000 rows)")
+
+
+def test_real_data(tiny, real_data, tmp_path):
+    for name in ("glue/rte", "glue/stsb"):
+        out = str(tmp_path / name)
+        config = RunConfig(model=str(tiny), task=name, budget=0.01, max_steps=3, data=str(real_data), out=out)
+        result = run(config)
+        assert evaluate_delta(Source(str(tiny)), out, tasks.get(name), str(real_data)) == result.evaluation

@@ -1,0 +1,206 @@
+"""The callback in plain transformers.Trainer and in TRL's SFTTrainer: checkpoints, logs, what it refuses."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tiny_kit import WORDS, make_tokenizer
+
+import selectune as st
+from selectune import tasks
+from selectune.delta import weights_digest
+from selectune.errors import ConfigError
+from selectune.harness.evaluate import collate, encode
+from selectune.harness.models import load_model, quiet
+from selectune.integrations.transformers import SelectuneCallback
+
+pytest_plugins = ("tiny_fixtures",)
+
+STEPS = 6
+
+
+@pytest.fixture
+def loaded(tiny):
+    return load_model(str(tiny), tasks.get("glue/rte"), 0)
+
+
+@pytest.fixture
+def rows(loaded, data):
+    return encode(loaded.tokenizer, tasks.load(tasks.get("glue/rte"), "train", data).examples, 32)
+
+
+def trainer_of(loaded, rows, folder, callback, **options):
+    from transformers import Trainer, TrainingArguments
+
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **options,
+    }
+    return Trainer(
+        model=loaded.model,
+        args=TrainingArguments(**settings),
+        train_dataset=rows,
+        eval_dataset=rows[:8],
+        data_collator=lambda batch: collate(loaded.tokenizer, batch),
+        callbacks=[callback],
+    )
+
+
+def test_checkpoints_and_logs(loaded, rows, tmp_path, tiny):
+    base = weights_digest(loaded.model)
+    tuner = st.attach(loaded.model, st.id3(budget=60, steps=STEPS))
+    trainer = trainer_of(loaded, rows, tmp_path, SelectuneCallback(tuner, {**loaded.base(), "id": "tiny"}))
+    with quiet():
+        trainer.train()
+
+    for step in (2, 4, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        delta = st.load(folder)
+        assert delta.selected == 10 * step
+        assert delta.info["base"]["id"] == "tiny"
+        fresh = load_model(str(tiny), tasks.get("glue/rte"), 0).model
+        delta.apply(fresh)
+        saved = type(fresh).from_pretrained(folder)
+        assert weights_digest(fresh) == weights_digest(saved)  # the checkpoint is base + delta, an ordinary model
+
+    logs = [record for record in trainer.state.log_history if "loss" in record]
+    assert [record["selected"] for record in logs] == [10, 20, 30, 40, 50, 60]
+    assert {record["budget"] for record in logs} == {60}
+    assert logs[0]["quota"] == 10
+    assert sum(p.numel() for p in trainer.optimizer.param_groups[0]["params"]) == 60
+
+    tuner.detach()
+    assert weights_digest(loaded.model) == base
+
+
+def test_accumulation_must_agree(loaded, rows, tmp_path):
+    tuner = st.attach(loaded.model, st.id3(budget=60, steps=STEPS))
+    trainer = trainer_of(loaded, rows, tmp_path, SelectuneCallback(tuner), gradient_accumulation_steps=3)
+    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps=3 .* accumulation_steps=1"):
+        trainer.train()
+
+
+def test_accumulation_that_agrees(loaded, rows, tmp_path):
+    tuner = st.attach(loaded.model, st.id3(budget=60, steps=STEPS), accumulation_steps=3)
+    options = {"gradient_accumulation_steps": 3, "save_strategy": "no"}
+    with quiet():
+        trainer_of(loaded, rows, tmp_path, SelectuneCallback(tuner), **options).train()
+    assert (tuner.step, tuner.selected) == (STEPS, 60)
+    assert tuner.verify().changed > 0
+
+
+def test_resume_is_refused(loaded, rows, tmp_path):
+    tuner = st.attach(loaded.model, st.id3(budget=60, steps=STEPS))
+    with quiet():
+        trainer_of(loaded, rows, tmp_path, SelectuneCallback(tuner)).train()
+    tuner.detach()
+    tuner = st.attach(loaded.model, st.id3(budget=60, steps=STEPS))
+    before = weights_digest(loaded.model)
+    again = trainer_of(loaded, rows, tmp_path, SelectuneCallback(tuner))
+    with pytest.raises(ConfigError, match=r"Resuming from a checkpoint cannot restore the support"):
+        again.train(resume_from_checkpoint=True)
+    assert weights_digest(loaded.model) == before
+    with pytest.raises(ConfigError, match="resume_from_checkpoint='there'"):
+        trainer_of(loaded, rows, tmp_path, SelectuneCallback(tuner), resume_from_checkpoint="there")
+
+
+def test_the_best_checkpoint_can_be_loaded_at_the_end(loaded, rows, tmp_path):
+    tuner = st.attach(loaded.model, st.id3(budget=60, steps=STEPS))
+    trainer = trainer_of(
+        loaded, rows, tmp_path, SelectuneCallback(tuner),
+        load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, save_strategy="steps",
+    )  # fmt: skip
+    with quiet():
+        trainer.train()
+    assert tuner.verify().selected == 60
+
+
+def test_another_model_is_refused(loaded, rows, tmp_path, tiny):
+    tuner = st.attach(loaded.model, st.id3(budget=60, steps=STEPS))
+    stranger = load_model(str(tiny), tasks.get("glue/rte"), 0)
+    with pytest.raises(ConfigError, match="not the model of this tuner"):
+        trainer_of(stranger, rows, tmp_path, SelectuneCallback(tuner)).train()
+
+
+def test_other_steps_than_planned_are_said(loaded, rows, tmp_path, caplog):
+    tuner = st.attach(loaded.model, st.id3(budget=60, steps=50))
+    with caplog.at_level(logging.WARNING, logger="selectune"), quiet():
+        trainer_of(loaded, rows, tmp_path, SelectuneCallback(tuner), save_strategy="no").train()
+    assert "steps=50, the Trainer will take 6: the budget will not be used up" in caplog.text
+
+
+def causal(tmp_path):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    make_tokenizer(tmp_path / "tokenizer", causal=True)
+    config = LlamaConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config), AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+
+def test_sft_with_trl(tmp_path):
+    """A causal language model with tied weights, tuned by TRL's trainer as it is."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    datasets = pytest.importorskip("datasets")
+    model, tokenizer = causal(tmp_path)
+    base = weights_digest(model)
+    tuner = st.attach(model, st.id3(budget=80, steps=4), accumulation_steps=2)
+    texts = datasets.Dataset.from_dict({"text": ["the dog sees the cat .", "a big bird eats a small fish ."] * 16})
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path / "out"),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        max_length=32,
+        save_steps=2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        dataset_num_proc=None,
+    )
+    with quiet():
+        trainer = trl.SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=texts,
+            processing_class=tokenizer,
+            callbacks=[SelectuneCallback(tuner)],
+        )
+        trainer.train()
+    assert (tuner.step, tuner.selected) == (4, 80)
+    verified = tuner.verify()
+    assert 0 < verified.changed <= 80
+    assert st.load(tmp_path / "out" / "checkpoint-2").selected == 40
+    assert [record["selected"] for record in trainer.state.log_history if "loss" in record] == [20, 40, 60, 80]
+    tuned = weights_digest(model)
+    saved = tuner.save(tmp_path / "delta")
+    tuner.detach()
+    assert weights_digest(model) == base != tuned
+    with st.load(saved).applied(model):
+        assert weights_digest(model) == tuned

@@ -1,0 +1,139 @@
+"""Tasks: the registry, rows from folders, what is said when they are not there."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+from tiny_kit import write_rows
+
+from selectune import tasks
+from selectune.errors import TaskError
+from selectune.tasks import DATA, TASKS, Example
+
+pytest_plugins = ("tiny_fixtures",)
+
+
+@pytest.fixture(autouse=True)
+def no_data_folder(monkeypatch):
+    monkeypatch.delenv(DATA, raising=False)
+
+
+EXPECTED = {  # name: metric, labels, epochs, eval every (methods of the papers)
+    "glue/cola": ("Matthews correlation", 2, 20, 200),
+    "glue/mrpc": ("accuracy", 2, 30, 100),
+    "glue/rte": ("accuracy", 2, 30, 100),
+    "glue/stsb": ("mean of Pearson and Spearman", 0, 15, 200),
+    "glue/sst2": ("accuracy", 2, 7, 500),
+    "glue/qnli": ("accuracy", 2, 7, 1000),
+    "glue/qqp": ("accuracy", 2, 3, 4000),
+    "glue/mnli": ("accuracy", 3, 3, 4000),
+    "glue/mnli-mm": ("accuracy", 3, 3, 4000),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_glue_is_as_in_the_papers(name):
+    task = tasks.get(name)
+    assert (task.metric_name, len(task.labels), task.epochs, task.eval_every) == EXPECTED[name]
+    assert task.max_length == 256
+    assert task.outputs == max(1, len(task.labels))
+    assert task.hub is not None
+    assert len(task.hub.revision) == 40
+
+
+def test_every_task_is_complete():
+    for name, task in TASKS.items():
+        assert name == task.name
+        assert task.source
+        assert task.kind in ("classification", "regression")
+        assert (task.kind == "regression") == (not task.labels)
+        assert 0 <= task.chance < 1
+        assert task.generate or (task.hub and task.folders)
+
+
+def test_unknown_names():
+    with pytest.raises(TaskError, match=r"Unknown task 'glue/rtee'\. Known: glue/cola, .*demo/grammaticality"):
+        tasks.get("glue/rtee")
+    with pytest.raises(TaskError, match=r"Unknown split 'test' of glue/rte\. Known: train, validation"):
+        tasks.load(tasks.get("glue/rte"), "test")
+
+
+def test_rows_come_from_a_folder_packed_or_not(data):
+    packed = tasks.load(tasks.get("glue/rte"), "train", data)
+    assert len(packed) == 48
+    assert packed.origin.endswith("train.jsonl.gz")
+    plain = tasks.load(tasks.get("glue/stsb"), "validation", data, limit=5)
+    assert len(plain) == 5
+    assert all(isinstance(example.label, float) and len(example.texts) == 2 for example in plain.examples)
+
+
+def test_the_variable_names_the_folder(data, monkeypatch):
+    monkeypatch.setenv(DATA, str(data))
+    assert len(tasks.load(tasks.get("glue/cola"), "train")) == 48
+
+
+def test_mnli_is_looked_for_in_both_places(tmp_path):
+    row = {"premise": "a", "hypothesis": "b", "label": 2}
+    write_rows(tmp_path / "nli/mnli/validation_matched.jsonl", [row], packed=True)
+    write_rows(tmp_path / "glue/mnli/validation_mismatched.jsonl", [row, row])
+    assert tasks.load(tasks.get("glue/mnli"), "validation", tmp_path).examples == (Example(("a", "b"), 2),)
+    assert len(tasks.load(tasks.get("glue/mnli-mm"), "validation", tmp_path)) == 2
+
+
+def test_a_named_folder_without_the_task_is_an_error_and_not_a_reason_to_ask_the_hub(data, tmp_path):
+    with pytest.raises(TaskError, match=r"has no train split of glue/qqp; looked for .*glue/qqp/train\.jsonl"):
+        tasks.load(tasks.get("glue/qqp"), "train", data)
+    with pytest.raises(TaskError, match="does not exist"):
+        tasks.load(tasks.get("glue/rte"), "train", tmp_path / "nowhere")
+    write_rows(tmp_path / "glue/qnli/validation.jsonl", [{"question": "a", "sentence": "b", "label": 0}])
+    with pytest.raises(TaskError, match=r"There is validation\.jsonl"):
+        tasks.load(tasks.get("glue/qnli"), "train", tmp_path)
+
+
+def test_offline_the_hub_is_not_reached_and_the_message_says_what_would_help(data, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(TaskError, match=rf"{DATA} is not set, and hub nyu-mll/glue/qqp@\w+ cannot be reached.*--data"):
+        tasks.load(tasks.get("glue/qqp"), "train")
+    monkeypatch.setenv(DATA, str(data))
+    with pytest.raises(TaskError, match=r"looked for .*glue/qqp/train\.jsonl"):
+        tasks.load(tasks.get("glue/qqp"), "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"sentence": "a", "label": 0}\n{"sentence": "b"\n', r"cannot be read after line 1"),
+        ('{"sentence": "a"}\n', r"line 1: a row of glue/cola needs sentence, label; missing: label"),
+        ('{"sentence": 3, "label": 0}\n', "must be strings"),
+        ('{"sentence": "a", "label": "0"}\n', "must be a number, got '0'"),
+        ('{"sentence": "a", "label": -1}\n', r"must be 0 to 1 \(unacceptable, acceptable\), got -1"),
+        ("[1, 2]\n", "expected one JSON object a line"),
+        ("\n", "has no rows"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, text, message):
+    path = tmp_path / "glue/cola/train.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(TaskError, match=message):
+        tasks.load(tasks.get("glue/cola"), "train", tmp_path)
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    path = tmp_path / "glue/cola/train.jsonl.gz"
+    path.parent.mkdir(parents=True)
+    row = json.dumps({"sentence": "a " * 500, "label": 1}) + "\n"
+    path.write_bytes(gzip.compress((row * 50).encode())[:-20])
+    with pytest.raises(TaskError, match="cannot be read"):
+        tasks.load(tasks.get("glue/cola"), "train", tmp_path)
+
+
+def test_the_benchmark_data_has_the_published_rows(real_data):
+    sizes = {"cola": (8551, 1043), "sst2": (67349, 872), "rte": (2490, 194), "stsb": (5749, 1500)}
+    for name, (train, validation) in sizes.items():
+        task = tasks.get(f"glue/{name}")
+        assert len(tasks.load(task, "train", real_data)) == train
+        assert len(tasks.load(task, "validation", real_data)) == validation
+    assert len(tasks.load(tasks.get("glue/mnli"), "validation", real_data)) == 9815
