@@ -1,0 +1,118 @@
+"""Meters of one process: seconds of work on a device, and the memory it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+MIB = 1 << 20
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Memory:
+    """Bytes held: the process's resident set on the CPU, the allocator's own count on CUDA.
+
+    Where the kernel does not let the peak be reset, `peak` is that of the whole process; `exact` says which.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.exact = self.cuda or _reset_peak()
+
+    def now(self) -> int:
+        """Bytes held at this moment, after giving back what is not in use."""
+        gc.collect()
+        if self.cuda:
+            return torch.cuda.memory_allocated()
+        give_back()
+        return _status("VmRSS")
+
+    def reset(self) -> None:
+        """From here on `peak` counts."""
+        self.now()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            _reset_peak()
+
+    def peak(self) -> int:
+        """The most bytes held since `reset`."""
+        return torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")
+
+    def reserved(self) -> int | None:
+        """The most bytes that CUDA's caching allocator had taken; None on the CPU."""
+        return torch.cuda.max_memory_reserved() if self.cuda else None
+
+    def rest(self) -> None:
+        """Gives back what an idle process does not need."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+        else:
+            give_back()
+
+
+def wait(device: str) -> None:
+    """Until the device has done all that was asked of it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def copy_seconds(model: nn.Module, device: str, times: int = 3) -> float:
+    """One pass over the weights: the median time of copying all of them into memory that is there already."""
+    weights = [p.detach() for p in model.parameters()]
+    copies: list[Tensor] = [w.clone() for w in weights]
+    took = []
+    for _ in range(times):
+        wait(device)
+        began = time.perf_counter()
+        for target, source in zip(copies, weights, strict=True):
+            target.copy_(source)
+        wait(device)
+        took.append(time.perf_counter() - began)
+    return sorted(took)[len(took) // 2]
+
+
+def give_back() -> None:
+    """Asks the C library to return free memory to the system, where it can (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def available() -> int | None:
+    """Bytes of memory that new processes can have; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        limit = Path("/sys/fs/cgroup/memory.max")
+        used = Path("/sys/fs/cgroup/memory.current")
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        if limit.exists() and limit.read_text("ascii").strip().isdigit():
+            free = min(free, int(limit.read_text("ascii")) - int(used.read_text("ascii")))
+    except (OSError, StopIteration, ValueError):
+        return None
+    return free
+
+
+def _reset_peak() -> bool:
+    try:
+        _CLEAR.write_text("5", "ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _status(field: str) -> int:
+    try:
+        lines = _STATUS.read_text("ascii").splitlines()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)

@@ -1,0 +1,188 @@
+"""Models from configs with random weights, and batches of random tokens for them: no hub, no downloads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selectune.errors import ConfigError, ModelError
+from selectune.harness.models import quiet, resolve
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_BERT = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512}
+_LLAMA = {"model_type": "llama", "max_position_embeddings": 8192, "tie_word_embeddings": True}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **_BERT, "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 128, "max_position_embeddings": 128,
+    },
+    # What every worker runs before anything is measured: one layer, wide enough that kernels are chosen as usual.
+    "rehearsal": {
+        **_BERT, "vocab_size": 512, "hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": 6,
+        "intermediate_size": 1536, "max_position_embeddings": 64,
+    },
+    "bert-6l": {
+        **_BERT, "hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072,
+    },
+    "minilm": {
+        **_BERT, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536,
+    },
+    "deberta-v3-base": {
+        "model_type": "deberta-v2", "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 0,
+        "relative_attention": True, "position_buckets": 256, "max_relative_positions": -1, "norm_rel_ebd": "layer_norm",
+        "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "layer_norm_eps": 1e-7,
+        "pooler_dropout": 0, "pooler_hidden_act": "gelu", "pooler_hidden_size": 768, "legacy": True,
+    },
+    "llama-tiny": {
+        **_LLAMA, "vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 384,
+    },
+    "llama-1b": {
+        **_LLAMA, "vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 8192,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured: a model and the shape of a step."""
+
+    model: str
+    batch: int = 8
+    length: int = 128
+    dtype: str = "fp32"
+    autocast: str | None = None
+    checkpointing: bool = False
+    device: str = "cpu"
+    seed: int = 6
+
+    def __post_init__(self) -> None:
+        for name, value in (("--dtype", self.dtype), ("--autocast", self.autocast)):
+            if value is not None and value not in DTYPES:
+                raise ConfigError(f"{name} {value}: unknown. Known: {', '.join(DTYPES)}.")
+        for name, value in (("--batch", self.batch), ("--length", self.length)):
+            if value < 1:
+                raise ConfigError(f"{name} {value}: at least 1 is needed.")
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"--device {self.device}: unknown. Known: cpu, cuda.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch sees no GPU here. Use --device cpu.")
+
+
+def config_of(name: str) -> Any:
+    """The config of a bench model, a local folder, `demo` or a hub id; weights are not read.
+
+    Raises ModelError for what cannot be found.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError("Models need the package `transformers`: pip install 'selectune[hf]'.") from error
+    if name in CONFIGS:
+        return transformers.AutoConfig.for_model(**CONFIGS[name])
+    place = resolve(name)
+    where = {} if place.local else {"revision": place.revision or "main"}
+    with quiet():
+        try:
+            return transformers.AutoConfig.from_pretrained(place.location, **where)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(
+                f"There is no config for '{name}': {' '.join(str(error).split())[:200]} Known without a hub: "
+                f"{', '.join(CONFIGS)}; a folder with config.json works too."
+            ) from error
+
+
+def is_causal(config: Any) -> bool:
+    """Whether the model predicts the next token; all others get a classification head."""
+    named = (getattr(config, "architectures", None) or [""])[0]
+    return "CausalLM" in named or (not named and config.model_type in ("llama", "gpt2", "qwen2", "qwen3", "mistral"))
+
+
+def build(config: Any, dtype: torch.dtype, device: str | torch.device, seed: int = 6) -> nn.Module:
+    """A model with random weights, in train mode. On the device "meta" it has shapes and no memory."""
+    import transformers
+
+    auto = transformers.AutoModelForCausalLM if is_causal(config) else transformers.AutoModelForSequenceClassification
+    with quiet(), torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        model = auto.from_config(config, dtype=dtype)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model.train()
+
+
+def prepare(bench: Bench, config: Any | None = None, device: str | None = None) -> nn.Module:
+    """The model of a bench, as a step runs it."""
+    config = config_of(bench.model) if config is None else config
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < bench.length:
+        raise ConfigError(f"--length {bench.length} is more than the {limit} tokens that {bench.model} can take.")
+    model = build(config, DTYPES[bench.dtype], device or bench.device, bench.seed)
+    _fill_zeros(model, bench.seed)
+    if bench.checkpointing:
+        checkpoint: Callable[..., Any] = model.gradient_checkpointing_enable  # pyright: ignore[reportAssignmentType]
+        checkpoint(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+@torch.no_grad()
+def _fill_zeros(model: nn.Module, seed: int) -> None:
+    """Trained biases are not 0, and masks of small weights would otherwise be all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 1 and not parameter.is_meta and not bool(parameter.any()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def batches(bench: Bench, config: Any, count: int = 4) -> list[dict[str, Tensor]]:
+    """Random tokens and labels, the same for every method."""
+    generator = torch.Generator().manual_seed(bench.seed)
+    shape = (bench.batch, bench.length)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(3, int(config.vocab_size), shape, generator=generator)
+        labels = ids if is_causal(config) else torch.randint(0, 2, shape[:1], generator=generator)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        found.append({name: tensor.to(bench.device) for name, tensor in batch.items()})
+    return found
+
+
+@contextlib.contextmanager
+def mixed(bench: Bench) -> Iterator[None]:
+    """Autocast around the forward pass, where the bench asks for it."""
+    if bench.autocast is None:
+        yield
+        return
+    with torch.autocast(bench.device, dtype=DTYPES[bench.autocast]):
+        yield
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor], bench: Bench) -> Tensor:
+    """One forward pass."""
+    with mixed(bench):
+        return model(**batch).loss
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Module names of the task head: the classifier, or the layer that gives a word's logits."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = {name for name, module in model.named_modules() if output is not None and module is output}
+    return heads | {name for name, _ in model.named_modules() if name.split(".")[-1] in ("classifier", "score")}
+
+
+def trunk_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """{name: layer} of every linear layer but the head's."""
+    heads = head_names(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in heads and not any(name.startswith(f"{h}.") for h in heads)
+    }

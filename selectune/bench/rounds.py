@@ -1,0 +1,221 @@
+"""All methods, each in a process of its own, round by round in a shuffled order; ratios are taken within a round.
+
+A machine's speed drifts over minutes by more than the methods differ, so seconds are only compared with
+seconds of the same round.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any
+
+import torch
+
+from selectune.bench import methods
+from selectune.bench.meter import MIB, available
+from selectune.bench.models import DTYPES, Bench, build, config_of
+from selectune.errors import ConfigError, SelectuneError
+
+WARMUP = 2
+TAIL = 5  # steps after the schedule's end, to see what selecting adds where every step selects
+_RUNTIME = 600 * MIB  # python, torch and transformers in one process
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of the bench."""
+
+    bench: Bench
+    methods: tuple[str, ...]
+    budget: int | float
+    steps: int = 30  # measured steps of each method, in all rounds together
+    rounds: int = 3
+    processes: str = "auto"  # "alive" between rounds, "fresh" in each, or what fits into memory
+    timeout: float = 900.0  # seconds for one answer of a worker
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ConfigError("--methods names none.")
+        for name in self.methods:
+            methods.check(name)
+        if len(set(self.methods)) != len(self.methods):
+            raise ConfigError("--methods names one twice.")
+        if self.rounds < 1 or self.steps < self.rounds:
+            raise ConfigError(f"--steps {self.steps} --rounds {self.rounds}: each round needs at least one step.")
+        if self.processes not in ("auto", "alive", "fresh"):
+            raise ConfigError(f"--processes {self.processes}: unknown. Known: auto, alive, fresh.")
+
+
+@dataclass
+class Samples:
+    """All that one method was seen to do."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    step_s: list[list[float]] = field(default_factory=list)  # a list for every round
+    selecting: list[list[bool]] = field(default_factory=list)
+    select_s: list[float] = field(default_factory=list)
+    other: list[tuple[float, bool]] = field(default_factory=list)  # warm-up and tail
+    peak_mib: float = 0.0
+    reserved_mib: float | None = None
+    selected: int | None = None
+    delta_bytes: int | None = None
+    error: str | None = None
+
+
+class Worker:
+    """The process of one method, and its answers."""
+
+    def __init__(self, method: str, settings: Settings, planned: int) -> None:
+        self.timeout = settings.timeout
+        self.errors: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115: closed in `stop`
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "selectune.bench.worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, encoding="utf-8",
+        )  # fmt: skip
+        self.facts = self.ask(
+            do="load", method=method, bench=asdict(settings.bench), budget=settings.budget, steps=planned,
+            threads=settings.threads,
+        )  # fmt: skip
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """One command, one answer; SelectuneError for what went wrong in the worker."""
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            self.process.kill()
+
+        timer = threading.Timer(self.timeout, stop)
+        timer.start()
+        try:
+            line = self._exchange(json.dumps(command))
+        finally:
+            timer.cancel()
+        if not line:
+            what = f"gave no answer in {self.timeout:.0f} s" if late.is_set() else self._died()
+            self.stop()
+            raise SelectuneError(f"The worker {what}.")
+        reply = json.loads(line)
+        if not reply.pop("ok"):
+            self.stop()
+            raise SelectuneError(reply["error"])
+        return reply
+
+    def _exchange(self, command: str) -> str:
+        if self.process.stdin is None or self.process.stdout is None:
+            return ""
+        try:
+            self.process.stdin.write(command + "\n")
+            self.process.stdin.flush()
+            return self.process.stdout.readline()
+        except OSError:
+            return ""
+
+    def _died(self) -> str:
+        code = self.process.wait()
+        self.errors.seek(0)
+        said = " ".join(self.errors.read().split())[-300:]
+        return f"ended with code {code}{' (killed: out of memory, perhaps)' if code == -9 else ''}: {said or 'silent'}"
+
+    def stop(self) -> None:
+        """Ends the process."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.errors):
+            if stream is not None and not stream.closed:
+                try:
+                    stream.close()
+                except OSError:
+                    continue
+
+
+def measure(settings: Settings, say: Say = lambda text: None) -> tuple[dict[str, Samples], str]:
+    """Runs all rounds. Returns what was seen of each method, and whether processes were "alive" or "fresh"."""
+    how = settings.processes if settings.processes != "auto" else _fits(settings)
+    counts = [settings.steps // settings.rounds + (r < settings.steps % settings.rounds) for r in range(settings.rounds)]
+    found = {name: Samples() for name in settings.methods}
+    workers: dict[str, Worker] = {}
+    try:
+        for number, count in enumerate(counts):
+            order = list(settings.methods)
+            random.Random(settings.bench.seed + number).shuffle(order)
+            for place, name in enumerate(order):
+                samples = found[name]
+                if samples.error is not None:
+                    continue
+                say(f"round {number + 1}/{settings.rounds}, {place + 1}/{len(order)}: {name}, {count} steps")
+                planned = WARMUP + (settings.steps if how == "alive" else count)
+                try:
+                    _round(name, settings, samples, workers, count, planned, number == settings.rounds - 1)
+                except SelectuneError as error:
+                    samples.error = str(error)
+                    say(f"{name} failed: {error}")
+                if (how == "fresh" or samples.error is not None) and name in workers:
+                    workers.pop(name).stop()
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    return found, how
+
+
+def _round(
+    name: str, settings: Settings, samples: Samples, workers: dict[str, Worker], count: int, planned: int, last: bool
+) -> None:
+    if name not in workers:
+        workers[name] = Worker(name, settings, planned)
+        samples.facts = samples.facts or workers[name].facts
+        _note(samples, workers[name].ask(do="steps", count=WARMUP), None)
+    worker = workers[name]
+    seen = worker.ask(do="steps", count=count)
+    _note(samples, seen, count)
+    if last:
+        if methods.is_ours(name) and all(all(r) for r in samples.selecting):
+            _note(samples, worker.ask(do="steps", count=TAIL), None)
+        samples.delta_bytes = worker.ask(do="save")["delta_bytes"]
+        samples.selected = seen["selected"]
+
+
+def _note(samples: Samples, seen: dict[str, Any], count: int | None) -> None:
+    samples.peak_mib = max(samples.peak_mib, seen["peak_mib"])
+    if seen["reserved_mib"] is not None:
+        samples.reserved_mib = max(samples.reserved_mib or 0.0, seen["reserved_mib"])
+    if count is None:
+        samples.other += zip(seen["step_s"], seen["selecting"], strict=True)
+    else:
+        samples.step_s.append(seen["step_s"])
+        samples.selecting.append(seen["selecting"])
+        samples.select_s += seen["select_s"]
+
+
+def _fits(settings: Settings) -> str:
+    """Whether all workers can stay alive between rounds: idle, each holds its weights and its optimizer's state."""
+    weights = sum(
+        p.numel() * p.element_size()
+        for p in build(config_of(settings.bench.model), DTYPES[settings.bench.dtype], "meta").parameters()
+    )
+    dense = {n for n in settings.methods if n == methods.DENSE or n.startswith("toolkit-")}
+    idle = sum(weights * (4 if name in dense else 2) for name in settings.methods)
+    free = available()
+    if settings.bench.device == "cuda":
+        memory, _ = torch.cuda.mem_get_info()
+        idle = max(idle + len(settings.methods) * _RUNTIME, 0)
+        return "alive" if idle < memory // 2 else "fresh"
+    idle += len(settings.methods) * _RUNTIME
+    working = 8 * weights + _RUNTIME  # what the one that runs may need besides
+    return "alive" if free is not None and idle + working < free else "fresh"
+
+
+def middle(values: Sequence[float]) -> float | None:
+    """The median, or None of nothing."""
+    return statistics.median(values) if values else None

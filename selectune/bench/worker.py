@@ -1,0 +1,171 @@
+"""The process in which one method is measured. It reads one JSON command a line and answers with one.
+
+    {"do": "load", "method": ..., "bench": {...}, "budget": ..., "steps": T}
+    {"do": "steps", "count": k}
+    {"do": "save"}
+    {"do": "stop"}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+
+from selectune.bench import methods
+from selectune.bench.meter import MIB, Memory, copy_seconds, wait
+from selectune.bench.models import Bench, batches, config_of, loss_of, prepare
+from selectune.errors import SelectuneError
+
+INITS = 3  # times that the initialisation is timed, where a method can be taken off again
+
+
+class Measured:
+    """One method on one model."""
+
+    def __init__(self, method: str, bench: Bench, budget: int | float, steps: int, threads: int | None) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self.method, self.bench = method, bench
+        methods.check(method)
+        self.package = methods.needs(method)
+        rehearse(method, bench)
+        self.config = config_of(bench.model)
+        self.model: nn.Module = prepare(bench, self.config)
+        self.weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.batches = batches(bench, self.config)
+        self.copy_s = copy_seconds(self.model, bench.device)
+        if method.startswith("toolkit-"):
+            one = {name: tensor[:1] for name, tensor in self.batches[0].items()}
+            methods.note_unreached(self.model, lambda: loss_of(self.model, one, bench).backward())
+        self.memory = Memory(bench.device)
+        self.loaded = self.memory.now()
+        self.memory.reset()
+        self.init_s: list[float] = []
+        self.plan = methods.Plan(budget, steps, bench.seed, self.batches)
+        self.ready = self._set_up()
+        while self.ready.undo is not None and len(self.init_s) < INITS:
+            self.ready.undo()
+            self.ready = self._set_up()
+        self.init_peak = self.memory.peak() - self.loaded
+        self.step = 0
+
+    def _set_up(self) -> methods.Ready:
+        wait(self.bench.device)
+        began = time.perf_counter()
+        ready = methods.set_up(self.method, self.model, self.plan)
+        wait(self.bench.device)
+        self.init_s.append(time.perf_counter() - began)
+        return ready
+
+    def describe(self) -> dict[str, Any]:
+        parameters = list(self.model.parameters())
+        return {
+            "init_s": sorted(self.init_s)[len(self.init_s) // 2],
+            "init_peak_mib": self.init_peak / MIB,
+            "copy_s": self.copy_s,
+            "loaded_mib": self.loaded / MIB,
+            "weights_mib": self.weights / MIB,
+            "parameters": sum(p.numel() for p in parameters),
+            "largest_mib": max(p.numel() * p.element_size() for p in parameters) / MIB,
+            "package": self.package,
+            "note": self.ready.note,
+            "exact_memory": self.memory.exact,
+        }
+
+    def run(self, count: int) -> dict[str, Any]:
+        """Whole training steps: seconds of each, and whether it selected."""
+        self.memory.reset()
+        model, optimizer = self.ready.model or self.model, self.ready.optimizer
+        took, selecting = [], []
+        loss = torch.zeros(())
+        for _ in range(count):
+            selecting.append(self.ready.selecting())
+            batch = self.batches[self.step % len(self.batches)]
+            wait(self.bench.device)
+            began = time.perf_counter()
+            loss = loss_of(model, batch, self.bench)
+            loss.backward()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            wait(self.bench.device)
+            took.append(time.perf_counter() - began)
+            self.step += 1
+        peak, reserved = self.memory.peak() - self.loaded, self.memory.reserved()
+        last = float(loss.detach())
+        del loss
+        self.memory.rest()
+        if not math.isfinite(last):
+            raise SelectuneError(f"The loss of {self.method} is {last} after {self.step} steps; nothing was measured.")
+        select_s, self.ready.select_s[:] = list(self.ready.select_s), []
+        return {
+            "step_s": took,
+            "selecting": selecting,
+            "select_s": select_s,
+            "peak_mib": peak / MIB,
+            "reserved_mib": None if reserved is None else (reserved - self.loaded) / MIB,
+            "selected": self.ready.selected(),
+            "loss": last,
+        }
+
+    def save(self) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            return {"delta_bytes": self.ready.save(Path(folder)), "selected": self.ready.selected()}
+
+
+def rehearse(method: str, bench: Bench) -> None:
+    """Two steps of a method on a small model: libraries are imported and kernels loaded before anything is measured."""
+    small = Bench("rehearsal", 4, 64, bench.dtype, bench.autocast, bench.checkpointing, bench.device, bench.seed)
+    config = config_of("rehearsal")
+    model = prepare(small, config)
+    found = batches(small, config, 2)
+    if method.startswith("toolkit-"):
+        methods.note_unreached(model, lambda: loss_of(model, found[0], small).backward())
+    ready = methods.set_up(method, model, methods.Plan(0.002, 2, bench.seed, found))
+    for batch in found:
+        loss_of(ready.model or model, batch, small).backward()
+        if ready.optimizer is not None:
+            ready.optimizer.step()
+            ready.optimizer.zero_grad()
+
+
+def answer(state: dict[str, Measured], command: dict[str, Any]) -> dict[str, Any]:
+    """One command of the parent."""
+    if command["do"] == "load":
+        bench = Bench(**command["bench"])
+        state["it"] = Measured(command["method"], bench, command["budget"], command["steps"], command.get("threads"))
+        return state["it"].describe()
+    if command["do"] == "steps":
+        return state["it"].run(command["count"])
+    return state["it"].save()
+
+
+def main(commands: TextIO, answers: TextIO) -> None:
+    """Until the parent says stop, or is gone. An error is an answer too: a method that fails gets its row."""
+    state: dict[str, Measured] = {}
+    for line in commands:
+        command = json.loads(line)
+        if command["do"] == "stop":
+            return
+        try:
+            reply = {"ok": True, **answer(state, command)}
+        except Exception as error:  # noqa: BLE001: whatever a peer raises becomes its row
+            text = " ".join(str(error).split())[:400]
+            reply = {"ok": False, "error": f"{type(error).__name__}: {text}"}
+        answers.write(json.dumps(reply) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
+        os.dup2(2, 1)  # whatever a library prints goes to stderr
+        main(sys.stdin, channel)
