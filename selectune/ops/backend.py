@@ -1,33 +1,151 @@
-"""Which implementation runs, and why."""
+"""Which implementation runs, and why.
+
+`SELECTUNE_BACKEND` forces one: reference (plain torch), numba, triton, or dense (the dense product for
+the sampled gradient, plain torch for the rest).
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
+import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from selectune.ops import cpu
+from selectune.errors import ConfigError
+from selectune.ops import cost, cpu, reference
 
 log = logging.getLogger("selectune")
 
-DENSE_ABOVE = 0.02  # density from which the dense product is cheaper than sampling (docs/log.md)
+BACKENDS = ("reference", "numba", "triton", "dense")
+VARIABLE = "SELECTUNE_BACKEND"
 
 
-def sampled_matmul(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """The gradient of a linear weight at its support, by the cheapest way (see `reference.sampled_matmul`)."""
-    entries = dy.shape[1] * x.shape[1]
-    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    if dy.device.type == "cpu" and rows.numel() < DENSE_ABOVE * entries and _numba():
-        return cpu.sampled_matmul(dy.detach().to(wide), x.detach().to(wide), rows, cols)
-    return (dy.mT @ x).to(wide).view(-1)[rows * x.shape[1] + cols]
+def implementation(op: str, device: str) -> Callable[..., Any]:
+    """What torch calls for this op on this kind of device: it looks for the backend at every call."""
+
+    def run(*args: Any) -> Any:
+        return find(op, device)(*args)
+
+    run.__name__ = f"{op}_{device}"
+    return run
+
+
+def find(op: str, device: str) -> Callable[..., Any]:
+    """The function that does this op on this kind of device now."""
+    name = forced() or _own(device)
+    if name == "dense":
+        return dense if op == "sampled_matmul" else getattr(reference, op)
+    if name == "numba" and device == "cpu":
+        if op == "sampled_matmul":
+            return tuned
+        return getattr(cpu, op, None) or getattr(reference, op)
+    if name == "triton":
+        if op == "sampled_matmul" and device == "cuda" and not forced():
+            return tuned_cuda
+        return getattr(_triton(), op)
+    return dense if op == "sampled_matmul" and not forced() else getattr(reference, op)
+
+
+def forced() -> str | None:
+    """The backend that the environment asks for."""
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return None
+    if name not in BACKENDS:
+        raise ConfigError(f"{VARIABLE}={name} is no backend. Known: {', '.join(BACKENDS)}.")
+    if name in ("numba", "triton") and importlib.util.find_spec(name) is None:
+        raise ConfigError(f"{VARIABLE}={name} asks for a package that is not installed: pip install {name}.")
+    _say(name)
+    return name
+
+
+def tuned(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """The sampled gradient on the CPU by the way that the cost model finds cheapest."""
+    way = cost.choose(rows.numel(), dy.shape[0], dy.shape[1], x.shape[1], dy.dtype)
+    if way == "dense" and forced() == "numba":
+        way = "tiles"
+    return {"gather": cpu.gather, "tiles": cpu.tiles, "dense": dense}[way](dy, x, rows, cols)
+
+
+def tuned_cuda(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """The sampled gradient on a GPU: its matrix units make the dense product cheap, so only few entries are sampled."""
+    way = cost.choose(rows.numel(), dy.shape[0], dy.shape[1], x.shape[1], dy.dtype, "cuda")
+    return (dense if way == "dense" else _triton().sampled_matmul)(dy, x, rows, cols)
+
+
+def dense(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """The whole product, then its entries; half operands are multiplied into float32."""
+    flat = rows.long() * x.shape[1] + cols
+    if dy.dtype in (torch.float32, torch.float64):
+        return (dy.mT @ x).view(-1)[flat]
+    if dy.device.type == "cuda":
+        return torch.mm(dy.mT, x, out_dtype=torch.float32).view(-1)[flat]
+    product = torch.zeros(dy.shape[1], x.shape[1], device=dy.device)
+    for first in range(0, dy.shape[0], 256):
+        product.addmm_(dy[first : first + 256].float().mT, x[first : first + 256].float())
+    return product.view(-1)[flat]
 
 
 def explain() -> str:
     """One sentence on the backend in use."""
+    name = forced()
+    if name:
+        return f"{name}, because {VARIABLE} says so"
     return "numba loops on the CPU" if _numba() else "dense products and torch gathers (numba is not installed)"
+
+
+def describe() -> dict[str, Any]:
+    """What runs here and why, for a person: backends, threads, the cost model and what it chooses.
+
+    >>> sorted(describe())
+    ['backends', 'choices', 'cost', 'forced', 'threads']
+    """
+    from selectune.ops import threads
+
+    def package(name: str, why: str) -> dict[str, Any]:
+        found = importlib.util.find_spec(name) is not None
+        return {"installed": found, "use": why if found else f"{name} is not installed"}
+
+    gpu = "CUDA kernels" if torch.cuda.is_available() else "no CUDA device here; the kernels run interpreted in tests"
+    shapes = [(768, 768), (3072, 768), (768, 3072), (4096, 4096)]
+    return {
+        "forced": forced(),
+        "backends": {
+            "reference": {"installed": True, "use": "the truth in plain torch; any device"},
+            "numba": package("numba", "loops on the CPU"),
+            "triton": package("triton", gpu),
+        },
+        "threads": {"count": torch.get_num_threads(), "pool": threads.describe()},
+        "cost": cost.describe(),
+        "choices": [
+            {"shape": [o, i], "tokens": 1024, "density": d, "way": cost.choose(int(d * o * i), 1024, o, i, torch.float32)}
+            for o, i in shapes
+            for d in (0.0001, 0.0005, 0.0017, 0.01, 0.05, 0.2)
+        ],
+    }  # fmt: skip
+
+
+def _own(device: str) -> str:
+    """What a device gets where nothing is forced."""
+    if device == "cpu":
+        return "numba" if _numba() else "plain"
+    return "triton" if importlib.util.find_spec("triton") is not None else "plain"
+
+
+@functools.cache
+def _say(name: str) -> None:
+    log.info("%s=%s: every op runs on this backend.", VARIABLE, name)
+
+
+@functools.cache
+def _triton() -> Any:
+    return importlib.import_module("selectune.ops.triton")
 
 
 @functools.cache

@@ -1,41 +1,201 @@
-"""CPU kernels, compiled by numba at first use and cached on disk where that is allowed."""
+"""The ops on the CPU by numba: tensors in, tensors out; the loops are in `loops` and `passes`.
+
+Compiled at first use and cached on disk where that is allowed.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from selectune.errors import ConfigError
+from selectune.ops import reference
+from selectune.ops.threads import launch
 
-def sampled_matmul(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """`reference.sampled_matmul` for float32 and float64: a loop over tokens for every block of entries."""
-    out = torch.zeros(rows.numel(), dtype=dy.dtype)
-    _kernel()(
-        dy.contiguous().numpy(),
-        x.contiguous().numpy(),
-        rows.numpy(),
-        cols.numpy(),
-        out.numpy(),
-        torch.get_num_threads(),
-    )
+log = logging.getLogger("selectune")
+
+STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # numbers as in `vectors`
+
+TURNED = 1 << 22  # scalars of x turned at once (16 MiB of float32)
+_GATHERED = 512  # entries at least in a block of the loop that turns nothing
+
+
+def tiles(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Tiles of tokens are turned in cache, then each entry is one dot product of two contiguous rows."""
+    entries = _entries(rows, cols, dy.shape[1], x.shape[1])
+    if entries is None:
+        return _unsorted(tiles, dy, x, rows, cols)
+    rows, cols, starts = entries
+    wide = reference.wide(dy.dtype)
+    out = torch.zeros(rows.numel(), dtype=wide)
+    loops = _module("loops")
+    per = max(1, TURNED // (max(1, x.shape[1]) * loops.PITCH))  # tiles of x turned at once
+    turned = torch.empty(min(per, -(-x.shape[0] // loops.TILE)), x.shape[1], loops.PITCH, dtype=wide)
+    pack, dots = _loop("loops", "pack", wide), _loop("loops", "dots", wide)
+    for first in range(0, dy.shape[0] if rows.numel() else 0, per * loops.TILE):
+        some_dy, some_x = (_rows(part[first : first + per * loops.TILE]) for part in (dy, x))
+        t, o, i = len(some_dy), dy.shape[1], x.shape[1]
+        count = -(-t // loops.TILE) * -(-i // loops.BAND)
+        launch(pack, [t, i, some_x.data_ptr(), STORED[x.dtype], some_x.stride(0), turned.data_ptr()], count)
+        launch(
+            dots,
+            [t, o, i, rows.numel(), some_dy.data_ptr(), STORED[dy.dtype], some_dy.stride(0), turned.data_ptr(),
+             rows.data_ptr(), cols.data_ptr(), starts.data_ptr(), out.data_ptr()],
+            -(-o // loops.BAND),
+        )  # fmt: skip
     return out
 
 
+def gather(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """A loop over tokens for every block of entries; float32 and float64."""
+    entries = _entries(rows, cols, dy.shape[1], x.shape[1])
+    if entries is None:
+        return _unsorted(gather, dy, x, rows, cols)
+    rows, cols, _ = entries
+    out = torch.zeros(rows.numel(), dtype=dy.dtype)
+    if rows.numel():
+        dy, x = _rows(dy), _rows(x)
+        blocks = -(-rows.numel() // max(_GATHERED, rows.numel() // 64))
+        launch(
+            _loop("loops", "gather", dy.dtype),
+            [dy.shape[0], rows.numel(), dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), rows.data_ptr(),
+             cols.data_ptr(), out.data_ptr(), blocks],
+            blocks,
+        )  # fmt: skip
+    return out
+
+
+def score_filter(
+    weight: Tensor, gradient: Tensor, exp: float, eps: float, cutoff: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.score_filter` in one pass: what reaches the cutoff goes to a small stage, then to its place."""
+    weight, gradient = weight.contiguous(), gradient.contiguous()
+    n, wide, passes = weight.numel(), reference.wide(weight.dtype), _module("passes")
+    blocks = -(-n // passes.BLOCK)
+    kind = {0.0: 0, 1.0: 1, 2.0: 2}.get(exp, 3)
+    room = min(n, max(1 << 14, n // 64))
+    stage = torch.empty(room, dtype=torch.int64), torch.empty(room, dtype=wide)
+    state, counts = torch.zeros(2, dtype=torch.int64), torch.zeros(2, blocks, dtype=torch.int64)
+    places = torch.zeros(blocks, dtype=torch.int64)
+    real = torch.tensor([exp, eps, cutoff], dtype=torch.float64)
+    loop = _loop("passes", "filter", wide)
+    common = [
+        n, weight.data_ptr(), STORED[weight.dtype], gradient.data_ptr(), STORED[gradient.dtype], kind,
+        real.data_ptr(), room, stage[0].data_ptr(), stage[1].data_ptr(), state.data_ptr(), counts.data_ptr(),
+        places.data_ptr(),
+    ]  # fmt: skip
+    launch(loop, [*common, 0, 0, 0, 0], blocks)
+    found = int(state[0])
+    counts[1] = counts[0].cumsum(0) - counts[0]
+    positions, scores = torch.empty(found, dtype=torch.int64), torch.empty(found, dtype=wide)
+    if found:
+        launch(loop, [*common, found, positions.data_ptr(), scores.data_ptr(), 1], blocks)
+    return positions, scores, state[1] == 0
+
+
+def scatter_values(weight: Tensor, flat: Tensor, values: Tensor, slots: Tensor) -> None:
+    """`reference.scatter_values` in one pass."""
+    if not weight.is_contiguous() or weight.dtype not in STORED or values.dtype not in (torch.float32, torch.float64):
+        reference.scatter_values(weight, flat, values, slots)
+        return
+    flat, slots, values = (part.contiguous() for part in (flat.long(), slots.long(), values))
+    bad = torch.zeros(1, dtype=torch.int64)
+    launch(
+        _loop("passes", "scatter", values.dtype),
+        [weight.numel(), weight.data_ptr(), STORED[weight.dtype], flat.numel(), flat.data_ptr(), values.data_ptr(),
+         values.numel(), slots.data_ptr(), bad.data_ptr()],
+        -(-flat.numel() // _module("passes").SPAN),
+    )  # fmt: skip
+    if bool(bad):
+        raise ConfigError(
+            f"scatter_values got an index out of range: flat must be in [0, {weight.numel()}), slots in "
+            f"[0, {values.numel()}). Entries in range were written."
+        )
+
+
+def adamw_step(
+    values: Tensor, gradient: Tensor, m: Tensor, v: Tensor, ages: Tensor | None, step: int,
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """`reference.adamw_step` in one pass over the four vectors."""
+    parts = [part for part in (values, gradient, m, v, ages) if part is not None]
+    if values.dtype not in (torch.float32, torch.float64) or not all(part.is_contiguous() for part in parts):
+        reference.adamw_step(values, gradient, m, v, ages, step, lr, beta1, beta2, eps, weight_decay)
+        return
+    none = torch.zeros(1, dtype=values.dtype)
+    powers = (none, none) if ages is None else tuple(reference.powers(b, step, values.dtype) for b in (beta1, beta2))
+    longest = min(p.numel() for p in powers)
+    if ages is not None:
+        longest = max(p.numel() for p in powers)
+        powers = tuple(torch.nn.functional.pad(p, (0, longest - p.numel())) for p in powers)
+    real = torch.tensor([lr, beta1, beta2, eps, weight_decay, 1 - beta1**step, 1 - beta2**step], dtype=torch.float64)
+    launch(
+        _loop("passes", "adamw", values.dtype),
+        [values.numel(), *(part.data_ptr() for part in (values, gradient, m, v)),
+         0 if ages is None else ages.numel(), 0 if ages is None else ages.data_ptr(), real.data_ptr(), longest,
+         powers[0].data_ptr(), powers[1].data_ptr()],
+        -(-values.numel() // _module("passes").SPAN),
+    )  # fmt: skip
+
+
+def _entries(rows: Tensor, cols: Tensor, o: int, i: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Entries as int32 and where each band of rows starts; None if rows do not ascend."""
+    loops = _module("loops")
+    starts = torch.zeros(-(-o // loops.BAND) + 1, dtype=torch.int64)
+    rows, cols = rows.to(torch.int32).contiguous(), cols.to(torch.int32).contiguous()
+    state = _bands()(rows.numpy(), cols.numpy(), o, i, starts.numpy())
+    if state == 2:
+        raise ConfigError(f"sampled_matmul got an entry out of range: rows must be in [0, {o}), columns in [0, {i}).")
+    return None if state == 1 else (rows, cols, starts)
+
+
+def _unsorted(way: Callable[..., Tensor], dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    order = torch.argsort(rows, stable=True)
+    out = torch.empty(rows.numel(), dtype=reference.wide(dy.dtype))
+    out[order] = way(dy, x, rows[order], cols[order])
+    return out
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """The matrix with contiguous rows; a row of it may be longer than it is wide."""
+    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
+
+
 @functools.cache
-def _kernel() -> Callable[..., Any]:
-    numba = importlib.import_module("numba")  # 0.5 s to import, so only when it is needed
+def _module(name: str) -> Any:
+    return importlib.import_module(f"selectune.ops.{name}")
 
-    @numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True, nogil=True)
-    def gather(dy, x, rows, cols, out, blocks):  # type: ignore[no-untyped-def]
-        per = (rows.size + blocks - 1) // blocks
-        for b in numba.prange(blocks):
-            first, last = b * per, min(rows.size, (b + 1) * per)
-            for t in range(dy.shape[0]):
-                for k in range(first, last):
-                    out[k] += dy[t, rows[k]] * x[t, cols[k]]
 
-    return gather
+@functools.cache
+def _loop(module: str, name: str, dtype: torch.dtype) -> int:
+    """The address of a compiled loop."""
+    numba = importlib.import_module("numba")
+    function = getattr(_module(module), f"{name}_{str(dtype).removeprefix('torch.')}")
+    signature = numba.types.void(numba.types.voidptr)
+    _kept.append(_cached(functools.partial(numba.cfunc, signature), function))
+    return _kept[-1].address
+
+
+_kept: list[Any] = []  # compiled code lives as long as what was compiled
+
+
+@functools.cache
+def _bands() -> Callable[..., int]:
+    numba = importlib.import_module("numba")
+    return _cached(lambda cache: numba.njit(cache=cache), _module("loops").bands.py_func)
+
+
+def _cached(decorator: Callable[..., Any], function: Callable[..., Any]) -> Any:
+    """Compiled and cached on disk, or compiled anew in every process where no folder can be written."""
+    try:
+        return decorator(cache=True)(function)
+    except RuntimeError as error:
+        log.info("numba cannot cache compiled loops here (%s): they are compiled in every process.", error)
+        return decorator(cache=False)(function)
+

@@ -5,10 +5,14 @@ Letters: t tokens, o outputs, i inputs of a linear layer, k entries of the suppo
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 _CHUNK = 1 << 24  # scalars of a gathered product held at once
+
+_PIECE = 1 << 20  # scalars scored at once
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -50,14 +54,141 @@ def sampled_matmul(
     cols: Tensor,  # (k,) int64 into i
 ) -> Tensor:  # (k,) float32, or float64 for float64 operands
     """The gradient of a linear weight at its support: g_k = sum_t dy[t, rows_k] x[t, cols_k]."""
-    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    out = torch.empty(rows.numel(), dtype=wide, device=dy.device)
+    out = torch.empty(rows.numel(), dtype=wide(dy.dtype), device=dy.device)
     step = max(1, _CHUNK // max(1, dy.shape[0]))
     for start in range(0, rows.numel(), step):
         part = slice(start, start + step)
-        product = dy[:, rows[part]].to(wide) * x[:, cols[part]].to(wide)
+        product = dy[:, rows[part]].to(out.dtype) * x[:, cols[part]].to(out.dtype)
         torch.sum(product, 0, out=out[part])
     return out
+
+
+def score(
+    weight: Tensor,  # (n,) float32 or float64
+    gradient: Tensor,  # (n,) the same
+    exp: float,
+    eps: float,
+) -> Tensor:  # (n,)
+    """|g| / (|w| + eps)^exp, in the order of operations that every kernel keeps for exp 0, 1 and 2."""
+    if exp == 0.0:
+        return gradient.abs()
+    size = weight.abs().add_(eps)
+    if exp != 1.0:
+        size = size.mul_(size) if exp == 2.0 else size.pow_(exp)
+    return gradient.abs().div_(size)
+
+
+def score_filter(
+    weight: Tensor,  # (n,) flat
+    gradient: Tensor,  # (n,) flat
+    exp: float,
+    eps: float,
+    cutoff: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # (m,) int64 ascending, (m,) float32 or float64, () bool
+    """The entries whose score is at least `cutoff` and above 0, their scores, and whether all scores are finite.
+
+    Scores are float32, float64 for a float64 weight, whatever the gradient is stored as.
+    """
+    dtype = wide(weight.dtype)
+    finite = torch.ones((), dtype=torch.bool, device=weight.device)
+    positions, kept = [], []
+    for start in range(0, weight.numel(), _PIECE):
+        w, g = (part[start : start + _PIECE].to(dtype) for part in (weight, gradient))
+        scores = score(w, g, exp, eps)
+        finite &= torch.isfinite(scores).all()
+        good = ((scores.double() >= cutoff) & (scores > 0)).nonzero().squeeze(1)
+        positions.append(good + start)
+        kept.append(scores[good])
+    if not positions:
+        return weight.new_empty(0, dtype=torch.int64), weight.new_empty(0, dtype=dtype), finite
+    return torch.cat(positions), torch.cat(kept), finite
+
+
+def matmul_score_filter(
+    dy: Tensor,  # (t, o)
+    x: Tensor,  # (t, i)
+    weight: Tensor,  # (o, i)
+    exp: float,
+    eps: float,
+    cutoff: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (m,) int64 ascending, (m,) scores, (m,) gradients, () bool
+    """`score_filter` of the weight gradient dy^T x, which exists a band of rows at a time only."""
+    dtype = wide(dy.dtype)
+    width = x.shape[1]
+    step = max(1, _PIECE // max(1, width))
+    finite = torch.ones((), dtype=torch.bool, device=dy.device)
+    parts = []
+    wide_x = x.to(dtype)
+    for start in range(0, dy.shape[1], step):
+        gradient = (dy[:, start : start + step].to(dtype).mT @ wide_x).reshape(-1)
+        band = weight[start : start + step].reshape(-1)
+        positions, scores, fine = score_filter(band, gradient, exp, eps, cutoff)
+        finite &= fine
+        parts.append((positions + start * width, scores, gradient[positions]))
+    if not parts:
+        none = dy.new_empty(0, dtype=dtype)
+        return none.long(), none.to(wide(weight.dtype)), none, finite
+    positions, scores, gradients = (torch.cat(column) for column in zip(*parts, strict=True))
+    return positions, scores, gradients, finite
+
+
+def scatter_values(
+    weight: Tensor,  # any shape and strides
+    flat: Tensor,  # (k,) int64, row-major, unique
+    values: Tensor,  # (b,)
+    slots: Tensor,  # (k,) int64 into values
+) -> None:
+    """weight.view(-1)[flat] = values[slots], cast to the weight's dtype, in place."""
+    scatter_entries(weight, flat, values.detach()[slots].to(weight.device))
+
+
+def powers(beta: float, longest: int, dtype: torch.dtype) -> Tensor:
+    """beta^0, beta^1, ... until it no longer matters beside 1, or until `longest`; not empty."""
+    digits = 60 if dtype == torch.float64 else 30
+    enough = math.ceil(-digits * math.log(2.0) / math.log(beta)) if 0 < beta < 1 else 1
+    return torch.tensor(beta, dtype=torch.float64).pow(torch.arange(min(longest, enough) + 1)).to(dtype)
+
+
+def adamw_step(
+    values: Tensor,  # (n,)
+    gradient: Tensor,  # (n,)
+    m: Tensor,  # (n,)
+    v: Tensor,  # (n,)
+    ages: Tensor | None,  # (n,) int32: steps each entry has taken; None = `step` for all
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step (Loshchilov and Hutter, 2019) in place; with `ages`, every entry's bias correction is its own.
+
+    With `ages`, an entry of age 0 waits untouched for its first gradient that is not 0.
+    """
+    if ages is None:
+        values.mul_(1 - lr * weight_decay)
+        m.lerp_(gradient, 1 - beta1)
+        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        bottom = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
+        values.addcdiv_(m, bottom, value=-lr / (1 - beta1**step))
+        return
+    awake = (ages > 0) | (gradient != 0)
+    ages.add_(awake)
+    first, second = (
+        1 - table[ages.long().clamp(max=table.numel() - 1)].to(values)
+        for table in (powers(b, step, torch.float64).to(values.device) for b in (beta1, beta2))
+    )
+    new_m = m.lerp(gradient, 1 - beta1)
+    new_v = (v * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    moved = values * (1 - lr * weight_decay) - lr / first * new_m / (new_v.sqrt() / second.sqrt() + eps)
+    for old, new in ((values, moved), (m, new_m), (v, new_v)):
+        old.copy_(torch.where(awake, new, old))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of this dtype are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sampled_rows(
@@ -77,10 +208,9 @@ def sampled_rows(
 
 def row_sums(dy: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The rows that occur (u,), ascending, and their summed gradients (u, d): all that is not zero."""
-    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     occurring, inverse = torch.unique(ids, return_inverse=True)
-    block = torch.zeros(occurring.numel(), dy.shape[1], dtype=wide, device=dy.device)
-    block.index_add_(0, inverse, dy.to(wide))
+    block = torch.zeros(occurring.numel(), dy.shape[1], dtype=wide(dy.dtype), device=dy.device)
+    block.index_add_(0, inverse, dy.to(block.dtype))
     if occurring.numel() and int(occurring[0]) < 0:
         occurring, block = occurring[1:], block[1:]
     return occurring, block
