@@ -48,6 +48,7 @@ class Score:
     function: Callable[..., Tensor] = field(repr=False)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     above: float | None = None
+    fused: bool = False  # |g| / (|w| + eps)^exp: `ops.score_filter` scores and filters it in one pass
 
     def __call__(
         self,
@@ -62,7 +63,9 @@ class Score:
         return self.function(weight, gradient, **self.parameters)
 
 
-def score(reads: str, above: float | None = None) -> Callable[[Callable[..., Tensor]], Callable[..., Score]]:
+def score(
+    reads: str, above: float | None = None, fused: bool = False
+) -> Callable[[Callable[..., Tensor]], Callable[..., Score]]:
     """Turns a plain function of tensors into a maker of scores.
 
     Keyword parameters of the function become parameters of the maker:
@@ -89,7 +92,7 @@ def score(reads: str, above: float | None = None) -> Callable[[Callable[..., Ten
             missing = [k for k in defaults if k not in full]
             if missing:
                 raise ConfigError(f"The score '{function.__name__}' needs {', '.join(missing)}.")
-            return Score(function.__name__, known, function, full, above)
+            return Score(function.__name__, known, function, full, above, fused)
 
         return make
 
@@ -103,7 +106,10 @@ def _known(value: str, allowed: Sequence[str], what: str) -> str:
 
 
 class Collector(Protocol):
-    """Takes scores piece by piece and keeps the best; never sees all of them at once."""
+    """Takes scores piece by piece and keeps the best; never sees all of them at once.
+
+    A collector may have a number `cutoff`: entries that score below it are of no use and need not be offered.
+    """
 
     def offer(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
         """Entries of tensor number `tensor` and their scores (n,); -inf = not eligible.

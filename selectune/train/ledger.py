@@ -42,9 +42,9 @@ class Page:
         )  # fmt: skip
 
     def coordinates(self, width: int) -> tuple[Tensor, Tensor]:
-        """Rows (n,) and columns (n,) of the entries in a tensor of this width."""
+        """Rows (n,) and columns (n,), int32, of the entries in a tensor of this width, kept once made."""
         if self._coordinates is None:
-            self._coordinates = (self.flat // width, self.flat % width)
+            self._coordinates = ((self.flat // width).int(), (self.flat % width).int())
         return self._coordinates
 
     def touched(self) -> tuple[Tensor, Tensor]:
@@ -164,8 +164,10 @@ class Ledger:
         """Casts every slot's value into its weight, in place: O(B)."""
         for tensor, page in zip(self.tensors, self.pages, strict=True):
             if page.flat.numel():
-                fresh = self.values.detach()[page.slot]
-                ops.scatter_entries(tensor.parameter, page.flat, fresh.to(tensor.parameter))
+                weight, values, slot = tensor.parameter.detach(), self.values.detach(), page.slot
+                if values.device != weight.device:
+                    values, slot = values[slot].to(weight.device), torch.arange(len(slot), device=weight.device)
+                ops.scatter_values(weight, page.flat, values, slot)
 
     @torch.no_grad()
     def read_weights(self, *, only_changed: bool) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from selectune import ops
 from selectune.scope import ScopedTensor
 from selectune.types import Collector, Score
 
@@ -32,6 +33,9 @@ def scan(
     weight = tensor.parameter.detach()
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     barred = _barred(tensor, taken, rows)
+    cutoff = getattr(collector, "cutoff", NOT_ELIGIBLE)
+    if score.fused and gradient is not None and ready is None and cutoff > NOT_ELIGIBLE:
+        return _scan_fused(collector, score, tensor, barred, gradient, rows, cutoff)
     for start, w, g, known in _pieces(weight, gradient, rows, ready):
         g = None if g is None else g.to(wide)
         scores = score(w.to(wide), g, generator) if known is None else known
@@ -48,6 +52,32 @@ def scan(
             flat = torch.arange(start, start + w.numel(), device=w.device)
             width = weight.shape[-1]
             collector.offer(tensor.index, rows[flat // width] * width + flat % width, scores, g)
+    return True
+
+
+def _scan_fused(
+    collector: Collector,
+    score: Score,
+    tensor: ScopedTensor,
+    barred: Tensor,
+    gradient: Tensor,
+    rows: Tensor | None,
+    cutoff: float,
+) -> bool:
+    """One pass over weight and gradient; only entries that reach the cutoff are written down at all."""
+    weight = tensor.parameter.detach()
+    w = (weight if rows is None else weight[rows]).reshape(-1)
+    g = gradient.detach().reshape(-1)
+    at, scores, finite = ops.score_filter(w, g, score.parameters["exp"], score.parameters["eps"], cutoff)
+    if not bool(finite):
+        return False
+    if barred.numel() and at.numel():
+        nearest = torch.searchsorted(barred, at).clamp_(max=barred.numel() - 1)
+        free = barred[nearest] != at
+        at, scores = at[free], scores[free]
+    width = weight.shape[-1] if rows is not None else 1
+    flat = at if rows is None else rows[at // width] * width + at % width
+    collector.offer(tensor.index, flat, scores, g[at])
     return True
 
 

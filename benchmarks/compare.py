@@ -1,0 +1,71 @@
+"""One task, several methods, one budget: a Markdown table on standard output.
+
+    SELECTUNE_DATA=... python benchmarks/compare.py --task glue/stsb --methods id3,id3@10,pafi,random,bitfit,full \
+        --budget 0.0017 --epochs 2 --out runs/stsb
+
+Every row is made by the same loop (`selectune.harness.train.run`), measured from its saved delta. `id3@10` is
+`id3` with every=10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from selectune import tasks
+from selectune.harness.train import RunConfig, RunResult, run
+from selectune.method import RECIPES
+
+HEAD = "| method | {metric} | trained | changed | delta bytes | bytes / scalar | lr | seconds |\n|---|---|---|---|---|---|---|---|"
+
+
+def one(name: str, options: argparse.Namespace) -> RunResult:
+    recipe, _, every = name.partition("@")
+    takes_budget = "budget" in RECIPES[recipe].function.__annotations__
+    config = RunConfig(
+        model=options.model,
+        task=options.task,
+        method=recipe,
+        budget=options.budget if takes_budget else None,
+        every=int(every) if every else None,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        seed=options.seed,
+        train_fully=() if recipe == "full" else tuple(filter(None, options.train_fully.split(","))),
+        eval_every=10**9,
+        out=str(Path(options.out) / name),
+    )
+    return run(config)
+
+
+def row(name: str, result: RunResult) -> str:
+    scalars = max(1, result.trained)
+    return (
+        f"| {name} | {result.value:.4f} | {result.trained:,} | {result.verification.changed:,} | {result.delta_bytes:,} | "
+        f"{result.delta_bytes / scalars:.2f} | {result.config.learning_rate:g} | {result.seconds:.0f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--task", default="glue/stsb")
+    parser.add_argument("--methods", default="id3,id3@10,static-d3,pafi,random,bitfit,full")
+    parser.add_argument("--budget", type=float, default=0.0017)
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=6)
+    parser.add_argument("--train-fully", default="", help="patterns trained densely outside the budget, by comma")
+    parser.add_argument("--out", default="runs/compare")
+    options = parser.parse_args()
+    print(HEAD.format(metric=tasks.get(options.task).metric_name), flush=True)
+    for name in options.methods.split(","):
+        print(row(name, one(name, options)), flush=True)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
