@@ -17,7 +17,7 @@ from selectune import tasks
 from selectune.harness.train import RunConfig, RunResult, run
 from selectune.method import RECIPES
 
-HEAD = "| method | {metric} | trained | changed | delta bytes | bytes / scalar | lr | seconds |\n|---|---|---|---|---|---|---|---|"
+HEAD = "| method | {metric} | trained | changed | delta bytes | bytes / scalar | lr | seconds |\n" + "|---" * 8 + "|"
 
 
 def one(name: str, options: argparse.Namespace) -> RunResult:
@@ -43,8 +43,8 @@ def one(name: str, options: argparse.Namespace) -> RunResult:
 def row(name: str, result: RunResult) -> str:
     scalars = max(1, result.trained)
     return (
-        f"| {name} | {result.value:.4f} | {result.trained:,} | {result.verification.changed:,} | {result.delta_bytes:,} | "
-        f"{result.delta_bytes / scalars:.2f} | {result.config.learning_rate:g} | {result.seconds:.0f} |"
+        f"| {name} | {result.value:.4f} | {result.trained:,} | {result.verification.changed:,} | "
+        f"{result.delta_bytes:,} | {result.delta_bytes / scalars:.2f} | {result.config.learning_rate:g} | {result.seconds:.0f} |"
     )
 
 
