@@ -24,13 +24,19 @@ log = logging.getLogger("selectune")
 
 BACKENDS = ("reference", "numba", "triton", "dense")
 VARIABLE = "SELECTUNE_BACKEND"
+CHANGES = {"scatter_values": (0,), "adamw_step": (0, 2, 3, 4)}  # arguments that a kernel writes behind autograd's back
 
 
 def implementation(op: str, device: str) -> Callable[..., Any]:
     """What torch calls for this op on this kind of device: it looks for the backend at every call."""
 
     def run(*args: Any) -> Any:
-        return find(op, device)(*args)
+        answer = find(op, device)(*args)
+        for index in CHANGES.get(op, ()):
+            changed = args[index]
+            if isinstance(changed, Tensor) and not changed.is_inference():
+                torch.autograd.graph.increment_version(changed)
+        return answer
 
     run.__name__ = f"{op}_{device}"
     return run
@@ -124,7 +130,12 @@ def describe() -> dict[str, Any]:
         "threads": {"count": torch.get_num_threads(), "pool": threads.describe()},
         "cost": cost.describe(),
         "choices": [
-            {"shape": [o, i], "tokens": 1024, "density": d, "way": cost.choose(int(d * o * i), 1024, o, i, torch.float32)}
+            {
+                "shape": [o, i],
+                "tokens": 1024,
+                "density": d,
+                "way": cost.choose(int(d * o * i), 1024, o, i, torch.float32, measure=False),
+            }
             for o, i in shapes
             for d in (0.0001, 0.0005, 0.0017, 0.01, 0.05, 0.2)
         ],

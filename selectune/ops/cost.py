@@ -39,14 +39,23 @@ DEFAULTS: dict[str, dict[str, float]] = {
 }
 
 
-def choose(entries: int, tokens: int, outputs: int, inputs: int, dtype: torch.dtype, device: str = "cpu") -> str:
-    """gather, tiles or dense: the cheapest by the model.
+def choose(
+    entries: int,
+    tokens: int,
+    outputs: int,
+    inputs: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    measure: bool = True,
+) -> str:
+    """gather, tiles or dense: the cheapest by the model; `measure`: a large case may measure this machine first.
 
     >>> choose(4000, 1024, 768, 3072, torch.float32), choose(2_000_000, 1024, 768, 3072, torch.float32)
     ('tiles', 'dense')
     """
-    large = tokens * outputs * inputs >= LARGE
-    model = coefficients(measure=large and device == "cpu")[_family(dtype) if device == "cpu" else device]
+    measure = measure and device == "cpu" and tokens * outputs * inputs >= LARGE
+    model = coefficients(measure=measure)[_family(dtype) if device == "cpu" else device]
     costs = estimate(model, entries, tokens, outputs, inputs)
     return min(costs, key=lambda way: costs[way])
 

@@ -198,4 +198,3 @@ def _cached(decorator: Callable[..., Any], function: Callable[..., Any]) -> Any:
     except RuntimeError as error:
         log.info("numba cannot cache compiled loops here (%s): they are compiled in every process.", error)
         return decorator(cache=False)(function)
-

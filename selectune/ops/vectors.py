@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
+
+ir: Any = cgutils.ir  # llvmlite's, as numba brings it  # pyright: ignore[reportAttributeAccessIssue]
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = range(4)  # how an operand is stored
 
@@ -19,7 +21,7 @@ _I16, _I32, _I64, _F32, _F64 = ir.IntType(16), ir.IntType(32), ir.IntType(64), i
 
 
 @intrinsic
-def pointer(typing: Any, address: Any) -> Any:
+def _pointer(typing: Any, address: Any) -> Any:
     """An address as what `numba.carray` takes."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -29,7 +31,7 @@ def pointer(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
-def fetch_add(typing: Any, address: Any, amount: Any) -> Any:
+def _fetch_add(typing: Any, address: Any, amount: Any) -> Any:
     """The int64 at `address`, to which `amount` is added, as one atomic step."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -37,6 +39,10 @@ def fetch_add(typing: Any, address: Any, amount: Any) -> Any:
         return builder.atomic_rmw("add", where, args[1], "monotonic")
 
     return types.int64(types.int64, types.int64), build
+
+
+pointer: Any = _pointer  # as callers see them: without the typing context
+fetch_add: Any = _fetch_add
 
 
 def _full(value: int | float, kind: Any, lanes: int) -> Any:

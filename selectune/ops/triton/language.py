@@ -1,0 +1,35 @@
+"""Triton where it is installed; a stand-in where it is not, so that these modules can always be imported."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+AVAILABLE = importlib.util.find_spec("triton") is not None
+
+triton: Any = importlib.import_module("triton") if AVAILABLE else None
+tl: Any = importlib.import_module("triton.language") if AVAILABLE else None
+
+
+def jit(function: Any) -> Any:
+    """`triton.jit`, or the function unchanged where there is no Triton to compile it."""
+    return triton.jit(function) if AVAILABLE else function
+
+
+def interpreted() -> bool:
+    """Whether kernels run on the CPU, operation by operation (TRITON_INTERPRET=1): then blocks are small."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def block(compiled: int, small: int) -> int:
+    """A block size for the GPU, or one for the interpreter."""
+    return small if interpreted() else compiled
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """What sums of operands of this dtype are kept in, in Triton's words."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
