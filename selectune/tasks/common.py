@@ -170,13 +170,13 @@ def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _from_hub(task: Task, split: str, tried: Sequence[str]) -> tuple[Iterator[Any], str]:
-    looked = f"looked for {', '.join(tried)}; " if tried else f"{DATA} is not set; "
+    looked = f"looked for {', '.join(tried)}, " if tried else f"{DATA} is not set, "
     advice = (
         f"Give a folder that holds {task.folders[0] if task.folders else task.name}/{split}.jsonl with --data or "
         f"{DATA}, or allow the hub (no HF_HUB_OFFLINE, a connection)."
     )
     if task.hub is None:
-        raise TaskError(f"{task.name} has no {split} split here: {looked}it is not on the hub. {advice}")
+        raise TaskError(f"{task.name} has no {split} split here: {looked}and it is not on the hub. {advice}")
     try:
         from datasets import load_dataset
     except ImportError as error:
