@@ -34,6 +34,7 @@ ORDER = (
     ("integrations",),
     ("tasks",),
     ("harness",),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )

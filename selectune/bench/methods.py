@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +105,7 @@ def ours(name: str, model: nn.Module, plan: Plan) -> Ready:
     method = recipe(name, plan.budget, plan.steps)
     singles = [{k: v[i : i + 1] for k, v in b.items()} for b in plan.batches for i in range(len(b["input_ids"]))]
     singles = [singles[i % len(singles)] for i in range(EXAMPLES)]
-    tuner = attach(
-        model, method, seed=plan.seed, calibration=singles, loss=lambda m, example: m(**example).loss
-    )
+    tuner = attach(model, method, seed=plan.seed, calibration=singles, loss=lambda m, example: m(**example).loss)
     return Ready(
         optimizer=_adamw(tuner.parameters()),
         selected=lambda: tuner.selected,
@@ -128,7 +126,7 @@ def frozen(model: nn.Module, plan: Plan) -> Ready:
     """The floor: nothing is trained, the gradient runs back to the embeddings' output."""
     del plan
     model.requires_grad_(False)
-    embeddings: Any = getattr(model, "get_input_embeddings")()  # noqa: B009: of a transformers model
+    embeddings: Any = cast(Any, model).get_input_embeddings()
     embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
     return Ready(None, lambda: 0, lambda folder: 0, note="forward and input gradients only")
 

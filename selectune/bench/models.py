@@ -73,8 +73,6 @@ class Bench:
                 raise ConfigError(f"{name} {value}: at least 1 is needed.")
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"--device {self.device}: unknown. Known: cpu, cuda.")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device cuda: torch sees no GPU here. Use --device cpu.")
 
 
 def config_of(name: str) -> Any:
@@ -128,9 +126,18 @@ def prepare(bench: Bench, config: Any | None = None, device: str | None = None) 
     model = build(config, DTYPES[bench.dtype], device or bench.device, bench.seed)
     _fill_zeros(model, bench.seed)
     if bench.checkpointing:
-        checkpoint: Callable[..., Any] = model.gradient_checkpointing_enable  # pyright: ignore[reportAssignmentType]
-        checkpoint(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint(model)
     return model
+
+
+def _checkpoint(model: nn.Module) -> None:
+    """Activations are recomputed in backward; transformers renamed the switch."""
+    for prefix in ("activation", "gradient"):
+        switch: Callable[..., Any] | None = getattr(model, f"{prefix}_checkpointing_enable", None)
+        if switch is not None:
+            switch(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
+            return
+    raise ConfigError(f"--checkpointing: {type(model).__name__} cannot recompute its activations.")
 
 
 @torch.no_grad()

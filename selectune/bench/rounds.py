@@ -7,6 +7,7 @@ seconds of the same round.
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -42,8 +43,11 @@ class Settings:
     processes: str = "auto"  # "alive" between rounds, "fresh" in each, or what fits into memory
     timeout: float = 900.0  # seconds for one answer of a worker
     threads: int | None = None
+    live: bool = True  # also measure memory without the C library's free lists (CPU, Linux)
 
     def __post_init__(self) -> None:
+        if self.bench.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch sees no GPU here. Use --device cpu.")
         if not self.methods:
             raise ConfigError("--methods names none.")
         for name in self.methods:
@@ -70,17 +74,23 @@ class Samples:
     selected: int | None = None
     delta_bytes: int | None = None
     error: str | None = None
+    live_mib: float | None = None
+
+
+# Blocks of tensors then go back to the system when they are freed, so the resident set is what is alive.
+_LIVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
 class Worker:
     """The process of one method, and its answers."""
 
-    def __init__(self, method: str, settings: Settings, planned: int) -> None:
+    def __init__(self, method: str, settings: Settings, planned: int, env: dict[str, str] | None = None) -> None:
         self.timeout = settings.timeout
-        self.errors: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115: closed in `stop`
+        self.errors: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "selectune.bench.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, encoding="utf-8",
+            env={**os.environ, **(env or {})},
         )  # fmt: skip
         self.facts = self.ask(
             do="load", method=method, bench=asdict(settings.bench), budget=settings.budget, steps=planned,
@@ -143,7 +153,9 @@ class Worker:
 def measure(settings: Settings, say: Say = lambda text: None) -> tuple[dict[str, Samples], str]:
     """Runs all rounds. Returns what was seen of each method, and whether processes were "alive" or "fresh"."""
     how = settings.processes if settings.processes != "auto" else _fits(settings)
-    counts = [settings.steps // settings.rounds + (r < settings.steps % settings.rounds) for r in range(settings.rounds)]
+    counts = [
+        settings.steps // settings.rounds + (r < settings.steps % settings.rounds) for r in range(settings.rounds)
+    ]
     found = {name: Samples() for name in settings.methods}
     workers: dict[str, Worker] = {}
     try:
@@ -166,7 +178,22 @@ def measure(settings: Settings, say: Say = lambda text: None) -> tuple[dict[str,
     finally:
         for worker in workers.values():
             worker.stop()
+    if settings.live and settings.bench.device == "cpu" and sys.platform == "linux":
+        _live(settings, found, say)
     return found, how
+
+
+def _live(settings: Settings, found: dict[str, Samples], say: Say) -> None:
+    for name, samples in found.items():
+        if samples.error is not None:
+            continue
+        say(f"memory that is alive: {name}")
+        try:
+            worker = Worker(name, settings, WARMUP + settings.steps, _LIVE)
+            samples.live_mib = worker.ask(do="steps", count=WARMUP + 1)["peak_mib"]
+            worker.stop()
+        except SelectuneError as error:
+            say(f"{name}: {error}")
 
 
 def _round(

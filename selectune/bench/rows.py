@@ -89,9 +89,7 @@ def _rounds(seen: Samples) -> list[list[tuple[float, bool]]]:
     return [list(zip(s, c, strict=True)) for s, c in zip(seen.step_s, seen.selecting, strict=True)]
 
 
-def _row(
-    name: str, seen: Samples, steps: dict[str, list[float]], added: tuple[float | None, str]
-) -> dict[str, Any]:
+def _row(name: str, seen: Samples, steps: dict[str, list[float]], added: tuple[float | None, str]) -> dict[str, Any]:
     if seen.error is not None:
         empty = dict.fromkeys(KEYS[1:])
         return {"method": name, **empty, "error": seen.error, "package": seen.facts.get("package")}
@@ -114,6 +112,7 @@ def _row(
         "update_is": added[1],
         "init_over_copy": seen.facts["init_s"] / seen.facts["copy_s"] if seen.facts["copy_s"] else None,
         "init_peak_mib": seen.facts["init_peak_mib"],
+        "live_mib": seen.live_mib,
         "reserved_mib": seen.reserved_mib,
         "copy_s": seen.facts["copy_s"],
         "exact_memory": seen.facts["exact_memory"],

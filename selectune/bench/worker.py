@@ -1,9 +1,9 @@
 """The process in which one method is measured. It reads one JSON command a line and answers with one.
 
-    {"do": "load", "method": ..., "bench": {...}, "budget": ..., "steps": T}
-    {"do": "steps", "count": k}
-    {"do": "save"}
-    {"do": "stop"}
+{"do": "load", "method": ..., "bench": {...}, "budget": ..., "steps": T}
+{"do": "steps", "count": k}
+{"do": "save"}
+{"do": "stop"}
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def main(commands: TextIO, answers: TextIO) -> None:
             return
         try:
             reply = {"ok": True, **answer(state, command)}
-        except Exception as error:  # noqa: BLE001: whatever a peer raises becomes its row
+        except Exception as error:  # noqa: BLE001 (whatever a peer raises becomes its row)
             text = " ".join(str(error).split())[:400]
             reply = {"ok": False, "error": f"{type(error).__name__}: {text}"}
         answers.write(json.dumps(reply) + "\n")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from selectune.cli import deltas, lists, runs
+from selectune.cli import deltas, lists, measure, runs
 from selectune.cli.output import code_of, fail, log_to_stderr
 from selectune.errors import SelectuneError
 
@@ -49,3 +49,4 @@ app.add_typer(deltas.app, name="delta")
 app.command("tasks")(lists.tasks)
 app.command("methods")(lists.methods)
 app.command("demo", epilog=lists.DEMO_EXAMPLES)(lists.demo)
+measure.register(app)

@@ -1,0 +1,168 @@
+"""What was promised of speed and memory, as data, and whether a run of the bench kept it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from selectune.bench.rounds import middle
+from selectune.bench.rows import ratio
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+STATIC = ("pafi", "static-d3", "random")
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`value(report, row)` of each of `methods` must be at most `limit`; `reach` is what to try for.
+
+    `value` gives None where the run did not measure what it needs.
+    """
+
+    what: str
+    methods: tuple[str, ...]
+    value: Callable[[Report, Row], float | None]
+    limit: float
+    reach: float
+    needs: Callable[[Report], bool] = lambda report: True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One bar on one method: the value, or None where it was not measured."""
+
+    what: str
+    method: str
+    value: float | None
+    limit: float
+    reach: float
+    problem: str = ""
+
+    @property
+    def kept(self) -> bool | None:
+        """True or False; None where it was not measured for want of a row."""
+        if self.problem:
+            return False
+        return None if self.value is None else self.value <= self.limit
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "what": self.what, "method": self.method, "value": self.value, "limit": self.limit, "reach": self.reach,
+            "kept": self.kept, "problem": self.problem,
+        }  # fmt: skip
+
+
+def row_of(report: Report, method: str) -> Row | None:
+    """A method's row, if the run has one that did not fail."""
+    return next((r for r in report["rows"] if r["method"] == method and r.get("error") is None), None)
+
+
+def step_over(other: str) -> Callable[[Report, Row], float | None]:
+    """The step's ratio to another method's, within a round."""
+
+    def value(report: Report, row: Row) -> float | None:
+        base = row_of(report, other)
+        return None if base is None else ratio(row["step_rounds_s"], base["step_rounds_s"])
+
+    return value
+
+
+def memory_over(other: str) -> Callable[[Report, Row], float | None]:
+    """The ratio of peak memory above the loaded model."""
+
+    def value(report: Report, row: Row) -> float | None:
+        base = row_of(report, other)
+        return None if base is None or base["peak_mib"] <= 0 else row["peak_mib"] / base["peak_mib"]
+
+    return value
+
+
+def memory_above_floor(report: Report, row: Row) -> float | None:
+    """(peak - frozen's peak) over 1.5 x the largest tensor + 32 bytes x B + 64 MiB."""
+    base = row_of(report, "frozen")
+    if base is None or not row["selected"]:
+        return None
+    allowed = 1.5 * report["model"]["largest_mib"] + 32 * row["selected"] / MIB + 64
+    return (row["peak_mib"] - base["peak_mib"]) / allowed
+
+
+def init_over_copy(report: Report, row: Row) -> float | None:
+    """Initialisation over the time of one pass over the weights."""
+    copies = middle([r["copy_s"] for r in report["rows"] if r.get("copy_s")])
+    return row["init_s"] / copies if copies else None
+
+
+def bytes_per_scalar(report: Report, row: Row) -> float | None:
+    """Bytes of the delta's file for each selected scalar."""
+    del report
+    return row["delta_bytes"] / row["selected"] if row["selected"] and row["delta_bytes"] else None
+
+
+def density(report: Report) -> float:
+    """The budget as a share of the weights."""
+    budget = report["settings"]["budget"]
+    if isinstance(budget, float):
+        return budget
+    size = {"fp32": 4, "bf16": 2, "fp16": 2}[report["settings"]["dtype"]]
+    return budget * size / (report["model"]["weights_mib"] * MIB)
+
+
+def _on(device: str, low: float = 0.0, high: float = 0.01) -> Callable[[Report], bool]:
+    return lambda report: report["settings"]["device"] == device and low <= density(report) < high
+
+
+def _stored(*dtypes: str) -> Callable[[Report], bool]:
+    return lambda report: report["settings"]["dtype"] in dtypes
+
+
+_CPU, _GPU, _DENSE = _on("cpu"), _on("cuda"), _on("cpu", 0.04, 0.06)
+BARS: tuple[Bar, ...] = (
+    Bar("static masks, step / frozen", STATIC, step_over("frozen"), 1.15, 1.05, _CPU),
+    Bar("static masks, step / lora", STATIC, step_over("lora"), 0.95, 0.85, _CPU),
+    Bar("id3 every step, step / full", ("id3",), step_over("full"), 0.80, 0.70, _CPU),
+    Bar("id3@10, step / frozen", ("id3@10",), step_over("frozen"), 1.20, 1.08, _CPU),
+    Bar("id3@10, step / lora", ("id3@10",), step_over("lora"), 1.00, 0.85, _CPU),
+    Bar("id3, step / toolkit-id3", ("id3",), step_over("toolkit-id3"), 0.40, 0.30, _CPU),
+    Bar("id3, peak memory / full", ("id3",), memory_over("full"), 0.60, 0.50, _CPU),
+    Bar("id3, peak memory / lora", ("id3",), memory_over("lora"), 0.75, 0.62, _CPU),
+    Bar("pafi, initialisation / one copy of the weights", ("pafi",), init_over_copy, 10.0, 4.0, _CPU),
+    Bar("id3, (peak - frozen) / (1.5 x largest tensor + 32 B + 64 MiB)", ("id3",), memory_above_floor, 1.0, 0.6, _CPU),
+    Bar("static masks at 5 %, step / full", STATIC, step_over("full"), 0.85, 0.75, _DENSE),
+    Bar("delta file, bytes a scalar, fp32", (*STATIC, "id3", "id3@10"), bytes_per_scalar, 6.5, 6.0, _stored("fp32")),
+    Bar(
+        "delta file, bytes a scalar, 16 bits", (*STATIC, "id3", "id3@10"), bytes_per_scalar, 4.5, 4.0,
+        _stored("bf16", "fp16"),
+    ),
+    Bar("GPU: id3@10 and static masks, step / full", (*STATIC, "id3@10"), step_over("full"), 0.80, 0.70, _GPU),
+    Bar("GPU: id3, step / full", ("id3",), step_over("full"), 1.00, 0.90, _GPU),
+    Bar("GPU: peak memory / full", (*STATIC, "id3", "id3@10"), memory_over("full"), 0.60, 0.50, _GPU),
+    Bar("GPU: peak memory / lora", (*STATIC, "id3", "id3@10"), memory_over("lora"), 1.00, 0.80, _GPU),
+)  # fmt: skip
+
+
+def judge(report: Report, bars: tuple[Bar, ...] = BARS) -> list[Verdict]:
+    """Every bar that this run's device, budget and dtype are about, on every method it asked for.
+
+    A method that was asked for and failed breaks its bars; one that was not asked for is no verdict at all.
+    """
+    verdicts = []
+    for bar in bars:
+        if not bar.needs(report):
+            continue
+        for method in bar.methods:
+            if method not in report["settings"]["methods"]:
+                continue
+            row = row_of(report, method)
+            if row is None:
+                verdicts.append(Verdict(bar.what, method, None, bar.limit, bar.reach, "the method failed"))
+            else:
+                verdicts.append(Verdict(bar.what, method, bar.value(report, row), bar.limit, bar.reach))
+    return verdicts
+
+
+def all_kept(verdicts: list[Verdict]) -> bool:
+    """Whether something was measured and nothing missed its bar."""
+    return any(v.kept is True for v in verdicts) and not any(v.kept is False for v in verdicts)

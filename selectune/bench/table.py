@@ -1,0 +1,118 @@
+"""Rows as text: the columns of the papers' efficiency table, and the verdicts on the bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from selectune.bench.bars import Verdict
+
+COLUMNS = (
+    "method", "init s", "update s", "step s", "spread", "/full", "/frozen", "/lora", "peak MiB", "live MiB",
+    "delta bytes", "selected",
+)  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One row of the table; an error stands in place of numbers."""
+    if row.get("error"):
+        return [row["method"], f"failed: {row['error']}", *[""] * (len(COLUMNS) - 2)]
+    low, high = row["spread"]
+    return [
+        row["method"],
+        _seconds(row["init_s"]),
+        _seconds(row["update_s"]),
+        _seconds(row["step_s"]),
+        f"{_seconds(low)}-{_seconds(high)}",
+        *(_ratio(row[f"step_over_{name}"]) for name in ("full", "frozen", "lora")),
+        f"{row['peak_mib']:,.0f}",
+        "-" if row.get("live_mib") is None else f"{row['live_mib']:,.0f}",
+        "-" if row["delta_bytes"] is None else f"{row['delta_bytes']:,}",
+        "-" if row["selected"] is None else f"{row['selected']:,}",
+    ]
+
+
+def title(report: dict[str, Any]) -> str:
+    """What was run, in a line."""
+    s, m = report["settings"], report["machine"]
+    budget = f"{s['budget']:.3g} of the weights" if isinstance(s["budget"], float) else f"{s['budget']:,} scalars"
+    extra = (f", autocast {s['autocast']}" if s["autocast"] else "") + (", checkpointing" if s["checkpointing"] else "")
+    return (
+        f"{s['model']}, batch {s['batch']} x {s['length']}, {s['dtype']}{extra}, {budget}, {s['steps']} steps in "
+        f"{s['rounds']} rounds, processes {s['processes']}; {m['gpu'] or m['cpu']}, {m['threads']} threads, "
+        f"torch {report['versions']['torch']}"
+    )
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """What a reader of the table must know besides."""
+    packages = sorted({row["package"] for row in report["rows"] if row.get("package")})
+    found = [
+        "step: the median over rounds of whole steps (forward, backward, selection, optimizer); with @k, selecting "
+        "steps count 1/k; spread: 10th to 90th percentile of all steps; ratios are taken within a round",
+        "peak: above the loaded model, as the system counts it; live: the same without what the C library keeps for "
+        "reuse, in a run of its own; init: the method's set-up, libraries and kernels loaded beforehand",
+    ]
+    if report.get("copy_s"):
+        found.append(f"one pass over the weights (a copy): {report['copy_s']:.4f} s")
+    if packages:
+        found.append(f"peers: {', '.join(packages)}")
+    found += [f"{row['method']}: {row['note']}" for row in report["rows"] if row.get("note")]
+    if any(row.get("exact_memory") is False for row in report["rows"]):
+        found.append("peak memory is that of the whole process: this system does not let it be reset")
+    return found
+
+
+def verdict_cells(verdict: Verdict) -> list[str]:
+    """One verdict as cells."""
+    kept = {True: "kept", False: "MISSED", None: "not measured"}[verdict.kept]
+    value = verdict.problem or ("-" if verdict.value is None else f"{verdict.value:.2f}")
+    return [verdict.what, verdict.method, value, f"<= {verdict.limit:g}", f"{verdict.reach:g}", kept]
+
+
+VERDICT_COLUMNS = ("bar", "method", "value", "limit", "reach for", "")
+
+
+def plain(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table in plain text; the first `left` columns are flush left, the others flush right.
+
+    >>> print(plain(("a", "bb"), [["xy", "1"]]))
+    a   bb
+    xy   1
+    """
+    short = [r for r in rows if len(r) < 2 or not r[1].startswith("failed: ")]
+    widths = [max(len(r[i]) for r in [list(columns), *short]) for i in range(len(columns))]
+    widths[0] = max([widths[0], *(len(r[0]) for r in rows)])
+    lines = []
+    for row in [columns, *rows]:
+        if len(row) > 1 and row[1].startswith("failed: "):
+            lines.append(f"{row[0]:<{widths[0]}}  {row[1]}")
+            continue
+        parts = [f"{c:<{w}}" if i < left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def planned(found: dict[str, Any]) -> str:
+    """A prediction as text: the items of the peak, then what else was asked."""
+    mib = 1 << 20
+    items = (
+        ("weights", "weights"), ("saved", "saved for backward"), ("backward", "backward besides"),
+        ("gradient", "dense gradient"), ("values", "values"), ("values_gradient", "their gradient"),
+        ("optimizer", "optimizer state"), ("ledger", "positions, slots, base values"), ("workspace", "scoring"),
+        ("peak", "peak"), ("above_model", "peak above the model"),
+    )  # fmt: skip
+    lines = [f"{label:<30} {found[key] / mib:>12,.1f} MiB" for key, label in items]
+    lines.append(f"{'delta file':<30} {found['delta_bytes']:>12,} bytes")
+    lines.append(f"{'trained scalars':<30} {found['trained']:>12,} of {found['parameters']:,} ({found['density']:.4%})")
+    if found["updates"] is not None:
+        lines.append(f"{'updates of scalars':<30} {found['updates']:>12,} in {found['steps']:,} steps")
+    return "\n".join(lines)
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
