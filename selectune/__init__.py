@@ -15,12 +15,12 @@ from selectune.method import (
     static_d3,
 )
 from selectune.scope import Scope
-from selectune.train import Tuner, Verification, attach
+from selectune.train import SparseAdamW, Tuner, Verification, attach
 from selectune.types import Score, score
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Delta", "Method", "Scope", "Score", "Tuner", "Verification", "attach", "bitfit", "diff", "errors", "fish", "full",
-    "id3", "increment_pafi", "load", "pafi", "random", "repeat_d3", "score", "scores", "static_d3",
+    "Delta", "Method", "Scope", "Score", "SparseAdamW", "Tuner", "Verification", "attach", "bitfit", "diff", "errors",
+    "fish", "full", "id3", "increment_pafi", "load", "pafi", "random", "repeat_d3", "score", "scores", "static_d3",
 ]  # fmt: skip

@@ -5,9 +5,11 @@ tracker     follows the run from backward pass to step, selects in between
 taps        how uses of a weight are seen; autograd: the nodes they become
 scan        scores of a tensor into a collector; calibrate: scores over single examples
 ledger      which entry is trained in which slot, and what stood there before
+adamw       AdamW over the values in one pass, with an age per entry if wanted
 optimizers  torch's step hooks; package: from the ledger to a delta
 """
 
+from selectune.train.adamw import SparseAdamW
 from selectune.train.attach import Tuner, Verification, attach
 
-__all__ = ["Tuner", "Verification", "attach"]
+__all__ = ["SparseAdamW", "Tuner", "Verification", "attach"]
