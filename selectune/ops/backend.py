@@ -31,7 +31,8 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
     """What torch calls for this op on this kind of device: it looks for the backend at every call."""
 
     def run(*args: Any) -> Any:
-        answer = find(op, device)(*args)
+        with torch.autocast(device, enabled=False):  # dtypes are the caller's choice
+            answer = find(op, device)(*args)
         for index in CHANGES.get(op, ()):
             changed = args[index]
             if isinstance(changed, Tensor) and not changed.is_inference():
