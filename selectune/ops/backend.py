@@ -51,7 +51,7 @@ def find(op: str, device: str) -> Callable[..., Any]:
     if name == "numba" and device == "cpu":
         if op == "sampled_matmul":
             return tuned
-        return getattr(cpu, op, None) or getattr(reference, op)
+        return getattr(cpu, op)
     if name == "triton":
         if op == "sampled_matmul" and device == "cuda" and not forced():
             return tuned_cuda
@@ -88,15 +88,7 @@ def tuned_cuda(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
 
 def dense(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """The whole product, then its entries; half operands are multiplied into float32."""
-    flat = rows.long() * x.shape[1] + cols
-    if dy.dtype in (torch.float32, torch.float64):
-        return (dy.mT @ x).view(-1)[flat]
-    if dy.device.type == "cuda":
-        return torch.mm(dy.mT, x, out_dtype=torch.float32).view(-1)[flat]
-    product = torch.zeros(dy.shape[1], x.shape[1], device=dy.device)
-    for first in range(0, dy.shape[0], 256):
-        product.addmm_(dy[first : first + 256].float().mT, x[first : first + 256].float())
-    return product.view(-1)[flat]
+    return reference.product(dy, x).view(-1)[rows.long() * x.shape[1] + cols]
 
 
 def explain() -> str:

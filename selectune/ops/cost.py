@@ -5,7 +5,7 @@
     dense    t o i d                    the whole product, entries picked from it
 
 `calibrate()` measures a, b, c, d and keeps them under the user's cache folder; without it the defaults
-below hold. Only ratios matter, so the numbers of a busy machine will do.
+below hold. It takes the processor time of one thread, so other work on the machine hardly shows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ log = logging.getLogger("selectune")
 
 VERSION = 1
 VARIABLE = "SELECTUNE_CALIBRATE"  # 0 = never measure by itself
+FACTOR = 10  # how far a measurement is believed beyond the defaults
 LARGE = 1 << 28  # multiplications of a dense product from which a measurement pays
 
 # nanoseconds of one core per unit of the formulas above; "start" per call
 DEFAULTS: dict[str, dict[str, float]] = {
-    "float32": {"start": 60e3, "gather": 1.5, "turn": 0.3, "dot": 0.2, "dense": 0.0135},
-    "float64": {"start": 60e3, "gather": 1.8, "turn": 0.6, "dot": 0.4, "dense": 0.027},
-    "half": {"start": 60e3, "gather": 1e9, "turn": 0.25, "dot": 0.2, "dense": 0.02},
+    "float32": {"start": 60e3, "gather": 1.8, "turn": 0.7, "dot": 0.1, "dense": 0.013},
+    "float64": {"start": 60e3, "gather": 2.2, "turn": 1.4, "dot": 0.2, "dense": 0.026},
+    "half": {"start": 60e3, "gather": 1e9, "turn": 0.7, "dot": 0.1, "dense": 0.014},
     # a GPU by arithmetic: bytes of entries that are read one by one against the matrix units
     "cuda": {"start": 10e3, "gather": 1e9, "turn": 1e-3, "dot": 4e-3, "dense": 5e-6},
 }
@@ -82,8 +83,17 @@ def coefficients(*, measure: bool = False) -> dict[str, dict[str, float]]:
 def calibrate() -> dict[str, dict[str, float]]:
     """Measures the CPU's ways in under two seconds, keeps the result, and returns it."""
     model = {name: dict(part) for name, part in DEFAULTS.items()}
-    for name, dtype in (("float32", torch.float32), ("float64", torch.float64), ("half", torch.bfloat16)):
-        model[name].update(_measure(dtype))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the work of one core; how much else runs on the others does not count then
+    try:
+        # float64 follows float32: its loops would have to be compiled for that
+        for names, dtype in ((("float32", "float64"), torch.float32), (("half",), torch.bfloat16)):
+            for key, value in _measure(dtype).items():
+                ratio = min(max(value / DEFAULTS[names[0]][key], 1 / FACTOR), FACTOR)
+                for name in names:
+                    model[name][key] = DEFAULTS[name][key] * ratio
+    finally:
+        torch.set_num_threads(threads)
     try:
         _write(path(), model)
     except OSError as error:
@@ -165,7 +175,6 @@ def _measure(dtype: torch.dtype) -> dict[str, float]:
         return flat // i, flat % i
 
     few, many = entries(600), entries(24_000)
-    threads = torch.get_num_threads()
     turn, full = (_seconds(lambda e=e: cpu.tiles(dy, x, *e)) for e in (few, many))
     dot = max(full - turn, 1e-9) / (t * (many[0].numel() - few[0].numel()))
     product = _seconds(lambda: backend.dense(dy, x, *few))
@@ -174,16 +183,16 @@ def _measure(dtype: torch.dtype) -> dict[str, float]:
         "dot": dot,
         "dense": product / (t * o * i),
     }
-    if dtype in (torch.float32, torch.float64):
+    if dtype is torch.float32:
         measured["gather"] = _seconds(lambda: cpu.gather(dy, x, *few)) / (t * few[0].numel())
-    return {name: value * 1e9 * threads for name, value in measured.items()}
+    return {name: value * 1e9 for name, value in measured.items()}
 
 
 def _seconds(call: Callable[[], object]) -> float:
     call()  # compiles
     best = float("inf")
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.thread_time()
         call()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     return best

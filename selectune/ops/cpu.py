@@ -99,6 +99,13 @@ def score_filter(
     return positions, scores, state[1] == 0
 
 
+def matmul_score_filter(
+    dy: Tensor, x: Tensor, weight: Tensor, exp: float, eps: float, cutoff: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.matmul_score_filter` with the loop's scoring of every band."""
+    return reference.matmul_score_filter(dy, x, weight, exp, eps, cutoff, find=score_filter)
+
+
 def scatter_values(weight: Tensor, flat: Tensor, values: Tensor, slots: Tensor) -> None:
     """`reference.scatter_values` in one pass."""
     if not weight.is_contiguous() or weight.dtype not in STORED or values.dtype not in (torch.float32, torch.float64):

@@ -17,7 +17,7 @@ from selectune.ops.vectors import (
 )
 
 BLOCK = 4096  # entries scored at once
-GROUP = 32  # entries that are dismissed together
+GROUP = 64  # entries that are dismissed together
 SPAN = 16384  # slots written or stepped at once
 
 
@@ -43,32 +43,30 @@ def _widen(address, stored, first, n, out):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always", error_model="numpy")
-def _score(kind, g, size, exp):  # type: ignore[no-untyped-def]
-    if kind == 0:
-        return g
-    if kind == 1:
-        return g / size
+def _bottom(kind, w, exp, eps):  # type: ignore[no-untyped-def]
+    """What |g| is divided by; not for kind 0."""
+    size = abs(w) + eps
     if kind == 2:
-        return g / (size * size)
-    return g / size**exp
+        return size * size
+    if kind == 1:
+        return size
+    return size**exp
 
 
 @njit(error_model="numpy")
-def _near(kind, w, g, first, last, eps, bound, slack):  # type: ignore[no-untyped-def]
-    """How many entries may reach the cutoff, or are NaN: a product instead of a division, and never too few."""
-    count = 0
+def _near(kind, w, g, eps, bound, slack):  # type: ignore[no-untyped-def]
+    """How many of a group may reach the cutoff, or are NaN: products instead of divisions, and never too few."""
+    count = np.int32(0)
     if kind == 0:
-        for j in range(first, last):
-            count += not (abs(g[j]) < bound - slack)
+        for j in range(GROUP):
+            count += np.int32(0) if abs(g[j]) < bound - slack else np.int32(1)
     elif kind == 1:
-        for j in range(first, last):
-            count += not (abs(g[j]) < (abs(w[j]) + eps) * bound - slack)
-    elif kind == 2:
-        for j in range(first, last):
-            size = abs(w[j]) + eps
-            count += not (abs(g[j]) < size * size * bound - slack)
+        for j in range(GROUP):
+            count += np.int32(0) if abs(g[j]) < (abs(w[j]) + eps) * bound - slack else np.int32(1)
     else:
-        count = last - first
+        for j in range(GROUP):
+            size = abs(w[j]) + eps
+            count += np.int32(0) if abs(g[j]) < size * size * bound - slack else np.int32(1)
     return count
 
 
@@ -80,10 +78,15 @@ def _of_block(w, g, n, kind, exp, eps, cutoff, positions, scores, dtype):  # typ
     count, finite = 0, True
     for first in range(0, n, GROUP):
         last = min(n, first + GROUP)
-        if _near(kind, w, g, first, last, eps, bound, slack) == 0:
-            continue
+        if kind != 3 and last - first == GROUP:
+            if _near(kind, w[first:last], g[first:last], eps, bound, slack) == 0:
+                continue
         for j in range(first, last):
-            score = _score(kind, abs(g[j]), abs(w[j]) + eps, exp)
+            top = abs(g[j])
+            bottom = dtype(1) if kind == 0 else _bottom(kind, w[j], exp, eps)
+            if kind != 3 and top < bottom * bound - slack:
+                continue
+            score = top / bottom
             if not (score - score == zero):
                 finite = False
             if np.float64(score) >= cutoff and score > zero:
@@ -205,11 +208,14 @@ def _adamw(counter, values, gradient, m, v, ages, real, first_powers, second_pow
             return
         last = min(values.size, first + SPAN)
         if shared:
-            for j in range(first, last):
-                g = gradient[j]
-                m[j] += rest1 * (g - m[j])
-                v[j] = v[j] * keep2 + rest2 * g * g
-                values[j] = values[j] * keep - step * m[j] / (np.sqrt(v[j]) / root + eps)
+            x, gs, ms, vs = values[first:last], gradient[first:last], m[first:last], v[first:last]
+            for j in range(x.size):
+                g = gs[j]
+                new_m = ms[j] + rest1 * (g - ms[j])
+                new_v = vs[j] * keep2 + rest2 * g * g
+                ms[j] = new_m
+                vs[j] = new_v
+                x[j] = x[j] * keep - step * new_m / (np.sqrt(new_v) / root + eps)
             continue
         for j in range(first, last):
             g = gradient[j]

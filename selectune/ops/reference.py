@@ -6,6 +6,7 @@ Letters: t tokens, o outputs, i inputs of a linear layer, k entries of the suppo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 _CHUNK = 1 << 24  # scalars of a gathered product held at once
 
 _PIECE = 1 << 20  # scalars scored at once
+_BAND = 1 << 19  # scalars of a weight gradient that exist at once
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -111,25 +113,36 @@ def matmul_score_filter(
     exp: float,
     eps: float,
     cutoff: float,
+    *,
+    find: Callable[..., tuple[Tensor, Tensor, Tensor]] = score_filter,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (m,) int64 ascending, (m,) scores, (m,) gradients, () bool
-    """`score_filter` of the weight gradient dy^T x, which exists a band of rows at a time only."""
-    dtype = wide(dy.dtype)
+    """`score_filter` of the weight gradient dy^T x, of which only a band of rows exists at a time."""
     width = x.shape[1]
-    step = max(1, _PIECE // max(1, width))
+    step = max(1, _BAND // max(1, width))
     finite = torch.ones((), dtype=torch.bool, device=dy.device)
     parts = []
-    wide_x = x.to(dtype)
     for start in range(0, dy.shape[1], step):
-        gradient = (dy[:, start : start + step].to(dtype).mT @ wide_x).reshape(-1)
-        band = weight[start : start + step].reshape(-1)
-        positions, scores, fine = score_filter(band, gradient, exp, eps, cutoff)
+        gradient = product(dy[:, start : start + step], x).view(-1)
+        positions, scores, fine = find(weight[start : start + step].reshape(-1), gradient, exp, eps, cutoff)
         finite &= fine
         parts.append((positions + start * width, scores, gradient[positions]))
     if not parts:
-        none = dy.new_empty(0, dtype=dtype)
+        none = dy.new_empty(0, dtype=wide(dy.dtype))
         return none.long(), none.to(wide(weight.dtype)), none, finite
     positions, scores, gradients = (torch.cat(column) for column in zip(*parts, strict=True))
     return positions, scores, gradients, finite
+
+
+def product(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x (o, i) in float32 or float64; half operands are widened some tokens at a time, never rounded again."""
+    if dy.dtype == wide(dy.dtype):
+        return dy.mT @ x
+    if dy.device.type == "cuda":
+        return torch.mm(dy.mT, x, out_dtype=torch.float32)
+    total = torch.zeros(dy.shape[1], x.shape[1], device=dy.device)
+    for first in range(0, dy.shape[0], 256):
+        total.addmm_(dy[first : first + 256].float().mT, x[first : first + 256].float())
+    return total
 
 
 def scatter_values(

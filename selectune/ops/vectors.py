@@ -1,7 +1,8 @@
 """Numba intrinsics: addresses, an atomic counter, and a 16 x 16 transpose in registers.
 
 Plain LLVM IR, so every processor that LLVM knows runs it; no machine's own instructions are named.
-Imports numba at once (0.5 s), so only `loops` imports this, and only when a loop is first needed.
+numba keys its cache on disk by the file of the outermost function: after a change in here, touch `loops`
+and `passes`. Imports numba at once (0.5 s), so only `loops` imports this, and only when a loop is first needed.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def test_a_large_product_measures_once_and_a_small_one_never(monkeypatch):
     assert not calls
     cost.choose(10, 4096, 4096, 4096, torch.float32)
     cost.choose(10, 4096, 4096, 4096, torch.float32)
-    assert len(calls) == 3
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"float32": {"gather": "fast"}}', "\x00"])
@@ -118,10 +118,10 @@ def test_damaged_costs_are_left_alone(caplog, tmp_path, text):
 
 
 def test_a_folder_that_cannot_be_written_is_no_failure(monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(cost, "_measure", lambda dtype: {"dot": 0.5})
+    monkeypatch.setattr(cost, "_measure", lambda dtype: {"dot": 0.2})
     (tmp_path / "selectune").write_text("a file where the folder should be")
-    assert cost.calibrate()["float32"]["dot"] == 0.5
-    assert cost.coefficients()["float32"]["dot"] == 0.5
+    assert cost.calibrate()["float32"]["dot"] == pytest.approx(0.2)
+    assert cost.coefficients()["float32"]["dot"] == pytest.approx(0.2)
     assert "cannot be kept" in caplog.text
 
 
