@@ -21,7 +21,7 @@ from selectune.types import Reads, Schedule
 OPTIMIZERS = {"adamw": 8, "adam": 8, "sgd": 0, "momentum": 4}  # bytes of state for a trained scalar, fp32
 _FLAT, _SLOT, _COORDINATES, _FREE = 8, 8, 16, 8  # int64 tables of the ledger, for a selected scalar
 _WORKSPACE = 16 << 20  # pieces of scores while a tensor is scanned
-_GAP, _HEADER, _ENTRY = 2, 4096, 450  # of the delta's file: index of a scalar, JSON, JSON for a tensor
+_GAP, _HEADER, _ENTRY = 2, 700, 85  # of the delta's file: index of a scalar, what is said once, what of each tensor
 
 
 @dataclass(frozen=True)

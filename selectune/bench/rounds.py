@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
@@ -84,18 +85,22 @@ _LIVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "
 class Worker:
     """The process of one method, and its answers."""
 
-    def __init__(self, method: str, settings: Settings, planned: int, env: dict[str, str] | None = None) -> None:
-        self.timeout = settings.timeout
+    def __init__(self, method: str, settings: Settings, env: dict[str, str] | None = None) -> None:
+        self.method, self.settings, self.timeout = method, settings, settings.timeout
+        self.facts: dict[str, Any] = {}
         self.errors: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "selectune.bench.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, encoding="utf-8",
             env={**os.environ, **(env or {})},
         )  # fmt: skip
-        self.facts = self.ask(
-            do="load", method=method, bench=asdict(settings.bench), budget=settings.budget, steps=planned,
-            threads=settings.threads,
-        )  # fmt: skip
+        self.ask(do="warm", method=method, bench=asdict(settings.bench), threads=settings.threads)
+
+    def load(self, planned: int) -> Worker:
+        """Builds the model and puts the method on it, for so many steps."""
+        bench, budget = asdict(self.settings.bench), self.settings.budget
+        self.facts = self.ask(do="load", method=self.method, bench=bench, budget=budget, steps=planned)
+        return self
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """One command, one answer; SelectuneError for what went wrong in the worker."""
@@ -157,7 +162,7 @@ def measure(settings: Settings, say: Say = lambda text: None) -> tuple[dict[str,
         settings.steps // settings.rounds + (r < settings.steps % settings.rounds) for r in range(settings.rounds)
     ]
     found = {name: Samples() for name in settings.methods}
-    workers: dict[str, Worker] = {}
+    workers: dict[str, Worker] = _started(settings, found) if how == "alive" else {}
     try:
         for number, count in enumerate(counts):
             order = list(settings.methods)
@@ -183,13 +188,28 @@ def measure(settings: Settings, say: Say = lambda text: None) -> tuple[dict[str,
     return found, how
 
 
+def _started(settings: Settings, found: dict[str, Samples]) -> dict[str, Worker]:
+    """All workers, warm; started beside each other where there are cores for it, before anything is measured."""
+
+    def start(name: str) -> Worker | None:
+        try:
+            return Worker(name, settings)
+        except SelectuneError as error:
+            found[name].error = str(error)
+            return None
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:
+        workers = dict(zip(settings.methods, pool.map(start, settings.methods), strict=True))
+    return {name: worker for name, worker in workers.items() if worker is not None}
+
+
 def _live(settings: Settings, found: dict[str, Samples], say: Say) -> None:
     for name, samples in found.items():
         if samples.error is not None:
             continue
         say(f"memory that is alive: {name}")
         try:
-            worker = Worker(name, settings, WARMUP + settings.steps, _LIVE)
+            worker = Worker(name, settings, _LIVE).load(WARMUP + settings.steps)
             samples.live_mib = worker.ask(do="steps", count=WARMUP + 1)["peak_mib"]
             worker.stop()
         except SelectuneError as error:
@@ -200,7 +220,9 @@ def _round(
     name: str, settings: Settings, samples: Samples, workers: dict[str, Worker], count: int, planned: int, last: bool
 ) -> None:
     if name not in workers:
-        workers[name] = Worker(name, settings, planned)
+        workers[name] = Worker(name, settings)
+    if not workers[name].facts:
+        workers[name].load(planned)
         samples.facts = samples.facts or workers[name].facts
         _note(samples, workers[name].ask(do="steps", count=WARMUP), None)
     worker = workers[name]

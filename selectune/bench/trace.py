@@ -183,7 +183,9 @@ def step(model: nn.Module, batch: dict[str, Tensor], bench: Bench, kind: Kind) -
     known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *batch.values()]}
     low = None if bench.autocast is None else DTYPES[bench.autocast]
     storages, engine = Storages(known), Engine(kind, low, fused=bench.device == "cuda")
-    nonzero = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # what depends on data is taken to be all there
+    # what depends on data (labels that count, say) is taken to be all there
+    patch: Any = cast(Any, fx_config).patch
+    nonzero = patch(meta_nonzero_assume_all_nonzero=True)
     with nonzero, _dropping(model, kind), _input_gradients(model, kind):
         with storages, _inside(model, engine):
             loss = model(**batch).loss

@@ -31,13 +31,9 @@ INITS = 3  # times that the initialisation is timed, where a method can be taken
 class Measured:
     """One method on one model."""
 
-    def __init__(self, method: str, bench: Bench, budget: int | float, steps: int, threads: int | None) -> None:
-        if threads:
-            torch.set_num_threads(threads)
+    def __init__(self, method: str, bench: Bench, budget: int | float, steps: int) -> None:
         self.method, self.bench = method, bench
-        methods.check(method)
         self.package = methods.needs(method)
-        rehearse(method, bench)
         self.config = config_of(bench.model)
         self.model: nn.Module = prepare(bench, self.config)
         self.weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -140,9 +136,14 @@ def rehearse(method: str, bench: Bench) -> None:
 
 def answer(state: dict[str, Measured], command: dict[str, Any]) -> dict[str, Any]:
     """One command of the parent."""
+    if command["do"] == "warm":
+        if command["threads"]:
+            torch.set_num_threads(command["threads"])
+        methods.needs(command["method"])
+        rehearse(command["method"], Bench(**command["bench"]))
+        return {}
     if command["do"] == "load":
-        bench = Bench(**command["bench"])
-        state["it"] = Measured(command["method"], bench, command["budget"], command["steps"], command.get("threads"))
+        state["it"] = Measured(command["method"], Bench(**command["bench"]), command["budget"], command["steps"])
         return state["it"].describe()
     if command["do"] == "steps":
         return state["it"].run(command["count"])

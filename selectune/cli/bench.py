@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,7 +90,8 @@ def _show(report: dict[str, Any], verdicts: list[Any], on_stderr: bool) -> None:
     from selectune.bench import table
 
     console = Console(stderr=on_stderr, highlight=False)
-    tables = [(table.title(report), table.COLUMNS, [table.cells(row) for row in report["rows"]])]
+    rows = [table.cells(row) for row in report["rows"]]
+    tables: list[tuple[str, Sequence[str], list[list[str]]]] = [(table.title(report), table.COLUMNS, rows)]
     if verdicts:
         tables.append(("bars", table.VERDICT_COLUMNS, [table.verdict_cells(v) for v in verdicts]))
     for heading, columns, rows in tables:

@@ -1,0 +1,129 @@
+"""All that is measured on a GPU, in one call of under eight minutes: `python benchmarks/gpu.py --out gpu.json`.
+
+DeBERTa-v3-base at batch 16 x 256, under bf16 autocast and in fp32, and a llama of 1.2 billion parameters in
+bf16 at 2048 tokens: full fine-tuning, the frozen floor, LoRA, static masks and ID3, side by side, with the
+bars judged, and with what share of the device's own ceilings (a large product, a large copy) a step reaches.
+Needs `pip install 'selectune[hf,bench]'`. Without a GPU it says so and ends with code 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from selectune.bench import bars, table
+from selectune.bench.models import DTYPES, Bench, batches, config_of, prepare
+from selectune.bench.rounds import Settings
+from selectune.bench.rows import run
+
+METHODS = ("full", "frozen", "lora", "pafi", "static-d3", "id3", "id3@10")
+CASES = (
+    ("deberta-v3-base, bf16 autocast", Bench("deberta-v3-base", 16, 256, "fp32", "bf16", device="cuda")),
+    ("deberta-v3-base, fp32", Bench("deberta-v3-base", 16, 256, "fp32", device="cuda")),
+    ("llama-1b, bf16, 2048 tokens", Bench("llama-1b", 1, 2048, "bf16", device="cuda")),
+)
+
+
+def seconds(work, times: int = 10) -> float:
+    """The median time of some work on the device."""
+    took = []
+    for _ in range(times + 3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    return sorted(took[3:])[times // 2]
+
+
+def ceilings() -> dict[str, float]:
+    """What this device does at best: TFLOP/s of a large product, GB/s of a large copy."""
+    found = {}
+    for name, dtype in DTYPES.items():
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+        found[f"{name}_tflops"] = 2 * 8192**3 / seconds(lambda a=a, b=b: a @ b) / 1e12
+    source = torch.empty(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    found["copy_gbs"] = 2 * source.numel() * 4 / seconds(lambda: target.copy_(source)) / 1e9
+    return found
+
+
+def flops(bench: Bench, frozen: bool) -> int:
+    """FLOPs of the products of one step, forward and backward, counted on shapes alone."""
+    config = config_of(bench.model)
+    model = prepare(bench, config, "meta")
+    cpu = Bench(bench.model, bench.batch, bench.length)
+    batch = {name: tensor.to("meta") for name, tensor in batches(cpu, config, 1)[0].items() if name != "attention_mask"}
+    labels = batch.pop("labels")
+    if frozen:
+        model.requires_grad_(False)
+        model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.requires_grad_(True))
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).logits.sum().backward()
+    del labels
+    return counter.get_total_flops()
+
+
+def reached(report: dict, bench: Bench, best: dict[str, float]) -> list[str]:
+    """A line a method: FLOPs over time, against the measured ceiling."""
+    try:
+        counted = {"full": flops(bench, False), "frozen": flops(bench, True)}
+    except (RuntimeError, NotImplementedError) as error:
+        return [f"FLOPs could not be counted on shapes: {' '.join(str(error).split())[:160]}"]
+    ceiling = best[f"{bench.autocast or bench.dtype}_tflops"]
+    lines = []
+    for row in report["rows"]:
+        if row["error"] is not None:
+            continue
+        dense = row["method"] in ("full", "id3")
+        done = counted["full" if dense else "frozen"] / row["step_s"] / 1e12
+        row["tflops"], row["tflops_over_ceiling"] = done, done / ceiling
+        lines.append(f"{row['method']:<12} {done:8.1f} TFLOP/s of {ceiling:.0f} ({done / ceiling:.0%})")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="gpu.json", help="JSON file for everything measured")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=0.0017)
+    parser.add_argument("--limit", type=float, default=440.0, help="seconds after which no further case is started")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("There is no GPU here: torch.cuda.is_available() is False. Nothing was measured.", file=sys.stderr)
+        return 3
+    began, found, kept = time.monotonic(), {"ceilings": ceilings(), "cases": []}, True
+    torch.cuda.empty_cache()
+    print("ceilings: " + ", ".join(f"{name} {value:,.0f}" for name, value in found["ceilings"].items()))
+    longest = 0.0
+    for name, bench in CASES:
+        started = time.monotonic()
+        if started - began + longest > args.limit:
+            print(f"\n{name}: not started, {started - began:.0f} s of {args.limit:.0f} s are gone")
+            kept = False
+            continue
+        settings = Settings(bench, METHODS, args.budget, args.steps, args.rounds, timeout=240.0)
+        report = run(settings, lambda text: print(text, file=sys.stderr))
+        verdicts = bars.judge(report)
+        report["bars"], report["name"] = [v.as_json() for v in verdicts], name
+        kept = kept and bars.all_kept(verdicts)
+        print(f"\n{table.title(report)}\n{table.plain(table.COLUMNS, [table.cells(r) for r in report['rows']])}\n")
+        print(table.plain(table.VERDICT_COLUMNS, [table.verdict_cells(v) for v in verdicts], 2))
+        print("\n".join(reached(report, bench, found["ceilings"])))
+        found["cases"].append(report)
+        found["seconds"] = time.monotonic() - began
+        Path(args.out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        longest = max(longest, time.monotonic() - started)
+    print(f"\n{time.monotonic() - began:.0f} s; written to {args.out}")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""`selectune bench`: rows, ratios, failures as rows, verdicts. No test here looks at a clock."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from selectune.bench import bars, methods, rounds, rows, table, worker
+from selectune.bench.models import CONFIGS, Bench, batches, build, config_of, loss_of, prepare, trunk_linears
+from selectune.bench.rounds import Samples, Settings
+from selectune.cli import app
+from selectune.errors import ConfigError, ModelError
+
+TINY = Bench("tiny", 2, 16)
+HAS_PEFT = importlib.util.find_spec("peft") is not None
+HAS_TOOLKIT = importlib.util.find_spec("selective_optimizers") is not None
+
+
+def asked(*commands: dict) -> list[dict]:
+    """A worker's answers to these commands, in this process."""
+    answers = io.StringIO()
+    worker.main(io.StringIO("".join(json.dumps(c) + "\n" for c in [*commands, {"do": "stop"}])), answers)
+    return [json.loads(line) for line in answers.getvalue().splitlines()]
+
+
+def load(method: str, budget: float = 0.01, steps: int = 4) -> dict:
+    bench = {"model": "tiny", "batch": 2, "length": 16}
+    return {"do": "load", "method": method, "bench": bench, "budget": budget, "steps": steps}
+
+
+def test_the_command_measures_side_by_side_in_processes(tmp_path):
+    """The one run with real processes: schema of the JSON, the table, ratios of a method to itself."""
+    out = tmp_path / "bench.json"
+    names = ["full", "frozen", "id3", *(["lora"] if HAS_PEFT else []), *(["toolkit-id3"] if HAS_TOOLKIT else [])]
+    command = [
+        "bench", "--model", "tiny", "--batch", "2", "--length", "16", "--methods", ",".join(names), "--budget", "1%",
+        "--steps", "2", "--rounds", "1", "--threads", "1", "--no-live", "--json", str(out),
+    ]  # fmt: skip
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 0, run.output
+    report = json.loads(out.read_text("utf-8"))
+    assert [r["method"] for r in report["rows"]] == names
+    by_name = {r["method"]: r for r in report["rows"]}
+    for row in report["rows"]:
+        assert list(row)[: len(rows.KEYS)] == list(rows.KEYS)
+        assert row["error"] is None
+        assert row["step_s"] > 0
+        assert row["init_s"] >= 0
+        assert row["peak_mib"] is not None
+    assert by_name["full"]["step_over_full"] == by_name["frozen"]["step_over_frozen"] == 1
+    assert by_name["frozen"]["delta_bytes"] == by_name["frozen"]["selected"] == 0
+    assert by_name["full"]["delta_bytes"] == 4 * by_name["full"]["selected"]
+    assert by_name["id3"]["selected"] == by_name["full"]["selected"] // 100 == 1124
+    assert by_name["id3"]["update_is"].startswith("the median of 2 selecting steps minus that of 5")
+    assert report["copy_s"] > 0
+    assert report["settings"]["processes"] in ("alive", "fresh")
+    assert "tiny, batch 2 x 16, fp32" in run.output
+    assert all(name in run.output for name in names)
+
+
+@pytest.mark.parametrize("method", ["full", "frozen", "bitfit", "pafi", "static-d3", "random", "id3@2", "fish"])
+def test_a_worker_trains_every_method_of_ours(method, monkeypatch):
+    monkeypatch.setattr(worker, "INITS", 2)
+    facts, steps, saved = asked(load(method), {"do": "steps", "count": 3}, {"do": "save"})
+    assert facts["ok"], facts
+    assert steps["ok"], steps
+    assert saved["ok"], saved
+    assert len(steps["step_s"]) == 3
+    expected = {"static-d3": [True, False, False], "id3@2": [True, False, True]}
+    assert steps["selecting"] == expected.get(method, [False] * 3)
+    budget = {"full": None, "frozen": 0, "bitfit": None}.get(method, 1124 if method != "fish" else None)
+    assert budget is None or steps["selected"] == budget
+    assert (saved["delta_bytes"] > 0) == (method != "frozen")
+
+
+@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
+@pytest.mark.parametrize("method", ["lora", "dora", "super", "shira"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_worker_trains_pefts_methods(method):
+    facts, steps, saved = asked(load(method), {"do": "steps", "count": 1}, {"do": "save"})
+    assert facts["ok"], facts
+    assert facts["package"].startswith("peft ")
+    assert saved["delta_bytes"] > 4 * steps["selected"] > 0
+    if method == "super":
+        assert abs(steps["selected"] - 1124) < 20
+    if method == "lora":
+        layers = trunk_linears(build(config_of("tiny"), torch.float32, "meta"))
+        assert steps["selected"] == 8 * sum(sum(layer.weight.shape) for layer in layers.values())
+
+
+@pytest.mark.skipif(not HAS_TOOLKIT, reason="selective-optimizers is not installed")
+@pytest.mark.parametrize("method", ["toolkit-id3", "toolkit-pafi", "toolkit-bitfit"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_worker_trains_the_toolkits_methods(method):
+    facts, steps, saved = asked(load(method, 0.02), {"do": "steps", "count": 2}, {"do": "save"})
+    assert facts["ok"], facts
+    assert facts["package"].startswith("selective-optimizers ")
+    assert len(steps["select_s"]) == (2 if method == "toolkit-id3" else 0)
+    assert steps["selected"] > 0
+    assert saved["delta_bytes"] > 12 * steps["selected"]
+
+
+def test_what_fails_is_an_answer():
+    facts, steps = asked(load("id3", budget=10**9), {"do": "steps", "count": 1})
+    assert not facts["ok"]
+    assert "BudgetError" in facts["error"]
+    assert not steps["ok"]
+
+
+def test_a_missing_peer_names_the_extra(monkeypatch):
+    def missing(name):
+        raise methods.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(methods.metadata, "version", missing)
+    with pytest.raises(ModelError, match=r"selectune\[bench\]"):
+        methods.needs("lora")
+    assert methods.needs("id3") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ("id4",)}, "Known: full, frozen, lora"),
+        ({"methods": ("pafi@3",)}, "pafi does not take"),
+        ({"methods": ()}, "names none"),
+        ({"methods": ("id3", "id3")}, "twice"),
+        ({"rounds": 9}, "at least one step"),
+        ({"processes": "some"}, "alive, fresh"),
+    ],
+)
+def test_settings_that_make_no_sense(change, message):
+    with pytest.raises(ConfigError, match=message):
+        Settings(**{"bench": TINY, "methods": ("id3",), "budget": 0.01, "steps": 4, "rounds": 2, **change})
+
+
+def test_a_bench_that_makes_no_sense():
+    for change in ({"dtype": "fp8"}, {"autocast": "int8"}, {"batch": 0}, {"device": "tpu"}):
+        with pytest.raises(ConfigError):
+            Bench(**{"model": "tiny", **change})
+    with pytest.raises(ConfigError, match="128 tokens"):
+        prepare(Bench("tiny", 1, 129))
+    with pytest.raises(ModelError, match="bert-6l"):
+        config_of("nobody/nothing-of-this-name")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="sees no GPU"):
+        Settings(Bench("tiny", device="cuda"), ("id3",), 0.01)
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 3
+    assert "There is no GPU here" in run.stderr
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_have_the_sizes_of_their_names(name):
+    model = build(config_of(name), torch.float32, "meta")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    sizes = {"bert-6l": 67, "minilm": 22.7, "deberta-v3-base": 184, "llama-1b": 1236}
+    assert millions == pytest.approx(sizes.get(name, millions), rel=0.01)
+    assert trunk_linears(model)
+
+
+@pytest.mark.parametrize("bench", [TINY, Bench("llama-tiny", 1, 8, "bf16"), Bench("tiny", 1, 8, checkpointing=True)])
+def test_the_same_seed_gives_the_same_step(bench):
+    config = config_of(bench.model)
+    losses = []
+    for _ in range(2):
+        model, batch = prepare(bench, config).eval(), batches(bench, config, 1)[0]
+        losses.append(float(loss_of(model, batch, bench).detach()))
+    assert losses[0] == losses[1]
+    assert all(bool(p.any()) for n, p in model.named_parameters() if n.endswith("bias"))
+
+
+def seen(step_s: list[list[float]], selecting: list[list[bool]] | None = None, **more) -> Samples:
+    facts = {
+        "init_s": 0.2, "copy_s": 0.1, "init_peak_mib": 1.0, "exact_memory": True, "package": None, "note": "",
+        "weights_mib": 100.0, "largest_mib": 10.0,
+    }  # fmt: skip
+    flags = selecting or [[False] * len(r) for r in step_s]
+    return Samples(facts=facts, step_s=step_s, selecting=flags, **more)
+
+
+def report_of(**samples: Samples) -> dict:
+    names = {name.replace("_", "-").replace("-at-", "@"): s for name, s in samples.items()}
+    settings = Settings(Bench("bert-6l"), tuple(names), 0.0017, 4, 2)
+    return rows.report(settings, names, "alive")
+
+
+def test_ratios_are_taken_within_a_round():
+    """The second round is ten times as slow for all: the ratio does not see it."""
+    report = report_of(
+        full=seen([[1.0, 1.2], [10.0, 12.0]]), frozen=seen([[0.5, 0.5], [5.0, 5.0]]), pafi=seen([[0.55], [5.5]])
+    )
+    pafi = bars.row_of(report, "pafi")
+    assert pafi is not None
+    assert pafi["step_over_frozen"] == pytest.approx(1.1)
+    assert pafi["step_over_full"] == pytest.approx(0.5)
+    assert pafi["step_over_lora"] is None
+    assert pafi["update_s"] == 0
+
+
+def test_selecting_steps_count_in_their_share():
+    """Of id3@10 a median alone would hide the selecting step; id3 itself is all selecting steps."""
+    flags = [[True, False, False, False]] * 2
+    every = seen([[2.0, 1.0, 1.0, 1.0]] * 2, flags)
+    always = seen([[2.0, 2.2]] * 2, [[True, True]] * 2, other=[(1.5, False), (1.5, False)])
+    report = report_of(id3_at_10=every, id3=always)
+    tenth, each = bars.row_of(report, "id3@10"), bars.row_of(report, "id3")
+    assert tenth is not None
+    assert each is not None
+    assert tenth["update_s"] == pytest.approx(1.0)
+    assert tenth["step_s"] == pytest.approx(1.1)
+    assert each["update_s"] == pytest.approx(0.6)
+    assert each["step_s"] == pytest.approx(2.1)
+
+
+def verdict(report: dict, what: str, method: str) -> bars.Verdict:
+    return next(v for v in bars.judge(report) if v.what == what and v.method == method)
+
+
+def test_bars_on_literal_rows():
+    full = seen([[1.0], [1.0]], peak_mib=1500.0, selected=67_000_000, delta_bytes=268_000_000)
+    frozen = seen([[0.6], [0.6]], peak_mib=680.0, selected=0, delta_bytes=0)
+    pafi = seen([[0.66], [0.66]], peak_mib=700.0, selected=1000, delta_bytes=6400)
+    id3 = seen([[0.81], [0.81]], [[True], [True]], peak_mib=900.0, selected=1000, delta_bytes=6600)
+    report = report_of(full=full, frozen=frozen, pafi=pafi, id3=id3)
+    assert verdict(report, "static masks, step / frozen", "pafi").value == pytest.approx(1.1)
+    assert verdict(report, "static masks, step / frozen", "pafi").kept
+    assert verdict(report, "static masks, step / lora", "pafi").kept is None
+    assert verdict(report, "id3 every step, step / full", "id3").kept is False
+    assert verdict(report, "id3, peak memory / full", "id3").kept
+    assert verdict(report, "pafi, initialisation / one copy of the weights", "pafi").value == pytest.approx(2.0)
+    assert verdict(report, "delta file, bytes a scalar, fp32", "pafi").kept
+    assert verdict(report, "delta file, bytes a scalar, fp32", "id3").kept is False
+    floor = verdict(report, "id3, (peak - frozen) / (1.5 x largest tensor + 32 B + 64 MiB)", "id3")
+    assert floor.value == pytest.approx(220 / (15 + 32_000 / (1 << 20) + 64))
+    assert not bars.all_kept(bars.judge(report))
+    assert not any(v.what.startswith(("GPU", "static masks at 5")) for v in bars.judge(report))
+
+
+def test_bars_are_about_a_density_and_a_device():
+    report = report_of(full=seen([[1.0], [1.0]]), random=seen([[0.8], [0.8]], peak_mib=1.0))
+    report["settings"]["budget"] = 0.05
+    assert next(v.what for v in bars.judge(report)) == "static masks at 5 %, step / full"
+    report["settings"]["budget"] = round(0.05 * 100 * (1 << 20) / 4)  # the same as a count
+    assert bars.density(report) == pytest.approx(0.05)
+    report["settings"].update(budget=0.0017, device="cuda", dtype="bf16")
+    assert {v.what.partition(":")[0] for v in bars.judge(report)} == {"GPU", "delta file, bytes a scalar, 16 bits"}
+
+
+def test_a_failed_method_breaks_its_bars_and_has_a_row():
+    report = report_of(full=seen([[1.0], [1.0]]), id3=Samples(error="RuntimeError: no"))
+    failed = report["rows"][1]
+    assert failed["error"] == "RuntimeError: no"
+    assert failed["step_s"] is None
+    assert verdict(report, "id3 every step, step / full", "id3").kept is False
+    text = table.plain(table.COLUMNS, [table.cells(r) for r in report["rows"]])
+    assert "failed: RuntimeError: no" in text
+    json.dumps(report, allow_nan=False)
+
+
+def test_nothing_measured_is_no_success():
+    assert not bars.all_kept([])
+    assert not bars.all_kept([bars.Verdict("a", "id3", None, 1.0, 0.9)])
+    assert bars.all_kept([bars.Verdict("a", "id3", 0.9, 1.0, 0.9), bars.Verdict("b", "id3", None, 1.0, 0.9)])
+
+
+def test_the_exit_code_says_that_one_of_ours_failed(monkeypatch):
+    report = report_of(full=seen([[1.0], [1.0]]), id3=Samples(error="RuntimeError: no"), lora=seen([[1.0], [1.0]]))
+    monkeypatch.setattr(rows, "run", lambda settings, say: report)
+    run = CliRunner().invoke(app, ["bench", "--methods", "full,id3,lora", "--json", "-"])
+    assert run.exit_code == 1
+    assert json.loads(run.stdout)["rows"][1]["error"]
+    report["rows"][1], report["rows"][2] = report["rows"][2], {**report["rows"][1], "method": "lora"}
+    assert CliRunner().invoke(app, ["bench", "--methods", "full,id3,lora", "--json", "-"]).exit_code == 0
+
+
+def test_a_worker_that_hangs_or_dies_is_stopped(monkeypatch):
+    settings = Settings(TINY, ("id3",), 0.01, 2, 1, timeout=0.5)
+    hanging = [sys.executable, "-c", "import time; time.sleep(60)"]
+    real = subprocess.Popen
+    monkeypatch.setattr(rounds.subprocess, "Popen", lambda command, **more: real(hanging, **more))
+    with pytest.raises(rounds.SelectuneError, match="no answer in"):
+        rounds.Worker("id3", settings)
+    dying = [sys.executable, "-c", "import sys; sys.exit('out of luck')"]
+    monkeypatch.setattr(rounds.subprocess, "Popen", lambda command, **more: real(dying, **more))
+    with pytest.raises(rounds.SelectuneError, match="out of luck"):
+        rounds.Worker("id3", Settings(TINY, ("id3",), 0.01, 2, 1))

@@ -1,0 +1,180 @@
+"""`selectune plan` against numbers counted by hand, `selectune doctor` against a broken engine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from selectune.bench import doctor, trace
+from selectune.bench.models import Bench, config_of, prepare
+from selectune.bench.plan import plan, updates_of
+from selectune.cli import app
+from selectune.errors import BudgetError, ConfigError, SelectuneError
+from selectune.schedule import Increment, OneShot, Repeat
+
+TINY = Bench("tiny", 2, 16)
+
+
+class Two(nn.Module):
+    """Two linear layers whose bytes fit on a page: 10 rows, 4 -> 8 -> 2 wide."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8, bias=False), nn.Linear(8, 2, bias=False)
+
+    def forward(self, x):
+        return Answer(self.b(self.a(x)).sum())
+
+    def get_input_embeddings(self):
+        return self.a
+
+
+class Answer:
+    def __init__(self, loss):
+        self.loss = loss
+
+
+def traced(kind: trace.Kind) -> trace.Traced:
+    with torch.device("meta"):
+        return trace.step(Two(), {"x": torch.empty(10, 4)}, TINY, kind)
+
+
+X, HIDDEN, OUT, LOSS = 10 * 4 * 4, 10 * 8 * 4, 10 * 2 * 4, 4
+A, B = 8 * 4 * 4, 2 * 8 * 4
+
+
+def test_a_step_counted_by_hand():
+    """x lies there already; the hidden layer is saved; the output is not, but its gradient comes."""
+    static = traced(trace.Kind(dense=False))
+    assert static.saved == HIDDEN + LOSS
+    selecting = traced(trace.Kind(dense=True))
+    kept = traced(trace.Kind(dense=False, kept=True))
+    assert static.saved == selecting.saved == kept.saved
+    assert static.peak <= selecting.peak <= kept.peak
+    assert selecting.peak - static.peak <= max(A, B)
+    assert selecting.largest_gradient == A
+    floor = traced(trace.Kind(dense=False, frozen=True))
+    assert floor.saved <= static.saved
+
+
+def test_what_is_dropped_is_not_counted():
+    storages = trace.Storages(set())
+    with storages:
+        first = torch.empty(100, device="meta")
+        view = first[10:]
+        assert storages.now == 400
+        del first
+        assert storages.now == 400  # the view holds it
+        del view
+        assert storages.now == 0
+    assert storages.peak == 400
+
+
+def test_the_items_come_to_the_peak():
+    found = plan(TINY, "id3", 0.01, 100)
+    parts = (
+        found.weights, found.saved, found.backward, found.gradient, found.values, found.values_gradient,
+        found.optimizer, found.ledger, found.workspace,
+    )  # fmt: skip
+    assert sum(parts) == found.peak
+    assert found.peak - found.weights == found.above_model
+    assert found.parameters == 112_450
+    assert found.trained == round(0.01 * (112_450 - 64))  # the padding row cannot be selected
+    assert found.values == found.values_gradient == 4 * found.trained
+    assert found.optimizer == 8 * found.trained
+
+
+def test_methods_and_optimizers_differ_as_they_should():
+    full, floor = plan(TINY, "full", 0.01, 10), plan(TINY, "frozen", 0.01, 10)
+    static, momentum = plan(TINY, "pafi", 0.01, 10), plan(TINY, "pafi", 0.01, 10, "momentum")
+    assert floor.above_model < static.above_model < full.above_model
+    assert full.optimizer == 2 * full.weights
+    assert full.updates == 10 * full.parameters
+    assert floor.updates is None
+    assert static.gradient == static.workspace == 0
+    assert static.updates == 10 * static.trained
+    assert momentum.optimizer == static.optimizer // 2
+    assert plan(TINY, "bitfit", 0.01).trained == 1282
+    assert plan(TINY, "id3", 500, None).updates is None
+
+
+def test_bf16_and_checkpointing_need_less():
+    plain = plan(Bench("llama-tiny", 2, 64), "id3", 1000, 10)
+    half = plan(Bench("llama-tiny", 2, 64, "bf16"), "id3", 1000, 10)
+    again = plan(Bench("llama-tiny", 2, 64, checkpointing=True), "id3", 1000, 10)
+    assert 2 * half.weights == plain.weights
+    assert half.saved < plain.saved
+    assert again.saved < plain.saved
+    assert half.values == plain.values  # fp32 masters
+    mixed = plan(Bench("llama-tiny", 2, 64, autocast="bf16"), "id3", 1000, 10)
+    assert mixed.saved < plain.saved
+    plan(Bench("llama-tiny", 2, 64, device="cuda"), "id3", 1000, 10)
+
+
+def test_update_counts_of_the_papers_theorem():
+    assert updates_of(Increment(12, 4), 4) == 30
+    assert updates_of(OneShot(12), 4) == 48
+    assert updates_of(Increment(10, 4), 4) == 24
+    assert updates_of(Repeat(12, 4), 4) == 48
+
+
+def test_the_delta_is_as_large_as_predicted(tmp_path):
+    import selectune as st
+
+    model = prepare(TINY)
+    tuner = st.attach(model, st.random(budget=3000))
+    with torch.no_grad():
+        tuner.parameters()[0].add_(1)
+    size = tuner.save(tmp_path).stat().st_size
+    assert plan(TINY, "random", 3000).delta_bytes == pytest.approx(size, rel=0.1)
+
+
+def test_a_plan_that_makes_no_sense():
+    with pytest.raises(ConfigError, match="adamw"):
+        plan(TINY, "id3", 100, 10, "lion")
+    with pytest.raises(ConfigError, match="can be planned"):
+        plan(TINY, "lora", 100, 10)
+    with pytest.raises(BudgetError):
+        plan(TINY, "id3", 10**9, 10)
+
+
+def test_the_command_plans():
+    command = ["plan", "--model", "tiny", "--budget", "1%", "--batch", "2", "--length", "16", "--steps", "10"]
+    run = CliRunner().invoke(app, [*command, "--json"])
+    assert run.exit_code == 0, run.output
+    value = json.loads(run.stdout)
+    assert value["trained"] == 1124
+    assert value["peak"] > value["weights"]
+    text = CliRunner().invoke(app, command)
+    assert "1,124 of 112,450" in text.stdout
+    assert CliRunner().invoke(app, ["plan", "--model", "tiny", "--method", "id4"]).exit_code == 2
+
+
+def test_a_folder_with_a_config_can_be_planned(tmp_path):
+    config_of("tiny").save_pretrained(tmp_path)
+    assert plan(Bench(str(tmp_path), 2, 16), "id3", 0.01, 10).parameters == 112_450
+
+
+def test_the_doctor_finds_this_installation_well():
+    run = CliRunner().invoke(app, ["doctor", "--json"])
+    assert run.exit_code == 0, run.output
+    value = json.loads(run.stdout)
+    assert value["ok"]
+    assert value["self_check"]["changed"] == 40
+    assert value["packages"]["torch"] == torch.__version__
+    assert value["devices"][0]["device"] == "cpu"
+    assert value["backend"]
+
+
+def test_the_doctor_sees_an_engine_that_is_ill(monkeypatch):
+    def ill(*args, **kwargs):
+        raise SelectuneError("the weights moved")
+
+    monkeypatch.setattr(doctor, "attach", ill)
+    run = CliRunner().invoke(app, ["doctor"])
+    assert run.exit_code == 1
+    assert "the weights moved" in run.stdout
