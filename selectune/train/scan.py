@@ -18,6 +18,8 @@ PIECE = 1 << 20  # scalars scored at once: small enough for the caches, large en
 
 NOT_ELIGIBLE = float("-inf")
 
+SAME_BITS = (0.0, 1.0, 2.0)  # exponents whose fused scores have the bits of the score's own function
+
 
 def scan(
     collector: Collector,
@@ -34,7 +36,8 @@ def scan(
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     barred = _barred(tensor, taken, rows)
     cutoff = getattr(collector, "cutoff", NOT_ELIGIBLE)
-    if score.fused and gradient is not None and ready is None and cutoff > NOT_ELIGIBLE:
+    fused = score.fused and score.parameters["exp"] in SAME_BITS
+    if fused and gradient is not None and ready is None and cutoff > NOT_ELIGIBLE:
         return _scan_fused(collector, score, tensor, barred, gradient, rows, cutoff)
     for start, w, g, known in _pieces(weight, gradient, rows, ready):
         g = None if g is None else g.to(wide)
