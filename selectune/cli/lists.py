@@ -10,7 +10,7 @@ import typer
 from selectune.cli import values
 from selectune.cli.options import Data, Json
 from selectune.cli.output import Bar, result, working
-from selectune.harness.demo import BUDGET, STEPS, DemoResult
+from selectune.harness.demo import BUDGET, DemoResult
 from selectune.harness.demo import demo as run_demo
 from selectune.method import RECIPES
 from selectune.tasks import TASKS
@@ -62,7 +62,9 @@ def demo(
         str | None,
         typer.Option("--task", "-t", help="Default: STS-B where it can be had, else generated sentences."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.")] = STEPS,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of each method. Default: 300, or 400 for generated sentences.")
+    ] = None,
     budget: Annotated[str, typer.Option("--budget", "-b", help="Scalars that ID3 and the random mask may change.")] = (
         f"{BUDGET:.2%}"
     ),
