@@ -95,7 +95,7 @@ def demo(
     """Trains and measures the base, ID3, a random mask and full fine-tuning, reverts the delta and proves it.
 
     STS-B where `data`, SELECTUNE_DATA or the hub has it, otherwise sentences that are generated here. Deltas are kept
-    under `out` if it is given. About 3 minutes on 2 cores that do nothing else. Raises IntegrityError if the revert left a trace.
+    under `out` if it is given. About 3 minutes on 2 idle cores. Raises IntegrityError if the revert left a trace.
     """
     began = time.perf_counter()
     chosen = _choose(data, task)
