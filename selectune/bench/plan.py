@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from selectune.bench import methods, trace
-from selectune.bench.models import DTYPES, Bench, config_of, is_causal, prepare
+from selectune.bench.models import DTYPES, Bench, config_of, is_causal, prepare, trunk_linears
 from selectune.errors import ConfigError
 from selectune.method import Method
 from selectune.schedule import resolve_budget
@@ -20,7 +20,7 @@ from selectune.types import Reads, Schedule
 
 OPTIMIZERS = {"adamw": 8, "adam": 8, "sgd": 0, "momentum": 4}  # bytes of state for a trained scalar, fp32
 _FLAT, _SLOT, _COORDINATES, _FREE = 8, 8, 16, 8  # int64 tables of the ledger, for a selected scalar
-_WORKSPACE = 16 << 20  # pieces of scores while a tensor is scanned
+_PIECE, _SCORING = 1 << 20, 16  # scalars of a tensor scored at once, and bytes that each takes meanwhile
 _GAP, _HEADER, _ENTRY = 2, 700, 85  # of the delta's file: index of a scalar, what is said once, what of each tensor
 
 
@@ -85,12 +85,15 @@ def plan(
     values = 4 * trained if selective else 0
     moments = state * trained * itemsize // 4 if dense else state * trained if selective else 0
     ledger = (_FLAT + _SLOT + _COORDINATES + _FREE + itemsize) * trained if selective else 0
-    workspace = _WORKSPACE if selects else 0
+    widest = max((layer.weight.numel() for layer in trunk_linears(model).values()), default=0)
+    workspace = min(_PIECE, widest) * _SCORING if selects else 0
     backward = (quiet if selects else seen).peak - seen.saved
     above = seen.peak + 2 * values + moments + ledger + workspace
     if dense:
-        # gradients fill up while activations go; at the optimizer's step all gradients are there and no activation
-        above = max(seen.peak, weights) + moments
+        # gradients fill up while activations go; the optimizer's step finds all gradients and no activation, and
+        # takes two temporaries of a tensor (of all tensors at once on CUDA, where it groups them)
+        stepping = weights if bench.device == "cuda" else 2 * seen.largest_gradient
+        above = max(seen.peak, weights + stepping) + moments
         gradient = min(gradient, max(0, above - moments - seen.saved))
         backward = max(0, above - moments - seen.saved - gradient)
     updates = None if not selective and not dense else _updates(schedule, trained, steps)
