@@ -41,10 +41,10 @@ def one(name: str, options: argparse.Namespace) -> RunResult:
 
 
 def row(name: str, result: RunResult) -> str:
-    scalars = max(1, result.trained)
+    scalars, lr = max(1, result.trained), result.config.learning_rate
     return (
         f"| {name} | {result.value:.4f} | {result.trained:,} | {result.verification.changed:,} | "
-        f"{result.delta_bytes:,} | {result.delta_bytes / scalars:.2f} | {result.config.learning_rate:g} | {result.seconds:.0f} |"
+        f"{result.delta_bytes:,} | {result.delta_bytes / scalars:.2f} | {lr:g} | {result.seconds:.0f} |"
     )
 
 
