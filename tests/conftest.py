@@ -19,6 +19,11 @@ import numpy as np
 import pytest
 import torch
 
+# torch remembers, at the first use of a device context, which functions it governs. That must not be while
+# `torch.empty` is poisoned below, or models for "meta" would be built in memory.
+with torch.device("meta"):
+    torch.empty(0)
+
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
