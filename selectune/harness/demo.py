@@ -23,7 +23,7 @@ PREFERRED = "glue/stsb"
 FALLBACK = "demo/grammaticality"
 METHODS = ("id3", "random", "full")
 BUDGET = 0.0017  # of the weights, about 39,000 of 22.7 million
-STEPS = 300
+STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Settings:
     steps: int = STEPS
 
 
-SETTINGS = {FALLBACK: Settings(lr=2e-3, full_lr=2e-4, batch_size=32, steps=400)}
+SETTINGS = {FALLBACK: Settings(lr=2e-3, full_lr=2e-4, batch_size=32, steps=320)}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from selectune.harness.evaluate import Evaluation, collate, encode, evaluate
 from selectune.harness.models import LoadedModel, device, load_model, longest, quiet
 from selectune.tasks import Split, Task
 from selectune.train import Tuner, Verification
+from selectune.types import Reads
 
 RUN_FILE = "run.json"
 log = logging.getLogger("selectune")
@@ -150,8 +151,8 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
 def _attach(config: RunConfig, loaded: LoadedModel, rows: Rows, steps: int) -> Tuner:
     method = build_method(config, steps)
     extra: dict[str, Any] = {}
-    if config.method == "fish":
-        examples = int(method.score.parameters["examples"]) if method.score else 0
+    if method.score is not None and method.score.reads is Reads.EXAMPLES:
+        examples = int(method.score.parameters["examples"])
         if examples > len(rows):
             raise CalibrationError(
                 f"The method reads {examples} single examples, the training set has {len(rows)}. Lower examples "
