@@ -63,7 +63,7 @@ def demo(
         typer.Option("--task", "-t", help="Default: STS-B where it can be had, else generated sentences."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps of each method. Default: 200, or 320 for generated sentences.")
+        int | None, typer.Option(help="Optimizer steps of each method. Default: 240, or 320 for generated sentences.")
     ] = None,
     budget: Annotated[str, typer.Option("--budget", "-b", help="Scalars that ID3 and the random mask may change.")] = (
         f"{BUDGET:.2%}"

@@ -23,7 +23,7 @@ PREFERRED = "glue/stsb"
 FALLBACK = "demo/grammaticality"
 METHODS = ("id3", "random", "full")
 BUDGET = 0.0017  # of the weights, about 39,000 of 22.7 million
-STEPS = 200
+STEPS = 240
 
 
 @dataclass(frozen=True)
