@@ -42,8 +42,9 @@ def one(name: str, options: argparse.Namespace) -> RunResult:
 
 def row(name: str, result: RunResult) -> str:
     scalars, lr = max(1, result.trained), result.config.learning_rate
+    changed = f"{result.verification.changed:,}" + (" + dense" if result.verification.dense else "")
     return (
-        f"| {name} | {result.value:.4f} | {result.trained:,} | {result.verification.changed:,} | "
+        f"| {name} | {result.value:.4f} | {result.trained:,} | {changed} | "
         f"{result.delta_bytes:,} | {result.delta_bytes / scalars:.2f} | {lr:g} | {result.seconds:.0f} |"
     )
 

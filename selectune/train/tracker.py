@@ -222,7 +222,8 @@ class Tracker:
             known = None if ready is None else ready[tensor.index]
             taken = self._taken(tensor.index)
             if not scan(collector, self._score, tensor, taken, generator=generator, ready=known):
-                self._report_broken([tensor.name])
+                self.events["nonfinite_selections"] += 1
+                log.warning('Scores of "%s" are not finite; its entries from there on are left out.', tensor.name)
         tensors, flat, _ = collector.close()
         return tensors, flat
 
@@ -270,10 +271,7 @@ class Tracker:
             window.collector = self._collector(self.quota)
         tensor = self.tensors[index]
         if rows is not None and self._score.above is None:
-            gradient, rows = (
-                _scattered(gradient, rows, tensor),
-                None,
-            )  # zeros may be chosen: they must be seen
+            gradient, rows = _scattered(gradient, rows, tensor), None  # zeros may be chosen
         if not scan(window.collector, self._score, tensor, self._taken(index), gradient, rows):
             window.broken.append(tensor.name)
 
