@@ -15,7 +15,7 @@ from pathlib import Path
 
 from selectune import tasks
 from selectune.harness.train import RunConfig, RunResult, run
-from selectune.method import RECIPES
+from selectune.recipes import RECIPES
 
 HEAD = "| method | {metric} | trained | changed | delta bytes | bytes / scalar | lr | seconds |\n" + "|---" * 8 + "|"
 

@@ -2,8 +2,8 @@
 
 from selectune import errors, scores
 from selectune.delta import Delta, diff, load
-from selectune.method import (
-    Method,
+from selectune.method import Method
+from selectune.recipes import (
     bitfit,
     fish,
     full,

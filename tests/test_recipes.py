@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import selectune as st
-from selectune.method import RECIPES
+from selectune.recipes import RECIPES
 
 sys.path.insert(0, str(Path(__file__).parent / "train"))
 from train_kit import Mixed, bits, changed, mixed_loss, same, steps, tokens

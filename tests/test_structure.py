@@ -27,6 +27,7 @@ ORDER = (
     ("types",),
     ("scope", "schedule", "select", "scores"),
     ("method",),
+    ("recipes",),
     ("ops",),
     ("delta",),
     ("train",),
@@ -267,7 +268,7 @@ def _words(path: Path) -> Iterator[tuple[int, str]]:
 
 def test_the_engine_knows_no_method_by_name():
     """Methods are values: train/ and ops/ work with any score and schedule, and name none."""
-    from selectune.method import RECIPES
+    from selectune.recipes import RECIPES
 
     generic = {"random", "full"}  # words of their own
     names = {re.sub("[-_]", "[-_]?", re.escape(n).replace(r"\-", "-")) for n in RECIPES if n not in generic}

@@ -16,7 +16,7 @@ import selectune
 from selectune import ops
 from selectune.bench.meter import available
 from selectune.errors import SelectuneError
-from selectune.method import id3
+from selectune.recipes import id3
 from selectune.train import attach
 
 PACKAGES = (

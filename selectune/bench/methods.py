@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from selectune.bench.models import trunk_linears
 from selectune.errors import ConfigError, ModelError
-from selectune.method import RECIPES, Method
+from selectune.method import Method
+from selectune.recipes import RECIPES
 from selectune.schedule import resolve_budget
 from selectune.train import attach
 

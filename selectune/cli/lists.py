@@ -12,7 +12,7 @@ from selectune.cli.options import Data, Json
 from selectune.cli.output import Bar, result, working
 from selectune.harness.demo import BUDGET, DemoResult
 from selectune.harness.demo import demo as run_demo
-from selectune.method import RECIPES
+from selectune.recipes import RECIPES
 from selectune.tasks import TASKS
 
 DEMO_EXAMPLES = "Examples:  selectune demo\n\nselectune demo --data DIR --out runs/demo --json"
@@ -37,18 +37,25 @@ def tasks(as_json: Json = False) -> None:
 
 
 def methods(as_json: Json = False) -> None:
-    """List the methods: name, what selection reads, what it does, source."""
+    """List the methods: what each does, what selection reads, what it costs, source."""
     found = [
         {
             "name": recipe.name,
             "summary": recipe.summary,
             "reads": recipe.reads,
+            "passes": recipe.passes,
+            "bytes": recipe.bytes,
             "source": recipe.source,
             "takes": [name for name in inspect.signature(recipe.function).parameters if name != "steps"],
         }
         for recipe in RECIPES.values()
     ]
-    lines = [f"{m['name']:<15} {m['summary']} ({m['source']})" for m in found]
+    lines = [
+        f"{m['name']}: {m['summary']}\n"
+        f"    reads {m['reads']}; passes over the weights: {m['passes']}; bytes: {m['bytes']}\n"
+        f"    {m['source']}"
+        for m in found
+    ]
     result(as_json, found, "\n".join(lines))
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from selectune import tasks
 from selectune.errors import BudgetError, ConfigError
 from selectune.harness.models import DTYPES
-from selectune.method import RECIPES, Method, Recipe
+from selectune.method import Method
+from selectune.recipes import RECIPES, Recipe
 from selectune.scope import Scope
 
 SCHEDULES = ("linear", "cosine", "constant")

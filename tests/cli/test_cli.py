@@ -15,7 +15,7 @@ import selectune as st
 from selectune.cli import app
 from selectune.cli.lists import _table
 from selectune.harness.demo import DemoResult, Revert, Row
-from selectune.method import RECIPES
+from selectune.recipes import RECIPES
 from selectune.tasks import TASKS
 
 pytest_plugins = ("tiny_fixtures",)
@@ -155,10 +155,13 @@ def test_diff_of_base_and_merged_is_the_delta_again(trained, tiny, data, tmp_pat
 def test_tasks_and_methods():
     assert [task["name"] for task in data_of(call("tasks", "--json"))] == list(TASKS)
     assert [method["name"] for method in data_of(call("methods", "--json"))] == list(RECIPES)
-    for command, names in (("tasks", TASKS), ("methods", RECIPES)):
-        lines = call(command).stdout.splitlines()
-        assert [line.split()[0] for line in lines] == list(names)
-        assert all("arXiv" in line or "ACL" in line or "baseline" in line for line in lines)
+    lines = call("tasks").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(TASKS)
+    assert all("arXiv" in line or "ACL" in line for line in lines)
+    blocks = call("methods").stdout.splitlines()
+    assert [line.partition(":")[0] for line in blocks[::3]] == list(RECIPES)
+    assert all("passes over the weights: " in line and "bytes: " in line for line in blocks[1::3])
+    assert all("arXiv" in line or "baseline" in line for line in blocks[2::3])
 
 
 def test_demo(tiny, data, tmp_path):

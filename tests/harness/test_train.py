@@ -22,7 +22,7 @@ from selectune.errors import (
 from selectune.harness.config import RunConfig, build_method
 from selectune.harness.restore import Source, evaluate_delta, load_base, verify_delta
 from selectune.harness.train import Update, run
-from selectune.method import RECIPES
+from selectune.recipes import RECIPES
 
 pytest_plugins = ("tiny_fixtures",)
 

@@ -1,0 +1,21 @@
+"""Parameters that several recipes share, checked early."""
+
+from __future__ import annotations
+
+import math
+
+from selectune import scores
+from selectune.errors import ConfigError
+from selectune.types import Score
+
+
+def d3(exp: float, eps: float) -> Score:
+    """The D3 score with exponent and epsilon checked: |g| / (|w| + eps)^exp stays in float32."""
+    for name, value in (("exp", exp), ("eps", eps)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{name}={value!r}: a finite number is needed.")
+    if eps <= 0:
+        raise ConfigError(f"eps={eps}: must be above 0, or a weight of 0 divides by 0.")
+    if not 1e-30 < float(eps) ** abs(float(exp)) < 1e30:
+        raise ConfigError(f"eps={eps} to the power exp={exp} leaves the range of float32 scores (1e-30 to 1e30).")
+    return scores.d3(exp=float(exp), eps=float(eps))
