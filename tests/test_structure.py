@@ -32,6 +32,7 @@ ORDER = (
     ("delta",),
     ("train",),
     ("selectune",),  # the package's own __init__: public names of everything above
+    ("adapters",),
     ("integrations",),
     ("tasks",),
     ("harness",),

@@ -4,6 +4,7 @@ from selectune.delta.delta import DELTA_FILE, Delta, load, versions
 from selectune.delta.diff import diff
 from selectune.delta.fingerprint import base_info, digest_bits, inventory, structure_digest, weights_digest
 from selectune.delta.io import read_owned, write_durably
+from selectune.delta.modules import belongs, forget_module, module_digest, module_of, record_module
 from selectune.delta.parts import Dense, Patch
 from selectune.delta.schema import canonical_name
 from selectune.delta.verify import Report
@@ -15,12 +16,17 @@ __all__ = [
     "Patch",
     "Report",
     "base_info",
+    "belongs",
     "canonical_name",
     "diff",
     "digest_bits",
+    "forget_module",
     "inventory",
     "load",
+    "module_digest",
+    "module_of",
     "read_owned",
+    "record_module",
     "structure_digest",
     "versions",
     "weights_digest",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from selectune.delta import bits
 from selectune.delta.bits import dtype_name, same_bits
 from selectune.delta.fingerprint import Entry, Inventory, _structure, _weights, digest_bits, inventory
+from selectune.delta.modules import module_digest
 from selectune.delta.parts import Dense, Patch
 from selectune.delta.schema import WRAPPERS
 from selectune.errors import BaseMismatchError, DeltaStateError
@@ -134,6 +135,12 @@ def check_structure(delta: Delta, found: Inventory) -> None:
             "shapes, dtypes or ties among them"
         )
         hints.append("load the same architecture, with the same head and the same tied weights")
+    module = delta.info.get("module")
+    if problems and module is not None:
+        hints.append(
+            f"the delta was trained on a model that carried {module['kind']}: selectune.adapters.rebuild(model, delta) "
+            "puts it on the base"
+        )
     _refuse(problems, hints)
 
 
@@ -152,6 +159,11 @@ def check_base(delta: Delta, found: Inventory, under: Sequence[Layer] = ()) -> N
         elif digest_bits(_dense_base(entry, under)) != digest:
             problems.append(f'"{name}" was initialised otherwise')
     bad_fresh = bool(problems)
+    module = delta.info.get("module")
+    if module is not None and module["digest"] != module_digest(
+        module["kind"], found, lambda entry: _dense_base(entry, under)
+    ):
+        problems.append(f"the {module['kind']} on the model was initialised otherwise")
     for patch in delta.patches:
         entry = found.find[patch.name]
         if digest_bits(_base_at(entry, patch.indices, under)) != patch.base_digest:
@@ -170,6 +182,8 @@ def check_base(delta: Delta, found: Inventory, under: Sequence[Layer] = ()) -> N
             "the model holds this delta's values already: it was applied or merged before, or the model is "
             "the tuned one"
         )
+    if module is not None:
+        hints.append(f"selectune.adapters.rebuild(model, delta) draws its {module['kind']} from seed {module['seed']}")
     if bad_fresh:
         hints.append(
             f"these tensors come from no checkpoint but from a random generator; the base drew them with "

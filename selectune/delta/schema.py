@@ -17,6 +17,26 @@ MAX_INT = 2**63 - 1
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Name components that DDP, torch.compile, FSDP and activation checkpointing put in."""
 
+_LORA = ("lora_A", "lora_B")
+_VIRTUAL = ("prompt_encoder",)
+MODULES: dict[str, tuple[str, ...]] = {
+    "lora": _LORA,
+    "loraplus": _LORA,
+    "dora": (*_LORA, "lora_magnitude_vector"),
+    "adalora": (*_LORA, "lora_E", "ranknum"),
+    "prefix": _VIRTUAL,
+    "prompt": _VIRTUAL,
+    "ptuning": _VIRTUAL,
+    "ia3": ("ia3_l",),
+    "ln": ("ln_tuning_layers",),
+    "shira": ("shira_weight",),
+    "super": ("supertuning_values", "supertuning_indices"),
+    "houlsby": ("bottleneck",),
+    "pfeiffer": ("bottleneck",),
+    "parallel": ("bottleneck",),
+}
+"""Kinds of modules that may sit on a base: a tensor belongs to one if a component of its name is among these."""
+
 _INFO = {"method", "budget", "selected", "base", "versions"}
 _BASE = {"id", "revision", "seed", "initialised", "structure", "fingerprint", "weights"}
 
@@ -173,7 +193,7 @@ def check_tree(value: Any, what: str, depth: int = 0) -> None:
 
 def check_info(info: Any, total: int) -> None:
     """Check `info` against the closed schema; `total` is the number of scalars in the patches."""
-    check_keys(info, _INFO, "info", {"created_by"})
+    check_keys(info, _INFO, "info", {"created_by", "module"})
     if not isinstance(info["method"], dict):
         raise DeltaFormatError(f"info.method must be an object; got {_short(info['method'])}")
     check_tree(info["method"], "info.method", 2)
@@ -191,7 +211,25 @@ def check_info(info: Any, total: int) -> None:
     for package, version in info["versions"].items():
         check_text(package, "a key of info.versions")
         check_text(version, f"info.versions[{_short(package)}]")
+    if "module" in info:
+        _check_module(check_keys(info["module"], {"kind", "options", "seed", "digest"}, "info.module"))
     _check_base(check_keys(info["base"], _BASE, "info.base"))
+
+
+def _check_module(module: Mapping[str, Any]) -> None:
+    kind = module["kind"]
+    if not isinstance(kind, str) or kind not in MODULES:
+        raise DeltaFormatError(f"info.module.kind must be one of {', '.join(MODULES)}; got {_short(kind)}")
+    options = module["options"]
+    if not isinstance(options, dict) or len(options) > 32:
+        raise DeltaFormatError(f"info.module.options must be an object of at most 32 keys; got {_short(options)}")
+    for name, value in options.items():
+        check_text(name, "a key of info.module.options")
+        if not isinstance(value, str | int | float | bool):
+            raise DeltaFormatError(f"info.module.options[{_short(name)}] must be a number, a string or a bool")
+        check_tree(value, f"info.module.options[{_short(name)}]")
+    check_int(module["seed"], "info.module.seed", 0, 2**32 - 1)
+    check_hex(module["digest"], 64, "info.module.digest")
 
 
 def _check_base(base: Mapping[str, Any]) -> None:

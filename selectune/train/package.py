@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune import ops
-from selectune.delta import Delta, Dense, Patch, base_info, digest_bits
+from selectune.delta import Delta, Dense, Patch, base_info, digest_bits, module_of
 from selectune.errors import NonFiniteError, NothingTrainedError
 from selectune.method import Method
 from selectune.scope import Found, ScopedTensor
@@ -125,6 +125,9 @@ def delta_of(
         "selected": sum(p.indices.numel() for p in patches),
         "base": dict(base) if base is not None else base_info(run.model),
     }
+    module = module_of(run.model)
+    if module is not None:
+        info["module"] = module
     return Delta(patches, dense, info)
 
 

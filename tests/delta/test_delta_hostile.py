@@ -29,6 +29,10 @@ def row(which: str, i: int, column: int, value):
     return lambda m: m[which][i].__setitem__(column, value)
 
 
+def module(**change):
+    return {"kind": "lora", "options": {"r": 8}, "seed": 0, "digest": "0" * 64, **change}
+
+
 def info(key: str, value):
     return lambda m: m["info"].__setitem__(key, value)
 
@@ -234,6 +238,12 @@ ROWS = {
     "method nested": (lambda: edited(GOOD, info("method", {"a": json.loads(nested(40))})), "too deeply"),
     "method with a lone surrogate": (lambda: edited(GOOD, info("method", {"a": "\ud800"})), "must be a string"),
     "versions of numbers": (lambda: edited(GOOD, info("versions", {"torch": 2})), "must be a string"),
+    "module of an unknown kind": (lambda: edited(GOOD, info("module", module(kind="exec"))), "must be one of lora"),
+    "module with another key": (lambda: edited(GOOD, info("module", module(path="x"))), "unknown: 'path'"),
+    "module without a seed": (lambda: edited(GOOD, info("module", {"kind": "lora"})), "missing: digest, options, seed"),
+    "module seed below 0": (lambda: edited(GOOD, info("module", module(seed=-1))), "integer from 0"),
+    "module options nested": (lambda: edited(GOOD, info("module", module(options={"r": [1]}))), "must be a number"),
+    "module digest short": (lambda: edited(GOOD, info("module", module(digest="0" * 63))), "64 lower-case hex"),
     "created_by a number": (lambda: edited(GOOD, info("created_by", 2)), "must be a string"),
     "base unknown key": (lambda: edited(GOOD, base("auto_map", "x.py")), "unknown: 'auto_map'"),
     "base without structure": (lambda: edited(GOOD, base("structure", None)), "hex"),

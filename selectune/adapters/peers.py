@@ -1,0 +1,251 @@
+"""Modules that come from peft, put on unchanged: the config, the injection, the way back, and what a step needs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from selectune.adapters.roles import Role, linears, of_kind
+from selectune.adapters.spec import KINDS, LINEARS, Spec, targets_of
+from selectune.errors import ConfigError, ModelError
+
+ADAPTER = "default"  # the name that peft gives an adapter
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS", "ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
+}  # fmt: skip
+
+
+@dataclass
+class Put:
+    """What was put on: the model to be trained, how to take it off, to fold it in, and what follows a step."""
+
+    model: nn.Module
+    remove: Callable[[], None]
+    merge: Callable[[], None] | None = None
+    after_step: Callable[[int], None] | None = None  # AdaLoRA: after the optimizer's step, before zero_grad
+
+
+def put_on(
+    model: nn.Module,
+    spec: Spec,
+    found: Sequence[Role],
+    seed: int,
+    steps: int | None,
+    names: Sequence[str] | None = None,
+) -> Put:
+    """Puts a module of peft on a model. `names`: the linear layers to adapt, in place of those of `targets`."""
+    peft = package()
+    config = config_of(peft, spec, model, found, seed, steps, names)
+    if KINDS[spec.kind].wraps:
+        return _wrapped(peft, model, config)
+    before = set(vars(model))
+
+    def take_off(fold: bool) -> None:
+        for parent, name, layer in list(_tuner_layers(model)):
+            if fold:
+                layer.merge()
+            parent._modules[name] = layer.get_base_layer()
+        for name in set(vars(model)) - before:
+            delattr(model, name)
+        if penalty is not None:
+            penalty.remove()
+
+    penalty = None
+    try:
+        with _quietly():
+            tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, ADAPTER)
+    except (TypeError, ValueError) as error:
+        take_off(False)
+        raise ConfigError(f"peft cannot put {spec} on {type(model).__name__}: {error}") from error
+    if spec.kind == "adalora":
+        penalty = _with_orthogonality(model, config)
+    after = None if steps is None or spec.kind != "adalora" else tuner.update_and_allocate
+    return Put(model, lambda: take_off(False), lambda: take_off(True), after)
+
+
+def package() -> Any:
+    """peft, or a ModelError that says how to install it."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise ModelError("LoRA and its kin come from the package `peft`: pip install 'selectune[peft]'.") from error
+
+
+def config_of(
+    peft: Any,
+    spec: Spec,
+    model: nn.Module,
+    found: Sequence[Role],
+    seed: int,
+    steps: int | None,
+    names: Sequence[str] | None = None,
+) -> Any:
+    """The config of peft that a spec stands for."""
+    o = spec.options
+    more: dict[str, Any] = {}
+    if "targets" in o:
+        more["target_modules"] = list(names) if names is not None else _targets(model, str(o["targets"]), found)
+    if spec.kind in ("lora", "dora", "loraplus", "adalora"):
+        more |= {"lora_alpha": o["alpha"], "lora_dropout": o["dropout"]}
+        more |= {"fan_in_fan_out": _transposed(model, more["target_modules"])}
+    if spec.kind in ("lora", "dora", "loraplus"):
+        more |= {"r": o["r"], "use_dora": spec.kind == "dora"}
+    if spec.kind == "adalora":
+        more |= _adalora(o, steps)
+    if spec.kind == "shira":
+        more |= {"r": o["r"], "random_seed": seed}
+    if spec.kind == "super":
+        more |= {"sparsity": o["sparsity"], "select_top": o["largest"]}
+    if spec.kind == "ia3":
+        last = [role.name for role in of_kind(found, "ffn2")]
+        keys = [role.name for role in of_kind(found, "key", "value", "qkv")]
+        more |= {"target_modules": [*keys, *last], "feedforward_modules": last}
+        more |= {"fan_in_fan_out": _transposed(model, more["target_modules"])}
+    if spec.kind == "ln":
+        more["target_modules"] = norms(model)
+    if KINDS[spec.kind].wraps:
+        more |= {"num_virtual_tokens": o["tokens"], "task_type": _task_type(model)}
+        _check_virtual(spec, model)
+    if spec.kind in ("prompt", "ptuning"):
+        own: Any = model
+        more |= {"token_dim": own.get_input_embeddings().embedding_dim, "num_layers": own.config.num_hidden_layers}
+        more["num_attention_heads"] = own.config.num_attention_heads
+    if spec.kind == "prefix" and o["projection"]:
+        more |= {"prefix_projection": True, "encoder_hidden_size": o["hidden"]}
+    if spec.kind == "ptuning":
+        more["encoder_hidden_size"] = o["hidden"]
+    return getattr(peft, str(KINDS[spec.kind].peft))(**more)
+
+
+def norms(model: nn.Module) -> list[str]:
+    """Names of the layer norms: modules of a class with `Norm` in its name that have a weight."""
+    return [n for n, m in model.named_modules() if "Norm" in type(m).__name__ and hasattr(m, "weight")]
+
+
+def optimizer(model: nn.Module, lr: float, ratio: float, weight_decay: float) -> torch.optim.Optimizer:
+    """LoRA+'s AdamW: B at `ratio` times the rate of A, through peft."""
+    package()
+    create = importlib.import_module("peft.optimizers").create_loraplus_optimizer
+    return create(model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay)
+
+
+def _targets(model: nn.Module, text: str, found: Sequence[Role]) -> list[str]:
+    if text == LINEARS:
+        return list(linears(model))
+    names = [role.name for role in of_kind(found, *targets_of(text))]
+    if not names:
+        raise ConfigError(
+            f"targets={text} names no module of {type(model).__name__}, which has: "
+            f"{', '.join(sorted({role.kind for role in found}))}."
+        )
+    return names
+
+
+def _transposed(model: nn.Module, names: Sequence[str]) -> bool:
+    """GPT-2's Conv1D keeps its weight as (in, out)."""
+    modules = dict(model.named_modules())
+    return any(type(modules[name]).__name__ == "Conv1D" for name in names)
+
+
+def _adalora(o: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
+    """Ranks are moved between the steps `tinit` and `steps - tfinal`; without steps they stay as they are."""
+    total = steps or 4
+    begin, end = int(o["begin"] * total), max(1, math.ceil(o["end"] * total))
+    if steps is not None and begin >= total - end:
+        raise ConfigError(
+            f"adalora: begin={o['begin']} and end={o['end']} leave none of {total} steps in which ranks could move. "
+            "Lower one of them, or train longer."
+        )
+    if o["start"] < o["r"]:
+        raise ConfigError(f"adalora: start={o['start']} is below r={o['r']}; ranks begin at start and end at r.")
+    return {
+        "init_r": o["start"],
+        "target_r": o["r"],
+        "tinit": begin if steps else 0,
+        "tfinal": end if steps else 1,
+        "deltaT": max(1, total // 100),
+        "orth_reg_weight": o["orth"],
+        "total_step": total,
+    }
+
+
+def _with_orthogonality(model: nn.Module, config: Any) -> Any:
+    """AdaLoRA's penalty on P and Q, added to the loss as peft's own model does, which stands around ours no more."""
+
+    def add(module: nn.Module, args: Any, output: Any) -> None:
+        del args
+        if isinstance(getattr(output, "loss", None), Tensor):
+            output.loss = output.loss + config.orth_reg_weight * _orthogonality(module)
+
+    return model.register_forward_hook(add)
+
+
+def _orthogonality(model: nn.Module) -> Tensor:
+    """The mean of |A A^T - I| and |B^T B - I| (Frobenius) over all matrices: arXiv 2303.10512, equation 4."""
+    found = []
+    for module in model.modules():
+        a, b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
+        if isinstance(a, nn.ParameterDict) and isinstance(b, nn.ParameterDict):
+            a, b = a[ADAPTER], b[ADAPTER]
+            found += [a @ a.T, b.T @ b]
+    return torch.stack([torch.linalg.norm(m - torch.eye(len(m), device=m.device, dtype=m.dtype)) for m in found]).mean()
+
+
+def _tuner_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    layer_of = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
+    for path, module in model.named_modules():
+        if isinstance(module, layer_of):
+            parent, _, name = path.rpartition(".")
+            yield model.get_submodule(parent), name, module
+
+
+def _wrapped(peft: Any, model: nn.Module, config: Any) -> Put:
+    """Virtual tokens: peft's model stands around ours. It would also copy the head, which has its own rule here."""
+    trainable = {p: p.requires_grad for p in model.parameters()}
+    with _quietly():
+        around = peft.get_peft_model(model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+    saved = importlib.import_module("peft.utils.other").ModulesToSaveWrapper
+    for path, module in list(model.named_modules()):
+        if isinstance(module, saved):
+            parent, _, name = path.rpartition(".")
+            model.get_submodule(parent)._modules[name] = cast(Any, module).original_module
+    for parameter, was in trainable.items():
+        parameter.requires_grad_(was)
+    return Put(around, lambda: None)
+
+
+def _check_virtual(spec: Spec, model: nn.Module) -> None:
+    """Prefixes are keys and values given to the trunk; peft would find out in the first forward pass only."""
+    trunk = getattr(model, "base_model", model)
+    if spec.kind == "prefix" and "past_key_values" not in inspect.signature(trunk.forward).parameters:
+        raise ConfigError(
+            f"prefix gives every layer keys and values from outside, which {type(trunk).__name__} does not take. "
+            "prompt and ptuning put virtual tokens before the input instead."
+        )
+
+
+def _task_type(model: nn.Module) -> str:
+    name = type(model).__name__
+    for ending, task in _TASKS.items():
+        if name.endswith(ending):
+            return task
+    raise ConfigError(f"Virtual tokens need a model with a head; {name} is none of *{', *'.join(_TASKS)}.")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """peft asks transformers for a property by its old name, and is surprised by norms; nobody here can change that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*Unsupported layer type.*Norm.*", category=UserWarning)
+        yield

@@ -1,0 +1,201 @@
+"""Which module of a transformer does what: query, key, value, attention output, FFN1, FFN2, and where an FFN ends.
+
+A role map is {pattern: role}. `#` in a pattern stands for the layer's number, and the pattern must match the end of a
+module's name, so one map serves every head on a trunk. Attention to an encoder has the role with `cross.` before it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from selectune.errors import ConfigError
+
+LINEAR = ("query", "key", "value", "qkv", "attention_output", "gate", "ffn1", "ffn2")
+"""Roles of linear layers; `qkv` is a fused query, key and value, `gate` the gate of a gated FFN."""
+
+ENDS = ("ffn_norm", "ffn_end")
+"""The norm behind the FFN's residual (post-LN models); the module that returns FFN and residual summed (pre-LN)."""
+
+ROLES = (*LINEAR, *(f"cross.{role}" for role in LINEAR[:5]), *ENDS)
+RoleMap = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Role:
+    """One module: its name, what it does, in which layer of which stack ("" where there is only one)."""
+
+    name: str
+    kind: str  # one of LINEAR or ENDS
+    layer: int
+    stack: str = ""  # "encoder" or "decoder" in a model that has both
+    cross: bool = False  # attends to the encoder
+
+
+def _block(prefix: str, **names: str) -> dict[str, str]:
+    return {f"{prefix}.{name}" if name else prefix: role for role, name in names.items()}
+
+
+def _bert(query: str = "query", key: str = "key", value: str = "value") -> RoleMap:
+    attention = {"query": query, "key": key, "value": value}
+    return _block(
+        "encoder.layer.#",
+        **{role: f"attention.self.{name}" for role, name in attention.items()},
+        attention_output="attention.output.dense",
+        ffn1="intermediate.dense",
+        ffn2="output.dense",
+        ffn_norm="output.LayerNorm",
+    )
+
+
+def _t5(stack: str) -> RoleMap:
+    ffn = 1 if stack == "encoder" else 2
+    names = {"query": "q", "key": "k", "value": "v", "attention_output": "o"}
+    found = {f"{stack}.block.#.layer.0.SelfAttention.{name}": role for role, name in names.items()}
+    if stack == "decoder":
+        found |= {f"decoder.block.#.layer.1.EncDecAttention.{name}": f"cross.{role}" for role, name in names.items()}
+    dense = {"wi": "ffn1", "wi_0": "gate", "wi_1": "ffn1", "wo": "ffn2"}
+    found |= {f"{stack}.block.#.layer.{ffn}.DenseReluDense.{name}": role for name, role in dense.items()}
+    return {**found, f"{stack}.block.#.layer.{ffn}": "ffn_end"}
+
+
+def _bart(stack: str, end: Mapping[str, str]) -> RoleMap:
+    names = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "attention_output"}
+    found = {f"{stack}.layers.#.self_attn.{name}": role for name, role in names.items()}
+    if stack == "decoder":
+        found |= {f"decoder.layers.#.encoder_attn.{name}": f"cross.{role}" for name, role in names.items()}
+    return {**found, **_block(f"{stack}.layers.#", ffn1="fc1", ffn2="fc2", **end)}
+
+
+_BERT = _bert()
+_LLAMA = _block(
+    "layers.#",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    attention_output="self_attn.o_proj",
+    gate="mlp.gate_proj",
+    ffn1="mlp.up_proj",
+    ffn2="mlp.down_proj",
+    ffn_end="",
+)
+_T5 = {**_t5("encoder"), **_t5("decoder")}
+_BART = {**_bart("encoder", {"ffn_norm": "final_layer_norm"}), **_bart("decoder", {"ffn_norm": "final_layer_norm"})}
+
+MAPS: dict[str, RoleMap] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    "deberta": {
+        **_block("encoder.layer.#", qkv="attention.self.in_proj"),
+        **{name: role for name, role in _BERT.items() if ".self." not in name},
+    },
+    "deberta-v2": _bert("query_proj", "key_proj", "value_proj"),
+    "distilbert": _block(
+        "transformer.layer.#",
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        attention_output="attention.out_lin",
+        ffn1="ffn.lin1",
+        ffn2="ffn.lin2",
+        ffn_norm="output_layer_norm",
+    ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    "gpt2": _block(
+        "h.#", qkv="attn.c_attn", attention_output="attn.c_proj", ffn1="mlp.c_fc", ffn2="mlp.c_proj", ffn_end=""
+    ),
+    **dict.fromkeys(("t5", "mt5"), _T5),
+    "bart": _BART,
+    "mbart": {**_bart("encoder", {"ffn_end": ""}), **_bart("decoder", {"ffn_end": ""})},
+}
+"""{model_type of a config: its role map}."""
+
+
+def find(model: nn.Module, roles: RoleMap | None = None) -> tuple[Role, ...]:
+    """The modules of a transformer that have a role, in the model's order.
+
+    `roles`: an own map for an architecture that `MAPS` does not have. Raises ConfigError for an architecture without a
+    map, for a map that matches nothing, and for roles that do not exist.
+
+    >>> import torch
+    >>> block = torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4), "up": torch.nn.Linear(4, 8)})
+    >>> model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([block])})
+    >>> find(model, {"blocks.#.q": "query", "blocks.#.up": "ffn1"})[0]
+    Role(name='blocks.0.q', kind='query', layer=0, stack='', cross=False)
+    """
+    chosen = _map_of(model) if roles is None else _checked(roles)
+    both = {"encoder", "decoder"} <= {pattern.split(".")[0] for pattern in chosen}
+    compiled = [(_regex(pattern), pattern.split(".")[0], role) for pattern, role in chosen.items()]
+    found = [
+        Role(name, role.removeprefix("cross."), int(hit[1]), first if both else "", role.startswith("cross."))
+        for name, _ in model.named_modules()
+        for regex, first, role in compiled
+        if (hit := regex.search(name))
+    ]
+    if not found:
+        raise ConfigError(
+            f"The role map matches no module of {type(model).__name__}. Its patterns: {', '.join(list(chosen)[:4])}; "
+            f"the model's modules: {', '.join(_some(model))}. # stands for the layer's number."
+        )
+    return tuple(found)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """{name: layer} of every linear layer but the head's: needs no role map."""
+    heads = head_names(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in heads and not any(name.startswith(f"{h}.") for h in heads)
+    }
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Module names of the task head: the classifier, or the layer that gives a word's logits."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = {name for name, module in model.named_modules() if output is not None and module is output}
+    return heads | {name for name, _ in model.named_modules() if name.split(".")[-1] in ("classifier", "score")}
+
+
+def width(module: nn.Module) -> int:
+    """Numbers that come out of a linear layer: of nn.Linear, or of GPT-2's Conv1D, whose weight is the transpose."""
+    weight: Any = module.weight
+    return int(getattr(module, "nf", weight.shape[0]))
+
+
+def of_kind(found: Sequence[Role], *kinds: str) -> Iterator[Role]:
+    """The roles of these kinds."""
+    return (role for role in found if role.kind in kinds)
+
+
+def _map_of(model: nn.Module) -> RoleMap:
+    config: Any = getattr(model, "config", None)
+    kind = str(getattr(config, "model_type", ""))
+    if kind not in MAPS:
+        raise ConfigError(
+            f"No role map is known for {type(model).__name__} (model_type '{kind or 'none'}'): which modules are "
+            "query, key, value, attention output and FFN. Give one as roles={'layers.#.attn.q': 'query', ...}, with # "
+            f"for the layer's number and the roles {', '.join(ROLES)}. Its modules: {', '.join(_some(model))}. "
+            f"Known: {', '.join(MAPS)}."
+        )
+    return MAPS[kind]
+
+
+def _checked(roles: RoleMap) -> RoleMap:
+    for pattern, role in roles.items():
+        if role not in ROLES:
+            raise ConfigError(f"roles= gives '{pattern}' the role {role!r}. Roles: {', '.join(ROLES)}.")
+        if pattern.count("#") != 1:
+            raise ConfigError(f"The pattern '{pattern}' in roles= needs one #, which stands for the layer's number.")
+    return roles
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(r"(?:^|\.)" + re.escape(pattern).replace(r"\#", r"(\d+)") + "$")
+
+
+def _some(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if not list(module.children())][:6]

@@ -1,0 +1,231 @@
+"""What may sit on a model: the kinds, their options with defaults, and how people write them (`lora:r=16,alpha=32`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from selectune.adapters import bottleneck
+from selectune.adapters.roles import LINEAR
+from selectune.errors import ConfigError
+
+Value = int | float | bool | str
+LINEARS = "linears"  # targets=: every linear layer but the head, by its class and without a role map
+
+
+@dataclass(frozen=True)
+class Option:
+    """A default, what is allowed in words, and the test of it. A callable default is made from the other options."""
+
+    default: Value | Callable[[Mapping[str, Any]], Value]
+    allowed: str
+    test: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of module, as `selectune methods` lists it."""
+
+    name: str
+    summary: str
+    source: str
+    options: Mapping[str, Option]
+    lr: float  # a rate to begin with, when all of it is trained with AdamW
+    lr_source: str
+    peft: str | None = None  # the class of peft's config; None: ours
+    merges: bool = False  # whether it can be folded into the base's weights
+    wraps: bool = False  # whether peft needs a model of its own around the base
+    on: bool = True  # whether `--on` takes it; the others are ways to train, not modules of their own
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A kind and all its options, defaults filled in."""
+
+    kind: str
+    options: Mapping[str, Value]
+
+    def __str__(self) -> str:
+        given = ",".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.kind}:{given}" if given else self.kind
+
+
+def parse(text: str) -> Spec:
+    """`kind` or `kind:option=value,option=value` as a Spec; raises ConfigError that lists what is allowed.
+
+    >>> str(parse("lora:r=16"))
+    'lora:r=16,alpha=16.0,dropout=0.0,targets=all'
+    >>> parse("pfeiffer:reduction=8,init=zero").options["reduction"]
+    8
+    """
+    kind, colon, rest = text.strip().partition(":")
+    given: dict[str, Any] = {}
+    for part in rest.split(",") if colon else ():
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and value):
+            raise ConfigError(f"'{text}': options are written name=value, separated by commas; '{part}' is not.")
+        if name in given:
+            raise ConfigError(f"'{text}': the option {name} is given twice.")
+        given[name] = _read(value)
+    return make(kind, given)
+
+
+def make(kind: str, given: Mapping[str, Any]) -> Spec:
+    """A Spec with defaults for what is not given, each option checked; raises ConfigError."""
+    if kind not in KINDS:
+        raise ConfigError(f"Unknown module '{kind}'. Known: {', '.join(KINDS)}.")
+    options = KINDS[kind].options
+    for name in given:
+        if name not in options:
+            raise ConfigError(f"{kind} takes no option {name}. It takes: {', '.join(options) or 'none'}.")
+    full: dict[str, Any] = {}
+    for name, option in options.items():
+        value = given.get(name, option.default(full) if callable(option.default) else option.default)
+        default = option.default(full) if callable(option.default) else option.default
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not type(default) or not option.test(value):
+            raise ConfigError(f"{kind}: {name}={value!r} is not allowed; {name} is {option.allowed}.")
+        full[name] = value
+    return Spec(kind, full)
+
+
+def _read(text: str) -> Value:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text
+
+
+def targets_of(text: str) -> tuple[str, ...]:
+    """The roles that `targets=` names: `all`, or some of them joined by +."""
+    return LINEAR if text == "all" else tuple(text.split("+"))
+
+
+def _count(default: int | Callable[[Mapping[str, Any]], Value], high: int = 65_536) -> Option:
+    return Option(default, f"an int from 1 to {high:,}", lambda value: 1 <= value <= high)
+
+
+def _number(default: float | Callable[[Mapping[str, Any]], Value], low: float, high: float, allowed: str) -> Option:
+    return Option(default, allowed, lambda value: math.isfinite(value) and low <= value < high)
+
+
+def _one_of(default: str, *choices: str) -> Option:
+    return Option(default, f"one of {', '.join(choices)}", lambda value: value in choices)
+
+
+def _flag(default: bool) -> Option:
+    return Option(default, "true or false", lambda value: True)
+
+
+def _known_targets(value: str) -> bool:
+    return value in ("all", LINEARS) or set(value.split("+")) <= set(LINEAR)
+
+
+_TARGETS = Option("all", f"all, {LINEARS}, or roles joined by +: {', '.join(LINEAR)}", _known_targets)
+_RANK = {
+    "r": _count(8),
+    "alpha": _number(lambda full: float(full["r"]), 0.0, 1e6, "a number of at least 0"),
+    "dropout": _number(0.0, 0.0, 1.0, "a number from 0 to below 1"),
+    "targets": _TARGETS,
+}
+
+
+def _bottleneck(reduction: int, activation: str, init: str, scale: float, norms: bool) -> dict[str, Option]:
+    return {
+        "reduction": _count(reduction),
+        "activation": _one_of(activation, *bottleneck.ACTIVATIONS),
+        "init": _one_of(init, *bottleneck.INITS),
+        "scale": _number(scale, -1e6, 1e6, "a finite number"),
+        "norms": _flag(norms),
+    }
+
+
+_LORA = "Hu et al. 2021, arXiv 2106.09685"
+_TOKENS = {"tokens": _count(20, 4096)}
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "lora", "W + (alpha / r) B A, A drawn, B = 0", _LORA, _RANK,
+            4e-4, "RoBERTa-base on STS-B in arXiv 2106.09685, table 9", "LoraConfig", merges=True,
+        ),
+        Kind(
+            "dora", "m (W + B A) / |W + B A|, a magnitude for each output", "Liu et al. 2024, arXiv 2402.09353", _RANK,
+            4e-4, "as lora", "LoraConfig", merges=True,
+        ),
+        Kind(
+            "adalora", "W + P diag(E) Q; ranks are moved to where they count", "Zhang et al. 2023, arXiv 2303.10512",
+            {
+                **_RANK,
+                "start": _count(lambda full: full["r"] * 3 // 2),
+                "orth": _number(0.5, 0.0, 1e6, "a number of at least 0"),
+                "begin": _number(0.1, 0.0, 1.0, "a share of the steps"),
+                "end": _number(0.3, 0.0, 1.0, "a share of the steps"),
+            },
+            2.2e-3, "STS-B in arXiv 2303.10512, appendix", "AdaLoraConfig", merges=True,
+        ),
+        Kind(
+            "loraplus", "lora, B learns `ratio` times as fast as A", "Hayou, Ghosh, Yu 2024, arXiv 2402.12354",
+            {**_RANK, "ratio": _number(16.0, 1.0, 1e6, "a number of at least 1")},
+            1e-4, "ours: a quarter of lora's for A, as the paper lowers it; B gets 16 times that",
+            "LoraConfig", merges=True, on=False,
+        ),
+        Kind(
+            "prefix", "keys and values of virtual tokens in every layer; projection=false is P-tuning v2",
+            "Li, Liang 2021, arXiv 2101.00190; Liu et al. 2022, arXiv 2110.07602",
+            {"tokens": _count(20, 4096), "projection": _flag(False), "hidden": _count(512)},
+            5e-3, "P-tuning v2's range is 5e-3 to 1e-2", "PrefixTuningConfig", wraps=True,
+        ),
+        Kind(
+            "prompt", "virtual tokens before the input", "Lester, Al-Rfou, Constant 2021, arXiv 2104.08691", _TOKENS,
+            1e-2, "ours; the paper's 0.3 is for Adafactor", "PromptTuningConfig", wraps=True,
+        ),
+        Kind(
+            "ptuning", "virtual tokens out of a small network (P-tuning v1)", "Liu et al. 2021, arXiv 2103.10385",
+            {**_TOKENS, "hidden": _count(128)},
+            1e-3, "peft's own example", "PromptEncoderConfig", wraps=True,
+        ),
+        Kind(
+            "ia3", "factors, 1 at the start, on keys, values and the FFN's hidden layer",
+            "Liu et al. 2022, arXiv 2205.05638", {}, 3e-3, "arXiv 2205.05638, section 3.6", "IA3Config", merges=True,
+        ),
+        Kind(
+            "ln", "the layer norms", "Zhao et al. 2023, arXiv 2312.11420", {}, 1e-3, "ours",
+            "LNTuningConfig", merges=True,
+        ),
+        Kind(
+            "shira", "r (m + n) random entries of each matrix", "Bhardwaj et al. 2024, arXiv 2406.13175",
+            {"r": _count(8), "targets": _TARGETS}, 5e-4, "as the selective methods", "ShiraConfig", merges=True,
+        ),
+        Kind(
+            "super", "the largest entries of each matrix", "arXiv 2607.09287",
+            {
+                "sparsity": _number(0.99, 0.0, 1.0, "a number from 0 to below 1"),
+                "largest": _flag(True),
+                "targets": _TARGETS,
+            },
+            5e-4, "as the selective methods", "SupertuningConfig", merges=True,
+        ),
+        Kind(
+            "houlsby", "bottlenecks after attention and after the FFN; layer norms are trained too",
+            "Houlsby et al. 2019, arXiv 1902.00751", _bottleneck(16, "swish", "normal", 1.0, True),
+            3e-4, "the middle of the sweep in arXiv 1902.00751",
+        ),
+        Kind(
+            "pfeiffer", "a bottleneck after the FFN", "Pfeiffer et al. 2021, arXiv 2005.00247",
+            _bottleneck(16, "relu", "normal", 1.0, False), 5e-4, "within arXiv 2408.14470's grid",
+        ),
+        Kind(
+            "parallel", "a bottleneck beside the FFN, times 4", "He et al. 2022, arXiv 2110.04366",
+            _bottleneck(2, "relu", "zero", 4.0, False), 1e-4, "classification in arXiv 2110.04366, appendix",
+        ),
+    )
+}  # fmt: skip
+"""{name: kind}; the tensors of each are marked by a component of their names, see selectune/delta/modules.py."""
