@@ -5,14 +5,22 @@ from selectune.delta import Delta, diff, load
 from selectune.method import Method
 from selectune.recipes import (
     bitfit,
+    child_tuning_d,
     fish,
     full,
+    gallop,
+    grasp,
     id3,
     increment_pafi,
+    magnitude,
+    movement,
     pafi,
     random,
     repeat_d3,
+    snip,
     static_d3,
+    synflow,
+    xattn,
 )
 from selectune.scope import Scope
 from selectune.train import SparseAdamW, Tuner, Verification, attach
@@ -21,6 +29,7 @@ from selectune.types import Score, score
 __version__ = "0.1.0"
 
 __all__ = [
-    "Delta", "Method", "Scope", "Score", "SparseAdamW", "Tuner", "Verification", "attach", "bitfit", "diff", "errors",
-    "fish", "full", "id3", "increment_pafi", "load", "pafi", "random", "repeat_d3", "score", "scores", "static_d3",
+    "Delta", "Method", "Scope", "Score", "SparseAdamW", "Tuner", "Verification", "attach", "bitfit", "child_tuning_d",
+    "diff", "errors", "fish", "full", "gallop", "grasp", "id3", "increment_pafi", "load", "magnitude", "movement",
+    "pafi", "random", "repeat_d3", "score", "scores", "snip", "static_d3", "synflow", "xattn",
 ]  # fmt: skip

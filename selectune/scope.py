@@ -1,6 +1,7 @@
 """Scope: which tensors may be selected, which are trained whole, which stay out.
 
-Patterns are shell patterns on parameter names (`*` crosses dots): "*.bias", "encoder.layer.11.*".
+Patterns are shell patterns on parameter names (`*` crosses dots): "*.bias", "encoder.layer.11.*". A pattern that begins
+with @ is a role, which stands for the names that a block has in different model families (`ROLES`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,16 @@ from selectune.errors import ScopeError
 
 VALUES = "selectune_values"  # the name of the trainable vector on an attached model
 BIASES = "*bias"  # names whose last component is `bias` or ends in `_bias`
+CROSS_ATTENTION = "@cross_attention"  # a decoder's attention to the encoder, and the layer norm of that block
+
+ROLES = {
+    CROSS_ATTENTION: (
+        "*.EncDecAttention.*", "*decoder.block.*.layer.1.layer_norm.*",  # T5 and its kin: sublayer 1 of a decoder block
+        "*.encoder_attn.*", "*.encoder_attn_layer_norm.*",  # BART, Marian, mBART, Pegasus, M2M100, Whisper
+        "*.cross_attn.*", "*.cross_attn_layer_norm.*",  # ProphetNet
+        "*.crossattention.*", "*.ln_cross_attn.*",  # BERT and GPT-2 as decoders
+    ),
+}  # fmt: skip
 
 
 def patterns(value: str | Iterable[str]) -> tuple[str, ...]:
@@ -47,6 +58,8 @@ class Scope:
             for pattern in getattr(self, name):
                 if not isinstance(pattern, str) or not pattern:
                     raise ScopeError(f"{name}= takes patterns on parameter names, got {pattern!r}.")
+                if pattern.startswith("@") and pattern not in ROLES:
+                    raise ScopeError(f"{name}= names an unknown role '{pattern}'. Known: {', '.join(ROLES)}.")
 
     def find(self, model: nn.Module) -> Found:
         """The tensors of a model that this scope selects from and trains wholly, checked."""
@@ -65,7 +78,7 @@ class Scope:
                 scoped.append(ScopedTensor(len(scoped), aliases, parameter, _padding(model, parameter, aliases)))
         for pattern in (*self.include, *self.train_fully):
             if pattern not in matched:
-                hint = "This model has no bias vectors, so BitFit has nothing to train. " if pattern == BIASES else ""
+                hint = _HINTS.get(pattern, "")
                 raise ScopeError(
                     f"The pattern '{pattern}' matches no parameter of {type(model).__name__}. {hint}"
                     f"Its parameters are named like: {_some(names)}."
@@ -114,6 +127,12 @@ class Found:
         return sum(t.eligible for t in self.tensors)
 
 
+_HINTS = {
+    BIASES: "This model has no bias vectors, so BitFit has nothing to train. ",
+    CROSS_ATTENTION: "This model has no decoder that attends to an encoder, as T5, BART and Marian have. ",
+}
+
+
 def _names(model: nn.Module) -> list[tuple[nn.Parameter, tuple[str, ...]]]:
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -124,7 +143,8 @@ def _names(model: nn.Module) -> list[tuple[nn.Parameter, tuple[str, ...]]]:
 
 
 def _matches(names: Sequence[str], wanted: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in wanted)
+    plain = [one for pattern in wanted for one in ROLES.get(pattern, (pattern,))]
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in plain)
 
 
 def _some(names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]) -> str:

@@ -25,12 +25,27 @@ from selectune.errors import ConfigError
 
 
 class Reads(enum.StrEnum):
-    """What a score must be shown; the engine computes only that."""
+    """What a score must be shown; the engine computes only that.
+
+    The last five are *calibrated*: scored from data at fixed weights, through
+    `attach(..., calibration=batches, loss=callable)`. They keep one float32 per entry in scope while they
+    run (CURVATURE two, and the graph of a double backward pass). Parameters of a score that the engine
+    reads itself are in `Score`.
+    """
 
     NOTHING = "nothing"  # f(weight, generator): the shape and a seeded generator
     WEIGHT = "weight"  # f(weight): one pass over the weights, no data
     GRADIENT = "gradient"  # f(weight, gradient): the gradient of the step that is being taken
-    EXAMPLES = "examples"  # f(weight, gradient), summed over single examples before training
+    EXAMPLES = "examples"  # sum over single examples of f(weight, gradient): a backward pass each
+    BATCHES = "batches"  # sum over mini-batches of f(weight, gradient): a backward pass each
+    POOLED = "pooled"  # f(weight, gradient summed over mini-batches): a backward pass each
+    CURVATURE = "curvature"  # f(weight, H g), Hessian and gradient summed over mini-batches: three passes each
+    FLOW = "flow"  # sum over inputs of f(|w|, dR/d|w|): R = loss(model, input) while every weight is absolute
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the score is read from calibration data at fixed weights."""
+        return self in (Reads.EXAMPLES, Reads.BATCHES, Reads.POOLED, Reads.CURVATURE, Reads.FLOW)
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,12 @@ class Score:
     entry is eligible only if it scores strictly above this; a gradient score with `above=0`
     promises to be 0 wherever the gradient is 0, so entries without gradient are never selected.
     NaN or infinity abort the selection of that step.
+
+    Parameters that the engine of a calibrated score reads: `examples`, `batches` (how many; absent or None:
+    all that calibration gives), `labels` ("data", "model"), `clip` (each tensor's gradient is scaled down to
+    this norm first), `train_mode` (the model in training mode meanwhile; else in eval mode), `temperature`
+    (passed on as `loss(model, batch, temperature=T)`, unless it is 1), `hardest` (only the n examples with
+    the largest loss count).
     """
 
     name: str
@@ -49,6 +70,7 @@ class Score:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     above: float | None = None
     fused: bool = False  # |g| / (|w| + eps)^exp: `ops.score_filter` scores and filters it in one pass
+    drawn: float = 0.0  # matrices that are all 0 are scored as if drawn from N(0, drawn^2): 0 times g makes ties
 
     def __call__(
         self,

@@ -33,8 +33,16 @@ ROWS = {
     "increment-pafi": Row(st.increment_pafi(60, 6), 0, 60),
     "pafi": Row(st.pafi(60), 60, 60),
     "fish": Row(st.fish(60, examples=3), 60, 60),
+    "child-tuning-d": Row(st.child_tuning_d(60), 60, 60),
+    "movement": Row(st.movement(60, batches=3), 60, 60),
+    "magnitude": Row(st.magnitude(60), 60, 60),
+    "snip": Row(st.snip(60, batches=2), 60, 60),
+    "grasp": Row(st.grasp(60, batches=2), 60, 60),
+    "synflow": Row(st.synflow(60), 60, 60),
+    "gallop": Row(st.gallop(60), 0, 60),
     "bitfit": Row(st.bitfit(), 59, 59),
     "random": Row(st.random(60), 60, 60),
+    "xattn": Row(st.xattn(scope="attention.*"), 0, 0, dense=288),
     "full": Row(st.full(), 0, 0, dense=1580),
 }
 VARIANTS = {
@@ -50,8 +58,11 @@ every_row = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name,
 
 
 def calibration_loss(row):
-    if row.method.score is not None and row.method.score.parameters.get("labels") == "model":
+    score = row.method.score
+    if score is not None and score.parameters.get("labels") == "model":
         return lambda model, x: model(x)[:, 0]
+    if score is not None and score.reads.value == "flow":
+        return lambda model, x: model(x).sum()
     return mixed_loss
 
 
@@ -122,7 +133,7 @@ def test_save_load_apply_revert(row, tmp_path):
         assert same(bits(fresh), tuned)
     assert same(bits(fresh), base)
     assert delta.info["method"]["name"] == row.method.name
-    assert delta.info["budget"] == (tuner.budget if row.grows and not row.method.name == "full" else None)
+    assert delta.info["budget"] == (tuner.budget if row.grows and row.method.schedule else None)
     json.dumps(delta.info, allow_nan=False)
     delta.merge(fresh)
     assert same(bits(fresh), tuned)

@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from selectune.bench.models import trunk_linears
 from selectune.errors import ConfigError, ModelError
+from selectune.harness.calibration import calibration
 from selectune.method import Method
 from selectune.recipes import RECIPES
 from selectune.schedule import resolve_budget
@@ -26,7 +27,7 @@ from selectune.train import attach
 
 LEARNING_RATE = 1e-4
 FLOOR, DENSE = "frozen", "full"
-EXAMPLES = 16  # that a method which reads single examples gets
+EXAMPLES = 16  # single examples, or mini-batches, that a calibrated method gets
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,22 @@ def set_up(name: str, model: nn.Module, plan: Plan) -> Ready:
 def recipe(name: str, budget: int | float, steps: int) -> Method:
     """`id3@10` -> the method, with what its recipe takes of budget and steps."""
     base, _, every = name.partition("@")
-    offered: dict[str, Any] = {"budget": budget, "steps": steps, "examples": EXAMPLES}
+    offered: dict[str, Any] = {"budget": budget, "steps": steps, "examples": EXAMPLES, "batches": EXAMPLES}
     if every:
         offered["every"] = int(every)
     takes = inspect.signature(RECIPES[base].function).parameters
+    if "temperature" in takes:
+        offered["temperature"] = 1.0  # the model's own loss, whatever its outputs are
     return RECIPES[base].function(**{k: v for k, v in offered.items() if k in takes})
 
 
 def ours(name: str, model: nn.Module, plan: Plan) -> Ready:
     method = recipe(name, plan.budget, plan.steps)
-    singles = [{k: v[i : i + 1] for k, v in b.items()} for b in plan.batches for i in range(len(b["input_ids"]))]
-    singles = [singles[i % len(singles)] for i in range(EXAMPLES)]
-    tuner = attach(model, method, seed=plan.seed, calibration=singles, loss=lambda m, example: m(**example).loss)
+    rows = [{k: v[i] for k, v in b.items()} for b in plan.batches for i in range(len(b["input_ids"]))]
+    batch = len(plan.batches[0]["input_ids"])
+    rows = [rows[i % len(rows)] for i in range(EXAMPLES * batch)]
+    read = calibration(model, method.score, rows, _stacked, batch, plan.seed)
+    tuner = attach(model, method, seed=plan.seed, **read)
     return Ready(
         optimizer=_adamw(tuner.parameters()),
         selected=lambda: tuner.selected,
@@ -114,6 +119,10 @@ def ours(name: str, model: nn.Module, plan: Plan) -> Ready:
         selecting=lambda: tuner.quota > 0,
         undo=tuner.detach,
     )
+
+
+def _stacked(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def full(model: nn.Module, plan: Plan) -> Ready:

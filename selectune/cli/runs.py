@@ -67,9 +67,20 @@ def train(
     examples: Annotated[
         int | None, typer.Option(help="Fish: how many single examples are read before training.", show_default=False)
     ] = None,
+    batches: Annotated[
+        int | None,
+        typer.Option(
+            help="SNIP, GraSP, movement, Child-Tuning-D: how many mini-batches are read before training.",
+            show_default=False,
+        ),
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option(help="Fish: 'data' (their own labels) or 'model' (every class, weighted).", show_default=False),
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(help="SparseAdapter: snip, grasp, synflow, magnitude or random.", show_default=False),
     ] = None,
     include: Annotated[
         list[str] | None,
@@ -119,7 +130,9 @@ def train(
         eps=eps,
         every=every,
         examples=examples,
+        batches=batches,
         labels=labels,
+        score=score,
         include=patterns(include),
         exclude=patterns(exclude),
         train_fully=patterns(train_fully),

@@ -20,7 +20,7 @@ from selectune.scope import Scope
 SCHEDULES = ("linear", "cosine", "constant")
 LEARNING_RATES = {"full": 5e-5}
 LEARNING_RATE = 5e-4
-_OPTIONS = ("budget", "exp", "eps", "every", "examples", "labels")
+_OPTIONS = ("budget", "exp", "eps", "every", "examples", "batches", "labels", "score")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class RunConfig:
     eps: float | None = None
     every: int | None = None
     examples: int | None = None
+    batches: int | None = None
     labels: str | None = None
+    score: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     train_fully: tuple[str, ...] = ()
@@ -126,7 +128,7 @@ def build_method(config: RunConfig, steps: int) -> Method:
                 f"The method '{config.method}' takes no {name}, but {name}={given[name]!r} was given. "
                 f"It takes: {allowed}."
             )
-    if "budget" in takes and "budget" not in given:
+    if "budget" in takes and "budget" not in given and takes["budget"].default is inspect.Parameter.empty:
         raise BudgetError(
             f"The method '{config.method}' needs a budget: how many scalars may change, such as 103000, or 0.0017 of "
             "the model (command line: --budget 103k, --budget 0.17%)."

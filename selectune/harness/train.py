@@ -6,27 +6,25 @@ import json
 import logging
 import math
 import platform
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
 
 import selectune as st
 from selectune import tasks
 from selectune.delta import DELTA_FILE, Delta, versions, write_durably
-from selectune.errors import CalibrationError, ConfigError, DeltaError, NonFiniteError
+from selectune.errors import ConfigError, DeltaError, NonFiniteError
+from selectune.harness.calibration import calibration
 from selectune.harness.config import RunConfig, build_method
 from selectune.harness.evaluate import Evaluation, collate, encode, evaluate
 from selectune.harness.models import LoadedModel, device, load_model, longest, quiet
 from selectune.tasks import Split, Task
 from selectune.train import Tuner, Verification
-from selectune.types import Reads
 
 RUN_FILE = "run.json"
 log = logging.getLogger("selectune")
@@ -150,34 +148,9 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
 
 def _attach(config: RunConfig, loaded: LoadedModel, rows: Rows, steps: int) -> Tuner:
     method = build_method(config, steps)
-    extra: dict[str, Any] = {}
-    if method.score is not None and method.score.reads is Reads.EXAMPLES:
-        examples = int(method.score.parameters["examples"])
-        if examples > len(rows):
-            raise CalibrationError(
-                f"The method reads {examples} single examples, the training set has {len(rows)}. Lower examples "
-                "(command line: --examples)."
-            )
-        extra = {
-            "calibration": _calibration(loaded, rows, examples, config.seed),
-            "loss": _logits if config.labels == "model" else _loss,
-        }
-    return st.attach(loaded.model, method, seed=config.seed, accumulation_steps=config.accumulation, **extra)
-
-
-def _calibration(loaded: LoadedModel, rows: Rows, count: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Single examples of the training set, in an order drawn from the seed."""
-    where = next(loaded.model.parameters()).device
-    for i in random.Random(seed).sample(range(len(rows)), count):
-        yield {key: value.to(where) for key, value in collate(loaded.tokenizer, [rows[i]]).items()}
-
-
-def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    return model(**batch).loss
-
-
-def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    model, seed = loaded.model, config.seed
+    read = calibration(model, method.score, rows, lambda some: collate(loaded.tokenizer, some), config.batch_size, seed)
+    return st.attach(model, method, seed=seed, accumulation_steps=config.accumulation, **read)
 
 
 def _train(

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from selectune.method import Method
-from selectune.recipes.dense import full
+from selectune.recipes.calibrated import child_tuning_d, fish, grasp, movement, snip, synflow
+from selectune.recipes.dense import full, xattn
 from selectune.recipes.increment import id3, increment_pafi
 from selectune.recipes.repeat import repeat_d3
-from selectune.recipes.static import bitfit, fish, pafi, random, static_d3
+from selectune.recipes.static import bitfit, gallop, magnitude, pafi, random, static_d3
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,22 @@ class Recipe:
 
 
 _ID3 = "Agarwal et al. 2025, arXiv 2408.14470"
-_GALLOP = "GaLLoP 2025, arXiv 2510.19778"
+_GALLOP = "Choudhary et al. 2025, arXiv 2510.19778"
 _PAFI = "Liao, Meng, Monz 2023, arXiv 2305.16742"
 _FISH = "Sung, Nair, Raffel 2021, arXiv 2111.09839"
 _BITFIT = "Ben Zaken, Goldberg, Ravfogel 2022, arXiv 2106.10199"
+_SNIP = "Lee, Ajanthan, Torr 2019, arXiv 1810.02340"
+_GRASP = "Wang, Zhang, Grosse 2020, arXiv 2002.07376"
+_SYNFLOW = "Tanaka et al. 2020, arXiv 2006.05467"
+_MOVEMENT = "Sanh, Wolf, Rush 2020, arXiv 2005.07683"
+_MAGNITUDE = "Han et al. 2015, arXiv 1506.02626"
+_CHILD = "Xu et al. 2021, arXiv 2109.05687"
+_XATTN = "Gheini, Ren, May 2021, arXiv 2104.08771"
+_BEFORE = "mini-batch gradients, before training"
 _EVERY = "the gradient of every selecting step"
 _DENSE_STEP = "a dense gradient and one pass, a selecting step"
 _SPARSE = "about 40 a selected scalar"
+_DOUBLE = "12 a weight and the graph of a double backward pass, once"
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -45,12 +55,21 @@ RECIPES: dict[str, Recipe] = {
         Recipe("increment-pafi", increment_pafi, "the weights, once", _ID3, "one", _SPARSE),
         Recipe("pafi", pafi, "the weights, once", _PAFI, "one", _SPARSE),
         Recipe("fish", fish, "single-example gradients, before training", _FISH, "one an example", "4 a weight, once"),
+        Recipe("child-tuning-d", child_tuning_d, _BEFORE, _CHILD, "one a mini-batch", "4 a weight, once"),
+        Recipe("movement", movement, _BEFORE, _MOVEMENT, "one a mini-batch", "4 a weight, once"),
+        Recipe("magnitude", magnitude, "the weights, once", _MAGNITUDE, "one", _SPARSE),
+        Recipe("snip", snip, _BEFORE, _SNIP, "one a mini-batch", "4 a weight, once"),
+        Recipe("grasp", grasp, "Hessian-gradient products, before training", _GRASP, "three a mini-batch", _DOUBLE),
+        Recipe("synflow", synflow, "the flow of ones, before training", _SYNFLOW, "one", "5 a weight, once"),
+        Recipe("gallop", gallop, "the gradient of the first step", _GALLOP, "one", _SPARSE),
         Recipe("bitfit", bitfit, "names", _BITFIT, "none", _SPARSE),
         Recipe("random", random, "nothing", "R-Mask baseline of arXiv 2111.09839 and 2408.14470", "one", _SPARSE),
+        Recipe("xattn", xattn, "names", _XATTN, "none", "16 a weight of the blocks"),
         Recipe("full", full, "nothing", "the dense baseline", "none", "16 a weight"),
     )
 }
 
 __all__ = [
-    "RECIPES", "Recipe", "bitfit", "fish", "full", "id3", "increment_pafi", "pafi", "random", "repeat_d3", "static_d3",
+    "RECIPES", "Recipe", "bitfit", "child_tuning_d", "fish", "full", "gallop", "grasp", "id3", "increment_pafi",
+    "magnitude", "movement", "pafi", "random", "repeat_d3", "snip", "static_d3", "synflow", "xattn",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from selectune.method import Method, Patterns
-from selectune.scope import Scope
+from selectune.scope import CROSS_ATTENTION, Scope
 
 
 def full(scope: Patterns = ("*",)) -> Method:
@@ -14,3 +14,18 @@ def full(scope: Patterns = ("*",)) -> Method:
     ('*',)
     """
     return Method(Scope(include=(), train_fully=scope), name="full")
+
+
+def xattn(scope: Patterns = (CROSS_ATTENTION,)) -> Method:
+    """Xattn: the decoder's cross-attention blocks wholly: query, key, value, output, their biases and layer norm.
+
+    For encoder-decoder models; one without cross-attention is refused with a ScopeError. No score, dense
+    optimizer state for these tensors. The paper, which moves to a new language, also trains the new
+    embeddings: add their pattern to `scope` for that.
+    Source: Gheini, Ren, May (2021), Cross-Attention is All You Need, arXiv 2104.08771.
+
+    >>> import selectune as st
+    >>> st.xattn().scope.train_fully
+    ('@cross_attention',)
+    """
+    return Method(Scope(include=(), train_fully=scope), name="xattn")

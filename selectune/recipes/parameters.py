@@ -19,3 +19,21 @@ def d3(exp: float, eps: float) -> Score:
     if not 1e-30 < float(eps) ** abs(float(exp)) < 1e30:
         raise ConfigError(f"eps={eps} to the power exp={exp} leaves the range of float32 scores (1e-30 to 1e30).")
     return scores.d3(exp=float(exp), eps=float(eps))
+
+
+def count(name: str, value: int | None, optional: bool = False) -> int | None:
+    """An int of at least 1, or None where that means all."""
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(
+            f"{name}= must be an int of at least 1{', or None for all' if optional else ''}, got {value!r}."
+        )
+    return value
+
+
+def number(name: str, value: float) -> float:
+    """A finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name}= must be a finite number above 0, got {value!r}.")
+    return float(value)

@@ -1,9 +1,8 @@
-"""Recipes that choose the support once, before or at the first step."""
+"""Recipes that choose the support once, from weights, names, chance or the first step's gradient."""
 
 from __future__ import annotations
 
 from selectune import scores
-from selectune.errors import ConfigError
 from selectune.method import Method, Patterns, compose
 from selectune.recipes.parameters import d3
 from selectune.schedule import Budget, OneShot
@@ -43,31 +42,6 @@ def pafi(budget: Budget, scope: Scope | Patterns = ("*",), train_fully: Patterns
     return compose("pafi", scores.pafi(), OneShot(budget), scope, train_fully, GlobalTopK(tie))
 
 
-def fish(
-    budget: Budget,
-    examples: int = 1024,
-    labels: str = "data",
-    scope: Scope | Patterns = ("*",),
-    train_fully: Patterns = (),
-) -> Method:
-    """FISH mask: the B entries with the largest Fisher information over single examples, once.
-
-    labels="data": the loss's own labels, one backward pass an example (empirical Fisher).
-    labels="model": every class weighted by its probability, one backward pass a class (true Fisher).
-    Source: Sung, Nair, Raffel (2021), Training Neural Networks with Fixed Sparse Masks, arXiv 2111.09839.
-
-    >>> import selectune as st
-    >>> st.fish(budget=1000, examples=64).score.parameters
-    {'examples': 64, 'labels': 'data'}
-    """
-    if labels not in ("data", "model"):
-        raise ConfigError(f"Unknown labels '{labels}'. Known: data, model.")
-    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-        raise ConfigError(f"examples= must be an int of at least 1, got {examples!r}.")
-    score = scores.fisher(examples=examples, labels=labels)
-    return compose("fish", score, OneShot(budget), scope, train_fully)
-
-
 def bitfit(train_fully: Patterns = (), scope: Scope | Patterns = (BIASES,)) -> Method:
     """BitFit: every bias vector; the budget is what they come to.
 
@@ -92,3 +66,39 @@ def random(budget: Budget, scope: Scope | Patterns = ("*",), train_fully: Patter
     'random'
     """
     return compose("random", scores.random(), OneShot(budget), scope, train_fully)
+
+
+def magnitude(
+    budget: Budget, scope: Scope | Patterns = ("*",), train_fully: Patterns = (), tie: str = "order"
+) -> Method:
+    """Magnitude: the B largest |w| of the scope, once. Reads the weights, no data.
+
+    The weights that magnitude pruning would keep are trained; the others keep their pretrained value.
+    Source: Han, Pool, Tran, Dally (2015), arXiv 1506.02626, for the score; per layer it is the mask of
+    Super-Tuning (2026), arXiv 2607.09287.
+
+    >>> import selectune as st
+    >>> st.magnitude(budget=0.005).score.name
+    'magnitude'
+    """
+    return compose("magnitude", scores.magnitude(), OneShot(budget), scope, train_fully, GlobalTopK(tie))
+
+
+def gallop(
+    budget: Budget,
+    eps: float = 1e-8,
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
+) -> Method:
+    """GaLLoP: the B entries with the largest |g| / |w|, the gradient of the first step, then fixed.
+
+    static-D3 with exp=1. The paper's abstract says: largest task gradients and smallest pretrained magnitudes,
+    chosen once. Inferred, not read: that the two are combined as a ratio, eps, and that the gradient is the
+    first step's.
+    Source: Choudhary et al. (2025), GaLLoP, arXiv 2510.19778.
+
+    >>> import selectune as st
+    >>> st.gallop(budget=1000).score.parameters
+    {'exp': 1.0, 'eps': 1e-08}
+    """
+    return compose("gallop", d3(1.0, eps), OneShot(budget), scope, train_fully)

@@ -1,6 +1,9 @@
 """Scores by what they read. A new one is one function here or anywhere (docs/extend.md)."""
 
-from selectune.scores.gradient import d3, fisher
+from selectune.scores.calibrated import fisher, fisher_batches, grasp, movement, snip, synflow
+from selectune.scores.gradient import d3
 from selectune.scores.weight import constant, magnitude, pafi, random
 
-__all__ = ["constant", "d3", "fisher", "magnitude", "pafi", "random"]
+__all__ = [
+    "constant", "d3", "fisher", "fisher_batches", "grasp", "magnitude", "movement", "pafi", "random", "snip", "synflow",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Scores that read the gradient of the step being taken, or of single examples before training."""
+"""Scores that read the gradient of the step being taken."""
 
 from __future__ import annotations
 
@@ -27,21 +27,3 @@ def d3(weight: Tensor, gradient: Tensor, exp: float = 2.0, eps: float = 1.0) -> 
     if exp == 2.0:
         return gradient.abs().div_(size.mul_(size))
     return gradient.abs().div_(size.pow_(exp))
-
-
-@score(reads="examples")
-def fisher(weight: Tensor, gradient: Tensor, examples: int = 1024, labels: str = "data") -> Tensor:
-    """F = sum over single examples of g^2: the diagonal of the Fisher information.
-
-    The engine calls this with the gradient of one example at a time and sums. With labels drawn from
-    the data it is the empirical Fisher, with labels="model" the true one (every class, weighted by its
-    probability). Reads: `examples` gradients before training; one float per entry in scope meanwhile.
-    Source: Sung, Nair, Raffel (2021), FISH mask, arXiv 2111.09839, equation 3.
-
-    >>> import torch, selectune as st
-    >>> examples = [torch.tensor([1.0, -3.0, 0.5]), torch.tensor([1.0, 3.0, 0.5])]
-    >>> sum(st.scores.fisher()(torch.zeros(3), g) for g in examples).tolist()
-    [2.0, 18.0, 0.5]
-    """
-    del weight, examples, labels  # the engine reads how many examples, and whose labels
-    return gradient.square()

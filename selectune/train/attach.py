@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ from selectune.errors import AlreadyAttachedError, ConfigError, DetachedError, I
 from selectune.method import Method
 from selectune.scope import VALUES, Found
 from selectune.train import package
-from selectune.train.calibrate import Loss, calibrate
+from selectune.train.calibrate import Batches, Loss, calibrate
 from selectune.train.ledger import Ledger
 from selectune.train.optimizers import Follower
 from selectune.train.tracker import Tracker
-from selectune.types import Reads
 
 log = logging.getLogger("selectune")
 
@@ -32,7 +31,7 @@ def attach(
     *,
     seed: int = 0,
     accumulation_steps: int = 1,
-    calibration: Iterable[Any] | None = None,
+    calibration: Batches | None = None,
     loss: Loss | None = None,
 ) -> Tuner:
     """Freezes a model and lets `method` train B of its scalars in place.
@@ -42,7 +41,8 @@ def attach(
     the support only, optimizer state is O(B), unselected weights keep their bits.
 
     `accumulation_steps`: backward passes that make one optimizer step; the selection is exact over their
-    sum. `calibration`, `loss`: single examples and `loss(model, example)`, for methods that read them.
+    sum. `calibration`, `loss`: what a calibrated score is read from (`selectune.types.Reads`): single
+    examples, mini-batches or inputs (an iterable, or a callable that gives one), and `loss(model, batch)`.
     `seed`: for methods that draw. Costs one pass over the weights (a checksum) and O(B) memory.
 
     Raises ScopeError, BudgetError, ScheduleError before anything changes; AlreadyAttachedError for a
@@ -100,7 +100,7 @@ class Tuner:
         method: Method,
         seed: int,
         accumulation_steps: int,
-        calibration: Iterable[Any] | None,
+        calibration: Batches | None,
         loss: Loss | None,
     ) -> None:
         found = method.scope.find(model)
@@ -117,9 +117,8 @@ class Tuner:
             parameter.requires_grad_(False)
         try:
             ready = None
-            if method.score is not None and method.score.reads is Reads.EXAMPLES:
-                ready = calibrate(model, method.score, self._found.tensors, calibration, loss)
-                self._base.restore_buffers(model)
+            if method.score is not None and (method.score.reads.calibrated or method.score.drawn):
+                ready = calibrate(model, method.score, self._found.tensors, calibration, loss, seed)
         except BaseException:
             self._unfreeze()
             raise

@@ -17,6 +17,7 @@ from selectune.errors import (
     ConfigError,
     NonFiniteError,
     NothingTrainedError,
+    ScopeError,
     TaskError,
 )
 from selectune.harness.config import RunConfig, build_method
@@ -155,10 +156,16 @@ def test_a_run_learns(config):
 @pytest.mark.parametrize("task", ["glue/cola", "glue/stsb"])
 def test_every_method_runs_and_its_metric_comes_back(config, tiny, data, method, task):
     changes = {"method": method, "task": task, "max_steps": 3, "lr": 1e-3}
-    if method in ("bitfit", "full"):
+    if method in ("bitfit", "full", "xattn"):
         changes["budget"] = None
     if method == "fish":
         changes["examples"] = 8
+    if method == "movement":
+        changes["batches"] = 2
+    if method == "xattn":  # an encoder has no cross-attention
+        with pytest.raises(ScopeError, match="no decoder that attends to an encoder"):
+            run(dataclasses.replace(config, **changes))
+        return
     result = run(dataclasses.replace(config, **changes))
     assert evaluate_delta(Source(str(tiny)), result.delta, tasks.get(task), str(data)) == result.evaluation
     if method == "full":
@@ -174,6 +181,8 @@ def test_fish_with_labels_of_the_model(config):
     assert result.selected == 200
     with pytest.raises(CalibrationError, match="reads 1000 single examples, the training set has 48"):
         run(dataclasses.replace(config, method="fish", examples=1000))
+    with pytest.raises(CalibrationError, match=r"reads 4 mini-batches of 16, the training set has 3.*--batches"):
+        run(dataclasses.replace(config, method="snip", batches=4))
 
 
 def test_accumulation_and_a_short_last_window(config):

@@ -63,8 +63,8 @@ def tokens(seed: int = 0, n: int = 4, t: int = 5) -> Tensor:
     return torch.randint(0, 20, (n, t), generator=torch.Generator().manual_seed(seed))
 
 
-def mixed_loss(model: nn.Module, x: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(model(x).flatten(0, 1).double(), x.flatten())
+def mixed_loss(model: nn.Module, x: Tensor, temperature: float = 1.0) -> Tensor:
+    return nn.functional.cross_entropy(model(x).flatten(0, 1).double() / temperature, x.flatten())
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, start: int = 0) -> Iterator[int]:

@@ -1,0 +1,85 @@
+"""What a calibrated score is shown in a run: single examples, mini-batches or ones, and the loss of each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selectune.errors import CalibrationError
+from selectune.types import Reads, Score
+
+Rows = Sequence[dict[str, Any]]
+
+
+def calibration(
+    model: nn.Module,
+    score: Score | None,
+    rows: Rows,
+    collate: Callable[[Rows], dict[str, Tensor]],
+    batch: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What `attach` gets as `calibration` and `loss` for this score; nothing for a score that needs none.
+
+    Rows come in an order drawn from the seed, the same each time they are read. Raises CalibrationError for
+    more examples or mini-batches than the rows give.
+    """
+    if score is None or not score.reads.calibrated:
+        return {}
+    if score.reads is Reads.FLOW:
+        return {"calibration": lambda: [_ones(model, rows)], "loss": _outputs}
+    size = 1 if score.reads is Reads.EXAMPLES else batch
+    unit = "examples" if size == 1 and score.reads is Reads.EXAMPLES else "batches"
+    wanted, there = score.parameters.get(unit), -(-len(rows) // size)
+    if wanted is not None and wanted > there:
+        what = "single examples" if unit == "examples" else f"mini-batches of {size}"
+        raise CalibrationError(
+            f"The method reads {wanted} {what}, the training set has {there if size > 1 else len(rows)}. Lower {unit} "
+            f"(command line: --{unit})."
+        )
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        where = next(model.parameters()).device
+        order = random.Random(seed).sample(range(len(rows)), len(rows))
+        for start in range(0, len(order), size):
+            made = collate([rows[i] for i in order[start : start + size]])
+            yield {key: value.to(where) for key, value in made.items()}
+
+    return {"calibration": batches, "loss": _logits if score.parameters.get("labels") == "model" else loss_of}
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
+    """The model's own loss; with a temperature, that of the logits divided by it."""
+    if temperature == 1.0:
+        return model(**batch).loss
+    logits, labels = _logits(model, batch) / temperature, batch["labels"]
+    if logits.ndim != 2:
+        raise CalibrationError(
+            f"A temperature needs logits of shape (batch, classes), this model gives {tuple(logits.shape)}: "
+            "temperature=1 takes the model's own loss."
+        )
+    if labels.is_floating_point():
+        return F.mse_loss(logits.squeeze(-1), labels.to(logits))
+    return F.cross_entropy(logits, labels)
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+
+
+def _ones(model: Any, rows: Rows) -> Tensor:
+    """(1, tokens, width) ones in place of input embeddings: as many tokens as the first row has."""
+    table = model.get_input_embeddings().weight
+    return torch.ones(1, len(rows[0]["input_ids"]), table.shape[1], dtype=table.dtype, device=table.device)
+
+
+def _outputs(model: Any, ones: Tensor) -> Tensor:
+    inputs = {"inputs_embeds": ones}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_inputs_embeds"] = ones
+    return model(**inputs).logits.sum()

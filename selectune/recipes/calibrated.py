@@ -1,0 +1,136 @@
+"""Recipes that choose the support once, before training, from data read at the weights as they are."""
+
+from __future__ import annotations
+
+from selectune import scores
+from selectune.errors import ConfigError
+from selectune.method import Method, Patterns, compose
+from selectune.recipes.parameters import count, number
+from selectune.schedule import Budget, OneShot
+from selectune.scope import Scope
+
+
+def fish(
+    budget: Budget,
+    examples: int = 1024,
+    labels: str = "data",
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
+) -> Method:
+    """FISH mask: the B entries with the largest Fisher information over single examples, once.
+
+    labels="data": the loss's own labels, one backward pass an example (empirical Fisher).
+    labels="model": every class weighted by its probability, one backward pass a class (true Fisher).
+    Source: Sung, Nair, Raffel (2021), Training Neural Networks with Fixed Sparse Masks, arXiv 2111.09839.
+
+    >>> import selectune as st
+    >>> st.fish(budget=1000, examples=64).score.parameters["examples"]
+    64
+    """
+    if labels not in ("data", "model"):
+        raise ConfigError(f"Unknown labels '{labels}'. Known: data, model.")
+    score = scores.fisher(examples=count("examples", examples), labels=labels)
+    return compose("fish", score, OneShot(budget), scope, train_fully)
+
+
+def child_tuning_d(
+    budget: Budget = 0.3,
+    batches: int | None = None,
+    clip: float | None = 1.0,
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
+) -> Method:
+    """Child-Tuning-D: the B entries with the largest squared gradients summed over mini-batches, once.
+
+    `batches`: how many mini-batches are read; None: all that `calibration` gives (the paper: one pass over
+    the training set). `clip`: every tensor's gradient is scaled down to this norm before it is squared (None:
+    not), in training mode, as the released code does. Its script keeps 30 %, and masks only tensors with
+    "layer" in their name while embeddings, pooler and head are trained densely: scope="*layer*",
+    train_fully=... says that.
+    Source: Xu et al. (2021), Raise a Child in Large Language Model, arXiv 2109.05687.
+
+    >>> import selectune as st
+    >>> st.child_tuning_d().schedule
+    OneShot(budget=0.3)
+    """
+    score = scores.fisher_batches(
+        batches=count("batches", batches, optional=True), clip=None if clip is None else number("clip", clip)
+    )
+    return compose("child-tuning-d", score, OneShot(budget), scope, train_fully)
+
+
+def movement(
+    budget: Budget,
+    batches: int | None = 64,
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
+) -> Method:
+    """Movement: the B entries with the largest -sum g w over a window in which no weight moves, once.
+
+    Movement Pruning's score as a selection: weights that descent would move away from 0 are trained, the
+    others keep their pretrained value, where pruning would set them to 0. The paper learns the score while
+    it trains; the window of 64 mini-batches is ours.
+    Source: Sanh, Wolf, Rush (2020), Movement Pruning, arXiv 2005.07683.
+
+    >>> import selectune as st
+    >>> st.movement(budget=1000).score.parameters
+    {'batches': 64}
+    """
+    score = scores.movement(batches=count("batches", batches, optional=True))
+    return compose("movement", score, OneShot(budget), scope, train_fully)
+
+
+def snip(
+    budget: Budget,
+    batches: int | None = 1,
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
+) -> Method:
+    """SNIP: the B entries with the largest |g w| over `batches` mini-batches, once.
+
+    The paper's one mini-batch of 100 examples. Several are summed before the absolute value.
+    Source: Lee, Ajanthan, Torr (2019), SNIP, arXiv 1810.02340.
+
+    >>> import selectune as st
+    >>> st.snip(budget=1000).score.name
+    'snip'
+    """
+    score = scores.snip(batches=count("batches", batches, optional=True))
+    return compose("snip", score, OneShot(budget), scope, train_fully)
+
+
+def grasp(
+    budget: Budget,
+    batches: int | None = 1,
+    temperature: float = 200.0,
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
+) -> Method:
+    """GraSP: the B entries with the largest w (H g), the ones that keep the gradient flowing, once.
+
+    `temperature` divides the logits: `loss(model, batch, temperature=200.0)` has to do it; at 1 the callable is
+    `loss(model, batch)`. Needs the second derivative of every operation of the model.
+    Source: Wang, Zhang, Grosse (2020), GraSP, arXiv 2002.07376 (temperature 200: its released code).
+
+    >>> import selectune as st
+    >>> st.grasp(budget=1000).score.parameters
+    {'batches': 1, 'temperature': 200.0}
+    """
+    score = scores.grasp(
+        batches=count("batches", batches, optional=True), temperature=number("temperature", temperature)
+    )
+    return compose("grasp", score, OneShot(budget), scope, train_fully)
+
+
+def synflow(budget: Budget, scope: Scope | Patterns = ("*",), train_fully: Patterns = ()) -> Method:
+    """SynFlow: the B entries with the largest |w dR/dw|, R the outputs' sum on ones with absolute weights, once.
+
+    `attach(..., calibration=[ones], loss=lambda model, ones: model(ones).sum())`; a model of tokens takes ones
+    as its input embeddings, so an embedding table scores 0. One round; the paper prunes in 100.
+    Source: Tanaka, Kunin, Yamins, Ganguli (2020), SynFlow, arXiv 2006.05467.
+
+    >>> import selectune as st
+    >>> st.synflow(budget=1000).score.reads
+    <Reads.FLOW: 'flow'>
+    """
+    return compose("synflow", scores.synflow(), OneShot(budget), scope, train_fully)
