@@ -6,12 +6,15 @@ from selectune.method import Method
 from selectune.recipes import (
     bitfit,
     child_tuning_d,
+    child_tuning_f,
+    diff_pruning,
     fish,
     full,
     gallop,
     grasp,
     id3,
     increment_pafi,
+    lt_sft,
     magnitude,
     movement,
     pafi,
@@ -30,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Delta", "Method", "Scope", "Score", "SparseAdamW", "Tuner", "Verification", "attach", "bitfit", "child_tuning_d",
-    "diff", "errors", "fish", "full", "gallop", "grasp", "id3", "increment_pafi", "load", "magnitude", "movement",
-    "pafi", "random", "repeat_d3", "score", "scores", "snip", "static_d3", "synflow", "xattn",
+    "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "full", "gallop", "grasp", "id3", "increment_pafi",
+    "load", "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3", "score", "scores", "snip", "static_d3",
+    "synflow", "xattn",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 from selectune.errors import ConfigError
 from selectune.scope import Scope, patterns
 from selectune.select import GlobalTopK
-from selectune.types import Schedule, Score, Select
+from selectune.types import DensePhase, Phased, Reads, Schedule, Score, Select
 
 Patterns = str | Sequence[str]
 
@@ -25,7 +25,9 @@ class Method:
     """scope x score x select x schedule.
 
     Without a score nothing is selected and the scope must train something wholly (`full`). A score
-    that reads examples takes them through `attach(..., calibration=batches, loss=callable)`.
+    that reads examples takes them through `attach(..., calibration=batches, loss=callable)`. `dense`: what
+    is trained at the schedule's dense steps, after which the score reads the change; without a
+    schedule every step is dense.
 
     >>> import selectune as st
     >>> from selectune.schedule import Increment
@@ -38,6 +40,7 @@ class Method:
     select: Select = GlobalTopK()
     schedule: Schedule | None = None
     name: str = "custom"
+    dense: DensePhase | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.scope, Scope):
@@ -53,11 +56,25 @@ class Method:
             raise ConfigError(f"schedule must follow selectune.types.Schedule, got {type(self.schedule).__name__}.")
         if not isinstance(self.select, Select):
             raise ConfigError(f"select must follow selectune.types.Select, got {type(self.select).__name__}.")
-        if self.score is None and not self.scope.train_fully:
+        if self.score is None and not self.scope.train_fully and self.dense is None:
             raise ConfigError("A method without a score trains nothing unless its scope has train_fully patterns.")
+        self._check_dense()
+
+    def _check_dense(self) -> None:
+        if self.dense is not None and not isinstance(self.dense, DensePhase):
+            raise ConfigError(f"dense must follow selectune.types.DensePhase, got {type(self.dense).__name__}.")
+        changes = self.score is not None and self.score.reads is Reads.CHANGE
+        phased = isinstance(self.schedule, Phased)
+        if self.schedule is not None and not (changes == phased == (self.dense is not None)):
+            raise ConfigError(
+                "Three things come together: a dense phase (dense=), a schedule that says which steps are dense, and a "
+                f"score that reads the change. Got dense={self.dense!r}, the schedule {type(self.schedule).__name__} "
+                f"that says {'which' if phased else 'none'}, a score that reads {getattr(self.score, 'reads', None)}."
+            )
 
     def describe(self) -> dict[str, Any]:
         """The method as plain JSON values, as recorded in a delta."""
+        dense = {} if self.dense is None else {"dense": {"name": type(self.dense).__name__, **_fields(self.dense)}}
         return {
             "name": self.name,
             "scope": {f.name: list(getattr(self.scope, f.name)) for f in dataclasses.fields(Scope)},
@@ -66,6 +83,7 @@ class Method:
             "schedule": None if self.schedule is None else {
                 "name": type(self.schedule).__name__, **_fields(self.schedule)
             },
+            **dense,
         }  # fmt: skip
 
 
@@ -76,6 +94,7 @@ def compose(
     scope: Scope | Patterns,
     train_fully: Patterns,
     select: Select | None = None,
+    dense: DensePhase | None = None,
 ) -> Method:
     """A method whose scope is a Scope or patterns; `train_fully` joins the scope's own."""
     if isinstance(scope, Scope):
@@ -83,7 +102,7 @@ def compose(
             scope = dataclasses.replace(scope, train_fully=(*scope.train_fully, *patterns(train_fully)))
     else:
         scope = Scope(include=scope, train_fully=train_fully)
-    return Method(scope, score, select or GlobalTopK(), schedule, name)
+    return Method(scope, score, select or GlobalTopK(), schedule, name, dense)
 
 
 def _plain(parameters: Any) -> dict[str, Any]:

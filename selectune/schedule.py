@@ -196,6 +196,73 @@ class Repeat:
         return _count(self.budget)
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """Rounds of dense, then sparse training; each adds its share of the budget where its dense steps end.
+
+    Round r of n is steps [r T / n, (r + 1) T / n), rounded down; `share` of them, a share (float) or a
+    count (int), are dense, and at least one is and one is not. By the end of round r, (r + 1) B / n
+    entries are selected, rounded down: exactly B in the end.
+
+    >>> rounds = Rounds(budget=5, steps=12, share=0.5, rounds=2)
+    >>> [t for t in range(14) if rounds.dense(t)], [rounds.target(t) for t in (2, 3, 8, 9, 99)]
+    ([0, 1, 2, 6, 7, 8], [0, 2, 2, 5, 5])
+    """
+
+    budget: Budget
+    steps: int | None
+    share: int | float = 0.5
+    rounds: int = 1
+
+    keeps = True
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        check_count("steps", self.steps, "the number of optimizer steps of the run, dense and sparse")
+        check_count("rounds", self.rounds, "how often dense training, selection and sparse training follow each other")
+        share = self.share
+        if (
+            isinstance(share, bool)
+            or not isinstance(share, int | float)
+            or not share > 0
+            or (isinstance(share, float) and share >= 1)
+        ):
+            raise ScheduleError(
+                f"dense= is how much of a round is dense: a share below 1 (float) or steps (int), got {share!r}."
+            )
+        shortest = _count(self.steps) // self.rounds
+        needed = 2 if isinstance(share, float) else share + 1
+        if shortest < needed:
+            raise ScheduleError(
+                f"steps={self.steps} in rounds={self.rounds} leaves a round {shortest} steps; dense={share} needs at "
+                f"least {needed}, of which one is sparse. Give more steps, fewer rounds or fewer dense steps."
+            )
+
+    def resolve(self, eligible: int) -> Rounds:
+        return dataclasses.replace(self, budget=resolve_budget(self.budget, eligible))
+
+    def dense(self, step: int) -> bool:
+        return step < self._turn(step)
+
+    def due(self, step: int) -> bool:
+        return step == self._turn(step)
+
+    def target(self, step: int) -> int:
+        done = self._round(step) + (0 if self.dense(step) else 1)
+        return done * _count(self.budget) // self.rounds
+
+    def _round(self, step: int) -> int:
+        steps = _count(self.steps)
+        return min(self.rounds - 1, ((step + 1) * self.rounds - 1) // steps)
+
+    def _turn(self, step: int) -> int:
+        """The first sparse step of the round that this step is in."""
+        steps, r = _count(self.steps), self._round(step)
+        first, end = r * steps // self.rounds, (r + 1) * steps // self.rounds
+        length = self.share if isinstance(self.share, int) else round(self.share * (end - first))
+        return first + min(max(1, length), end - first - 1)
+
+
 def _count(value: Budget) -> int:
     if not isinstance(value, int):
         raise ScheduleError(f"The schedule's budget {value!r} is not a count yet; call resolve(eligible) first.")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from selectune.errors import ScopeError
 
-VALUES = "selectune_values"  # the name of the trainable vector on an attached model
+OWN = "selectune_"  # how the names of all parameters begin that a tuner puts on a model
+VALUES = OWN + "values"  # the name of the trainable vector on an attached model
 BIASES = "*bias"  # names whose last component is `bias` or ends in `_bias`
 CROSS_ATTENTION = "@cross_attention"  # a decoder's attention to the encoder, and the layer norm of that block
 

@@ -7,6 +7,8 @@ A method is four values (`selectune.method.Method`):
     select    scores x quota -> exactly that many entries      selectune/select.py
     schedule  is it time to select, and how many by then       selectune/schedule.py
 
+and, where steps are dense, of a fifth: dense, what is trained while every entry is (selectune/dense.py).
+
 Letters used beside tensors: N entries in scope, B the budget, n entries of one tensor, q a quota.
 """
 
@@ -36,6 +38,7 @@ class Reads(enum.StrEnum):
     NOTHING = "nothing"  # f(weight, generator): the shape and a seeded generator
     WEIGHT = "weight"  # f(weight): one pass over the weights, no data
     GRADIENT = "gradient"  # f(weight, gradient): the gradient of the step that is being taken
+    CHANGE = "change"  # f(weight, change): the weight before a dense phase, and what the phase added to it
     EXAMPLES = "examples"  # sum over single examples of f(weight, gradient): a backward pass each
     BATCHES = "batches"  # sum over mini-batches of f(weight, gradient): a backward pass each
     POOLED = "pooled"  # f(weight, gradient summed over mini-batches): a backward pass each
@@ -184,4 +187,73 @@ class Schedule(Protocol):
 
     def target(self, step: int) -> int:
         """How many entries are selected once this step's selection is done."""
+        ...
+
+
+@runtime_checkable
+class Phased(Schedule, Protocol):
+    """A schedule with dense steps. Entries are selected at the first step that is not dense again."""
+
+    def dense(self, step: int) -> bool:
+        """Whether every entry in scope is trained at this step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Here:
+    """One tensor at one step of a dense phase: all that the phase's functions may read."""
+
+    base: Tensor  # the weight as the phase found it; this and all below in float32, or float64 for float64 weights
+    latents: tuple[Tensor, ...]
+    generator: Generator  # seeded by run, step and tensor: asked twice within a step, it draws the same
+    total: int  # N, the entries in scope
+
+
+@runtime_checkable
+class DensePhase(Protocol):
+    """What is trained while every entry in scope is, and what becomes of it.
+
+    A weight is a function of *latents*, tensors that the user's optimizer trains in its place. In a step:
+
+        forward   the weights are `weight(here)`
+        backward  the weight's dense gradient becomes the latents' through `pull`, and is freed
+        step      `step` has the last word on the latents' gradients, after clipping and unscaling
+
+    At the end `change` is what the score reads, the weights are rewound to the bits they had, entries are
+    selected, and the latents are freed with their gradients and optimizer state. All functions are pure.
+    """
+
+    @property
+    def latents(self) -> Mapping[str, float | None]:
+        """The latents of a tensor by name, each with its own learning rate; None: that of the optimizer."""
+        ...
+
+    @property
+    def itself(self) -> bool:
+        """Whether the one latent is the weight itself: it is then trained in place, where its dtype allows."""
+        ...
+
+    @property
+    def found(self) -> bool:
+        """Whether selected entries go on from the values that the phase found, and not from those before it."""
+        ...
+
+    def start(self, base: Tensor) -> tuple[Tensor, ...]:
+        """The latents of a tensor at the phase's first step, at which the weight is `base`."""
+        ...
+
+    def weight(self, here: Here) -> Tensor:
+        """The weight in the next forward."""
+        ...
+
+    def pull(self, gradient: Tensor, here: Here) -> tuple[Tensor, ...]:
+        """The latents' gradients out of the weight's: linear, so that the passes of a step add up."""
+        ...
+
+    def step(self, gradients: tuple[Tensor, ...], here: Here) -> tuple[Tensor, ...]:
+        """The gradients that the optimizer sees: with penalties added, or masked."""
+        ...
+
+    def change(self, here: Here) -> Tensor:
+        """What the phase adds to `base`, without noise."""
         ...

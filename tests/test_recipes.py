@@ -43,6 +43,9 @@ ROWS = {
     "bitfit": Row(st.bitfit(), 59, 59),
     "random": Row(st.random(60), 60, 60),
     "xattn": Row(st.xattn(scope="attention.*"), 0, 0, dense=288),
+    "lt-sft": Row(st.lt_sft(60, 6), 0, 60),
+    "diff-pruning": Row(st.diff_pruning(60, 6, gate_lr=0.01), 0, 60),
+    "child-tuning-f": Row(st.child_tuning_f(0.25), 0, 0, dense=1580),
     "full": Row(st.full(), 0, 0, dense=1580),
 }
 VARIANTS = {
@@ -52,6 +55,12 @@ VARIANTS = {
     "id3, head trained fully": Row(st.id3(60, 6, train_fully=["norm.*", "conv.*"]), 0, 60, dense=216),
     "fish, labels of the model": Row(st.fish(60, examples=3, labels="model"), 60, 60),
     "pafi, random ties": Row(st.pafi(60, tie="random"), 60, 60),
+    "lt-sft, 2 rounds, head": Row(  # an LSTM's two biases have one gradient: their changes differ by rounding only
+        st.lt_sft(61, 6, 0.4, 2, scope=st.Scope(exclude="*bias_hh*"), train_fully=["norm.*", "conv.*"]), 0, 61, 216
+    ),
+    "diff-pruning, found, no groups": Row(
+        st.diff_pruning(60, 6, dense=3, structured=False, start_from="found", train_fully="norm.*"), 0, 60, dense=16
+    ),
     "id3 without the embedding": Row(st.id3(60, 6, scope=st.Scope(exclude="embed.*")), 0, 60),
 }
 every_row = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in (ROWS | VARIANTS).items()])

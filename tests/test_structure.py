@@ -25,7 +25,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors",),
     ("types",),
-    ("scope", "schedule", "select", "scores"),
+    ("scope", "schedule", "select", "scores", "dense"),
     ("method",),
     ("recipes",),
     ("ops",),

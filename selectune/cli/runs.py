@@ -38,7 +38,9 @@ def train(
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option("--lr", help="Learning rate. Default: 5e-4, and 5e-5 for the method full.", show_default=False),
+        typer.Option(
+            "--lr", help="Learning rate. Default: 5e-4; 5e-5 for full, 4e-5 for child-tuning-f.", show_default=False
+        ),
     ] = None,
     epochs: Annotated[
         float | None,
@@ -81,6 +83,43 @@ def train(
     score: Annotated[
         str | None,
         typer.Option(help="SparseAdapter: snip, grasp, synflow, magnitude or random.", show_default=False),
+    ] = None,
+    p: Annotated[
+        float | None,
+        typer.Option("--p", help="Child-Tuning-F: share of the gradient that a step keeps.", show_default=False),
+    ] = None,
+    dense: Annotated[
+        float | None,
+        typer.Option(help="LT-SFT, Diff pruning: share of the steps that train everything.", show_default=False),
+    ] = None,
+    dense_lr: Annotated[
+        float | None,
+        typer.Option(help="The learning rate of these steps. Default: the paper's.", show_default=False),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="LT-SFT: in how many rounds the budget is selected.", show_default=False)
+    ] = None,
+    l1: Annotated[
+        float | None,
+        typer.Option("--l1", help="LT-SFT: penalty on the mean change while all is trained.", show_default=False),
+    ] = None,
+    penalty: Annotated[
+        float | None, typer.Option(help="Diff pruning: penalty on the number of open gates.", show_default=False)
+    ] = None,
+    structured: Annotated[
+        bool | None,
+        typer.Option(help="Diff pruning: a further gate for each tensor. Default: yes.", show_default=False),
+    ] = None,
+    group_penalty: Annotated[
+        str | None,
+        typer.Option(help="Diff pruning: 'product' or 'sum' of a tensor's and an entry's.", show_default=False),
+    ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(help="Diff pruning: kept entries go on from 'base' or 'found' values.", show_default=False),
+    ] = None,
+    gate_lr: Annotated[
+        float | None, typer.Option(help="Diff pruning: the gates' learning rate. Default: 0.1.", show_default=False)
     ] = None,
     include: Annotated[
         list[str] | None,
@@ -133,6 +172,16 @@ def train(
         batches=batches,
         labels=labels,
         score=score,
+        p=p,
+        dense=dense,
+        dense_lr=dense_lr,
+        rounds=rounds,
+        l1=l1,
+        penalty=penalty,
+        structured=structured,
+        group_penalty=group_penalty,
+        start_from=start_from,
+        gate_lr=gate_lr,
         include=patterns(include),
         exclude=patterns(exclude),
         train_fully=patterns(train_fully),

@@ -14,8 +14,8 @@ from selectune.delta.bits import dtype_name, raw
 from selectune.delta.schema import canonical_json, canonical_name, sha256
 from selectune.errors import BaseMismatchError, DeltaStateError
 
-VALUES_NAME = "selectune_values"
-"""The parameter that an attached tuner puts on a model; it is no part of the model's structure."""
+OWN = "selectune_"
+"""How the parameters that an attached tuner puts on a model are named; they are no part of its structure."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ def inventory(model: nn.Module) -> Inventory:
     tensors: dict[Any, tuple[str, Tensor]] = {}
     attached = False
     for name, kind, tensor in _walk(model):
-        if name.rpartition(".")[2] == VALUES_NAME:
+        if name.rpartition(".")[2].startswith(OWN):
             attached = True
             continue
         _check_tensor(name, tensor)

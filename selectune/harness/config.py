@@ -18,16 +18,22 @@ from selectune.recipes import RECIPES, Recipe
 from selectune.scope import Scope
 
 SCHEDULES = ("linear", "cosine", "constant")
-LEARNING_RATES = {"full": 5e-5}
+LEARNING_RATES = {"full": 5e-5, "child-tuning-f": 4e-5}
+DENSE_RATES = {"lt-sft": 5e-5, "diff-pruning": 1e-5}  # the papers' own, of the steps that train everything
 LEARNING_RATE = 5e-4
-_OPTIONS = ("budget", "exp", "eps", "every", "examples", "batches", "labels", "score")
+_MANY = 1 << 30  # stands for a number of steps that is not known yet
+_OPTIONS = (
+    "budget", "exp", "eps", "every", "examples", "batches", "labels", "score", "p", "dense", "dense_lr", "rounds", "l1",
+    "penalty", "structured", "group_penalty", "start_from", "gate_lr",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What `selectune train` is told. None means the method's, the task's or the checkpoint's own default.
 
-    `budget`: a count (int) or a density (float below 1). `lr` None: 5e-5 for `full`, 5e-4 for the others. `epochs`,
+    `budget`: a count (int) or a density (float below 1). `lr` None: 5e-5 for `full`, 4e-5 for
+    `child-tuning-f`, 5e-4 for the others. `dense_lr` is that of steps that train everything before selection. `epochs`,
     `eval_every`, `max_length` None: the papers' values for the task. `seed` draws the head, the data order, dropout and
     the method's choices. `batch_size` rows make one backward pass, `accumulation` of these one step.
 
@@ -54,6 +60,16 @@ class RunConfig:
     batches: int | None = None
     labels: str | None = None
     score: str | None = None
+    p: float | None = None
+    dense: int | float | None = None
+    dense_lr: float | None = None
+    rounds: int | None = None
+    l1: float | None = None
+    penalty: float | None = None
+    structured: bool | None = None
+    group_penalty: str | None = None
+    start_from: str | None = None
+    gate_lr: float | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     train_fully: tuple[str, ...] = ()
@@ -90,7 +106,7 @@ class RunConfig:
             raise ConfigError(f"Unknown dtype '{self.dtype}'. Known: {', '.join(DTYPES)}.")
         if self.out is not None and Path(self.out).exists() and not Path(self.out).is_dir():
             raise ConfigError(f"out={self.out} is a file; it must be a folder, which is made if it is missing.")
-        build_method(self, steps=self.max_steps or 1)
+        build_method(self, steps=self.max_steps or _MANY)
 
     @property
     def learning_rate(self) -> float:
@@ -135,6 +151,8 @@ def build_method(config: RunConfig, steps: int) -> Method:
         )
     if "steps" in takes:
         given["steps"] = steps
+    if "dense_lr" in takes:
+        given.setdefault("dense_lr", DENSE_RATES.get(config.method))
     return recipe.function(**given, **_scope(config, takes))
 
 

@@ -182,6 +182,7 @@ def _train(
             train_dataset=_Rows(rows["train"]),
             data_collator=lambda batch: collate(loaded.tokenizer, batch),
             callbacks=[SelectuneCallback(tuner, base), follower],
+            optimizers=(_optimizer(config, tuner), None),
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
@@ -200,6 +201,12 @@ def _train(
                 f"was saved. A lower learning rate than {config.learning_rate:g} or float32 weights may help."
             )
     return follower.history
+
+
+def _optimizer(config: RunConfig, tuner: Tuner) -> torch.optim.Optimizer | None:
+    """AdamW in groups where the method gives tensors a learning rate of their own; None: the Trainer's own AdamW."""
+    groups = tuner.parameter_groups(config.learning_rate)
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay) if len(groups) > 1 else None
 
 
 class _Rows(torch.utils.data.Dataset):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from selectune.method import Method
 from selectune.recipes.calibrated import child_tuning_d, fish, grasp, movement, snip, synflow
-from selectune.recipes.dense import full, xattn
+from selectune.recipes.dense import child_tuning_f, full, xattn
 from selectune.recipes.increment import id3, increment_pafi
+from selectune.recipes.phased import diff_pruning, lt_sft
 from selectune.recipes.repeat import repeat_d3
 from selectune.recipes.static import bitfit, gallop, magnitude, pafi, random, static_d3
 
@@ -42,8 +43,12 @@ _MAGNITUDE = "Han et al. 2015, arXiv 1506.02626"
 _CHILD = "Xu et al. 2021, arXiv 2109.05687"
 _XATTN = "Gheini, Ren, May 2021, arXiv 2104.08771"
 _BEFORE = "mini-batch gradients, before training"
+_LT_SFT = "Ansell et al. 2022, arXiv 2110.07560"
+_DIFF = "Guo, Rush, Kim 2021, arXiv 2012.07463"
+_CHANGE = "what dense training changed, once a round"
 _EVERY = "the gradient of every selecting step"
 _DENSE_STEP = "a dense gradient and one pass, a selecting step"
+_LATER = "{} a weight in dense steps, then about 40 a selected scalar"
 _SPARSE = "about 40 a selected scalar"
 _DOUBLE = "12 a weight and the graph of a double backward pass, once"
 RECIPES: dict[str, Recipe] = {
@@ -65,11 +70,22 @@ RECIPES: dict[str, Recipe] = {
         Recipe("bitfit", bitfit, "names", _BITFIT, "none", _SPARSE),
         Recipe("random", random, "nothing", "R-Mask baseline of arXiv 2111.09839 and 2408.14470", "one", _SPARSE),
         Recipe("xattn", xattn, "names", _XATTN, "none", "16 a weight of the blocks"),
+        Recipe("lt-sft", lt_sft, _CHANGE, _LT_SFT, "dense steps, and one", _LATER.format(20)),
+        Recipe(
+            "diff-pruning",
+            diff_pruning,
+            _CHANGE,
+            _DIFF,
+            "dense steps, and one",
+            _LATER.format(36),
+        ),
+        Recipe("child-tuning-f", child_tuning_f, "nothing", _CHILD, "dense steps", "20 a weight"),
         Recipe("full", full, "nothing", "the dense baseline", "none", "16 a weight"),
     )
 }
 
 __all__ = [
-    "RECIPES", "Recipe", "bitfit", "child_tuning_d", "fish", "full", "gallop", "grasp", "id3", "increment_pafi",
-    "magnitude", "movement", "pafi", "random", "repeat_d3", "snip", "static_d3", "synflow", "xattn",
+    "RECIPES", "Recipe", "bitfit", "child_tuning_d", "child_tuning_f", "diff_pruning", "fish", "full", "gallop",
+    "grasp", "id3", "increment_pafi", "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3", "snip",
+    "static_d3", "synflow", "xattn",
 ]  # fmt: skip

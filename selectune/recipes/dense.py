@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from selectune.dense import Weights
 from selectune.method import Method, Patterns
 from selectune.scope import CROSS_ATTENTION, Scope
 
@@ -29,3 +30,17 @@ def xattn(scope: Patterns = (CROSS_ATTENTION,)) -> Method:
     ('@cross_attention',)
     """
     return Method(Scope(include=(), train_fully=scope), name="xattn")
+
+
+def child_tuning_f(p: float = 0.3, scope: Scope | Patterns = ("*",)) -> Method:
+    """Child-Tuning-F: train everything, at every step by a fresh random share p of the gradient, divided by p.
+
+    The mean of the masked gradient is the gradient; no budget: a regulariser of dense training. The mask
+    is drawn after clipping. The source uses p of 0.2 to 0.4. Costs what full fine-tuning does, and a copy of
+    the base. Source: Xu et al. (2021), Raise a Child in Large Language Model, arXiv 2109.05687.
+
+    >>> import selectune as st
+    >>> st.child_tuning_f(p=0.25).dense
+    Weights(l1=0.0, p=0.25, lr=None)
+    """
+    return Method(scope if isinstance(scope, Scope) else Scope(scope), name="child-tuning-f", dense=Weights(p=p))

@@ -1,9 +1,11 @@
 """Scores by what they read. A new one is one function here or anywhere (docs/extend.md)."""
 
 from selectune.scores.calibrated import fisher, fisher_batches, grasp, movement, snip, synflow
+from selectune.scores.change import change
 from selectune.scores.gradient import d3
 from selectune.scores.weight import constant, magnitude, pafi, random
 
 __all__ = [
-    "constant", "d3", "fisher", "fisher_batches", "grasp", "magnitude", "movement", "pafi", "random", "snip", "synflow",
+    "change", "constant", "d3", "fisher", "fisher_batches", "grasp", "magnitude", "movement", "pafi", "random", "snip",
+    "synflow",
 ]  # fmt: skip

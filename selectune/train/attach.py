@@ -15,9 +15,10 @@ from selectune import ops
 from selectune.delta import Delta
 from selectune.errors import AlreadyAttachedError, ConfigError, DetachedError, IntegrityError
 from selectune.method import Method
-from selectune.scope import VALUES, Found
+from selectune.scope import OWN, VALUES, Found
 from selectune.train import package
 from selectune.train.calibrate import Batches, Loss, calibrate
+from selectune.train.dense import Phase
 from selectune.train.ledger import Ledger
 from selectune.train.optimizers import Follower
 from selectune.train.tracker import Tracker
@@ -108,28 +109,35 @@ class Tuner:
         self.method, self.schedule, self.seed = method, schedule, seed
         self.budget = 0 if schedule is None else int(schedule.budget or 0)
         self._model: nn.Module | None = model
-        self._found = found if schedule is not None else Found((), found.dense)
-        self._ledger = Ledger(self._found.tensors, self.budget)
-        package.warn_of_zeros(method, self._found, self.budget)
-        self._base = package.BaseCopy(model, self._found)
+        self._all = found if schedule is not None or method.dense is not None else Found((), found.dense)
+        self._phase: Phase | None = None
+        self._ledger = Ledger(self._all.tensors, self.budget)
+        package.warn_of_zeros(method, self._all, self.budget)
+        self._base = package.BaseCopy(model, self._all)
         self._requires_grad = {p: p.requires_grad for p in model.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         try:
             ready = None
             if method.score is not None and (method.score.reads.calibrated or method.score.drawn):
-                ready = calibrate(model, method.score, self._found.tensors, calibration, loss, seed)
+                ready = calibrate(model, method.score, self._all.tensors, calibration, loss, seed)
         except BaseException:
             self._unfreeze()
             raise
-        for tensor in self._found.dense:
+        for tensor in self._all.dense:
             tensor.parameter.requires_grad_(True)
-        self._tracker = Tracker(model, method, schedule, self._found.tensors, self._ledger, seed, accumulation_steps)
-        if self._found.tensors:
+        self._tracker = Tracker(model, method, schedule, self._all.tensors, self._ledger, seed, accumulation_steps)
+        if self._all.tensors:
             model.register_parameter(VALUES, self._ledger.values)
+        if method.dense is not None and self._all.tensors:
+            self._phase = Phase(model, method.dense, schedule, self._all, self._tracker, self._base)
+            log.warning(
+                "The dense phase of %s holds %s bytes beside the model: a copy of the base, what is trained, its "
+                "gradients and, with AdamW, two moments of each.", method.name, f"{self._phase.bytes():,}",
+            )  # fmt: skip
         trained = self.parameters()
-        frozen = [t.parameter for t in self._found.tensors]
-        self._follower = Follower(self._tracker, trained, frozen)
+        frozen = [t.parameter for t in self._all.tensors]
+        self._follower = Follower(self._tracker, trained, frozen, self._phase)
         self._tracker.keepalive = self._follower  # training goes on when only the model is kept
         self._handles = [
             model.register_state_dict_post_hook(_hide_values),
@@ -143,9 +151,34 @@ class Tuner:
     # -- what is trained
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer gets: the values (B,), then the tensors trained wholly."""
-        values = [self._ledger.values] if self._found.tensors else []
-        return [*values, *(t.parameter for t in self._found.dense)]
+        """What an optimizer gets: the values (B,), what a dense phase trains while on, the tensors trained wholly."""
+        values = [self._ledger.values] if self._ledger.values.numel() else []
+        latents = [] if self._phase is None else self._phase.parameters()
+        return [*values, *latents, *(t.parameter for t in self._all.dense)]
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """`parameters()` as an optimizer's groups: one for each learning rate, that of the method where it has one.
+
+        >>> import torch, selectune as st
+        >>> tuner = st.attach(torch.nn.Linear(8, 4), st.diff_pruning(budget=6, steps=10))
+        >>> [(len(group["params"]), group["lr"]) for group in tuner.parameter_groups(lr=1e-4)]
+        [(3, 0.0001), (4, 0.1)]
+        """
+        own = {} if self._phase is None else self._phase.rates()
+        groups: dict[float | None, list[nn.Parameter]] = {None: []}
+        for parameter in self.parameters():
+            groups.setdefault(own.get(id(parameter)), []).append(parameter)
+        return [{"params": found, "lr": lr if rate is None else rate} for rate, found in groups.items() if found]
+
+    @property
+    def in_dense_phase(self) -> bool:
+        """Whether every entry in scope is being trained; a delta then holds these tensors whole."""
+        return self._phase is not None and self._phase.on
+
+    @property
+    def _found(self) -> Found:
+        """What is selected from and what is trained wholly, at present."""
+        return Found((), (*self._all.dense, *self._all.tensors)) if self.in_dense_phase else self._all
 
     @property
     def model(self) -> nn.Module:
@@ -172,7 +205,7 @@ class Tuner:
     @property
     def support(self) -> dict[str, Tensor]:
         """{parameter name: sorted flat int64 indices} of the selected entries; tensors without any are left out."""
-        pages = zip(self._found.tensors, self._ledger.pages, strict=True)
+        pages = zip(self._all.tensors, self._ledger.pages, strict=True)
         return {t.name: p.flat.cpu() for t, p in pages if p.flat.numel()}
 
     @property
@@ -203,7 +236,7 @@ class Tuner:
     @property
     def unreached(self) -> list[str]:
         """Names of tensors that hold selected entries and never sent a gradient."""
-        pages = zip(self._found.tensors, self._ledger.pages, strict=True)
+        pages = zip(self._all.tensors, self._ledger.pages, strict=True)
         return [t.name for t, p in pages if p.flat.numel() and t.index not in self._tracker.reached]
 
     # -- proof, file, end
@@ -214,7 +247,8 @@ class Tuner:
         One pass over the weights. Raises IntegrityError naming the tensors that moved.
         """
         model = self.model
-        self._tracker.write_weights()
+        if not self.in_dense_phase:
+            self._tracker.write_weights()
         moved = self._base.moved(model, self._ledger)
         if moved:
             raise IntegrityError(
@@ -223,7 +257,7 @@ class Tuner:
             )
         changed = sum(
             int((ops.bits(ops.gather_entries(t.parameter, p.touched()[0])) != ops.bits(p.touched()[1])).sum())
-            for t, p in zip(self._found.tensors, self._ledger.pages, strict=True)
+            for t, p in zip(self._found.tensors, self._ledger.pages, strict=False)
         )
         dense = sum(t.parameter.numel() for t in self._found.dense)
         return Verification(changed, self.selected, self.touched, self.budget, dense, len(self.support))
@@ -279,6 +313,8 @@ class Tuner:
             handle.remove()
         self._ledger.write_base()
         self._base.restore(model)
+        if self.in_dense_phase and self._phase is not None:
+            self._phase.free()
         if VALUES in model._parameters:
             del model._parameters[VALUES]
         self._unfreeze()
@@ -291,14 +327,17 @@ class Tuner:
 
     def _weights_loaded(self, module: nn.Module, incompatible: Any) -> None:
         del module
-        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k.rpartition(".")[2] != VALUES]
+        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not _own(k)]
         moved = self._base.moved(self.model, self._ledger)
         if moved:
             raise IntegrityError(
                 f"load_state_dict changed {len(moved)} tensors outside the support: {', '.join(moved[:5])}. A tuner is "
                 "attached, so only checkpoints of this very run can be loaded. Detach first, or load before attach."
             )
-        self._tracker.weights_changed()
+        if self.in_dense_phase and self._phase is not None:
+            self._phase.weights_changed()
+        else:
+            self._tracker.weights_changed()
 
     def __repr__(self) -> str:
         return f"Tuner({self.method.name}, selected {self.selected:,} of {self.budget:,}, step {self.step})"
@@ -307,4 +346,9 @@ class Tuner:
 def _hide_values(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """The state dict of an attached model is that of an ordinary tuned model."""
     del module, metadata
-    state.pop(prefix + VALUES, None)
+    for key in [k for k in state if k.startswith(prefix) and _own(k)]:
+        del state[key]
+
+
+def _own(key: str) -> bool:
+    return key.rpartition(".")[2].startswith(OWN)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from selectune.errors import OptimizerError
+from selectune.train.dense import Phase
 from selectune.train.tracker import Tracker
 
 _followers: weakref.WeakSet[Follower] = weakref.WeakSet()
@@ -19,8 +20,10 @@ _followers: weakref.WeakSet[Follower] = weakref.WeakSet()
 class Follower:
     """Tells a tracker when the optimizer that holds its parameters steps, for as long as it is kept alive."""
 
-    def __init__(self, tracker: Tracker, trained: list[nn.Parameter], frozen: list[nn.Parameter]) -> None:
-        self.tracker = tracker
+    def __init__(
+        self, tracker: Tracker, trained: list[nn.Parameter], frozen: list[nn.Parameter], phase: Phase | None = None
+    ) -> None:
+        self.tracker, self.phase = tracker, phase
         self.trained = {id(p) for p in trained}
         self.frozen = {id(p) for p in frozen}
         _install()
@@ -31,7 +34,9 @@ class Follower:
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         tracker, held = self.tracker, _held(optimizer)
-        if held & self.trained:
+        if self.phase is not None and self.phase.on:
+            self.phase.before_step(optimizer, held, self.frozen)
+        elif held & self.trained:
             if tracker.tensors and id(tracker.ledger.values) not in held:
                 return
             tracker.before_step()
@@ -46,9 +51,14 @@ class Follower:
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         tracker = self.tracker
+        if self.phase is not None and self.phase.on:
+            self.phase.after_step(_held(optimizer))
+            return
         wanted = {id(tracker.ledger.values)} if tracker.tensors else self.trained
         if _held(optimizer) & wanted:
             tracker.commit()
+            if self.phase is not None:
+                self.phase.turn()
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,18 +24,37 @@ class BaseCopy:
     """What it takes to see and to undo changes: a checksum a frozen tensor, a copy of dense tensors and buffers."""
 
     def __init__(self, model: nn.Module, found: Found) -> None:
-        self.found = found
         self.scoped = {id(t.parameter): t for t in found.tensors}
         self.dense = {t.name: t.parameter.detach().clone() for t in found.dense}
         whole = {id(t.parameter) for t in found.dense}
         self.sums = {n: ops.checksum(p) for n, p in model.named_parameters() if id(p) not in whole}
         self.buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
 
+    def hold(self, tensors: Sequence[ScopedTensor], ledger: Ledger) -> None:
+        """Copies of tensors in scope that are to be trained wholly for a while; touched entries as they were."""
+        for tensor in tensors:
+            copy = tensor.parameter.detach().clone()
+            ops.scatter_entries(copy, *ledger.pages[tensor.index].touched())
+            self.dense[tensor.name] = copy
+
+    def held(self, tensor: ScopedTensor) -> Tensor:
+        """The base of a tensor that is trained wholly, where its weight is now."""
+        copy = self.dense[tensor.name]
+        if copy.device != tensor.parameter.device:
+            copy = self.dense[tensor.name] = copy.to(tensor.parameter.device)
+        return copy
+
+    def release(self, tensors: Sequence[ScopedTensor]) -> None:
+        for tensor in tensors:
+            self.dense.pop(tensor.name, None)
+
     def moved(self, model: nn.Module, ledger: Ledger) -> list[str]:
         """Names of tensors whose untouched entries are not the base's."""
         moved = []
         parameters = dict(model.named_parameters())
         for name, before in self.sums.items():
+            if name in self.dense:
+                continue
             tensor = self.scoped.get(id(parameters[name]))
             now = ops.checksum(parameters[name])
             if tensor is not None:
@@ -57,8 +76,9 @@ class BaseCopy:
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        for tensor in self.found.dense:
-            tensor.parameter.copy_(self.dense[tensor.name])
+        parameters = dict(model.named_parameters())
+        for name, before in self.dense.items():
+            parameters[name].copy_(before)
         self.restore_buffers(model)
 
     @torch.no_grad()

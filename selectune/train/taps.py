@@ -86,6 +86,7 @@ class Taps:
         self.before_forward, self.pages, self.recompute = before_forward, pages, recompute
         self.uses = [0] * len(tensors)  # gradients expected per tensor in the next backward pass
         self.grad_was_off = False  # part of a forward ran without gradients: reentrant checkpointing, perhaps
+        self.asleep = False  # weights are trained as torch does it: no shadows
         self.skip_unneeded = True  # until then: reentrant checkpointing needs inputs that require gradients
         self._depth = 0
         self._shadows: list[Shadow | None] | None = None
@@ -120,7 +121,7 @@ class Taps:
             self.recompute()
         else:
             self.before_forward()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self.asleep:
             self._show()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -76,6 +76,7 @@ class Tracker:
         self._score = method.score or constant()
         self._keeps = schedule is None or schedule.keeps
         self._needs_gradient = self._score.reads is Reads.GRADIENT
+        self._selects_ahead = self._score.reads not in (Reads.GRADIENT, Reads.CHANGE)
         self.taps = Taps(model, tensors, ledger.values, self, self.before_forward, self.open_graph, self.recompute)
 
     @property
@@ -199,7 +200,7 @@ class Tracker:
 
     def select_ahead(self) -> None:
         """Selections that read no gradient of the run: before forward, so that no dense gradient is needed."""
-        if self._needs_gradient or self.quota == 0 or self._window.before is not None:
+        if not self._selects_ahead or self.quota == 0 or self._window.before is not None:
             return
         if self._keeps:
             if self._queue is None:

@@ -1,0 +1,362 @@
+"""The dense phase of a run: latents in, their gradients, the weights that follow, and the way back to sparse.
+
+While the phase is on, autograd gives every weight in scope its ordinary dense gradient and the taps are
+asleep. Latents that are not the weight itself are parameters on the model, hidden from its state dict;
+a hook turns a weight's gradient into theirs as it appears. At the end the weights are the base again, bit
+for bit, the best entries get their slots, and of the phase nothing stays that is larger than O(B).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from selectune import ops
+from selectune.errors import ConfigError, IntegrityError, NonFiniteError, OptimizerError
+from selectune.scope import OWN, Found
+from selectune.train.package import BaseCopy
+from selectune.train.scan import scan
+from selectune.train.tracker import Tracker
+from selectune.types import DensePhase, Here, Phased, Schedule
+
+log = logging.getLogger("selectune")
+
+WIDE = (torch.float32, torch.float64)
+
+
+class Phase:
+    """Turns a run's dense phase on and off, and follows its steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: DensePhase,
+        schedule: Schedule | None,
+        found: Found,
+        tracker: Tracker,
+        base: BaseCopy,
+    ) -> None:
+        self.kind, self.tracker, self.tensors = kind, tracker, found.tensors
+        self.schedule = schedule if isinstance(schedule, Phased) else None
+        self.on = False
+        self._model, self._base, self._heads, self._total = model, base, found.dense, found.eligible
+        self._before: list[Tensor] = []  # what the heads were when the phase began
+        self._hooks: list[RemovableHandle] = []
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._in_step = False
+        self._pulled = False  # a gradient came since the last step
+        self._seen: list[int] = []  # versions of the latents that the weights follow
+        self.latents = [self._make(t.parameter) for t in self.tensors]
+        tracker.taps.before_forward = self.before_forward
+        self.begin()
+
+    def _make(self, weight: nn.Parameter) -> list[nn.Parameter]:
+        if self.kind.itself and weight.dtype in WIDE:
+            return [weight]
+        return [nn.Parameter(torch.empty(0, dtype=_wide(weight), device=weight.device)) for _ in self.kind.latents]
+
+    # -- what is trained
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The latents while the phase is on, tensor by tensor."""
+        return [latent for latents in self.latents for latent in latents] if self.on else []
+
+    def rates(self) -> dict[int, float]:
+        """{id of a latent: its own learning rate}, of latents that have one."""
+        own = list(self.kind.latents.values())
+        rates = [(latent, rate) for latents in self.latents for latent, rate in zip(latents, own, strict=True)]
+        return {id(latent): rate for latent, rate in rates if rate is not None}
+
+    def bytes(self) -> int:
+        """Bytes beside the model while the phase is on: base, latents, gradients, and two moments each of AdamW."""
+        total = 0
+        for tensor, latents in zip(self.tensors, self.latents, strict=True):
+            weight = tensor.parameter
+            own = len(latents) == 1 and latents[0] is weight
+            trained = sum(latent.numel() * latent.element_size() for latent in latents)
+            total += weight.numel() * weight.element_size() + trained * (3 if own else 4)
+        return total
+
+    # -- on and off
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Every entry in scope is trained from here on."""
+        self.on, self._pulled = True, False
+        self.tracker.taps.asleep = True
+        self.tracker.taps.forget()
+        self.tracker.ledger.values.grad = None
+        self._base.hold(self.tensors, self.tracker.ledger)
+        self._before = [t.parameter.detach().clone() for t in self._heads]
+        for index, (tensor, latents) in enumerate(zip(self.tensors, self.latents, strict=True)):
+            tensor.parameter.requires_grad_(True)
+            if latents[0] is not tensor.parameter:
+                begun = self.kind.start(_widened(tensor.parameter.detach()))
+                for name, latent, start in zip(self.kind.latents, latents, begun, strict=True):
+                    latent.data = start
+                    self._model.register_parameter(f"{OWN}{name}_{index}", latent)
+            hook = functools.partial(self._pull, index)
+            self._hooks.append(tensor.parameter.register_post_accumulate_grad_hook(hook))
+        self.refresh()
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Rewinds the weights, gives the best entries their slots, and frees all that is dense.
+
+        Raises NonFiniteError, with nothing changed, if the phase ended in numbers that cannot be compared.
+        """
+        tracker, ledger = self.tracker, self.tracker.ledger
+        broken = [t.name for t in self.tensors if not bool(torch.isfinite(self.kind.change(self._here(t.index))).all())]
+        if broken:
+            raise NonFiniteError(
+                f"The dense phase ended at step {tracker.step} with NaN or infinity in {len(broken)} tensors "
+                f"({', '.join(broken[:3])}), so its changes cannot be ranked. Lower its learning rate."
+            )
+        quota = 0 if self.schedule is None else self.schedule.target(tracker.step) - ledger.selected
+        method = tracker.method
+        collector = method.select.collector(quota, [t.parameter.numel() for t in self.tensors], tracker.seed)
+        for tensor in self.tensors:
+            change = self.kind.change(self._here(tensor.index))
+            tensor.parameter.copy_(self._base.dense[tensor.name])
+            if method.score is not None and quota > 0:
+                scan(collector, method.score, tensor, ledger.pages[tensor.index].flat, change)
+        tensors, flat, found = collector.close()
+        if flat.numel() < quota:
+            tracker.events["shortfall"] += quota - flat.numel()
+        slots = ledger.add(tensors, flat)
+        if self.kind.found:
+            ledger.values[slots] += found.to(ledger.values)
+        tracker.write_weights()
+        self._rewind_heads()
+        self._restart(ledger.values)
+        self.free()
+
+    def free(self) -> None:
+        """Turns the phase off: what it held is released, whatever the weights are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for index, (tensor, latents) in enumerate(zip(self.tensors, self.latents, strict=True)):
+            tensor.parameter.requires_grad_(False)
+            tensor.parameter.grad = None
+            for name, latent in zip(self.kind.latents, latents, strict=True):
+                latent.grad = None
+                for optimizer in self._optimizers:
+                    optimizer.state.pop(latent, None)
+                if latent is not tensor.parameter:
+                    latent.data = latent.data.new_empty(0)
+                    self._model._parameters.pop(f"{OWN}{name}_{index}", None)
+        self._base.release(self.tensors)
+        self._before.clear()
+        self.tracker.taps.asleep = False
+        self.on = False
+
+    def _rewind_heads(self) -> None:
+        if self.kind.found:
+            return
+        for tensor, before in zip(self._heads, self._before, strict=True):
+            tensor.parameter.copy_(before)
+            self._restart(tensor.parameter)
+
+    def _restart(self, parameter: nn.Parameter) -> None:
+        """A tensor that goes on from its old value starts with a fresh optimizer state."""
+        parameter.grad = None
+        for optimizer in self._optimizers:
+            if parameter in optimizer.state:
+                _renew(optimizer, parameter)
+
+    # -- forward and backward
+
+    def before_forward(self) -> None:
+        """Brings the weights up to date before the outermost module runs."""
+        if not self.on:
+            self.tracker.before_forward()
+            self.turn()
+            return
+        self.tracker.ledger.follow()
+        if self._versions() == self._seen:
+            return
+        if self._pulled and not self._in_step:
+            raise OptimizerError(
+                "The tensors of the dense phase changed without a step of a torch.optim.Optimizer, whose hooks tell "
+                "when the phase is over. Use an optimizer made from torch.optim.Optimizer."
+            )
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Writes the weights that the latents stand for."""
+        for tensor, latents in zip(self.tensors, self.latents, strict=True):
+            if latents[0] is not tensor.parameter:
+                tensor.parameter.copy_(self.kind.weight(self._here(tensor.index)))
+        self._seen = self._versions()
+
+    @torch.no_grad()
+    def _pull(self, index: int, weight: Tensor) -> None:
+        """A weight's gradient is complete: it becomes that of the latents."""
+        self._pulled = True
+        latents, gradient = self.latents[index], weight.grad
+        if gradient is None:
+            return
+        if gradient.is_sparse:
+            gradient = weight.grad = gradient.to_dense()
+        if latents[0] is not weight:
+            weight.grad = None
+            for latent, part in zip(latents, self.kind.pull(_widened(gradient), self._here(index)), strict=True):
+                latent.grad = part if latent.grad is None else latent.grad.add_(part)
+        if self._in_step:
+            self._finish(index, lambda latent: True)  # a closure: the optimizer's hook has been and gone
+
+    def _versions(self) -> list[int]:
+        return [latent._version for latents in self.latents for latent in latents]
+
+    def _here(self, index: int) -> Here:
+        tensor, ledger = self.tensors[index], self.tracker.ledger
+        base, page = self._base.held(tensor), ledger.pages[index]
+        if page.flat.numel():  # a later round: selected entries began it at their values
+            base = base.clone()
+            ops.scatter_entries(base, page.flat, ledger.values.detach()[page.slot].to(base.device))
+        generator = torch.Generator(base.device).manual_seed(_mixed(self.tracker.seed, self.tracker.step, index))
+        latents = tuple(latent.detach() for latent in self.latents[index])
+        return Here(_widened(base), latents, generator, self._total)
+
+    # -- the optimizer's step
+
+    def before_step(self, optimizer: torch.optim.Optimizer, held: set[int], frozen: set[int]) -> None:
+        """The optimizer is about to step: the phase has its last word on the gradients."""
+        mine = {id(p) for p in self.parameters()}
+        if not held & mine:
+            if held & frozen:
+                raise OptimizerError(
+                    f"This {type(optimizer).__name__} holds frozen weights and nothing that the dense phase trains. "
+                    "Make the optimizer after attach, over tuner.parameters()."
+                )
+            return
+        if self._leads(held) and self.schedule is not None and id(self.tracker.ledger.values) not in held:
+            raise OptimizerError(
+                f"This {type(optimizer).__name__} holds the tensors of the dense phase and not the tuner's values, so "
+                "nothing would be trained once the phase is over. Make it after attach, over tuner.parameters()."
+            )
+        self._optimizers.add(optimizer)
+        self._in_step = True
+        for index in range(len(self.tensors)):
+            self._finish(index, lambda latent: id(latent) in held)
+
+    @torch.no_grad()
+    def _finish(self, index: int, holds: Callable[[nn.Parameter], bool]) -> None:
+        latents = self.latents[index]
+        gradients = tuple(latent.grad for latent in latents if latent.grad is not None)
+        if len(gradients) < len(latents):
+            return  # no use of this tensor in the step
+        for latent, gradient in zip(latents, self.kind.step(gradients, self._here(index)), strict=True):
+            if holds(latent):
+                latent.grad = gradient
+
+    def after_step(self, held: set[int]) -> None:
+        """The optimizer has stepped; the one that holds the first latent counts the step."""
+        if not self._leads(held):
+            return
+        self._in_step = False
+        if not self._pulled:
+            return
+        self._pulled = False
+        self.tracker.step += 1
+        self.turn()
+        if self.on:
+            self.refresh()
+
+    def turn(self) -> None:
+        """Begins or ends the phase if the schedule says so."""
+        wanted = self.schedule is None or self.schedule.dense(self.tracker.step)
+        if self.on and not wanted:
+            self.end()
+        elif wanted and not self.on:
+            self.begin()
+
+    def weights_changed(self) -> None:
+        """Somebody loaded weights into the model: latents follow where they can be told from weights."""
+        for tensor, latents in zip(self.tensors, self.latents, strict=True):
+            weight, latent = tensor.parameter.detach(), latents[0].detach()
+            if latents[0] is tensor.parameter:
+                continue
+            meant = self.kind.weight(self._here(tensor.index)).to(weight)
+            same = ops.bits(meant) == ops.bits(weight)
+            if self.kind.itself:
+                latent.copy_(torch.where(same.view_as(latent), latent, weight.to(latent)))
+            elif not bool(same.all()):
+                raise IntegrityError(
+                    f'load_state_dict changed "{tensor.name}" in a dense phase whose weights follow from other '
+                    "tensors, which a state dict does not hold. Detach first, or load before attach."
+                )
+        self._seen = self._versions()
+
+    def _leads(self, held: set[int]) -> bool:
+        return id(self.latents[0][0]) in held
+
+    # -- resuming a run
+
+    def state(self) -> dict[str, Any]:
+        """What a later process needs beside the tracker's step and the ledger; dense while the phase is on."""
+        latents = [[p.detach().clone() for p in latents] for latents in self.latents] if self.on else []
+        return {"on": self.on, "latents": latents, "before": [t.clone() for t in self._before]}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes a `state`, on a fresh base, after step and ledger: an optimizer made before still holds its tensors."""
+        if not state["on"]:
+            if self.on:
+                for tensor in self.tensors:
+                    tensor.parameter.copy_(self._base.dense[tensor.name])
+                self.tracker.write_weights()
+                self.free()
+            return
+        if not self.on:
+            self.begin()
+        saved = [latent for latents in state["latents"] for latent in latents]
+        if [tuple(t.shape) for t in saved] != [tuple(p.shape) for p in self.parameters()]:
+            raise ConfigError(
+                "The saved dense phase is that of another model or method: its tensors have other shapes."
+            )
+        for latent, value in zip(self.parameters(), saved, strict=True):
+            latent.copy_(value)
+        for before, value in zip(self._before, state["before"], strict=True):
+            before.copy_(value)
+        self.refresh()
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide(tensor))
+
+
+def _mixed(seed: int, step: int, index: int) -> int:
+    """One seed out of three numbers, far apart for neighbours (splitmix64)."""
+    x = 0
+    for part in (seed, step, index):
+        x = (x + part + 0x9E3779B97F4A7C15) & _MASK
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+        x ^= x >> 31
+    return x & (_MASK >> 1)
+
+
+_MASK = (1 << 64) - 1
+
+
+def _renew(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """Fresh optimizer state. Optimizers make it at a tensor's first step, except those that make it at once."""
+    if isinstance(optimizer, torch.optim.Adagrad):
+        for value in optimizer.state[parameter].values():
+            value.zero_()
+    else:
+        optimizer.state.pop(parameter)
