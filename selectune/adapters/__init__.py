@@ -9,7 +9,21 @@ A delta that was trained so records the module; `rebuild(model, delta)` puts it 
 """
 
 from selectune.adapters.on import Adapted, put_on, rebuild
+from selectune.adapters.peers import two_rates
 from selectune.adapters.roles import MAPS, ROLES, Role, find
 from selectune.adapters.spec import KINDS, Kind, Spec, parse
 
-__all__ = ["KINDS", "MAPS", "ROLES", "Adapted", "Kind", "Role", "Spec", "find", "parse", "put_on", "rebuild"]
+__all__ = [
+    "KINDS",
+    "MAPS",
+    "ROLES",
+    "Adapted",
+    "Kind",
+    "Role",
+    "Spec",
+    "find",
+    "parse",
+    "put_on",
+    "rebuild",
+    "two_rates",
+]

@@ -132,7 +132,7 @@ def norms(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if "Norm" in type(m).__name__ and hasattr(m, "weight")]
 
 
-def optimizer(model: nn.Module, lr: float, ratio: float, weight_decay: float) -> torch.optim.Optimizer:
+def two_rates(model: nn.Module, lr: float, ratio: float, weight_decay: float) -> torch.optim.Optimizer:
     """LoRA+'s AdamW: B at `ratio` times the rate of A, through peft."""
     package()
     create = importlib.import_module("peft.optimizers").create_loraplus_optimizer

@@ -10,6 +10,7 @@ import typer
 
 import selectune as st
 from selectune import tasks
+from selectune.adapters import Spec
 from selectune.cli.options import DeltaPath, Dtype, Json, Model, Revision, Trust
 from selectune.cli.output import fail, result, working
 from selectune.delta import Delta
@@ -100,8 +101,10 @@ def _described(delta: Delta) -> dict[str, Any]:
 def _shown(value: dict[str, Any]) -> str:
     base, method = value["base"], value["method"]
     scalars = sum(patch["count"] for patch in value["patches"])
+    module = value.get("module")
     lines = [
         f"method    {method.get('name', '?')}" + (f" on {method['task']}" if "task" in method else ""),
+        *([f"module    {Spec(module['kind'], module['options'])}, seed {module['seed']}"] if module else []),
         f"selected  {scalars:,}" + ("" if value["budget"] is None else f" of {value['budget']:,}"),
         f"base      {base['id'] or 'unknown'}"
         + (f" at {base['revision']}" if base["revision"] else "")

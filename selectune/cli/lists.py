@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from selectune.adapters import KINDS
 from selectune.cli import values
 from selectune.cli.options import Data, Json
 from selectune.cli.output import Bar, result, working
@@ -37,7 +38,7 @@ def tasks(as_json: Json = False) -> None:
 
 
 def methods(as_json: Json = False) -> None:
-    """List the methods: what each does, what selection reads, what it costs, source."""
+    """List the methods: what each does, what selection reads, what it costs, source; then the dense peers."""
     found = [
         {
             "name": recipe.name,
@@ -50,13 +51,43 @@ def methods(as_json: Json = False) -> None:
         }
         for recipe in RECIPES.values()
     ]
+    peers = [
+        {
+            "name": kind.name,
+            "summary": kind.summary,
+            "reads": "nothing",
+            "passes": "none",
+            "bytes": "16 a scalar of the module",
+            "source": kind.source,
+            "takes": list(kind.options),
+            "through": "peft" if kind.peft else "selectune",
+            "on": kind.on,
+            "lr": kind.lr,
+            "lr_source": kind.lr_source,
+        }
+        for kind in KINDS.values()
+    ]
     lines = [
         f"{m['name']}: {m['summary']}\n"
         f"    reads {m['reads']}; passes over the weights: {m['passes']}; bytes: {m['bytes']}\n"
         f"    {m['source']}"
         for m in found
     ]
-    result(as_json, found, "\n".join(lines))
+    for through, title in (("peft", "dense peers, through peft"), ("selectune", "dense peers, our own adapters")):
+        lines.append(
+            f"\n{title}; as --method name:option=value, and under a selective method as --on name:option=value"
+        )
+        lines += [_peer(m) for m in peers if m["through"] == through]
+    result(as_json, [*found, *peers], "\n".join(lines))
+
+
+def _peer(m: dict[str, Any]) -> str:
+    options = f"options {', '.join(m['takes'])}" if m["takes"] else "no options"
+    return (
+        f"{m['name']}: {m['summary']}\n"
+        f"    {options}; learning rate {m['lr']:g} ({m['lr_source']})" + ("" if m["on"] else "; not for --on") + "\n"
+        f"    {m['source']}"
+    )
 
 
 def demo(

@@ -17,6 +17,7 @@ from selectune.harness.train import RunResult, run
 TRAIN_EXAMPLES = (
     "Examples:\n\nselectune train --model demo --task glue/rte --budget 103k --epochs 3 --out runs/rte\n\n"
     "selectune train --model demo --task glue/stsb --method bitfit --out runs/bias\n\n"
+    "selectune train --model demo --task glue/rte --on lora:r=32 --method id3 --budget 114k --out runs/on-lora\n\n"
     "selectune train --model ./my-model --task glue/cola --method id3 --budget 0.17% --exp 1 --every 10 --out runs/cola"
 )
 EVAL_EXAMPLES = "Example:  selectune eval --model demo --delta runs/rte --task glue/rte --json"
@@ -26,7 +27,17 @@ def train(
     model: Model,
     task: Annotated[str, typer.Option("--task", "-t", help="What to learn; `selectune tasks` lists them.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for delta.safetensors and run.json.")],
-    method: Annotated[str, typer.Option(help="How scalars are chosen; `selectune methods` lists them.")] = "id3",
+    method: Annotated[
+        str, typer.Option(help="How scalars are chosen, or a peer such as lora:r=8; `selectune methods` lists.")
+    ] = "id3",
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            help="Select from a module on the frozen model, such as lora:r=32 or pfeiffer:reduction=16.",
+            show_default=False,
+        ),
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -39,7 +50,9 @@ def train(
     lr: Annotated[
         float | None,
         typer.Option(
-            "--lr", help="Learning rate. Default: 5e-4; 5e-5 for full, 4e-5 for child-tuning-f.", show_default=False
+            "--lr",
+            help="Learning rate. Default: 5e-4; 5e-5 for full, 4e-5 for child-tuning-f; peers have their own.",
+            show_default=False,
         ),
     ] = None,
     epochs: Annotated[
@@ -156,6 +169,7 @@ def train(
         model=model,
         task=task,
         method=method,
+        on=on,
         budget=None if budget is None else values.budget(budget),
         lr=lr,
         epochs=epochs,

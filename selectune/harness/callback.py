@@ -57,5 +57,15 @@ class Follower(TrainerCallback):
             )
 
 
+class AfterStep(TrainerCallback):
+    """Calls a function with the step's number after the optimizer's step, while gradients are still there."""
+
+    def __init__(self, function: Callable[[int], None]) -> None:
+        self.function = function
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.function(int(state.global_step))
+
+
 def _plain(value: Any) -> Any:
     return value if isinstance(value, int) else float(value)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from selectune import tasks
+from selectune.adapters import KINDS, Spec
 from selectune.errors import BudgetError, ConfigError
 from selectune.harness.models import DTYPES
+from selectune.harness.modules import method_of, peer, spec_of
 from selectune.method import Method
 from selectune.recipes import RECIPES, Recipe
 from selectune.scope import Scope
@@ -32,8 +34,10 @@ _OPTIONS = (
 class RunConfig:
     """What `selectune train` is told. None means the method's, the task's or the checkpoint's own default.
 
-    `budget`: a count (int) or a density (float below 1). `lr` None: 5e-5 for `full`, 4e-5 for
-    `child-tuning-f`, 5e-4 for the others. `dense_lr` is that of steps that train everything before selection. `epochs`,
+    `method`: a recipe, or a dense peer with its options, `lora:r=16`. `on`: a module under a recipe, `pfeiffer`.
+    `budget`: a count (int) or a density (float below 1). `lr` None: 5e-5 for `full`, 4e-5 for `child-tuning-f`, a
+    peer's own in `selectune.adapters.KINDS`, 5e-4 for the others. `dense_lr` is that of steps that train everything
+    before selection. `epochs`,
     `eval_every`, `max_length` None: the papers' values for the task. `seed` draws the head, the data order, dropout and
     the method's choices. `batch_size` rows make one backward pass, `accumulation` of these one step.
 
@@ -44,6 +48,7 @@ class RunConfig:
     model: str
     task: str
     method: str = "id3"
+    on: str | None = None
     budget: int | float | None = None
     lr: float | None = None
     epochs: float | None = None
@@ -110,7 +115,17 @@ class RunConfig:
 
     @property
     def learning_rate(self) -> float:
-        return self.lr if self.lr is not None else LEARNING_RATES.get(self.method, LEARNING_RATE)
+        if self.lr is not None:
+            return self.lr
+        module = self.module
+        if module is not None and (peer(self.method) or self.method == "full"):
+            return KINDS[module.kind].lr
+        return LEARNING_RATES.get(self.method, LEARNING_RATE)
+
+    @property
+    def module(self) -> Spec | None:
+        """What is put on the model before training."""
+        return spec_of(self.method, self.on)
 
     def steps(self, examples: int) -> int:
         """Optimizer steps of the run over that many training examples: the last batch and window may be short."""
@@ -128,12 +143,15 @@ class RunConfig:
 def recipe_of(name: str) -> Recipe:
     """The recipe of that name; raises ConfigError that lists the known ones."""
     if name not in RECIPES:
-        raise ConfigError(f"Unknown method '{name}'. Known: {', '.join(RECIPES)}.")
+        raise ConfigError(f"Unknown method '{name}'. Known: {', '.join([*RECIPES, *KINDS])}.")
     return RECIPES[name]
 
 
 def build_method(config: RunConfig, steps: int) -> Method:
     """The method that a run asks for; a setting that its recipe does not take is refused, not ignored."""
+    spec = spec_of(config.method, config.on)
+    if spec is not None and config.on is None:
+        return _peer_method(config, spec)
     recipe = recipe_of(config.method)
     takes = inspect.signature(recipe.function).parameters
     given: dict[str, Any] = {n: v for n in _OPTIONS if (v := getattr(config, n)) is not None}
@@ -154,6 +172,17 @@ def build_method(config: RunConfig, steps: int) -> Method:
     if "dense_lr" in takes:
         given.setdefault("dense_lr", DENSE_RATES.get(config.method))
     return recipe.function(**given, **_scope(config, takes))
+
+
+def _peer_method(config: RunConfig, spec: Spec) -> Method:
+    for name in (*_OPTIONS, "include", "exclude", "train_fully"):
+        if getattr(config, name) not in (None, ()):
+            raise ConfigError(
+                f"The method '{config.method}' trains all of its module and takes no {name}; its options are written "
+                f"{spec.kind}:name=value and are {', '.join(spec.options) or 'none'}. To select from a module, give a "
+                f"recipe and on='{spec.kind}' (command line: --on {spec.kind})."
+            )
+    return method_of(spec)
 
 
 def _scope(config: RunConfig, takes: Any) -> dict[str, Any]:

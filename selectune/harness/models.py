@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from selectune.adapters import Adapted
 from selectune.delta import base_info
 from selectune.errors import ConfigError, ModelError
 from selectune.tasks import Task
@@ -54,6 +55,7 @@ class LoadedModel:
     revision: str | None
     seed: int
     initialised: tuple[str, ...]
+    adapted: Adapted | None = None  # the module that was put on it
 
     def base(self, full: bool = False) -> dict[str, Any]:
         """What a delta records of its base; to be called before training."""
@@ -239,17 +241,19 @@ def quiet() -> Iterator[None]:
             logging_of.enable_progress_bar()
 
 
-def longest(model: nn.Module, tokenizer: Any, wanted: int | None, default: int) -> int:
+def longest(model: nn.Module, tokenizer: Any, wanted: int | None, default: int, taken: int = 0) -> int:
     """How many tokens an example may have: `wanted`, or the default where the model can take that many.
 
-    Raises ConfigError if `wanted` is more than the model's positions.
+    `taken`: positions that virtual tokens fill. Raises ConfigError if `wanted` is more than the positions left.
     """
     config: Any = getattr(model, "config", None)
     limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
     padding = getattr(config, "pad_token_id", None) or 0
     if limits[0] and "roberta" in str(getattr(config, "model_type", "")):
         limits[0] -= padding + 1  # its positions are counted from the padding token's number on
-    limit = min((value for value in limits if isinstance(value, int) and value > 0), default=default)
+    limit = min((value for value in limits if isinstance(value, int) and value > 0), default=default + taken) - taken
+    if limit < 1:
+        raise ConfigError(f"{taken} virtual tokens leave none of the model's {limit + taken} positions for an example.")
     if wanted is None:
         return min(default, limit)
     if wanted > limit:

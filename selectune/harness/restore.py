@@ -12,6 +12,7 @@ from selectune.delta import Delta, Report
 from selectune.errors import DeltaError
 from selectune.harness.evaluate import Evaluation, encode, evaluate
 from selectune.harness.models import LoadedModel, Shape, device, load_model, longest, quiet
+from selectune.harness.modules import mergeable, virtual_tokens, with_module_of
 from selectune.tasks import Task
 
 
@@ -32,12 +33,12 @@ def task_of(delta: Delta) -> Task | None:
 
 
 def load_base(source: Source, delta: Delta, task: Task | None) -> LoadedModel:
-    """The base that a delta needs: head of its task, drawn from its seed, in the dtype of its values."""
+    """The base that a delta needs: head of its task and module, drawn from its seed, in the dtype of its values."""
     task = task or task_of(delta)
     floats = [p.dtype for p in delta.patches] + [d.tensor.dtype for d in delta.dense if d.tensor.is_floating_point()]
     dtype = source.dtype or (max(set(floats), key=floats.count) if floats else None)
     recorded = delta.info["base"]
-    return load_model(
+    loaded = load_model(
         source.model,
         task,
         recorded["seed"] or 0,
@@ -46,6 +47,7 @@ def load_base(source: Source, delta: Delta, task: Task | None) -> LoadedModel:
         source.trust_remote_code,
         _shape(delta),
     )
+    return with_module_of(loaded, delta)
 
 
 def evaluate_delta(
@@ -70,7 +72,8 @@ def evaluate_delta(
         delta.apply(loaded.model)
         recorded = delta.info["method"].get("max_length")
         max_length = max_length or (recorded if isinstance(recorded, int) else None)
-    length = longest(loaded.model, loaded.tokenizer, max_length, task.max_length)
+    taken = 0 if loaded.adapted is None else virtual_tokens(loaded.adapted.spec)
+    length = longest(loaded.model, loaded.tokenizer, max_length, task.max_length, taken)
     loaded.model.to(device())
     return evaluate(loaded.model, loaded.tokenizer, task, encode(loaded.tokenizer, split.examples, length))
 
@@ -86,10 +89,16 @@ def verify_delta(source: Source, path: str | Path, task: Task | None = None) -> 
 
 
 def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | None = None) -> dict[str, Any]:
-    """Writes base + delta as an ordinary model folder with its tokenizer."""
+    """Writes base + delta as an ordinary model folder with its tokenizer; LoRA and its kin are folded into weights.
+
+    Raises ConfigError for a delta on a module that weights cannot stand for.
+    """
     delta = st.load(path)
+    mergeable(delta)
     loaded = load_base(source, delta, task)
     delta.merge(loaded.model)
+    if loaded.adapted is not None:
+        loaded.adapted.merge()
     with quiet():
         try:
             loaded.model.save_pretrained(out)

@@ -17,12 +17,14 @@ import torch
 
 import selectune as st
 from selectune import tasks
+from selectune.adapters import two_rates
 from selectune.delta import DELTA_FILE, Delta, versions, write_durably
 from selectune.errors import ConfigError, DeltaError, NonFiniteError
 from selectune.harness.calibration import calibration
 from selectune.harness.config import RunConfig, build_method
 from selectune.harness.evaluate import Evaluation, collate, encode, evaluate
 from selectune.harness.models import LoadedModel, device, load_model, longest, quiet
+from selectune.harness.modules import virtual_tokens, with_module
 from selectune.tasks import Split, Task
 from selectune.train import Tuner, Verification
 
@@ -112,10 +114,13 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
     task = tasks.get(config.task)
     splits = {name: tasks.load(task, name, config.data) for name in ("train", "validation")}
     loaded = load_model(config.model, task, config.seed, config.revision, config.dtype, config.trust_remote_code)
-    max_length = longest(loaded.model, loaded.tokenizer, config.max_length, task.max_length)
+    taken = virtual_tokens(config.module)
+    max_length = longest(loaded.model, loaded.tokenizer, config.max_length, task.max_length, taken)
     rows = {name: encode(loaded.tokenizer, split.examples, max_length) for name, split in splits.items()}
-    base = loaded.base(full=True)
     steps = config.steps(len(rows["train"]))
+    if config.module is not None:
+        loaded = with_module(loaded, config.module, config.seed, steps if config.on is None else None)
+    base = loaded.base(full=True)
     loaded.model.to(device())
     tuner = _attach(config, loaded, rows["train"], steps)
     history = _train(config, loaded, tuner, task, rows, steps, base, progress)
@@ -181,8 +186,8 @@ def _train(
             args=args,
             train_dataset=_Rows(rows["train"]),
             data_collator=lambda batch: collate(loaded.tokenizer, batch),
-            callbacks=[SelectuneCallback(tuner, base), follower],
-            optimizers=(_optimizer(config, tuner), None),
+            callbacks=[SelectuneCallback(tuner, base), follower, *_after_step(loaded)],
+            optimizers=(_optimizer(config, loaded, tuner), None),
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
@@ -203,8 +208,20 @@ def _train(
     return follower.history
 
 
-def _optimizer(config: RunConfig, tuner: Tuner) -> torch.optim.Optimizer | None:
-    """AdamW in groups where the method gives tensors a learning rate of their own; None: the Trainer's own AdamW."""
+def _after_step(loaded: LoadedModel) -> list[Any]:
+    after = None if loaded.adapted is None else loaded.adapted.after_step
+    if after is None:
+        return []
+    from selectune.harness.callback import AfterStep
+
+    return [AfterStep(after)]
+
+
+def _optimizer(config: RunConfig, loaded: LoadedModel, tuner: Tuner) -> torch.optim.Optimizer | None:
+    """AdamW in groups where the method or the module gives tensors a rate of their own; None: the Trainer's AdamW."""
+    spec = None if loaded.adapted is None else loaded.adapted.spec
+    if spec is not None and "ratio" in spec.options:
+        return two_rates(loaded.model, config.learning_rate, float(spec.options["ratio"]), config.weight_decay)
     groups = tuner.parameter_groups(config.learning_rate)
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay) if len(groups) > 1 else None
 

@@ -164,7 +164,7 @@ def test_adalora_moves_ranks_and_adds_its_penalty():
 def test_loraplus_has_two_rates():
     model = classifier()
     put_on(model, "loraplus", keep=("classifier.weight",))
-    optimizer = peers.optimizer(model, 1e-4, 16.0, 0.0)
+    optimizer = peers.two_rates(model, 1e-4, 16.0, 0.0)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -12,6 +12,7 @@ from tiny_kit import make_model
 from typer.testing import CliRunner
 
 import selectune as st
+from selectune.adapters import KINDS
 from selectune.cli import app
 from selectune.cli.lists import _table
 from selectune.harness.demo import DemoResult, Revert, Row
@@ -154,11 +155,14 @@ def test_diff_of_base_and_merged_is_the_delta_again(trained, tiny, data, tmp_pat
 
 def test_tasks_and_methods():
     assert [task["name"] for task in data_of(call("tasks", "--json"))] == list(TASKS)
-    assert [method["name"] for method in data_of(call("methods", "--json"))] == list(RECIPES)
+    assert [method["name"] for method in data_of(call("methods", "--json"))] == [*RECIPES, *KINDS]
     lines = call("tasks").stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(TASKS)
     assert all("arXiv" in line or "ACL" in line for line in lines)
-    blocks = call("methods").stdout.splitlines()
+    text, *peers = call("methods").stdout.split("\n\n")
+    assert [part.partition(";")[0] for part in peers] == ["dense peers, through peft", "dense peers, our own adapters"]
+    assert [line.partition(":")[0] for part in peers for line in part.splitlines()[1::3]] == list(KINDS)
+    blocks = text.splitlines()
     assert [line.partition(":")[0] for line in blocks[::3]] == list(RECIPES)
     assert all("passes over the weights: " in line and "bytes: " in line for line in blocks[1::3])
     assert all("arXiv" in line or "baseline" in line for line in blocks[2::3])
