@@ -1,7 +1,7 @@
 """The engine, from loss.backward() to the optimizer and back into the weights.
 
 attach      the door: attach, Tuner
-tracker     follows the run from backward pass to step, selects in between
+tracker     follows the run from backward pass to step; chooser: which entries are trained, decided in between
 taps        how uses of a weight are seen; autograd: the nodes they become
 scan        scores of a tensor into a collector; calibrate: scores over single examples
 ledger      which entry is trained in which slot, and what stood there before

@@ -55,6 +55,9 @@ class Page:
         return flat, torch.cat((self.base, self.retired_base))[order]
 
 
+Snapshot = tuple[list[Page], Tensor]
+
+
 class Ledger:
     """All pages, and the one trainable vector they share."""
 
@@ -147,10 +150,10 @@ class Ledger:
 
     # -- undoing a selection whose step was skipped
 
-    def snapshot(self) -> tuple[list[Page], Tensor]:
+    def snapshot(self) -> Snapshot:
         return list(self.pages), self.free
 
-    def restore(self, snapshot: tuple[list[Page], Tensor]) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Puts pages back; slots they use again take their weight's present value, others 0."""
         self.pages, self.free = list(snapshot[0]), snapshot[1]
         with torch.no_grad():

@@ -40,8 +40,8 @@ class Follower:
             if tracker.tensors and id(tracker.ledger.values) not in held:
                 return
             tracker.before_step()
-            if tracker.recycled is not None:
-                _forget(optimizer, tracker.ledger.values, tracker.recycled)
+            if tracker.chooser.recycled is not None:
+                _forget(optimizer, tracker.ledger.values, tracker.chooser.recycled)
         elif held & self.frozen:
             raise OptimizerError(
                 f"This {type(optimizer).__name__} holds {len(held & self.frozen)} weights that attach froze and not "

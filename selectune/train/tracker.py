@@ -13,7 +13,6 @@ number are as before. The selection is exact over the sum of the window's gradie
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,13 +23,10 @@ from torch import Tensor, nn
 from selectune.errors import AccumulationError
 from selectune.method import Method
 from selectune.scope import ScopedTensor
-from selectune.scores import constant
-from selectune.train.ledger import Ledger, Page
-from selectune.train.scan import scan
+from selectune.train.chooser import choose, scattered
+from selectune.train.ledger import Ledger, Page, Snapshot
 from selectune.train.taps import Taps
-from selectune.types import Collector, Reads, Schedule
-
-log = logging.getLogger("selectune")
+from selectune.types import Schedule
 
 
 @dataclass
@@ -38,12 +34,11 @@ class Window:
     """What is known of the present step, from its first backward pass to its commit."""
 
     backwards: int = 0
-    selecting: bool = False  # a dense gradient is wanted from every tensor
+    reads: int = 0  # backward passes, from the first on, whose dense gradients are wanted
     closed: bool = False  # the selection of this window is done
-    collector: Collector | None = None
+    ahead: bool = False  # the selection of this window was done before forward
     held: dict[int, Tensor] = field(default_factory=dict)  # dense sums, while more is to come for them
-    broken: list[str] = field(default_factory=list)  # tensors with non-finite scores
-    before: tuple[list[Page], Tensor] | None = None  # the ledger before this window's selection
+    before: Snapshot | None = None  # the ledger before this window's selection
     gradient: Tensor | None = None  # (B,) what the window gave so far, kept under accumulation only
 
 
@@ -60,32 +55,33 @@ class Tracker:
         seed: int,
         accumulation_steps: int,
     ) -> None:
-        self.method, self.schedule, self.tensors, self.ledger = method, schedule, tensors, ledger
+        self.method, self.tensors, self.ledger = method, tensors, ledger
         self.seed, self.accumulation_steps = seed, accumulation_steps
         self.step = 0  # optimizer steps committed
         self.events: Counter[str] = Counter()
+        self.chooser = choose(method, schedule, tensors, ledger, seed, self.events)
         self.reached: set[int] = set()  # tensors that ever sent a gradient
-        self.recycled: Tensor | None = None  # slots that changed hands: their optimizer state is stale
         self.in_step = False  # inside optimizer.step(): a closure may run backward again
         self.keepalive: object = None
-        self._queue: tuple[Tensor, Tensor] | None = None  # entries in the order known beforehand
         self._window = Window()
         self._in_backward = False
         self._deferred = False
         self._version = ledger.values._version
-        self._score = method.score or constant()
-        self._keeps = schedule is None or schedule.keeps
-        self._needs_gradient = self._score.reads is Reads.GRADIENT
-        self._selects_ahead = self._score.reads not in (Reads.GRADIENT, Reads.CHANGE)
         self.taps = Taps(model, tensors, ledger.values, self, self.before_forward, self.open_graph, self.recompute)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """When the chooser chooses, and how many."""
+        return self.chooser.schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule | None) -> None:
+        self.chooser.schedule = schedule
 
     @property
     def quota(self) -> int:
         """How many entries the schedule still asks for at this step."""
-        if self.schedule is None or not self.schedule.due(self.step):
-            return 0
-        target = self.schedule.target(self.step)
-        return target if not self.schedule.keeps else max(0, target - self.ledger.selected)
+        return self.chooser.quota(self.step)
 
     # -- forward
 
@@ -95,7 +91,7 @@ class Tracker:
         if self._in_backward:  # a backward pass broke off, or asked for input gradients only
             self._in_backward = False
             self._window.held.clear()
-            self._window.collector = None
+            self.chooser.forget()
             self.taps.forget()
         if self._window.backwards >= self.accumulation_steps and not self.in_step and self._moved():
             self.commit()  # an optimizer without torch's hooks has stepped
@@ -107,7 +103,7 @@ class Tracker:
     def open_graph(self) -> list[tuple[Page, bool]]:
         """The pages of a new graph, and whether each tensor needs a gradient in it."""
         pages = self.ledger.pages
-        dense = self._needs_gradient and (self.quota > 0 or self._window.before is not None)
+        dense = self._window.before is not None or self.chooser.passes(self.step, self.accumulation_steps) > 0
         if not any(pages[i].flat.numel() for i in self.reached):
             dense = True  # no entry is known to be reached: without a path to the loss, backward() would fail
         return [(page, dense or page.flat.numel() > 0) for page in pages]
@@ -122,19 +118,19 @@ class Tracker:
 
     def wants_dense(self) -> bool:
         self._begin()
-        return self._window.selecting and not self._window.closed
+        return self._window.reads > 0 and not self._window.closed
 
     def offer(self, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
         self.taps.uses[index] -= 1
         last_use = self.taps.uses[index] <= 0 and not self.taps.grad_was_off
-        last_pass = self._window.backwards + 1 == self.accumulation_steps
+        last_pass = self._window.backwards + 1 == self._window.reads
         held = self._window.held
         if last_use and last_pass and index not in held:
-            self._offer(index, gradient, rows)
+            self.chooser.offer(self.step, index, gradient, rows)
             return
         self._hold(index, gradient, rows)
         if last_use and last_pass:
-            self._offer(index, held.pop(index))
+            self.chooser.offer(self.step, index, held.pop(index))
 
     def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
         self._begin()
@@ -158,8 +154,8 @@ class Tracker:
         window.backwards += 1
         self._in_backward = False
         self.taps.forget()
-        if window.selecting and not window.closed:
-            if window.backwards == self.accumulation_steps:
+        if window.reads > 0 and not window.closed:
+            if window.backwards == window.reads:
                 gradient = self._select(gradient)
             elif window.gradient is None:
                 window.gradient = gradient.clone()
@@ -178,7 +174,7 @@ class Tracker:
             if grad is None or not bool(grad.any()):
                 self._undo()
                 window = self._window
-            elif window.selecting:
+            elif window.reads == self.accumulation_steps:
                 raise AccumulationError(
                     f"A backward pass began before optimizer.step(), after the {window.backwards} of this step that "
                     f"attach(accumulation_steps={self.accumulation_steps}) announced. The selection of the step is "
@@ -186,95 +182,39 @@ class Tracker:
                     "passes between two optimizer steps."
                 )
         if window.backwards == 0:
-            window.selecting = self._needs_gradient and self.quota > 0
+            window.reads = self.chooser.passes(self.step, self.accumulation_steps)
 
     def _undo(self) -> None:
         """The window's step was skipped: nothing of it stays."""
-        if self._window.before is not None and self._needs_gradient:
+        if self._window.before is not None:
             self.ledger.restore(self._window.before)
             self._version = self.ledger.values._version
-        self._window = Window(before=None if self._needs_gradient else self._window.before)
+        self.chooser.undo()
+        self._window = Window(ahead=self._window.ahead)
         self.events["skipped_steps"] += 1
 
     # -- selection
 
-    def select_ahead(self) -> None:
-        """Selections that read no gradient of the run: before forward, so that no dense gradient is needed."""
-        if not self._selects_ahead or self.quota == 0 or self._window.before is not None:
-            return
-        if self._keeps:
-            if self._queue is None:
-                self.prepare()
-            tensors, flat = (column[: self.quota] for column in self._queue or ())
-            self._queue = (self._queue[0][flat.numel() :], self._queue[1][flat.numel() :]) if self._queue else None
-        else:
-            tensors, flat = self._rank(self.quota)
-        self._window.before = self.ledger.snapshot()
-        self._take(tensors, flat, None, None)
-
     def prepare(self, ready: Sequence[Tensor] | None = None) -> None:
         """Ranks the whole budget beforehand, by weights or by scores that are `ready`."""
-        self._queue = self._rank(self.ledger.values.numel(), ready)
+        self.chooser.prepare(ready)
 
-    def _rank(self, quota: int, ready: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        collector = self._collector(quota)
-        generator = torch.Generator().manual_seed(self.seed)
-        for tensor in self.tensors:
-            known = None if ready is None else ready[tensor.index]
-            taken = self._taken(tensor.index)
-            if not scan(collector, self._score, tensor, taken, generator=generator, ready=known):
-                self.events["nonfinite_selections"] += 1
-                log.warning('Scores of "%s" are not finite; its entries from there on are left out.', tensor.name)
-        tensors, flat, _ = collector.close()
-        return tensors, flat
+    def select_ahead(self) -> None:
+        """Selections that read no gradient of the step: before forward, so that no dense gradient is needed."""
+        if not self._window.ahead and self.chooser.ahead(self.step):
+            self._window.ahead = True
+            self._version = self.ledger.values._version
 
     def _select(self, gradient: Tensor) -> Tensor:
         """Closes the window's selection; returns its gradient with that of the new entries."""
         window = self._window
         for index in list(window.held):
-            self._offer(index, window.held.pop(index))
+            self.chooser.offer(self.step, index, window.held.pop(index))
         window.closed = True
-        if window.broken:
-            self._report_broken(window.broken)
-            return gradient
-        quota = self.quota
-        if window.collector is None:
-            return gradient
-        tensors, flat, carried = window.collector.close()
-        window.collector = None
-        if flat.numel() < quota:
-            self.events["shortfall"] += quota - flat.numel()
-        window.before = self.ledger.snapshot()
-        return self._take(tensors, flat, carried, gradient)
-
-    def _take(self, tensors: Tensor, flat: Tensor, carried: Tensor | None, gradient: Tensor | None) -> Tensor:
-        """Gives entries their slots and, where known, the gradient of this step."""
-        values = self.ledger.values
-        if self._keeps:
-            slots = self.ledger.add(tensors, flat)
-        else:
-            fresh, slots = self.ledger.replace(tensors, flat)
-            carried = None if carried is None else carried[fresh]
-            for stale in (gradient, values.grad):
-                if stale is not None:
-                    stale[slots] = 0
-                    stale[self.ledger.free] = 0
-            self.recycled = slots
-        self._version = values._version
-        if gradient is None or carried is None:
-            return torch.empty(0)
-        gradient[slots] = carried.to(gradient)
+        window.before = self.chooser.close(self.step, gradient)
+        if window.before is not None:
+            self._version = self.ledger.values._version
         return gradient
-
-    def _offer(self, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
-        window = self._window
-        if window.collector is None:
-            window.collector = self._collector(self.quota)
-        tensor = self.tensors[index]
-        if rows is not None and self._score.above is None:
-            gradient, rows = _scattered(gradient, rows, tensor), None  # zeros may be chosen
-        if not scan(window.collector, self._score, tensor, self._taken(index), gradient, rows):
-            window.broken.append(tensor.name)
 
     def _hold(self, index: int, gradient: Tensor, rows: Tensor | None) -> None:
         held, tensor = self._window.held, self.tensors[index]
@@ -283,24 +223,11 @@ class Tracker:
             if index in held:
                 held[index].index_add_(0, rows, gradient.to(wide))
             else:
-                held[index] = _scattered(gradient.to(wide), rows, tensor)
+                held[index] = scattered(gradient.to(wide), rows, tensor)
         elif index in held:
             held[index].add_(gradient)
         else:
             held[index] = gradient.to(wide, copy=True)
-
-    def _collector(self, quota: int) -> Collector:
-        return self.method.select.collector(quota, [t.parameter.numel() for t in self.tensors], self.seed)
-
-    def _taken(self, index: int) -> Tensor | None:
-        return self.ledger.pages[index].flat if self._keeps else None
-
-    def _report_broken(self, names: Sequence[str]) -> None:
-        self.events["nonfinite_selections"] += 1
-        log.warning(
-            "Step %d: scores of %s are not finite, so nothing is selected at this step; the quota is carried over.",
-            self.step, ", ".join(f'"{n}"' for n in names[:3]) + (" ..." if len(names) > 3 else ""),
-        )  # fmt: skip
 
     # -- the optimizer's step
 
@@ -308,7 +235,7 @@ class Tracker:
         """The optimizer is about to step; a window that ends short (last batches of an epoch) closes here."""
         self.in_step = True
         window = self._window
-        if window.selecting and not window.closed and 0 < window.backwards < self.accumulation_steps:
+        if window.reads > 0 and not window.closed and 0 < window.backwards < self.accumulation_steps:
             values = self.ledger.values
             if values.grad is None:
                 values.grad = torch.zeros_like(values)
@@ -324,7 +251,7 @@ class Tracker:
             return
         self.step += 1
         self._window = Window()
-        self.recycled = None
+        self.chooser.commit(self.step)
         self.write_weights()
 
     def write_weights(self) -> None:
@@ -339,12 +266,6 @@ class Tracker:
 
     def _moved(self) -> bool:
         return self.ledger.values._version != self._version or not self.ledger.agrees()
-
-
-def _scattered(block: Tensor, rows: Tensor, tensor: ScopedTensor) -> Tensor:
-    """Rows of a gradient as the dense gradient they stand for."""
-    dense = block.new_zeros(tensor.parameter.shape)
-    return dense.index_copy_(0, rows, block)
 
 
 def _scale(now: Tensor, then: Tensor | None) -> float:

@@ -1,0 +1,237 @@
+"""Choosers: which entries are trained, decided step by step. The tracker says when; a chooser says which.
+
+before forward   `ahead`: choices that read no gradient of the coming step
+backward         `passes` of a window are shown as dense gradients, a tensor at a time, to `offer`
+close            after the last of them: the ledger is changed, new entries get their gradient
+step             `commit`, or `undo` where the step was skipped
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selectune.method import Method
+from selectune.scope import ScopedTensor
+from selectune.scores import constant
+from selectune.train.ledger import Ledger, Snapshot
+from selectune.train.scan import scan
+from selectune.types import Collector, Reads, Schedule
+
+log = logging.getLogger("selectune")
+
+
+class Chooser:
+    """The contract, and what all choosers share. This one never chooses."""
+
+    def __init__(
+        self,
+        method: Method,
+        schedule: Schedule | None,
+        tensors: Sequence[ScopedTensor],
+        ledger: Ledger,
+        seed: int,
+        events: Counter[str],
+    ) -> None:
+        self.method, self.schedule, self.tensors, self.ledger = method, schedule, tensors, ledger
+        self.seed, self.events = seed, events
+        self.score = method.score or constant()
+        self.recycled: Tensor | None = None  # slots that changed hands: their optimizer state is stale
+        self._collector: Collector | None = None
+        self._broken: list[str] = []  # tensors with non-finite scores
+
+    def quota(self, step: int) -> int:
+        """How many entries the schedule asks for at this step."""
+        del step
+        return 0
+
+    def passes(self, step: int, accumulation_steps: int) -> int:
+        """How many backward passes of this step's window are shown as dense gradients, from the first on."""
+        del step, accumulation_steps
+        return 0
+
+    def prepare(self, ready: Sequence[Tensor] | None = None) -> None:
+        """Ranks the entries beforehand, by weights or by scores that are `ready`."""
+
+    def ahead(self, step: int) -> bool:
+        """Chooses before forward, if it is time; whether it did."""
+        del step
+        return False
+
+    def offer(self, step: int, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
+        """The dense gradient of one tensor, whole; it is freed afterwards."""
+
+    def close(self, step: int, gradient: Tensor) -> Snapshot | None:
+        """Changes the support after the passes shown; writes new entries' gradients into `gradient` (B,).
+
+        Returns the ledger as it was, or None if nothing was changed.
+        """
+        del step, gradient
+        return None
+
+    def forget(self) -> None:
+        """The backward pass broke off: what it offered is void."""
+        self._collector = None
+
+    def undo(self) -> None:
+        """The window's step was skipped; the ledger is as it was."""
+        self._collector, self._broken = None, []
+
+    def commit(self, step: int) -> None:
+        """The optimizer has stepped; `step` steps are done."""
+        del step
+        self.recycled = None
+
+    def state(self) -> dict[str, Any]:
+        """What a later process needs beside the ledger: tensors and plain values. Taken between steps."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state` gave."""
+
+    # -- for choosers
+
+    def collector(self, quota: int) -> Collector:
+        return self.method.select.collector(quota, [t.parameter.numel() for t in self.tensors], self.seed)
+
+    def report_broken(self, step: int) -> bool:
+        """Whether scores were not finite; says so once."""
+        names, self._broken = self._broken, []
+        if not names:
+            return False
+        self._collector = None
+        self.events["nonfinite_selections"] += 1
+        log.warning(
+            "Step %d: scores of %s are not finite, so nothing is selected at this step; the quota is carried over.",
+            step, ", ".join(f'"{n}"' for n in names[:3]) + (" ..." if len(names) > 3 else ""),
+        )  # fmt: skip
+        return True
+
+
+class Growing(Chooser):
+    """The best entries that are not in the support yet join it; none leaves."""
+
+    def __init__(self, *ground: Any) -> None:
+        super().__init__(*ground)
+        self._queue: tuple[Tensor, Tensor] | None = None  # entries in the order known beforehand
+
+    def quota(self, step: int) -> int:
+        if self.schedule is None or not self.schedule.due(step):
+            return 0
+        return max(0, self.schedule.target(step) - self.ledger.selected)
+
+    def passes(self, step: int, accumulation_steps: int) -> int:
+        return accumulation_steps if self.score.reads is Reads.GRADIENT and self.quota(step) > 0 else 0
+
+    def prepare(self, ready: Sequence[Tensor] | None = None) -> None:
+        self._queue = self._rank(self.ledger.values.numel(), ready)
+
+    def ahead(self, step: int) -> bool:
+        quota = 0 if self.score.reads in (Reads.GRADIENT, Reads.CHANGE) else self.quota(step)
+        if quota == 0:
+            return False
+        self._take(*self._next(quota), None, None)
+        return True
+
+    def offer(self, step: int, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
+        if self._collector is None:
+            self._collector = self.collector(self.quota(step))
+        tensor = self.tensors[index]
+        if rows is not None and self.score.above is None:
+            gradient, rows = scattered(gradient, rows, tensor), None  # zeros may be chosen
+        if not scan(self._collector, self.score, tensor, self._taken(index), gradient, rows):
+            self._broken.append(tensor.name)
+
+    def close(self, step: int, gradient: Tensor) -> Snapshot | None:
+        if self.report_broken(step) or self._collector is None:
+            return None
+        quota = self.quota(step)
+        tensors, flat, carried = self._collector.close()
+        self._collector = None
+        if flat.numel() < quota:
+            self.events["shortfall"] += quota - flat.numel()
+        before = self.ledger.snapshot()
+        self._take(tensors, flat, carried, gradient)
+        return before
+
+    def state(self) -> dict[str, Any]:
+        return {} if self._queue is None else {"queue": self._queue}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._queue = state.get("queue")
+
+    def _next(self, quota: int) -> tuple[Tensor, Tensor]:
+        if self._queue is None:
+            self.prepare()
+        tensors, flat = self._queue or self._rank(quota)
+        self._queue = (tensors[quota:], flat[quota:])
+        return tensors[:quota], flat[:quota]
+
+    def _rank(self, quota: int, ready: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        collector = self.collector(quota)
+        generator = torch.Generator().manual_seed(self.seed)
+        for tensor in self.tensors:
+            known = None if ready is None else ready[tensor.index]
+            if not scan(collector, self.score, tensor, self._taken(tensor.index), generator=generator, ready=known):
+                self.events["nonfinite_selections"] += 1
+                log.warning('Scores of "%s" are not finite; its entries from there on are left out.', tensor.name)
+        tensors, flat, _ = collector.close()
+        return tensors, flat
+
+    def _taken(self, index: int) -> Tensor | None:
+        """Flat indices of a tensor that may not be chosen."""
+        return self.ledger.pages[index].flat
+
+    def _take(self, tensors: Tensor, flat: Tensor, carried: Tensor | None, gradient: Tensor | None) -> None:
+        """Gives entries their slots and, where known, the gradient of this step."""
+        slots = self.ledger.add(tensors, flat)
+        if gradient is not None and carried is not None:
+            gradient[slots] = carried.to(gradient)
+
+
+class Afresh(Growing):
+    """The support is chosen from all entries again at every selection."""
+
+    def quota(self, step: int) -> int:
+        return self.schedule.target(step) if self.schedule is not None and self.schedule.due(step) else 0
+
+    def _next(self, quota: int) -> tuple[Tensor, Tensor]:
+        return self._rank(quota)
+
+    def _taken(self, index: int) -> Tensor | None:
+        del index
+        return None
+
+    def _take(self, tensors: Tensor, flat: Tensor, carried: Tensor | None, gradient: Tensor | None) -> None:
+        fresh, slots = self.ledger.replace(tensors, flat)
+        for stale in (gradient, self.ledger.values.grad):
+            if stale is not None:
+                stale[slots] = 0
+                stale[self.ledger.free] = 0
+        self.recycled = slots
+        if gradient is not None and carried is not None:
+            gradient[slots] = carried[fresh].to(gradient)
+
+
+def choose(
+    method: Method,
+    schedule: Schedule | None,
+    tensors: Sequence[ScopedTensor],
+    ledger: Ledger,
+    seed: int,
+    events: Counter[str],
+) -> Chooser:
+    """The chooser that a method's schedule calls for."""
+    kind = Growing if schedule is None or schedule.keeps else Afresh
+    return kind(method, schedule, tensors, ledger, seed, events)
+
+
+def scattered(block: Tensor, rows: Tensor, tensor: ScopedTensor) -> Tensor:
+    """Rows of a gradient as the dense gradient they stand for."""
+    dense = block.new_zeros(tensor.parameter.shape)
+    return dense.index_copy_(0, rows, block)
