@@ -21,6 +21,7 @@ from selectune.recipes import (
     random,
     repeat_d3,
     snip,
+    sparse_adapter,
     static_d3,
     synflow,
     xattn,
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Delta", "Method", "Scope", "Score", "SparseAdamW", "Tuner", "Verification", "attach", "bitfit", "child_tuning_d",
     "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "full", "gallop", "grasp", "id3", "increment_pafi",
-    "load", "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3", "score", "scores", "snip", "static_d3",
+    "load", "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3", "score", "scores", "snip",
+    "sparse_adapter", "static_d3",
     "synflow", "xattn",
 ]  # fmt: skip

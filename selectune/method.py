@@ -28,6 +28,8 @@ class Method:
     that reads examples takes them through `attach(..., calibration=batches, loss=callable)`. `dense`: what
     is trained at the schedule's dense steps, after which the score reads the change; without a
     schedule every step is dense.
+    `fill` says what entries in scope that are not selected hold while the tuner is on: "keep" their base
+    value, or "zero". Zero needs the whole selection at `attach`, and a copy of the scope's weights.
 
     >>> import selectune as st
     >>> from selectune.schedule import Increment
@@ -41,6 +43,7 @@ class Method:
     schedule: Schedule | None = None
     name: str = "custom"
     dense: DensePhase | None = None
+    fill: str = "keep"
 
     def __post_init__(self) -> None:
         if not isinstance(self.scope, Scope):
@@ -56,6 +59,13 @@ class Method:
             raise ConfigError(f"schedule must follow selectune.types.Schedule, got {type(self.schedule).__name__}.")
         if not isinstance(self.select, Select):
             raise ConfigError(f"select must follow selectune.types.Select, got {type(self.select).__name__}.")
+        if self.fill not in ("keep", "zero"):
+            raise ConfigError(f"Unknown fill {self.fill!r}. Known: keep, zero.")
+        if self.fill == "zero" and (self.score is None or self.score.reads in (Reads.GRADIENT, Reads.CHANGE)):
+            raise ConfigError(
+                'fill="zero" sets what is not selected to 0 before the first step, so the score must not read '
+                f"what a step brings; got {'no score' if self.score is None else self.score.name}."
+            )
         if self.score is None and not self.scope.train_fully and self.dense is None:
             raise ConfigError("A method without a score trains nothing unless its scope has train_fully patterns.")
         self._check_dense()
@@ -78,12 +88,13 @@ class Method:
         return {
             "name": self.name,
             "scope": {f.name: list(getattr(self.scope, f.name)) for f in dataclasses.fields(Scope)},
-            "score": None if self.score is None else {"name": self.score.name, **_plain(self.score.parameters)},
+            "score": None if self.score is None else _score(self.score),
             "select": {"name": type(self.select).__name__, **_fields(self.select)},
             "schedule": None if self.schedule is None else {
                 "name": type(self.schedule).__name__, **_fields(self.schedule)
             },
             **dense,
+            **({"fill": self.fill} if self.fill != "keep" else {}),
         }  # fmt: skip
 
 
@@ -95,6 +106,7 @@ def compose(
     train_fully: Patterns,
     select: Select | None = None,
     dense: DensePhase | None = None,
+    fill: str = "keep",
 ) -> Method:
     """A method whose scope is a Scope or patterns; `train_fully` joins the scope's own."""
     if isinstance(scope, Scope):
@@ -102,7 +114,12 @@ def compose(
             scope = dataclasses.replace(scope, train_fully=(*scope.train_fully, *patterns(train_fully)))
     else:
         scope = Scope(include=scope, train_fully=train_fully)
-    return Method(scope, score, select or GlobalTopK(), schedule, name, dense)
+    return Method(scope, score, select or GlobalTopK(), schedule, name, dense, fill)
+
+
+def _score(score: Score) -> dict[str, Any]:
+    drawn = {"drawn": score.drawn} if score.drawn else {}
+    return {"name": score.name, **_plain(score.parameters), **drawn}
 
 
 def _plain(parameters: Any) -> dict[str, Any]:

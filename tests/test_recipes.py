@@ -39,6 +39,7 @@ ROWS = {
     "snip": Row(st.snip(60, batches=2), 60, 60),
     "grasp": Row(st.grasp(60, batches=2), 60, 60),
     "synflow": Row(st.synflow(60), 60, 60),
+    "sparse-adapter": Row(st.sparse_adapter(60), 60, 60),
     "gallop": Row(st.gallop(60), 0, 60),
     "bitfit": Row(st.bitfit(), 59, 59),
     "random": Row(st.random(60), 60, 60),
@@ -61,6 +62,10 @@ VARIANTS = {
     "diff-pruning, found, no groups": Row(
         st.diff_pruning(60, 6, dense=3, structured=False, start_from="found", train_fully="norm.*"), 0, 60, dense=16
     ),
+    "sparse-adapter, curvature": Row(st.sparse_adapter(60, "grasp", temperature=1.0), 60, 60),
+    "sparse-adapter, flow": Row(st.sparse_adapter(60, "synflow", scope="*weight"), 60, 60),
+    "sparse-adapter, weights": Row(st.sparse_adapter(60, "magnitude", scope=["attention.*", "linear.*"]), 60, 60),
+    "sparse-adapter, chance": Row(st.sparse_adapter(0.05, "random", train_fully="norm.*"), 78, 78, dense=16),
     "id3 without the embedding": Row(st.id3(60, 6, scope=st.Scope(exclude="embed.*")), 0, 60),
 }
 every_row = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in (ROWS | VARIANTS).items()])
@@ -115,13 +120,24 @@ def test_exact_budget(row):
     assert (tuner.touched == row.after) is row.grows
 
 
+def filled(base, tuner):
+    """What the base's bits are before the first step: under fill="zero", 0 wherever nothing is selected."""
+    if tuner.method.fill == "keep":
+        return base
+    zeroed = {t.name: torch.zeros_like(base[t.name]) for t in tuner._found.tensors}
+    for name, flat in tuner.support.items():
+        zeroed[name][flat] = base[name][flat]
+    assert tuner.verify().zeroed == sum(b.numel() for b in zeroed.values()) - tuner.selected > 0
+    return base | zeroed
+
+
 @every_row
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_untouched_bits_and_exact_detach(row, dtype):
     torch.manual_seed(0)
     base = bits(Mixed(dtype))
     model, tuner = run(row, dtype)
-    moved = changed(base, bits(model))
+    moved = changed(filled(base, tuner), bits(model))
     dense = {t.name for t in tuner._found.dense}
     assert all(where <= set(tuner.delta().support[n].tolist()) for n, where in moved.items() if n not in dense)
     assert tuner.verify().changed == sum(len(w) for n, w in moved.items() if n not in dense) > 0 or dense

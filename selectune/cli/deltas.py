@@ -84,6 +84,7 @@ def _described(delta: Delta) -> dict[str, Any]:
             "shape": list(p.shape),
             "dtype": dtype_name(p.dtype),
             "count": p.indices.numel(),
+            **({"zeroed": True} if p.zeroed else {}),
         }
         for p in delta.patches
     ]

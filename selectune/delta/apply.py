@@ -166,7 +166,10 @@ def check_base(delta: Delta, found: Inventory, under: Sequence[Layer] = ()) -> N
         problems.append(f"the {module['kind']} on the model was initialised otherwise")
     for patch in delta.patches:
         entry = found.find[patch.name]
-        if digest_bits(_base_at(entry, patch.indices, under)) != patch.base_digest:
+        if patch.zeroed:
+            if digest_bits(_dense_base(entry, under)) != patch.base_digest:
+                problems.append(f'"{patch.name}" differs')
+        elif digest_bits(_base_at(entry, patch.indices, under)) != patch.base_digest:
             problems.append(f'"{patch.name}" differs at the {patch.indices.numel()} trained places')
     for dense in delta.dense:
         if (
@@ -269,13 +272,17 @@ def writes(delta: Delta, found: Inventory) -> list[Write]:
     made = []
     for patch in delta.patches:
         entry = found.find[patch.name]
+        if patch.zeroed:
+            made.append(_write_whole(entry, patch.whole()))
+            continue
         old = bits.gather(entry.tensor, patch.indices)
         made.append(Write(entry.name, entry.tensor, patch.indices, patch.values, old))
-    for dense in delta.dense:
-        entry = found.find[dense.name]
-        old = entry.tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        made.append(Write(entry.name, entry.tensor, None, dense.tensor, old))
-    return made
+    return [*made, *(_write_whole(found.find[dense.name], dense.tensor) for dense in delta.dense)]
+
+
+def _write_whole(entry: Entry, new: Tensor) -> Write:
+    old = entry.tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return Write(entry.name, entry.tensor, None, new, old)
 
 
 def write_all(made: Sequence[Write]) -> None:

@@ -37,14 +37,14 @@ class Delta:
     """Values of some scalars of a model: applied to the base, reverted bit for bit, shipped as one file.
 
     `patches` (scattered scalars) and `dense` (whole tensors) are copied. `info` needs `info["base"]` from
-    `base_info(base_model)`; the other keys have defaults. Patches without scalars are dropped.
+    `base_info(base_model)`; the other keys have defaults. Patches without scalars are dropped, unless they are zeroed.
 
     Raises DeltaError for parts that do not fit each other, NonFiniteError for NaN or infinity among the
     values, DeltaFormatError for an `info` outside the schema (docs/delta-format.md).
     """
 
     def __init__(self, patches: Sequence[Patch], dense: Sequence[Dense], info: Mapping[str, Any]) -> None:
-        own = [parts.own_patch(patch) for patch in patches if patch.indices.numel()]
+        own = [parts.own_patch(patch) for patch in patches if patch.indices.numel() or patch.zeroed]
         whole = [parts.own_dense(entry) for entry in dense]
         parts.check_parts(own, whole)
         self._set(own, whole, _complete(info, own, whole))
@@ -134,7 +134,8 @@ class Delta:
         if self._digest is None:
             found = hashlib.sha256()
             for patch in self._patches:
-                found.update(canonical_json([patch.name, *patch.shape, patch.indices.numel()]).encode())
+                zeroed = ["zeroed"] if patch.zeroed else []
+                found.update(canonical_json([patch.name, *patch.shape, patch.indices.numel(), *zeroed]).encode())
                 found.update(raw(patch.indices).data)
                 found.update(digest_bits(patch.values).encode())
             for entry in self._dense:
@@ -284,7 +285,9 @@ class Delta:
 
     def _with_old(self) -> Iterator[tuple[str, Tensor | None, Tensor, Tensor]]:
         for patch in self._patches:
-            if patch.base_values is not None:
+            if patch.base_values is not None and patch.zeroed:
+                yield patch.name, None, patch.whole(), patch.base_values.view(patch.shape)
+            elif patch.base_values is not None:
                 yield patch.name, patch.indices, patch.values, patch.base_values
         for entry in self._dense:
             if entry.base_tensor is not None:

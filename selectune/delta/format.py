@@ -46,7 +46,7 @@ def encode(patches: Sequence[Patch], dense: Sequence[Dense], info: dict[str, Any
     Raises DeltaError or NonFiniteError for parts that do not fit each other, DeltaFormatError for an `info`
     outside the schema.
     """
-    patches = [patch for patch in patches if patch.indices.numel()]
+    patches = [patch for patch in patches if patch.indices.numel() or patch.zeroed]
     dense = list(dense)
     check_parts(patches, dense)
     schema.check_info(info, sum(patch.indices.numel() for patch in patches))
@@ -63,6 +63,8 @@ def encode(patches: Sequence[Patch], dense: Sequence[Dense], info: dict[str, Any
         "digests": {key: sha256(data) for key, data in payload.items()},
         "info": info,
     }
+    if any(p.zeroed for p in patches):
+        metadata["zeroed"] = [p.name for p in patches if p.zeroed]
     metadata["digest"] = sha256(canonical_json(metadata))
     streams = _streams(metadata)
     head = pack(canonical_json(metadata), streams)
@@ -90,16 +92,19 @@ def _streams(metadata: dict[str, Any]) -> list[Stream]:
     """The streams that a checked metadata announces, in the file's order."""
     digests = metadata["digests"]
     counts: dict[str, int] = {}
-    for _, _, dtype, count, _, _ in metadata["patches"]:
+    olds: dict[str, int] = {}
+    zeroed = set(metadata.get("zeroed", ()))
+    for name, shape, dtype, count, _, _ in metadata["patches"]:
         counts[dtype] = counts.get(dtype, 0) + count
+        olds[dtype] = olds.get(dtype, 0) + (math.prod(shape) if name in zeroed else count)
     found = []
     if counts:
         found.append(Stream("indices", "U16", (sum(row[4] for row in metadata["patches"]),)))
     if counts and "order" in digests:
         found.append(Stream("order", "U32", (sum(counts.values()),)))
     old = any(key.startswith("old") for key in digests)
-    for prefix in ("values", "old") if old else ("values",):
-        found += [Stream(f"{prefix}.{dtype}", dtype, (count,)) for dtype, count in counts.items()]
+    for prefix, sizes in (("values", counts), ("old", olds)) if old else (("values", counts),):
+        found += [Stream(f"{prefix}.{dtype}", dtype, (count,)) for dtype, count in sizes.items()]
     for prefix in ("dense", "old_dense") if old else ("dense",):
         found += [
             Stream(f"{prefix}.{i}", dtype, tuple(shape)) for i, (_, _, shape, dtype, _) in enumerate(metadata["dense"])
@@ -172,7 +177,7 @@ def _read_metadata(text: str) -> dict[str, Any]:
             f"the delta has format version {ascii(version)[:40]}; this selectune reads version {VERSION}. "
             f"A newer selectune may have written it"
         )
-    check_keys(metadata, _KEYS, "the delta's metadata")
+    check_keys(metadata, _KEYS, "the delta's metadata", {"zeroed"})
     if sum(len(metadata[key]) for key in ("patches", "dense") if isinstance(metadata[key], list)) > MAX_TENSORS:
         raise DeltaFormatError(f"the delta names more than {MAX_TENSORS} tensors")
     check_hex(metadata["digest"], 64, "the metadata's digest")
@@ -195,13 +200,14 @@ def _check_rows(metadata: dict[str, Any]) -> None:
         rows = metadata[what]
         if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != width for row in rows):
             raise DeltaFormatError(f"the delta's {what} must be a list of rows of {width}")
+    zeroed = _check_zeroed(metadata)
     for name, shape, dtype, count, words, base in metadata["patches"]:
         check_name(name)
         numel = _check_shape(name, shape)
         if dtype not in tuple(FLOATS):
             raise DeltaFormatError(f'patch "{name}" has dtype {ascii(dtype)[:40]}; allowed: {", ".join(FLOATS)}')
-        check_int(count, f'the count of "{name}"', 1, numel)
-        check_int(words, f'the words of "{name}"', count, count + numel // 0xFFFF)
+        check_int(count, f'the count of "{name}"', 0 if name in zeroed else 1, numel)
+        check_int(words, f'the words of "{name}"', count, count + numel // 0xFFFF if count else 0)
         check_hex(base, 16, f'the base digest of "{name}"')
     for kind, name, shape, dtype, base in metadata["dense"]:
         check_name(name)
@@ -211,6 +217,19 @@ def _check_rows(metadata: dict[str, Any]) -> None:
         if dtype not in tuple(DTYPES):
             raise DeltaFormatError(f'dense "{name}" has dtype {ascii(dtype)[:40]}; allowed: {", ".join(DTYPES)}')
         check_hex(base, 16, f'the base digest of "{name}"')
+
+
+def _check_zeroed(metadata: dict[str, Any]) -> set[str]:
+    """The names of the patches whose unlisted entries are 0: some of the patches, in their order, or no key at all."""
+    if "zeroed" not in metadata:
+        return set()
+    names = metadata["zeroed"]
+    if not isinstance(names, list) or not names or any(not isinstance(name, str) for name in names):
+        raise DeltaFormatError("the delta's zeroed must be a list of names, and absent where there are none")
+    known = set(names)
+    if [row[0] for row in metadata["patches"] if isinstance(row[0], str) and row[0] in known] != names:
+        raise DeltaFormatError("the delta's zeroed must name some of its patches, each once, in their order")
+    return known
 
 
 def _check_shape(name: str, shape: Any) -> int:
@@ -252,11 +271,15 @@ def _read_patches(metadata: dict[str, Any], payload: dict[str, memoryview]) -> l
         if key.startswith(("values.", "old."))
     }
     done: dict[str, int] = {}
+    done_old: dict[str, int] = {}
+    zeroed = set(metadata.get("zeroed", ()))
     word = scalar = 0
     patches = []
     for name, shape, dtype, count, length, base in metadata["patches"]:
         indices = decode_gaps(words[word : word + length], count, math.prod(shape), name)
         at = slice(done.get(dtype, 0), done.get(dtype, 0) + count)
+        covered = math.prod(shape) if name in zeroed else count
+        at_old = slice(done_old.get(dtype, 0), done_old.get(dtype, 0) + covered)
         old = flat.get(f"old.{dtype}")
         patches.append(
             Patch(
@@ -266,11 +289,12 @@ def _read_patches(metadata: dict[str, Any], payload: dict[str, memoryview]) -> l
                 torch.from_numpy(indices),
                 flat[f"values.{dtype}"][at],
                 base,
-                None if old is None else old[at],
+                None if old is None else old[at_old],
                 None if order is None else order[scalar : scalar + count],
+                name in zeroed,
             )
         )
-        word, scalar, done[dtype] = word + length, scalar + count, at.stop
+        word, scalar, done[dtype], done_old[dtype] = word + length, scalar + count, at.stop, at_old.stop
     return patches
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from selectune.delta.bits import DTYPES, FLOATS, dtype_name, first_non_finite
+from selectune.delta.bits import DTYPES, FLOATS, dtype_name, first_non_finite, scatter
 from selectune.delta.fingerprint import digest_bits
 from selectune.delta.schema import canonical_name, check_name
 from selectune.errors import DeltaError, NonFiniteError
@@ -28,11 +28,20 @@ class Patch:
     base_digest: str  # digest_bits of the base's values at `indices`
     base_values: Tensor | None = None  # (n,) in `dtype`: the base's values, where kept
     order: Tensor | None = None  # (n,) int32: rank in the order of selection over the whole delta; may be shared
+    zeroed: bool = (
+        False  # entries that are not listed are 0; base digest and base values (numel,) are of the whole tensor
+    )
 
     @property
     def numel(self) -> int:
         """Number of entries of the whole tensor."""
         return math.prod(self.shape)
+
+    def whole(self) -> Tensor:
+        """The tensor that a zeroed patch says: its values where they are listed, 0 elsewhere."""
+        tensor = torch.zeros(self.numel, dtype=self.dtype)
+        scatter(tensor, self.indices, self.values)
+        return tensor.view(self.shape)
 
     @classmethod
     def make(
@@ -112,10 +121,11 @@ def check_patch(patch: Patch) -> None:
         raise DeltaError(
             f'indices of "{name}" must be int64 (n,); got {patch.indices.dtype} {tuple(patch.indices.shape)}'
         )
-    for what, part in (("values", patch.values), ("base values", patch.base_values)):
-        if part is not None and (part.dtype != patch.dtype or part.shape != (n,)):
+    covered = patch.numel if patch.zeroed else n
+    for what, part, size in (("values", patch.values, n), ("base values", patch.base_values, covered)):
+        if part is not None and (part.dtype != patch.dtype or part.shape != (size,)):
             raise DeltaError(
-                f'{what} of "{name}" must be {dtype_name(patch.dtype)} ({n},); '
+                f'{what} of "{name}" must be {dtype_name(patch.dtype)} ({size},); '
                 f"got {dtype_name(part.dtype)} {tuple(part.shape)}"
             )
     if n and (int(patch.indices[0]) < 0 or int(patch.indices[-1]) >= patch.numel):
@@ -127,7 +137,10 @@ def check_patch(patch: Patch) -> None:
         raise DeltaError(f'indices of "{name}" must rise strictly; some repeat or go back')
     if patch.order is not None and (patch.order.shape != (n,) or (n and int(patch.order.min()) < 0)):
         raise DeltaError(f'order of "{name}" must hold {n} ranks of at least 0; got {tuple(patch.order.shape)}')
-    _check_values(name, patch.values, patch.base_values, patch.base_digest)
+    base = patch.base_values
+    _check_values(
+        name, patch.values, base.view(patch.shape) if patch.zeroed and base is not None else base, patch.base_digest
+    )
 
 
 def check_dense(dense: Dense) -> None:

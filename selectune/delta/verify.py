@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from selectune.delta import apply as live
-from selectune.delta.bits import int_view
+from selectune.delta.bits import gather, int_view
 from selectune.delta.delta import Delta
 from selectune.delta.fingerprint import _weights
 from selectune.errors import BaseMismatchError, DeltaStateError, IntegrityError
@@ -25,6 +25,7 @@ class Report:
     dense: int  # entries of the tensors that are recorded whole
     reverted: bool  # after revert every parameter and buffer had the bits it had before
     problem: str | None
+    zeroed: int = 0  # entries outside the support that the delta sets to 0; no part of the budget
 
     @property
     def within_budget(self) -> bool:
@@ -62,10 +63,14 @@ def verify(delta: Delta, model: nn.Module, full: bool = False) -> Report:
     except BaseMismatchError as error:
         return Report(False, weights, 0, delta.selected, budget, size, True, str(error))
     changed = 0
+    zeroed = {found.find[patch.name].name: patch for patch in delta.patches if patch.zeroed}
     try:
         for write in live.writes(delta, live.ready(model)):
-            if write.indices is not None:
-                olds = live.stack_of(model)[-1].olds[write.name][1]
+            olds = live.stack_of(model)[-1].olds[write.name][1]
+            if write.name in zeroed:
+                patch = zeroed[write.name]
+                changed += int((int_view(patch.values) != int_view(gather(olds, patch.indices))).sum())
+            elif write.indices is not None:
                 changed += int((int_view(write.old) != int_view(olds)).sum())
     finally:
         delta.revert(model)
@@ -77,4 +82,5 @@ def verify(delta: Delta, model: nn.Module, full: bool = False) -> Report:
         problem = "some weight that the delta does not write is not the base's"
     elif budget is not None and changed > budget:
         problem = f"{changed} scalars differ; the budget is {budget}"
-    return Report(True, weights, changed, delta.selected, budget, size, reverted, problem)
+    zeros = sum(patch.numel - patch.indices.numel() for patch in zeroed.values())
+    return Report(True, weights, changed, delta.selected, budget, size, reverted, problem, zeros)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from selectune.method import Method
-from selectune.recipes.calibrated import child_tuning_d, fish, grasp, movement, snip, synflow
+from selectune.recipes.calibrated import child_tuning_d, fish, grasp, movement, snip, sparse_adapter, synflow
 from selectune.recipes.dense import child_tuning_f, full, xattn
 from selectune.recipes.increment import id3, increment_pafi
 from selectune.recipes.phased import diff_pruning, lt_sft
@@ -41,6 +41,7 @@ _SYNFLOW = "Tanaka et al. 2020, arXiv 2006.05467"
 _MOVEMENT = "Sanh, Wolf, Rush 2020, arXiv 2005.07683"
 _MAGNITUDE = "Han et al. 2015, arXiv 1506.02626"
 _CHILD = "Xu et al. 2021, arXiv 2109.05687"
+_ADAPTER = "He et al. 2022, arXiv 2210.04284"
 _XATTN = "Gheini, Ren, May 2021, arXiv 2104.08771"
 _BEFORE = "mini-batch gradients, before training"
 _LT_SFT = "Ansell et al. 2022, arXiv 2110.07560"
@@ -66,6 +67,9 @@ RECIPES: dict[str, Recipe] = {
         Recipe("snip", snip, _BEFORE, _SNIP, "one a mini-batch", "4 a weight, once"),
         Recipe("grasp", grasp, "Hessian-gradient products, before training", _GRASP, "three a mini-batch", _DOUBLE),
         Recipe("synflow", synflow, "the flow of ones, before training", _SYNFLOW, "one", "5 a weight, once"),
+        Recipe(
+            "sparse-adapter", sparse_adapter, _BEFORE, _ADAPTER, "one a mini-batch", f"{_SPARSE}; 8 a weight in scope"
+        ),
         Recipe("gallop", gallop, "the gradient of the first step", _GALLOP, "one", _SPARSE),
         Recipe("bitfit", bitfit, "names", _BITFIT, "none", _SPARSE),
         Recipe("random", random, "nothing", "R-Mask baseline of arXiv 2111.09839 and 2408.14470", "one", _SPARSE),
@@ -87,5 +91,5 @@ RECIPES: dict[str, Recipe] = {
 __all__ = [
     "RECIPES", "Recipe", "bitfit", "child_tuning_d", "child_tuning_f", "diff_pruning", "fish", "full", "gallop",
     "grasp", "id3", "increment_pafi", "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3", "snip",
-    "static_d3", "synflow", "xattn",
+    "sparse_adapter", "static_d3", "synflow", "xattn",
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from selectune import scores
 from selectune.errors import ConfigError
 from selectune.method import Method, Patterns, compose
@@ -134,3 +136,46 @@ def synflow(budget: Budget, scope: Scope | Patterns = ("*",), train_fully: Patte
     <Reads.FLOW: 'flow'>
     """
     return compose("synflow", scores.synflow(), OneShot(budget), scope, train_fully)
+
+
+_PRUNERS = {
+    "snip": scores.snip, "grasp": scores.grasp, "synflow": scores.synflow, "magnitude": scores.magnitude,
+    "random": scores.random,
+}  # fmt: skip
+
+
+def sparse_adapter(
+    budget: Budget = 0.2,
+    score: str = "snip",
+    batches: int = 1,
+    temperature: float = 200.0,
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
+) -> Method:
+    """SparseAdapter: the B best entries of freshly made modules by a pruning score, once; all others are set to 0.
+
+    The scope is what was put on the model (adapters, LoRA, a prefix; freeze the rest). `budget`: .2 keeps a
+    fifth, the paper's 80 % sparsity; `score`: snip, grasp, synflow, magnitude or random. Large-Sparse is a
+    setting: a bottleneck k times as wide with budget .2 / k keeps as many entries. The delta holds the kept
+    entries and says that the others are 0. Needs a copy of the scope's weights.
+
+    Matrices that are all 0 (an up-projection) are scored as if drawn from N(0, .02^2), for 0 times its
+    gradient would tie; biases of 0 score 0 and stay 0 under snip, grasp, synflow and magnitude.
+    Source: He et al. (2022), SparseAdapter, arXiv 2210.04284; temperature 200: its released code.
+
+    >>> import selectune as st
+    >>> st.sparse_adapter(score="magnitude").fill
+    'zero'
+    """
+    if score not in _PRUNERS:
+        raise ConfigError(f"Unknown score '{score}'. Known: {', '.join(_PRUNERS)}.")
+    given = {"batches": count("batches", batches), "temperature": number("temperature", temperature)}
+    defaults = {"batches": 1, "temperature": 200.0}
+    takes = {"snip": ("batches",), "grasp": ("batches", "temperature")}.get(score, ())
+    for name in given:
+        if name not in takes and given[name] != defaults[name]:
+            raise ConfigError(f"The score '{score}' takes no {name}, but {name}={given[name]!r} was given.")
+    made = _PRUNERS[score](**{name: given[name] for name in takes})
+    if score != "random":
+        made = dataclasses.replace(made, drawn=0.02)
+    return compose("sparse-adapter", made, OneShot(budget), scope, train_fully, fill="zero")

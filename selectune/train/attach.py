@@ -84,6 +84,7 @@ class Verification:
     budget: int
     dense: int
     tensors: int
+    zeroed: int = 0  # entries outside the support that the method's fill set to 0
 
 
 class Tuner:
@@ -108,6 +109,13 @@ class Tuner:
         schedule = None if method.schedule is None else method.schedule.resolve(found.eligible)
         self.method, self.schedule, self.seed = method, schedule, seed
         self.budget = 0 if schedule is None else int(schedule.budget or 0)
+        if method.fill == "zero":
+            at_once = 0 if schedule is None else schedule.target(0)
+            if schedule is None or not schedule.keeps or at_once != self.budget:
+                raise ConfigError(
+                    'fill="zero" needs the whole budget selected at attach, as OneShot does; '
+                    f"{type(schedule).__name__} selects {at_once} of {self.budget} then."
+                )
         self._model: nn.Module | None = model
         self._all = found if schedule is not None or method.dense is not None else Found((), found.dense)
         self._phase: Phase | None = None
@@ -147,6 +155,8 @@ class Tuner:
             self._tracker.prepare(ready)
         if schedule is not None and schedule.target(0) == self.budget:
             self._tracker.select_ahead()
+        if method.fill == "zero":
+            self._base.zero_unselected(model, self._ledger)
 
     # -- what is trained
 
@@ -260,7 +270,8 @@ class Tuner:
             for t, p in zip(self._found.tensors, self._ledger.pages, strict=False)
         )
         dense = sum(t.parameter.numel() for t in self._found.dense)
-        return Verification(changed, self.selected, self.touched, self.budget, dense, len(self.support))
+        zeroed = sum(base.numel() for base in self._base.filled.values()) - (self.selected if self._base.filled else 0)
+        return Verification(changed, self.selected, self.touched, self.budget, dense, len(self.support), zeroed)
 
     def delta(
         self,

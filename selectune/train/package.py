@@ -29,6 +29,18 @@ class BaseCopy:
         whole = {id(t.parameter) for t in found.dense}
         self.sums = {n: ops.checksum(p) for n, p in model.named_parameters() if id(p) not in whole}
         self.buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+        self.filled: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def zero_unselected(self, model: nn.Module, ledger: Ledger) -> None:
+        """Sets all of the scope to 0 but the support, and keeps a copy of what was there: no entry is trained yet."""
+        self.filled = {t.name: t.parameter.detach().clone() for t in self.scoped.values()}
+        for tensor in self.scoped.values():
+            page = ledger.pages[tensor.index]
+            tensor.parameter.zero_()
+            ops.scatter_entries(tensor.parameter, page.flat, page.base)
+        names = {id(p): n for n, p in model.named_parameters()}
+        self.sums |= {names[id(t.parameter)]: ops.checksum(t.parameter) for t in self.scoped.values()}
 
     def hold(self, tensors: Sequence[ScopedTensor], ledger: Ledger) -> None:
         """Copies of tensors in scope that are to be trained wholly for a while; touched entries as they were."""
@@ -79,6 +91,9 @@ class BaseCopy:
         parameters = dict(model.named_parameters())
         for name, before in self.dense.items():
             parameters[name].copy_(before)
+        for tensor in self.scoped.values():
+            if tensor.name in self.filled:
+                tensor.parameter.copy_(self.filled[tensor.name])
         self.restore_buffers(model)
 
     @torch.no_grad()
@@ -119,9 +134,9 @@ def delta_of(
     """The delta of a run; refuses one that is empty or not finite."""
     ranks = _ranks(ledger) if order else {}
     patches = [
-        _patch(t, *ledger.pages[t.index].touched(), old_values, ranks.get(t.index))
+        _patch(t, *ledger.pages[t.index].touched(), old_values, ranks.get(t.index), before.filled.get(t.name))
         for t in found.tensors
-        if ledger.pages[t.index].touched()[0].numel()
+        if ledger.pages[t.index].touched()[0].numel() or t.name in before.filled
     ]
     dense = [_dense(t.name, "parameter", t.parameter, before.dense[t.name], old_values) for t in found.dense]
     dense += [
@@ -176,7 +191,10 @@ def _ranks(ledger: Ledger) -> dict[int, Tensor]:
     return ranks
 
 
-def _patch(tensor: ScopedTensor, flat: Tensor, base: Tensor, old_values: bool, rank: Tensor | None) -> Patch:
+def _patch(
+    tensor: ScopedTensor, flat: Tensor, base: Tensor, old_values: bool, rank: Tensor | None, filled: Tensor | None
+) -> Patch:
+    base = base if filled is None else filled
     return Patch(
         name=tensor.name,
         shape=tuple(tensor.parameter.shape),
@@ -184,8 +202,9 @@ def _patch(tensor: ScopedTensor, flat: Tensor, base: Tensor, old_values: bool, r
         indices=flat.cpu(),
         values=ops.gather_entries(tensor.parameter, flat).cpu(),
         base_digest=digest_bits(base.cpu()),
-        base_values=base.cpu() if old_values else None,
+        base_values=base.cpu().reshape(-1) if old_values else None,
         order=None if rank is None else rank.to(torch.int32),
+        zeroed=filled is not None,
     )
 
 
