@@ -9,6 +9,7 @@ from selectune.recipes import (
     child_tuning_f,
     diff_pruning,
     fish,
+    fish_dip,
     full,
     gallop,
     grasp,
@@ -34,8 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Delta", "Method", "Scope", "Score", "SparseAdamW", "Tuner", "Verification", "attach", "bitfit", "child_tuning_d",
-    "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "full", "gallop", "grasp", "id3", "increment_pafi",
-    "load", "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3", "score", "scores", "snip",
-    "sparse_adapter", "static_d3",
-    "synflow", "xattn",
+    "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "fish_dip", "full", "gallop", "grasp", "id3",
+    "increment_pafi", "load", "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3", "score", "scores",
+    "snip", "sparse_adapter", "static_d3", "synflow", "xattn",
 ]  # fmt: skip

@@ -33,6 +33,9 @@ ROWS = {
     "increment-pafi": Row(st.increment_pafi(60, 6), 0, 60),
     "pafi": Row(st.pafi(60), 60, 60),
     "fish": Row(st.fish(60, examples=3), 60, 60),
+    "fish-dip": Row(  # an LSTM's two biases have one gradient: in mid-run their scores differ by rounding only
+        st.fish_dip(60, 6, examples=2, every=2, scope=st.Scope(exclude="*bias_hh*")), 60, 60, grows=False
+    ),
     "child-tuning-d": Row(st.child_tuning_d(60), 60, 60),
     "movement": Row(st.movement(60, batches=3), 60, 60),
     "magnitude": Row(st.magnitude(60), 60, 60),

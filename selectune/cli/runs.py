@@ -77,10 +77,17 @@ def train(
     ] = None,
     every: Annotated[
         int | None,
-        typer.Option(help="ID3: select the quotas of k steps at every k-th step; cheaper.", show_default=False),
+        typer.Option(
+            help="ID3: select the quotas of k steps at every k-th step; cheaper. FISH-DIP: steps between selections.",
+            show_default=False,
+        ),
     ] = None,
     examples: Annotated[
-        int | None, typer.Option(help="Fish: how many single examples are read before training.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Fish: how many single examples are read before training. FISH-DIP: how many of the hardest count.",
+            show_default=False,
+        ),
     ] = None,
     batches: Annotated[
         int | None,

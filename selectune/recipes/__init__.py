@@ -10,7 +10,7 @@ from selectune.recipes.calibrated import child_tuning_d, fish, grasp, movement, 
 from selectune.recipes.dense import child_tuning_f, full, xattn
 from selectune.recipes.increment import id3, increment_pafi
 from selectune.recipes.phased import diff_pruning, lt_sft
-from selectune.recipes.repeat import repeat_d3
+from selectune.recipes.repeat import fish_dip, repeat_d3
 from selectune.recipes.static import bitfit, gallop, magnitude, pafi, random, static_d3
 
 
@@ -43,6 +43,8 @@ _MAGNITUDE = "Han et al. 2015, arXiv 1506.02626"
 _CHILD = "Xu et al. 2021, arXiv 2109.05687"
 _ADAPTER = "He et al. 2022, arXiv 2210.04284"
 _XATTN = "Gheini, Ren, May 2021, arXiv 2104.08771"
+_DIP = "Das et al. 2023, arXiv 2311.03748"
+_HARDEST = "losses of all examples and gradients of the hardest, every 100 steps"
 _BEFORE = "mini-batch gradients, before training"
 _LT_SFT = "Ansell et al. 2022, arXiv 2110.07560"
 _DIFF = "Guo, Rush, Kim 2021, arXiv 2012.07463"
@@ -61,6 +63,14 @@ RECIPES: dict[str, Recipe] = {
         Recipe("increment-pafi", increment_pafi, "the weights, once", _ID3, "one", _SPARSE),
         Recipe("pafi", pafi, "the weights, once", _PAFI, "one", _SPARSE),
         Recipe("fish", fish, "single-example gradients, before training", _FISH, "one an example", "4 a weight, once"),
+        Recipe(
+            "fish-dip",
+            fish_dip,
+            _HARDEST,
+            _DIP,
+            "one an example, a selecting step",
+            f"{_SPARSE}; 4 a weight, a selection",
+        ),
         Recipe("child-tuning-d", child_tuning_d, _BEFORE, _CHILD, "one a mini-batch", "4 a weight, once"),
         Recipe("movement", movement, _BEFORE, _MOVEMENT, "one a mini-batch", "4 a weight, once"),
         Recipe("magnitude", magnitude, "the weights, once", _MAGNITUDE, "one", _SPARSE),
@@ -89,7 +99,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 __all__ = [
-    "RECIPES", "Recipe", "bitfit", "child_tuning_d", "child_tuning_f", "diff_pruning", "fish", "full", "gallop",
-    "grasp", "id3", "increment_pafi", "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3", "snip",
-    "sparse_adapter", "static_d3", "synflow", "xattn",
+    "RECIPES", "Recipe", "bitfit", "child_tuning_d", "child_tuning_f", "diff_pruning", "fish", "fish_dip", "full",
+    "gallop", "grasp", "id3", "increment_pafi", "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3",
+    "snip", "sparse_adapter", "static_d3", "synflow", "xattn",
 ]  # fmt: skip

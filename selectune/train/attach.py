@@ -17,7 +17,7 @@ from selectune.errors import AlreadyAttachedError, ConfigError, DetachedError, I
 from selectune.method import Method
 from selectune.scope import OWN, VALUES, Found
 from selectune.train import package
-from selectune.train.calibrate import Batches, Loss, calibrate
+from selectune.train.calibrate import Batches, Loss, again, calibrate, check_rereadable
 from selectune.train.dense import Phase
 from selectune.train.ledger import Ledger
 from selectune.train.optimizers import Follower
@@ -128,6 +128,8 @@ class Tuner:
         try:
             ready = None
             if method.score is not None and (method.score.reads.calibrated or method.score.drawn):
+                if schedule is not None and not schedule.keeps:
+                    check_rereadable(method.score, calibration)
                 ready = calibrate(model, method.score, self._all.tensors, calibration, loss, seed)
         except BaseException:
             self._unfreeze()
@@ -151,8 +153,12 @@ class Tuner:
             model.register_state_dict_post_hook(_hide_values),
             model.register_load_state_dict_post_hook(self._weights_loaded),
         ]
-        if ready is not None:
+        if ready is not None and schedule is not None and schedule.keeps:
             self._tracker.prepare(ready)
+        elif ready is not None:
+            self._tracker.chooser.rescore = again(
+                ready, model, method.score, self._all.tensors, calibration, loss, seed
+            )
         if schedule is not None and schedule.target(0) == self.budget:
             self._tracker.select_ahead()
         if method.fill == "zero":

@@ -75,6 +75,22 @@ def calibrate(
     return sums
 
 
+def again(first: list[Tensor], *how: Any) -> Callable[[], list[Tensor]]:
+    """Gives the scores that are known already the first time, and from then on calibrates afresh."""
+    known = [first]
+    return lambda: known.pop() if known else calibrate(*how)
+
+
+def check_rereadable(score: Score, batches: Batches | None) -> None:
+    """Raises CalibrationError for data that can be read once only, under a schedule that scores again in mid-run."""
+    if batches is not None and not callable(batches) and iter(batches) is batches:
+        raise CalibrationError(
+            f"The score '{score.name}' is read again at every selection, and calibration= is a "
+            f"{type(batches).__name__}, which is used up after the first: give a list, or a callable that "
+            "gives a fresh iterable."
+        )
+
+
 class _Reading:
     """One pass over the calibration data for one score."""
 
@@ -169,9 +185,11 @@ class _Reading:
         hardest = self.score.parameters.get("hardest")
         if hardest is None:
             return self._batches()
+        if self.labels != "data":
+            raise CalibrationError('hardest= goes by the loss of each example: use labels="data".')
         kept = list(self._batches())
         with torch.no_grad():
-            losses = [float(self.loss(model, batch)) for batch in kept]
+            losses = [float(self._losses(self._loss_of(model, batch))[0][0]) for batch in kept]
         losses = [value if value == value else float("-inf") for value in losses]  # NaN comes last
         order = sorted(range(len(kept)), key=lambda i: (-losses[i], i))
         return [kept[i] for i in sorted(order[: int(hardest)])]
@@ -217,6 +235,9 @@ class _Reading:
                 f"calibration= yielded {self.seen} of the {self.wanted} {self.unit} asked for. Give more, or lower "
                 f"{self.unit}=."
             )
+        hardest = self.score.parameters.get("hardest")
+        if hardest is not None and self.seen < hardest:
+            raise CalibrationError(f"calibration= yielded {self.seen} examples; the {hardest} hardest were asked for.")
         broken = [t.name for t, s in zip(self.tensors, sums, strict=True) if not bool(torch.isfinite(s).all())]
         if broken:
             raise CalibrationError(

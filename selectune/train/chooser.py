@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Chooser:
         self.method, self.schedule, self.tensors, self.ledger = method, schedule, tensors, ledger
         self.seed, self.events = seed, events
         self.score = method.score or constant()
+        self.rescore: Callable[[], Sequence[Tensor]] | None = None  # calibrated scores at the weights of now
         self.recycled: Tensor | None = None  # slots that changed hands: their optimizer state is stale
         self._collector: Collector | None = None
         self._broken: list[str] = []  # tensors with non-finite scores
@@ -173,6 +174,8 @@ class Growing(Chooser):
         return tensors[:quota], flat[:quota]
 
     def _rank(self, quota: int, ready: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if ready is None and self.rescore is not None:
+            ready = self.rescore()
         collector = self.collector(quota)
         generator = torch.Generator().manual_seed(self.seed)
         for tensor in self.tensors:
@@ -181,7 +184,22 @@ class Growing(Chooser):
                 self.events["nonfinite_selections"] += 1
                 log.warning('Scores of "%s" are not finite; its entries from there on are left out.', tensor.name)
         tensors, flat, _ = collector.close()
+        if ready is not None:
+            self._report_zeros(tensors, flat, ready)
         return tensors, flat
+
+    def _report_zeros(self, tensors: Tensor, flat: Tensor, ready: Sequence[Tensor]) -> None:
+        """Entries that no gradient reached are chosen where fewer others score above 0 than the budget is."""
+        zeros = sum(
+            int((ready[i].reshape(-1)[flat[tensors == i].to(ready[i].device)] == 0).sum())
+            for i in torch.unique(tensors).tolist()
+        )
+        if zeros:
+            self.events["zero_scores"] += zeros
+            log.warning(
+                "%d of the %d entries chosen score 0: too few others score more, so the model's order decides. A "
+                "smaller budget, or more calibration data, avoids it.", zeros, flat.numel(),
+            )  # fmt: skip
 
     def _taken(self, index: int) -> Tensor | None:
         """Flat indices of a tensor that may not be chosen."""

@@ -18,19 +18,22 @@ _LARGEST = {t: torch.iinfo(t).max for t in (torch.int16, torch.int32, torch.int6
 
 @contextmanager
 def still(model: nn.Module, tensors: Sequence[ScopedTensor], train_mode: bool) -> Iterator[None]:
-    """The tensors require gradients, the model is in eval (or train) mode; modes, buffers, gradients come back."""
-    trainable = [t.parameter.requires_grad for t in tensors]
+    """The tensors alone require gradients, the model is in eval (or train) mode; what was before comes back."""
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         model.train(train_mode)
+        for parameter in trainable:
+            parameter.requires_grad_(False)
         for tensor in tensors:
             tensor.parameter.requires_grad_(True)
         with torch.enable_grad():
             yield
     finally:
-        for tensor, before in zip(tensors, trainable, strict=True):
-            tensor.parameter.requires_grad_(before)
+        for parameter, before in trainable.items():
+            parameter.requires_grad_(before)
+        for tensor in tensors:
             tensor.parameter.grad = None
         for module, mode in training.items():
             module.training = mode

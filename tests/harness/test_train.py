@@ -160,6 +160,8 @@ def test_every_method_runs_and_its_metric_comes_back(config, tiny, data, method,
         changes["budget"] = None
     if method == "fish":
         changes["examples"] = 8
+    if method == "fish-dip":
+        changes["examples"] = 4
     if method == "movement":
         changes["batches"] = 2
     if method == "xattn":  # an encoder has no cross-attention

@@ -203,6 +203,85 @@ def test_only_the_hardest_examples_count():
     assert all(torch.equal(a, b) for a, b in zip(ours, slow, strict=True))
 
 
+def hard(seed):
+    return torch.randn(1, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_scores_are_read_again_at_the_weights_of_the_step():
+    """FISH-DIP against a plain loop: losses of all, Fisher of the 2 hardest, the 7 best, a step of SGD on these."""
+    examples, x = [hard(s) for s in range(6)], hard(9)
+    model, twin = net().eval(), net().eval()
+    tuner = st.attach(model, st.fish_dip(7, 5, examples=2, every=2), calibration=lambda: iter(examples), loss=loss)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.5)
+    weights = list(twin.parameters())
+    masks = []
+    for step in range(6):
+        loss(model, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (0, 2, 4):
+            order = sorted(range(6), key=lambda i: -loss(twin, examples[i]).item())[:2]
+            fisher = sum(torch.cat([g.flatten() for g in gradients(twin, examples[i])]).square() for i in sorted(order))
+            masks.append(torch.zeros_like(fisher).scatter(0, fisher.argsort(descending=True, stable=True)[:7], 1.0))
+        g = torch.cat([g.flatten() for g in gradients(twin, x)]) * masks[-1]
+        with torch.no_grad():
+            for w, part in zip(weights, g.split([w.numel() for w in weights]), strict=True):
+                w -= 0.5 * part.view(w.shape)
+        here = [p for n, p in model.named_parameters() if n != "selectune_values"]
+        assert all(torch.equal(a, b) for a, b in zip(here, weights, strict=True))
+    assert not torch.equal(masks[0], masks[1])  # the mask changed
+    assert tuner.touched == int((sum(masks) > 0).sum()) > 7
+
+
+def test_scoring_in_mid_run_leaves_gradients_modes_and_chance_alone():
+    torch.manual_seed(0)
+    model = Mixed().train()
+    method = st.fish_dip(60, 6, examples=2, every=2, train_fully="norm.*")
+    examples = [tokens(s, n=1) for s in range(4)]
+    tuner = st.attach(model, method, calibration=examples, loss=mixed_loss, accumulation_steps=2)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    for step in range(4):
+        state = torch.get_rng_state()
+        mixed_loss(model, tokens(step)).backward()
+        assert torch.equal(torch.get_rng_state(), state)
+        first = model.norm.weight.grad.clone()
+        mixed_loss(model, tokens(step)).backward()
+        assert torch.allclose(model.norm.weight.grad, 2 * first)  # nothing of the scoring is in it
+        assert all(m.training for m in model.modules())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert tuner.verify().selected == 60
+
+
+def test_data_for_scores_that_are_read_again():
+    def attach(batches, **options):
+        return st.attach(net(), st.fish_dip(5, 4, **options), calibration=batches, loss=loss)
+
+    with pytest.raises(CalibrationError, match="calibration= is a list_iterator, which is used up after the first"):
+        attach(iter(BATCHES), examples=1)
+    with pytest.raises(CalibrationError, match="yielded 3 examples; the 4 hardest were asked for"):
+        attach(BATCHES, examples=4)
+    assert attach(BATCHES, examples=1).selected == 5
+    assert st.attach(net(), st.fish(5, examples=3), calibration=iter(BATCHES), loss=loss).selected == 5  # once: enough
+
+
+def test_entries_that_no_gradient_reached_are_counted(caplog):
+    """methods 2.6: rows of a table that no example names score 0, and are chosen where the budget exceeds the rest."""
+    model = nn.Embedding(10, 2)
+    tuner = st.attach(model, st.fish(9, examples=2), calibration=[torch.tensor([3]), torch.tensor([5])],
+                      loss=lambda m, x: m(x).square().sum())  # fmt: skip
+    assert tuner.support["weight"].tolist() == [0, 1, 2, 3, 4, 6, 7, 10, 11]
+    assert tuner.events["zero_scores"] == 5
+    assert "5 of the 9 entries chosen score 0" in caplog.text
+    caplog.clear()
+    tuner.detach()
+    tuner = st.attach(model, st.fish(4, examples=2), calibration=[torch.tensor([3]), torch.tensor([5])],
+                      loss=lambda m, x: m(x).square().sum())  # fmt: skip
+    assert tuner.support["weight"].tolist() == [6, 7, 10, 11]
+    assert not tuner.events["zero_scores"]
+    assert not caplog.text
+
+
 def test_what_cannot_be_read_is_said():
     model = net()
     base = bits(model)
