@@ -4,7 +4,7 @@
         --budget 0.0017 --epochs 2 --out runs/stsb
 
 Every row is made by the same loop (`selectune.harness.train.run`), measured from its saved delta. `id3@10` is
-`id3` with every=10.
+`id3` with every=10, `id3+lora:r=32` selects from LoRA, `lora:r=2` is a dense peer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from selectune import tasks
+from selectune.bench.methods import names_of, parts
 from selectune.harness.train import RunConfig, RunResult, run
 from selectune.recipes import RECIPES
 
@@ -21,21 +22,23 @@ HEAD = "| method | {metric} | trained | changed | delta bytes | bytes / scalar |
 
 
 def one(name: str, options: argparse.Namespace) -> RunResult:
-    recipe, _, every = name.partition("@")
-    takes_budget = "budget" in RECIPES[recipe].function.__annotations__
+    recipe, every, on = parts(name)
+    takes_budget = recipe in RECIPES and "budget" in RECIPES[recipe].function.__annotations__
+    whole = recipe == "full" or recipe not in RECIPES
     config = RunConfig(
         model=options.model,
         task=options.task,
         method=recipe,
+        on=on or None,
         budget=options.budget if takes_budget else None,
         every=int(every) if every else None,
         epochs=options.epochs,
         batch_size=options.batch_size,
         max_length=options.max_length,
         seed=options.seed,
-        train_fully=() if recipe == "full" else tuple(filter(None, options.train_fully.split(","))),
+        train_fully=() if whole else tuple(filter(None, options.train_fully.split(","))),
         eval_every=10**9,
-        out=str(Path(options.out) / name),
+        out=str(Path(options.out) / name.replace(":", "-")),
     )
     return run(config)
 
@@ -63,7 +66,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/compare")
     options = parser.parse_args()
     print(HEAD.format(metric=tasks.get(options.task).metric_name), flush=True)
-    for name in options.methods.split(","):
+    for name in names_of(options.methods):
         print(row(name, one(name, options)), flush=True)
     sys.stdout.flush()
 

@@ -10,20 +10,10 @@ A delta that was trained so records the module; `rebuild(model, delta)` puts it 
 
 from selectune.adapters.on import Adapted, put_on, rebuild
 from selectune.adapters.peers import two_rates
-from selectune.adapters.roles import MAPS, ROLES, Role, find
-from selectune.adapters.spec import KINDS, Kind, Spec, parse
+from selectune.adapters.roles import MAPS, ROLES, Role, find, linears
+from selectune.adapters.spec import KINDS, LINEARS, Kind, Spec, make, parse
 
 __all__ = [
-    "KINDS",
-    "MAPS",
-    "ROLES",
-    "Adapted",
-    "Kind",
-    "Role",
-    "Spec",
-    "find",
-    "parse",
-    "put_on",
-    "rebuild",
-    "two_rates",
-]
+    "KINDS", "LINEARS", "MAPS", "ROLES", "Adapted", "Kind", "Role", "Spec", "find", "linears", "make", "parse",
+    "put_on", "rebuild", "two_rates",
+]  # fmt: skip

@@ -55,7 +55,8 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(self.up.weight)
 
     def forward(self, h: Tensor) -> Tensor:  # (..., d) -> (..., d)
-        return self.scale * self.up(ACTIVATIONS[self.activation](self.down(h)))
+        hidden = ACTIVATIONS[self.activation](self.down(h.to(self.down.weight.dtype)))
+        return (self.scale * self.up(hidden)).to(h.dtype)
 
 
 def put_on(model: nn.Module, kind: str, options: Mapping[str, Any], found: Sequence[Role]) -> Callable[[], None]:
@@ -79,7 +80,8 @@ def put_on(model: nn.Module, kind: str, options: Mapping[str, Any], found: Seque
         )
         weight: Any = like.weight
         module = modules[site.where]
-        module.add_module(NAME, made.to(weight.device, weight.dtype).train(module.training))
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # fp32 on a half model, as peft does
+        module.add_module(NAME, made.to(weight.device, dtype).train(module.training))
         handles += site.hook(modules, made)
 
     def remove() -> None:

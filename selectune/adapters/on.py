@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from selectune.adapters import bottleneck, peers
@@ -44,6 +46,12 @@ class Adapted:
         """To be called with the step's number after the optimizer's step and before zero_grad, if not None."""
         return self._put.after_step
 
+    def save(self, folder: Path) -> int:
+        """Writes what is trained as one safetensors file, as peft has it where the module is peft's: its bytes."""
+        path = folder / "module.safetensors"
+        save_file(peers.state_of(self.model, self.spec), path)
+        return path.stat().st_size
+
     def remove(self) -> None:
         """Takes the module off: the base has its modules, hooks, bits and requires_grad as before."""
         self._off(self._put.remove)
@@ -79,6 +87,7 @@ def put_on(
     roles: RoleMap | None = None,
     steps: int | None = None,
     names: Sequence[str] | None = None,
+    record: bool = True,
 ) -> Adapted:
     """Puts a module on a model and freezes the rest: what `attach` then finds is the module.
 
@@ -86,7 +95,8 @@ def put_on(
     tensors are drawn from `seed` on the CPU, so the same call gives the same bits; call it before the model moves to a
     GPU. `keep`: names of parameters that stay trainable, a fresh head. `roles`: an own role map, see `roles.find`.
     `steps`: optimizer steps of the run, in which AdaLoRA moves its ranks; None: they stay. `names`: linear layers in
-    place of those that the option `targets` stands for. Costs the module's memory and one read of it.
+    place of those that the option `targets` stands for. Costs the module's memory and, unless `record` is False, one
+    read of it; without that record a delta does not know its module.
 
     Raises ConfigError for unknown kinds, options, parameters and architectures, and for a model that carries a module;
     ModelError where peft is needed and missing. Then the model is as it was.
@@ -129,7 +139,7 @@ def put_on(
         parameter.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    if not next(model.parameters()).is_meta:
+    if record and not next(model.parameters()).is_meta:
         record_module(put.model, chosen.kind, chosen.options, seed)
     return Adapted(put.model, model, chosen, seed, put, before)
 

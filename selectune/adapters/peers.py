@@ -64,6 +64,7 @@ def put_on(
     try:
         with _quietly():
             tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, ADAPTER)
+            tuner._cast_adapter_dtype(adapter_name=ADAPTER, autocast_adapter_dtype=True)  # fp32 on a half model
     except (TypeError, ValueError) as error:
         take_off(False)
         raise ConfigError(f"peft cannot put {spec} on {type(model).__name__}: {error}") from error
@@ -137,6 +138,14 @@ def two_rates(model: nn.Module, lr: float, ratio: float, weight_decay: float) ->
     package()
     create = importlib.import_module("peft.optimizers").create_loraplus_optimizer
     return create(model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay)
+
+
+def state_of(model: nn.Module, spec: Spec) -> dict[str, Tensor]:
+    """What is trained, by name; of sparse modules what peft ships: their positions too."""
+    found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    if spec.kind in ("shira", "super"):
+        found = package().get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in found.items()}
 
 
 def _targets(model: nn.Module, text: str, found: Sequence[Role]) -> list[str]:
@@ -213,7 +222,7 @@ def _wrapped(peft: Any, model: nn.Module, config: Any) -> Put:
     """Virtual tokens: peft's model stands around ours. It would also copy the head, which has its own rule here."""
     trainable = {p: p.requires_grad for p in model.parameters()}
     with _quietly():
-        around = peft.get_peft_model(model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+        around = peft.get_peft_model(model, config, adapter_name=ADAPTER)
     saved = importlib.import_module("peft.utils.other").ModulesToSaveWrapper
     for path, module in list(model.named_modules()):
         if isinstance(module, saved):

@@ -17,9 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from selectune.bench.models import trunk_linears
+from selectune.adapters import KINDS, LINEARS, Spec, linears, make, parse, put_on, two_rates
 from selectune.errors import ConfigError, ModelError
 from selectune.harness.calibration import calibration
+from selectune.harness.modules import peer, spec_of
 from selectune.method import Method
 from selectune.recipes import RECIPES
 from selectune.schedule import resolve_budget
@@ -50,32 +51,65 @@ class Ready:
     selecting: Callable[[], bool] = lambda: False  # whether the coming step selects
     undo: Callable[[], None] | None = None
     model: nn.Module | None = None  # in place of the one that was given
+    after_step: Callable[[int], None] | None = None  # with the step's number, before gradients are dropped
     select_s: list[float] = field(default_factory=list)  # seconds of selections, where a peer's own can be timed
     note: str = ""
 
 
+def parts(name: str) -> tuple[str, str, str]:
+    """`id3@10+lora:r=8` as recipe, selecting at every k-th step, on a module; what is no recipe is left whole.
+
+    >>> parts("id3@10+lora:r=8"), parts("lora:targets=query+value")
+    (('id3', '10', 'lora:r=8'), ('lora:targets=query+value', '', ''))
+    """
+    head, _, on = name.partition("+")
+    base, _, every = head.partition("@")
+    return (base, every, on) if base in RECIPES else (name, "", "")
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """Names separated by commas, as are the options of one name.
+
+    >>> names_of("full, lora:r=8,alpha=16, id3+pfeiffer")
+    ('full', 'lora:r=8,alpha=16', 'id3+pfeiffer')
+    """
+    found: list[str] = []
+    for part in (piece.strip() for piece in text.split(",") if piece.strip()):
+        if found and ":" in found[-1] and "=" in part and ":" not in part:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return tuple(found)
+
+
 def is_ours(name: str) -> bool:
     """Whether a method is trained by selectune; `full` and `frozen` are plain torch."""
-    return name.partition("@")[0] in RECIPES and name != DENSE
+    return parts(name)[0] in RECIPES and parts(name)[0] != DENSE
 
 
 def check(name: str) -> None:
     """Raises ConfigError for a method that nothing here can set up."""
-    base, at, every = name.partition("@")
+    base, every, on = parts(name)
     if is_ours(name):
-        if at and ("every" not in inspect.signature(RECIPES[base].function).parameters or not every.isdigit()):
+        if on:
+            spec_of(base, on)
+        if "@" in name.partition("+")[0] and (
+            "every" not in inspect.signature(RECIPES[base].function).parameters or not every.isdigit()
+        ):
             raise ConfigError(f"--methods {name}: '@k' selects at every k-th step, which {base} does not take.")
         return
-    if name not in PEERS:
+    if peer(name) is None and name not in PEERS:
         ours = [r for r in RECIPES if r != DENSE]
         raise ConfigError(
-            f"--methods {name}: unknown. Known: {', '.join([*PEERS, *ours])}; id3@10 selects at every 10th step."
+            f"--methods {name}: unknown. Known: {', '.join([*PEERS, *KINDS, *ours])}; id3@10 selects at every 10th "
+            "step, id3+lora:r=8 selects from a module."
         )
 
 
 def needs(name: str) -> str | None:
     """The package and version that a peer comes from; None for ours. ModelError where it is not installed."""
-    package = {"lora": "peft", "dora": "peft", "super": "peft", "shira": "peft"}.get(name)
+    kind = KINDS.get((parts(name)[2] or name).partition(":")[0])
+    package = "peft" if kind is not None and kind.peft else None
     package = "selective-optimizers" if name.startswith("toolkit-") else package
     if package is None:
         return None
@@ -90,12 +124,14 @@ def needs(name: str) -> str | None:
 def set_up(name: str, model: nn.Module, plan: Plan) -> Ready:
     """Puts a method on a model: what is timed as its initialisation."""
     check(name)
-    return ours(name, model, plan) if is_ours(name) else PEERS[name](model, plan)
+    if is_ours(name):
+        return ours(name, model, plan)
+    return PEERS[name](model, plan) if name in PEERS else module(name, model, plan)
 
 
 def recipe(name: str, budget: int | float, steps: int) -> Method:
     """`id3@10` -> the method, with what its recipe takes of budget and steps."""
-    base, _, every = name.partition("@")
+    base, every, _ = parts(name)
     offered: dict[str, Any] = {"budget": budget, "steps": steps, "examples": EXAMPLES, "batches": EXAMPLES}
     if every:
         offered["every"] = int(every)
@@ -106,18 +142,27 @@ def recipe(name: str, budget: int | float, steps: int) -> Method:
 
 
 def ours(name: str, model: nn.Module, plan: Plan) -> Ready:
-    method = recipe(name, plan.budget, plan.steps)
+    method, on = recipe(name, plan.budget, plan.steps), parts(name)[2]
+    adapted = put_on(model, on, plan.seed) if on else None
+    model = adapted.model if adapted else model
     rows = [{k: v[i] for k, v in b.items()} for b in plan.batches for i in range(len(b["input_ids"]))]
     batch = len(plan.batches[0]["input_ids"])
     rows = [rows[i % len(rows)] for i in range(EXAMPLES * batch)]
     read = calibration(model, method.score, rows, _stacked, batch, plan.seed)
     tuner = attach(model, method, seed=plan.seed, **read)
+
+    def undo() -> None:
+        tuner.detach()
+        if adapted is not None:
+            adapted.remove()
+
     return Ready(
         optimizer=_adamw(tuner.parameters()),
         selected=lambda: tuner.selected,
         save=lambda folder: tuner.save(folder / "delta.safetensors").stat().st_size,
         selecting=lambda: tuner.quota > 0,
-        undo=tuner.detach,
+        undo=undo,
+        model=model,
     )
 
 
@@ -141,41 +186,36 @@ def frozen(model: nn.Module, plan: Plan) -> Ready:
     return Ready(None, lambda: 0, lambda folder: 0, note="forward and input gradients only")
 
 
-def _peft(make: Callable[[Any, list[str], nn.Module, int], Any]) -> Callable[[nn.Module, Plan], Ready]:
-    def start(model: nn.Module, plan: Plan) -> Ready:
-        needs("lora")
-        peft = importlib.import_module("peft")
-        linears = trunk_linears(model)
-        budget = resolve_budget(plan.budget, sum(p.numel() for p in model.parameters()))
-        adapted = peft.get_peft_model(model, make(peft, list(linears), model, budget))
-        trained = [p for p in adapted.parameters() if p.requires_grad]
-
-        def save(folder: Path) -> int:
-            adapted.save_pretrained(folder)
-            return sum(f.stat().st_size for f in folder.glob("adapter_model*"))
-
-        return Ready(_adamw(trained), lambda: sum(p.numel() for p in trained), save, model=adapted)
-
-    return start
-
-
-def _lora(peft: Any, names: list[str], model: nn.Module, budget: int, **more: Any) -> Any:
-    del model, budget
-    return peft.LoraConfig(r=8, lora_alpha=8, target_modules=names, **more)
+def module(name: str, model: nn.Module, plan: Plan) -> Ready:
+    """A module trained whole by plain AdamW: LoRA and its kin as peft has them, adapters of our own."""
+    needs(name)
+    adapted = put_on(model, _spec(name, model, plan.budget), plan.seed, steps=plan.steps, record=False)
+    trained = [p for p in adapted.model.parameters() if p.requires_grad]
+    ratio = adapted.spec.options.get("ratio")
+    optimizer = _adamw(trained) if ratio is None else two_rates(adapted.model, LEARNING_RATE, float(ratio), 0.0)
+    return Ready(
+        optimizer=optimizer,
+        selected=lambda: sum(p.numel() for p in trained),
+        save=adapted.save,
+        undo=adapted.remove,
+        model=adapted.model,
+        after_step=adapted.after_step,
+    )
 
 
-def _dora(peft: Any, names: list[str], model: nn.Module, budget: int) -> Any:
-    return _lora(peft, names, model, budget, use_dora=True)
-
-
-def _super(peft: Any, names: list[str], model: nn.Module, budget: int) -> Any:
-    size = sum(layer.weight.numel() for layer in trunk_linears(model).values())
-    return peft.SupertuningConfig(target_modules=names, sparsity=max(0.0, 1 - budget / size))
-
-
-def _shira(peft: Any, names: list[str], model: nn.Module, budget: int) -> Any:
-    one = sum(sum(layer.weight.shape) for layer in trunk_linears(model).values())  # scalars at r = 1
-    return peft.ShiraConfig(r=max(1, round(budget / one)), target_modules=names, random_seed=6)
+def _spec(name: str, model: nn.Module, budget: int | float) -> Spec:
+    """The module of a name; without options on every linear layer, and as large as the budget where it can be told."""
+    given = parse(name)
+    if ":" in name or "targets" not in given.options:
+        return given
+    layers = list(linears(model).values())
+    count = resolve_budget(budget, sum(p.numel() for p in model.parameters()))
+    options: dict[str, Any] = {"targets": LINEARS}
+    if given.kind == "super":
+        options["sparsity"] = max(0.0, 1 - count / sum(layer.weight.numel() for layer in layers))
+    if given.kind == "shira":
+        options["r"] = max(1, round(count / sum(sum(layer.weight.shape) for layer in layers)))
+    return make(given.kind, options)
 
 
 def _toolkit(kind: str) -> Callable[[nn.Module, Plan], Ready]:
@@ -227,10 +267,6 @@ def note_unreached(model: nn.Module, backward: Callable[[], None]) -> None:
 PEERS: dict[str, Callable[[nn.Module, Plan], Ready]] = {
     DENSE: full,
     FLOOR: frozen,
-    "lora": _peft(_lora),
-    "dora": _peft(_dora),
-    "super": _peft(_super),
-    "shira": _peft(_shira),
     "toolkit-id3": _toolkit("id3"),
     "toolkit-pafi": _toolkit("pafi"),
     "toolkit-bitfit": _toolkit("bitfit"),

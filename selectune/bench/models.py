@@ -176,20 +176,3 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor], bench: Bench) -> Tensor:
     """One forward pass."""
     with mixed(bench):
         return model(**batch).loss
-
-
-def head_names(model: nn.Module) -> set[str]:
-    """Module names of the task head: the classifier, or the layer that gives a word's logits."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    heads = {name for name, module in model.named_modules() if output is not None and module is output}
-    return heads | {name for name, _ in model.named_modules() if name.split(".")[-1] in ("classifier", "score")}
-
-
-def trunk_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """{name: layer} of every linear layer but the head's."""
-    heads = head_names(model)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in heads and not any(name.startswith(f"{h}.") for h in heads)
-    }

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from selectune.adapters import linears
 from selectune.bench import methods, trace
-from selectune.bench.models import DTYPES, Bench, config_of, is_causal, prepare, trunk_linears
+from selectune.bench.models import DTYPES, Bench, config_of, is_causal, prepare
 from selectune.errors import ConfigError
 from selectune.method import Method
 from selectune.schedule import resolve_budget
@@ -66,6 +67,10 @@ def plan(
     if method not in (methods.DENSE, methods.FLOOR) and not methods.is_ours(method):
         raise ConfigError(f"--method {method}: only selectune's methods, full and frozen can be planned.")
     methods.check(method)
+    if methods.parts(method)[2]:
+        raise ConfigError(
+            f"--method {method}: what sits on a model cannot be planned yet; leave out what follows the +."
+        )
     config = config_of(bench.model)
     model = prepare(bench, config, "meta")
     parameters = list(model.parameters())
@@ -85,7 +90,7 @@ def plan(
     values = 4 * trained if selective else 0
     moments = state * trained * itemsize // 4 if dense else state * trained if selective else 0
     ledger = (_FLAT + _SLOT + _COORDINATES + _FREE + itemsize) * trained if selective else 0
-    widest = max((layer.weight.numel() for layer in trunk_linears(model).values()), default=0)
+    widest = max((layer.weight.numel() for layer in linears(model).values()), default=0)
     workspace = min(_PIECE, widest) * _SCORING if selects else 0
     backward = (quiet if selects else seen).peak - seen.saved
     above = seen.peak + 2 * values + moments + ledger + workspace

@@ -74,7 +74,7 @@ def whole(name: str, steps: Sequence[tuple[float, bool]], seen: Samples, added: 
     del seen
     plain = [s for s, chose in steps if not chose]
     selecting = [s for s, chose in steps if chose]
-    _, _, every = name.partition("@")
+    _, every, _ = methods.parts(name)
     if every and added is not None and plain:
         return (middle(plain) or 0.0) + max(added, 0.0) / int(every)
     return middle(plain if plain and len(plain) >= len(selecting) else selecting) or 0.0

@@ -92,6 +92,8 @@ class Measured:
             loss.backward()
             if optimizer is not None:
                 optimizer.step()
+                if self.ready.after_step is not None:
+                    self.ready.after_step(self.step)
                 optimizer.zero_grad(set_to_none=True)
             wait(self.bench.device)
             took.append(time.perf_counter() - began)

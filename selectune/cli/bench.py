@@ -34,6 +34,14 @@ def bench(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas; id3@10 selects at every 10th step.")] = (
         METHODS
     ),
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            help="Put a module under each selective method, such as lora:r=8; id3+lora:r=8 under one.",
+            show_default=False,
+        ),
+    ] = None,
     budget: Annotated[str, typer.Option("--budget", "-b", help="Scalars trained: 114k, or a share of all.")] = "0.17%",
     steps: Annotated[int, typer.Option(help="Measured steps of each method, in all rounds together.")] = 30,
     rounds: Annotated[int, typer.Option(help="Rounds; in each every method has its turn, in a shuffled order.")] = 3,
@@ -59,12 +67,12 @@ def bench(
 ) -> None:
     """Measure methods side by side: seconds of a step, peak memory, bytes shipped; ours and others', random weights."""
     from selectune.bench import bars as judging
-    from selectune.bench.methods import DENSE, FLOOR, is_ours
+    from selectune.bench.methods import DENSE, FLOOR, is_ours, names_of
     from selectune.bench.models import Bench
     from selectune.bench.rounds import Settings
     from selectune.bench.rows import run
 
-    names = tuple(name.strip() for name in methods.split(",") if name.strip())
+    names = tuple(name if on is None or not is_ours(name) else f"{name}+{on}" for name in names_of(methods))
     if out is not None and out != "-" and not Path(out).resolve().parent.is_dir():
         raise ConfigError(f"--json {out}: there is no folder {Path(out).resolve().parent}.")
     what = Bench(model, batch, length, dtype, autocast, checkpointing, device, seed)

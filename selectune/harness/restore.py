@@ -8,10 +8,10 @@ from typing import Any
 
 import selectune as st
 from selectune import tasks
-from selectune.delta import Delta, Report
+from selectune.delta import Delta, Report, belongs
 from selectune.errors import DeltaError
 from selectune.harness.evaluate import Evaluation, encode, evaluate
-from selectune.harness.models import LoadedModel, Shape, device, load_model, longest, quiet
+from selectune.harness.models import DTYPES, LoadedModel, Shape, device, load_model, longest, quiet
 from selectune.harness.modules import mergeable, virtual_tokens, with_module_of
 from selectune.tasks import Task
 
@@ -35,8 +35,13 @@ def task_of(delta: Delta) -> Task | None:
 def load_base(source: Source, delta: Delta, task: Task | None) -> LoadedModel:
     """The base that a delta needs: head of its task and module, drawn from its seed, in the dtype of its values."""
     task = task or task_of(delta)
-    floats = [p.dtype for p in delta.patches] + [d.tensor.dtype for d in delta.dense if d.tensor.is_floating_point()]
-    dtype = source.dtype or (max(set(floats), key=floats.count) if floats else None)
+    written = [(p.name, p.dtype) for p in delta.patches] + [(d.name, d.tensor.dtype) for d in delta.dense]
+    kind = delta.info["module"]["kind"] if "module" in delta.info else None  # a module's tensors may be fp32 on bf16
+    floats = [d for name, d in written if d.is_floating_point and (kind is None or not belongs(kind, name))]
+    named = delta.info["method"].get("dtype")
+    dtype = source.dtype or (
+        named if isinstance(named, str) and named in DTYPES else max(set(floats), key=floats.count) if floats else None
+    )
     recorded = delta.info["base"]
     loaded = load_model(
         source.model,

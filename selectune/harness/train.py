@@ -270,6 +270,8 @@ def _save(config: RunConfig, tuner: Tuner, base: Mapping[str, Any], max_length: 
     delta = tuner.delta(base=base)
     info = delta.info
     info["method"] = {**info["method"], "task": config.task, "max_length": max_length}
+    if config.dtype is not None:
+        info["method"]["dtype"] = config.dtype
     out = Path(str(config.out))
     try:
         out.mkdir(parents=True, exist_ok=True)

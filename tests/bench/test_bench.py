@@ -13,8 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from selectune.adapters import linears
 from selectune.bench import bars, methods, rounds, rows, table, worker
-from selectune.bench.models import CONFIGS, Bench, batches, build, config_of, loss_of, prepare, trunk_linears
+from selectune.bench.models import CONFIGS, Bench, batches, build, config_of, loss_of, prepare
 from selectune.bench.rounds import Samples, Settings
 from selectune.cli import app
 from selectune.errors import ConfigError, ModelError
@@ -83,7 +84,6 @@ def test_a_worker_trains_every_method_of_ours(method, monkeypatch):
 
 @pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
 @pytest.mark.parametrize("method", ["lora", "dora", "super", "shira"])
-@pytest.mark.filterwarnings("ignore")
 def test_a_worker_trains_pefts_methods(method):
     facts, steps, saved = asked(load(method), {"do": "steps", "count": 1}, {"do": "save"})
     assert facts["ok"], facts
@@ -92,7 +92,7 @@ def test_a_worker_trains_pefts_methods(method):
     if method == "super":
         assert abs(steps["selected"] - 1124) < 20
     if method == "lora":
-        layers = trunk_linears(build(config_of("tiny"), torch.float32, "meta"))
+        layers = linears(build(config_of("tiny"), torch.float32, "meta"))
         assert steps["selected"] == 8 * sum(sum(layer.weight.shape) for layer in layers.values())
 
 
@@ -128,7 +128,7 @@ def test_a_missing_peer_names_the_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": ("id4",)}, "Known: full, frozen, lora"),
+        ({"methods": ("id4",)}, "Known: full, frozen, toolkit-id3.*, lora, "),
         ({"methods": ("pafi@3",)}, "pafi does not take"),
         ({"methods": ()}, "names none"),
         ({"methods": ("id3", "id3")}, "twice"),
@@ -167,7 +167,7 @@ def test_models_have_the_sizes_of_their_names(name):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     sizes = {"bert-6l": 67, "minilm": 22.7, "deberta-v3-base": 184, "llama-1b": 1236}
     assert millions == pytest.approx(sizes.get(name, millions), rel=0.01)
-    assert trunk_linears(model)
+    assert linears(model)
 
 
 @pytest.mark.parametrize("bench", [TINY, Bench("llama-tiny", 1, 8, "bf16"), Bench("tiny", 1, 8, checkpointing=True)])

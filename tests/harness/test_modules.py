@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 import selectune as st
 from selectune import tasks
@@ -111,6 +112,19 @@ def test_loraplus_trains_b_faster(config):
         b = [d.tensor.abs().mean() for d in st.load(result.delta).dense if "lora_B" in d.name]
         moved[method] = sum(b) / len(b)
     assert moved["loraplus:ratio=16"] > 8 * moved["lora"]
+
+
+@pytest.mark.parametrize("change", [{"method": "lora"}, {"method": "pfeiffer"}, {"on": "lora"}, {"on": "pfeiffer"}])
+def test_a_module_on_a_half_model_is_float32(config, tiny, data, change):
+    """The delta says how the base was loaded; its own tensors are in the module's dtype."""
+    recipe = {"method": "id3", "budget": 50} if "on" in change else {}
+    result = run(dataclasses.replace(config, **recipe, **change, dtype="bfloat16"))
+    delta = check(result, tiny, data)
+    module = delta.info["module"]["kind"]
+    dtypes = {belongs(module, d.name): d.tensor.dtype for d in delta.dense}
+    dtypes |= {belongs(module, p.name): p.dtype for p in delta.patches}
+    assert dtypes.get(True, torch.float32) == torch.float32
+    assert dtypes.get(False, torch.bfloat16) == torch.bfloat16
 
 
 def test_the_same_seed_gives_the_same_bytes(config, tmp_path):
