@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +68,9 @@ class GlobalCollector:
         self._compress()
         if not self.kept:
             return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0)
-        _, positions, carried = self.kept[0]
+        scores, positions, carried = self.kept[0]
+        order = self._order(scores, positions)
+        positions, carried = positions[order], carried[order]
         tensors = torch.searchsorted(self.starts, positions, right=True) - 1
         return tensors, positions - self.starts[tensors], carried
 
@@ -78,24 +81,27 @@ class GlobalCollector:
             self._compress()
 
     def _compress(self) -> None:
+        """The best q of all that is kept, in no particular order."""
         if not self.kept:
             return
-        scores, positions, carried = (torch.cat(column) for column in zip(*self.kept, strict=True))
-        order = self._order(scores, positions)[: self.quota]
-        self.kept = [(scores[order], positions[order], carried[order])]
-        self.count = order.numel()
+        rows = self.kept[0] if len(self.kept) == 1 else tuple(torch.cat(part) for part in zip(*self.kept, strict=True))
+        rows = self._best((rows[0], rows[1], rows[2]))
+        self.kept = [rows]
+        self.count = rows[0].numel()
         if self.count == self.quota:
-            self.cutoff = float(scores[order[-1]])
+            self.cutoff = float(rows[0].min())
 
     def _best(self, rows: Rows) -> Rows:
-        """The best q of one piece, ties at its edge kept by the total order; spares a full sort."""
+        """The best q of some rows, ties at the edge kept by the total order; only those are sorted."""
         scores, positions, carried = rows
-        if scores.numel() <= self.quota:
+        spare = scores.numel() - self.quota
+        if spare <= 0:
             return rows
-        edge = torch.topk(scores, self.quota, sorted=True).values[-1]
-        near = (scores >= edge).nonzero().squeeze(1)
-        if near.numel() > self.quota:
-            near = near[self._order(scores[near], positions[near])[: self.quota]]
+        edge = torch.from_numpy(np.partition(scores.numpy(), spare))[spare]  # the q-th best
+        near = (scores > edge).nonzero().squeeze(1)
+        level = (scores == edge).nonzero().squeeze(1)
+        level = level[self._order(scores[level], positions[level])[: self.quota - near.numel()]]
+        near = torch.cat((near, level))
         return scores[near], positions[near], carried[near]
 
     def _order(self, scores: Tensor, positions: Tensor) -> Tensor:

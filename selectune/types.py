@@ -51,6 +51,9 @@ class Reads(enum.StrEnum):
         return self in (Reads.EXAMPLES, Reads.BATCHES, Reads.POOLED, Reads.CURVATURE, Reads.FLOW)
 
 
+FUSED = {"ratio": "|g| / (|w| + eps)^exp", "small": "-|w|"}
+
+
 @dataclass(frozen=True)
 class Score:
     """One number per entry, float32 (float64 for float64 weights); higher means more worth training.
@@ -72,7 +75,7 @@ class Score:
     function: Callable[..., Tensor] = field(repr=False)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     above: float | None = None
-    fused: bool = False  # |g| / (|w| + eps)^exp: `ops.score_filter` scores and filters it in one pass
+    fused: str | None = None  # a form that `ops` scores and filters in one pass: a key of FUSED
     drawn: float = 0.0  # matrices that are all 0 are scored as if drawn from N(0, drawn^2): 0 times g makes ties
 
     def __call__(
@@ -89,7 +92,7 @@ class Score:
 
 
 def score(
-    reads: str, above: float | None = None, fused: bool = False
+    reads: str, above: float | None = None, fused: str | None = None
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Score]]:
     """Turns a plain function of tensors into a maker of scores.
 
@@ -103,11 +106,17 @@ def score(
     36.0
     """
     known = Reads(_known(reads, [r.value for r in Reads], "reads"))
+    if fused is not None:
+        _known(fused, list(FUSED), "fused form")
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Score]:
         signature = inspect.signature(function)
         tensors = 1 if known is Reads.WEIGHT else 2
         defaults = dict(list(signature.parameters.items())[tensors:])
+        if fused == "ratio" and not {"exp", "eps"} <= set(defaults):
+            raise ConfigError(
+                f"The score '{function.__name__}' is of the form {FUSED[fused]}, so it takes exp and eps."
+            )
 
         @functools.wraps(function)
         def make(**parameters: Any) -> Score:

@@ -24,6 +24,7 @@ log = logging.getLogger("selectune")
 
 BACKENDS = ("reference", "numba", "triton", "dense")
 VARIABLE = "SELECTUNE_BACKEND"
+ONCE = ("small_filter",)  # reads weights before training: plain torch is enough on a GPU
 CHANGES = {"scatter_values": (0,), "adamw_step": (0, 2, 3, 4)}  # arguments that a kernel writes behind autograd's back
 
 
@@ -52,7 +53,7 @@ def find(op: str, device: str) -> Callable[..., Any]:
         if op == "sampled_matmul":
             return tuned
         return getattr(cpu, op)
-    if name == "triton":
+    if name == "triton" and op not in ONCE:
         if op == "sampled_matmul" and device == "cuda" and not forced():
             return tuned_cuda
         return getattr(_triton(), op)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from selectune.errors import ConfigError
 from selectune.ops import reference
+from selectune.ops.scratch import scratch
 from selectune.ops.threads import launch
 
 log = logging.getLogger("selectune")
@@ -23,6 +25,9 @@ log = logging.getLogger("selectune")
 STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # numbers as in `vectors`
 
 TURNED = 1 << 22  # scalars of x turned at once (16 MiB of float32)
+_last = threading.local()  # .turned: backward pass, input, its version and its turned copy, of the last `tiles`
+
+_SMALL = 4  # the kind of score in `passes` that is -|w|
 _GATHERED = 512  # entries at least in a block of the loop that turns nothing
 
 
@@ -35,14 +40,12 @@ def tiles(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     wide = reference.wide(dy.dtype)
     out = torch.zeros(rows.numel(), dtype=wide)
     loops = _module("loops")
-    per = max(1, TURNED // (max(1, x.shape[1]) * loops.PITCH))  # tiles of x turned at once
-    turned = torch.empty(min(per, -(-x.shape[0] // loops.TILE)), x.shape[1], loops.PITCH, dtype=wide)
-    pack, dots = _loop("loops", "pack", wide), _loop("loops", "dots", wide)
-    for first in range(0, dy.shape[0] if rows.numel() else 0, per * loops.TILE):
-        some_dy, some_x = (_rows(part[first : first + per * loops.TILE]) for part in (dy, x))
+    per = max(1, TURNED // (max(1, x.shape[1]) * loops.PITCH)) * loops.TILE  # tokens of x turned at once
+    dots = _loop("loops", "dots", wide)
+    for first in range(0, dy.shape[0] if rows.numel() else 0, per):
+        some_dy = _rows(dy[first : first + per])
         t, o, i = len(some_dy), dy.shape[1], x.shape[1]
-        count = -(-t // loops.TILE) * -(-i // loops.BAND)
-        launch(pack, [t, i, some_x.data_ptr(), STORED[x.dtype], some_x.stride(0), turned.data_ptr()], count)
+        turned = _turned(x if t == len(x) else x[first : first + per])
         launch(
             dots,
             [t, o, i, rows.numel(), some_dy.data_ptr(), STORED[dy.dtype], some_dy.stride(0), turned.data_ptr(),
@@ -50,6 +53,35 @@ def tiles(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
             -(-o // loops.BAND),
         )  # fmt: skip
     return out
+
+
+def _turned(x: Tensor) -> Tensor:
+    """x (t, i) as tiles of tokens, tokens innermost; in one backward pass, layers that share an input turn it once."""
+    task = torch._C._current_graph_task_id()
+    last = getattr(_last, "turned", None)
+    if last is not None and last[0] == task and _same_memory(last[1], x) and last[2] == x._version:
+        return last[3]
+    loops, wide = _module("loops"), reference.wide(x.dtype)
+    tiles, columns = -(-x.shape[0] // loops.TILE), x.shape[1]
+    turned = scratch(f"turned {wide}", (tiles, columns, loops.PITCH), wide)
+    rows = _rows(x)
+    launch(
+        _loop("loops", "pack", wide),
+        [x.shape[0], columns, rows.data_ptr(), STORED[x.dtype], rows.stride(0), turned.data_ptr()],
+        tiles * -(-columns // loops.BAND),
+    )
+    _last.turned = None if task == -1 or x.is_inference() else (task, x, x._version, turned)
+    return turned
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two live tensors show the same scalars; holding the first keeps its memory from another's."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+def end_pass() -> None:
+    """A backward pass is over: lets go of the last input that was turned."""
+    _last.turned = None
 
 
 def gather(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -75,11 +107,21 @@ def score_filter(
     weight: Tensor, gradient: Tensor, exp: float, eps: float, cutoff: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.score_filter` in one pass: what reaches the cutoff goes to a small stage, then to its place."""
-    weight, gradient = weight.contiguous(), gradient.contiguous()
+    return _filtered(weight.contiguous(), gradient.contiguous(), {0.0: 0, 1.0: 1, 2.0: 2}.get(exp, 3), exp, eps, cutoff)
+
+
+def small_filter(weight: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.small_filter` in one pass."""
+    weight = weight.contiguous()
+    return _filtered(weight, weight, _SMALL, 0.0, 0.0, cutoff)
+
+
+def _filtered(
+    weight: Tensor, gradient: Tensor, kind: int, exp: float, eps: float, cutoff: float
+) -> tuple[Tensor, Tensor, Tensor]:
     n, wide, passes = weight.numel(), reference.wide(weight.dtype), _module("passes")
     blocks = -(-n // passes.BLOCK)
-    kind = {0.0: 0, 1.0: 1, 2.0: 2}.get(exp, 3)
-    room = min(n, max(1 << 14, n // 64))
+    room = min(n, max(1 << 14, n // 4))  # only pages that are written to are there
     stage = torch.empty(room, dtype=torch.int64), torch.empty(room, dtype=wide)
     state, counts = torch.zeros(2, dtype=torch.int64), torch.zeros(2, blocks, dtype=torch.int64)
     places = torch.zeros(blocks, dtype=torch.int64)

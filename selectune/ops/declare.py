@@ -19,6 +19,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SCHEMAS = {
     "sampled_matmul": "(Tensor dy, Tensor x, Tensor rows, Tensor cols) -> Tensor",
     "score_filter": "(Tensor weight, Tensor gradient, float exp, float eps, float cutoff) -> (Tensor, Tensor, Tensor)",
+    "small_filter": "(Tensor weight, float cutoff) -> (Tensor, Tensor, Tensor)",
     "matmul_score_filter": (
         "(Tensor dy, Tensor x, Tensor weight, float exp, float eps, float cutoff) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
@@ -45,6 +46,16 @@ def _(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
 
 @torch.library.register_fake("selectune::score_filter")
 def _(weight: Tensor, gradient: Tensor, exp: float, eps: float, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
+    m = torch.library.get_ctx().new_dynamic_size()
+    return (
+        weight.new_empty(m, dtype=torch.int64),
+        weight.new_empty(m, dtype=reference.wide(weight.dtype)),
+        weight.new_empty((), dtype=torch.bool),
+    )
+
+
+@torch.library.register_fake("selectune::small_filter")
+def _(weight: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
     m = torch.library.get_ctx().new_dynamic_size()
     return (
         weight.new_empty(m, dtype=torch.int64),
@@ -147,6 +158,19 @@ def score_filter(
     _check_floats("score_filter", weight, gradient)
     _check_cutoff("score_filter", cutoff)
     return torch.ops.selectune.score_filter(weight, gradient, float(exp), float(eps), float(cutoff))
+
+
+def small_filter(weight: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries of a flat weight with -|w| >= cutoff (m,) ascending, their scores (m,), and whether all are finite.
+
+    >>> import torch
+    >>> [part.tolist() for part in small_filter(torch.tensor([0.5, -3.0, 1.0]), cutoff=-1.0)]
+    [[0, 2], [-0.5, -1.0], True]
+    """
+    _check(weight.dim() == 1, "small_filter", "a flat weight (n,)", weight)
+    _check_floats("small_filter", weight)
+    _check_cutoff("small_filter", cutoff)
+    return torch.ops.selectune.small_filter(weight, float(cutoff))
 
 
 def matmul_score_filter(

@@ -63,6 +63,9 @@ def _near(kind, w, g, eps, bound, slack):  # type: ignore[no-untyped-def]
     elif kind == 1:
         for j in range(GROUP):
             count += np.int32(0) if abs(g[j]) < (abs(w[j]) + eps) * bound - slack else np.int32(1)
+    elif kind == 4:
+        for j in range(GROUP):
+            count += np.int32(0) if bound < abs(w[j]) < np.inf else np.int32(1)
     else:
         for j in range(GROUP):
             size = abs(w[j]) + eps
@@ -71,8 +74,30 @@ def _near(kind, w, g, eps, bound, slack):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
+def _small_of_block(w, n, cutoff, positions, scores, dtype):  # type: ignore[no-untyped-def]
+    """`_of_block` for the score -|w|."""
+    bound, zero = dtype(-cutoff), dtype(0)
+    count, finite = 0, True
+    for first in range(0, n, GROUP):
+        last = min(n, first + GROUP)
+        if last - first == GROUP and _near(4, w[first:last], w[first:last], zero, bound, zero) == 0:
+            continue
+        for j in range(first, last):
+            score = -abs(w[j])
+            if score - score != zero:
+                finite = False
+            if np.float64(score) >= cutoff:
+                positions[count] = j
+                scores[count] = score
+                count += 1
+    return count if finite else -1 - count
+
+
+@njit(error_model="numpy")
 def _of_block(w, g, n, kind, exp, eps, cutoff, positions, scores, dtype):  # type: ignore[no-untyped-def]
     """The entries of one block that reach the cutoff: how many (-1 - them if a score is not finite)."""
+    if kind == 4:
+        return _small_of_block(w, n, cutoff, positions, scores, dtype)
     bound = dtype(cutoff * (1.0 - 1e-5)) if cutoff > 0 else dtype(-np.inf)
     slack, zero = dtype(1e-37), dtype(0)
     count, finite = 0, True

@@ -11,9 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from selectune.ops.scratch import scratch
+
 _CHUNK = 1 << 24  # scalars of a gathered product held at once
 
 _PIECE = 1 << 20  # scalars scored at once
+_SUMMED = 1 << 17  # scalars summed at once: torch copies what it sums in another dtype
 _BAND = 1 << 19  # scalars of a weight gradient that exist at once
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -27,7 +30,9 @@ def bits(tensor: Tensor) -> Tensor:
 
 def checksum(tensor: Tensor) -> int:
     """The sum of all bits read as integers, modulo 2^64: any single changed scalar changes it."""
-    return int(bits(tensor).sum(dtype=torch.int64))
+    found = bits(tensor)
+    at_once = _SUMMED if found.device.type == "cpu" else max(1, found.numel())
+    return sum(int(part.sum(dtype=torch.int64)) for part in found.split(at_once)) % (1 << 64)
 
 
 def gather_entries(tensor: Tensor, flat: Tensor) -> Tensor:
@@ -106,6 +111,24 @@ def score_filter(
     return torch.cat(positions), torch.cat(kept), finite
 
 
+def small_filter(
+    weight: Tensor,  # (n,) flat
+    cutoff: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # (m,) int64 ascending, (m,) float32 or float64, () bool
+    """The entries whose score -|w| is at least `cutoff`, their scores, and whether all scores are finite."""
+    dtype = wide(weight.dtype)
+    finite = torch.ones((), dtype=torch.bool, device=weight.device)
+    positions = [weight.new_empty(0, dtype=torch.int64)]
+    kept = [weight.new_empty(0, dtype=dtype)]
+    for start in range(0, weight.numel(), _PIECE):
+        scores = -weight[start : start + _PIECE].to(dtype).abs()
+        finite &= torch.isfinite(scores).all()
+        good = (scores.double() >= cutoff).nonzero().squeeze(1)
+        positions.append(good + start)
+        kept.append(scores[good])
+    return torch.cat(positions), torch.cat(kept), finite
+
+
 def matmul_score_filter(
     dy: Tensor,  # (t, o)
     x: Tensor,  # (t, i)
@@ -133,10 +156,20 @@ def matmul_score_filter(
     return positions, scores, gradients, finite
 
 
-def product(dy: Tensor, x: Tensor) -> Tensor:
-    """dy^T x (o, i) in float32 or float64; half operands are widened some tokens at a time, never rounded again."""
-    if dy.dtype == wide(dy.dtype):
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x (o, i) in the operands' dtype; on the CPU in memory that the next call uses again."""
+    if dy.device.type != "cpu":
         return dy.mT @ x
+    return torch.mm(dy.mT, x, out=scratch("weight gradient", (dy.shape[1], x.shape[1]), dy.dtype))
+
+
+def product(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x (o, i) in float32 or float64; half operands are widened some tokens at a time, never rounded again.
+
+    On the CPU it is in memory that the next call uses again.
+    """
+    if dy.dtype == wide(dy.dtype):
+        return weight_gradient(dy, x)
     if dy.device.type == "cuda":
         return torch.mm(dy.mT, x, out_dtype=torch.float32)
     total = torch.zeros(dy.shape[1], x.shape[1], device=dy.device)

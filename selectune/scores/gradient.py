@@ -7,7 +7,7 @@ from torch import Tensor
 from selectune.types import score
 
 
-@score(reads="gradient", above=0.0, fused=True)
+@score(reads="gradient", above=0.0, fused="ratio")
 def d3(weight: Tensor, gradient: Tensor, exp: float = 2.0, eps: float = 1.0) -> Tensor:
     """H = |g| / (|w| + eps)^exp: large gradient on a small weight.
 

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from selectune.types import score
 
 
-@score(reads="weight")
+@score(reads="weight", fused="small")
 def pafi(weight: Tensor) -> Tensor:
     """H = -|w|: the smallest weights first.
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from selectune import ops
 from selectune.train.ledger import Page
+from selectune.train.rebuild import rebuilt, source
 
 
 class Listener(Protocol):
@@ -31,7 +32,10 @@ class Listener(Protocol):
         ...
 
     def offer(self, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
-        """The dense gradient of tensor `index`, or of the given rows of it when all others are 0."""
+        """The dense gradient of tensor `index`, or of the given rows of it when all others are 0.
+
+        Its memory is used again for the next tensor: what shall outlive the call is copied.
+        """
         ...
 
     def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
@@ -60,6 +64,7 @@ class Split(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *pieces: Tensor | None) -> tuple[Tensor, None, None]:
+        ops.end_pass()
         return ctx.listener.close(ctx.pages, pieces), None, None
 
 
@@ -83,12 +88,16 @@ class Tap(torch.autograd.Function):
 
 
 class SparseLinear(torch.autograd.Function):
-    """y = x W^T + b; the gradient of W only at its support, or dense on a selecting step."""
+    """y = x W^T + b; the gradient of W only at its support, or dense on a selecting step.
+
+    x is saved, unless the node that made it can make it again (`rebuild`).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, piece: Tensor, weight: Tensor, bias: Tensor | None, link: Link) -> Tensor:
         ctx.link, ctx.wide = link, piece.dtype
-        ctx.save_for_backward(x, weight)
+        ctx.source = source(x)
+        ctx.save_for_backward(x if ctx.source is None else None, weight)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight.to(x.dtype), bias)
 
@@ -96,6 +105,7 @@ class SparseLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        x = rebuilt(ctx.source) if x is None else x
         page, listener = ctx.link.page, ctx.link.listener
         dx = piece = dbias = None
         with torch.autocast(dy.device.type, enabled=False):
@@ -105,7 +115,7 @@ class SparseLinear(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 dbias = flat_dy.sum(0)
             if listener.wants_dense():
-                dense = flat_dy.mT @ flat_x
+                dense = ops.weight_gradient(flat_dy, flat_x)
                 piece = dense.view(-1)[page.flat]
                 listener.offer(ctx.link.index, dense)
             else:

@@ -101,9 +101,12 @@ class Ledger:
         A slot starts at its weight's present value.
         """
         slots, self.free = self.free[: flat.numel()], self.free[flat.numel() :]
-        for index in torch.unique(tensors).tolist():
-            mine = tensors == index
-            self._insert(index, flat[mine], slots[mine.to(slots.device)])
+        order = torch.argsort(tensors, stable=True)
+        counts = torch.bincount(tensors, minlength=len(self.tensors)).tolist()
+        parts = flat[order].split(counts), slots[order.to(slots.device)].split(counts)
+        for index, (mine, places) in enumerate(zip(*parts, strict=True)):
+            if mine.numel():
+                self._insert(index, mine, places)
         return slots
 
     def replace(self, tensors: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ Exact and streaming: at most one dense gradient and one piece of scores are aliv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,69 +31,87 @@ def scan(
     generator: torch.Generator | None = None,
     ready: Tensor | None = None,  # scores known beforehand, the weight's shape
 ) -> bool:
-    """Scores one tensor and offers it; False if a score is NaN or infinite (then it is not offered whole)."""
+    """Scores one tensor and offers it; False if a score is NaN or infinite (then it is not offered whole).
+
+    A score that `ops` can filter goes in one pass as soon as the collector has a cutoff, in pieces that
+    double as the cutoff gets better: each then has about as many candidates as the quota.
+    """
     weight = tensor.parameter.detach()
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    w, g, known = _flat(weight, rows), _flat(gradient), _flat(ready)
     barred = _barred(tensor, taken, rows)
-    cutoff = getattr(collector, "cutoff", NOT_ELIGIBLE)
-    fused = score.fused and score.parameters["exp"] in SAME_BITS
-    if fused and gradient is not None and ready is None and cutoff > NOT_ELIGIBLE:
-        return _scan_fused(collector, score, tensor, barred, gradient, rows, cutoff)
-    for start, w, g, known in _pieces(weight, gradient, rows, ready):
-        g = None if g is None else g.to(wide)
-        scores = score(w.to(wide), g, generator) if known is None else known
-        if not _finite(scores):
-            return False
-        if score.above is not None:
-            scores = scores.masked_fill(scores <= score.above, NOT_ELIGIBLE)
-        mine = barred[torch.searchsorted(barred, start) : torch.searchsorted(barred, start + w.numel())]
-        if mine.numel():
-            scores = scores.index_fill(0, mine - start, NOT_ELIGIBLE)
-        if rows is None:
-            collector.offer(tensor.index, start, scores, g)
+    filtered = ready is None and _has_one_pass(score)
+    start, size = 0, max(1, PIECE // 4) if filtered else PIECE
+    if filtered and _cutoff(collector) > NOT_ELIGIBLE:
+        size = max(1, w.numel())
+    while start < w.numel():
+        part = slice(start, start + size)
+        piece = w[part], None if g is None else g[part]
+        mine = barred[torch.searchsorted(barred, start) : torch.searchsorted(barred, start + size)] - start
+        cutoff = _cutoff(collector)
+        if filtered and cutoff > NOT_ELIGIBLE:
+            found = _in_one_pass(score, *piece, mine, cutoff)
+            size *= 2
         else:
-            flat = torch.arange(start, start + w.numel(), device=w.device)
+            found = _one_by_one(score, *piece, mine, None if known is None else known[part], generator)
+        if found is None:
+            return False
+        at, scores, carry = found
+        if rows is None:
+            collector.offer(tensor.index, start if at is None else at + start, scores, carry)
+        else:
+            at = torch.arange(start, start + scores.numel(), device=w.device) if at is None else at + start
             width = weight.shape[-1]
-            collector.offer(tensor.index, rows[flat // width] * width + flat % width, scores, g)
+            collector.offer(tensor.index, rows[at // width] * width + at % width, scores, carry)
+        start = part.stop
     return True
 
 
-def _scan_fused(
-    collector: Collector,
-    score: Score,
-    tensor: ScopedTensor,
-    barred: Tensor,
-    gradient: Tensor,
-    rows: Tensor | None,
-    cutoff: float,
-) -> bool:
-    """One pass over weight and gradient; only entries that reach the cutoff are written down at all."""
-    weight = tensor.parameter.detach()
-    w = (weight if rows is None else weight[rows]).reshape(-1)
-    g = gradient.detach().reshape(-1)
-    at, scores, finite = ops.score_filter(w, g, score.parameters["exp"], score.parameters["eps"], cutoff)
+_Found = tuple[Tensor | None, Tensor, Tensor | None]  # positions in the piece (None: all), scores, gradients
+
+
+def _one_by_one(
+    score: Score, w: Tensor, g: Tensor | None, barred: Tensor, known: Tensor | None, generator: torch.Generator | None
+) -> _Found | None:
+    """Every score of a piece; None if one is not finite."""
+    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+    g = None if g is None else g.to(wide)
+    scores = score(w.to(wide), g, generator) if known is None else known
+    if not _finite(scores):
+        return None
+    if score.above is not None:
+        scores = scores.masked_fill(scores <= score.above, NOT_ELIGIBLE)
+    if barred.numel():
+        scores = scores.index_fill(0, barred, NOT_ELIGIBLE)
+    return None, scores, g
+
+
+def _in_one_pass(score: Score, w: Tensor, g: Tensor | None, barred: Tensor, cutoff: float) -> _Found | None:
+    """The scores of a piece that reach the cutoff, none of the others written down; None if one is not finite."""
+    if g is None:
+        at, scores, finite = ops.small_filter(w, cutoff)
+    else:
+        at, scores, finite = ops.score_filter(w, g, score.parameters["exp"], score.parameters["eps"], cutoff)
     if not bool(finite):
-        return False
+        return None
     if barred.numel() and at.numel():
         nearest = torch.searchsorted(barred, at).clamp_(max=barred.numel() - 1)
         free = barred[nearest] != at
         at, scores = at[free], scores[free]
-    width = weight.shape[-1] if rows is not None else 1
-    flat = at if rows is None else rows[at // width] * width + at % width
-    collector.offer(tensor.index, flat, scores, g[at])
-    return True
+    return at, scores, None if g is None else g[at]
 
 
-def _pieces(
-    weight: Tensor, gradient: Tensor | None, rows: Tensor | None, ready: Tensor | None
-) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor | None]]:
-    """(first position, weights, gradients, known scores), all flat, of every piece."""
-    w = (weight if rows is None else weight[rows]).reshape(-1)
-    g = None if gradient is None else gradient.detach().reshape(-1)
-    known = None if ready is None else ready.reshape(-1)
-    for start in range(0, w.numel(), PIECE):
-        part = slice(start, start + PIECE)
-        yield start, w[part], None if g is None else g[part], None if known is None else known[part]
+def _has_one_pass(score: Score) -> bool:
+    return score.fused == "small" or (score.fused == "ratio" and score.parameters["exp"] in SAME_BITS)
+
+
+def _cutoff(collector: Collector) -> float:
+    return getattr(collector, "cutoff", NOT_ELIGIBLE)
+
+
+def _flat(tensor: Tensor | None, rows: Tensor | None = None) -> Any:
+    if tensor is None:
+        return None
+    return (tensor.detach() if rows is None else tensor.detach()[rows]).reshape(-1)
 
 
 def _barred(tensor: ScopedTensor, taken: Tensor | None, rows: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from selectune import ops
 from selectune.scope import ScopedTensor
 from selectune.train.autograd import Link, Listener, SparseEmbedding, SparseLinear, Split, Tap
 from selectune.train.ledger import Page
@@ -98,6 +99,7 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._hide()
+        ops.release()
 
     def forget(self) -> None:
         """Ends the life of the present nodes: the next forward starts a new graph."""

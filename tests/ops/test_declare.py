@@ -18,6 +18,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple:
     return {
         "sampled_matmul": (dy, x, flat // 5, flat % 5),
         "score_filter": (weight.view(-1), torch.randn(20), 2.0, 1.0, 0.2),
+        "small_filter": (weight.view(-1), -0.5),
         "matmul_score_filter": (dy, x, weight, 2.0, 1.0, 0.2),
         "scatter_values": (weight, flat, torch.randn(6), torch.tensor([5, 0, 2, 1])),
         "adamw_step": (*n, torch.zeros(6, dtype=torch.int32), 3, 0.1, 0.9, 0.999, 1e-8, 0.01),

@@ -11,7 +11,7 @@ from tolerances import close
 from selectune import ops
 from selectune.errors import ConfigError
 from selectune.ops import cpu, reference
-from selectune.scores import d3
+from selectune.scores import d3, pafi
 
 
 @settings(max_examples=200)
@@ -26,6 +26,21 @@ def test_scores_are_those_of_the_score_function_bit_for_bit(case):
         assert torch.equal(positions, wanted)
         assert same_bits(kept, scores[wanted])
         assert bool(finite) == bool(torch.isfinite(scores).all())
+
+
+@settings(max_examples=200)
+@given(scored())
+def test_the_smallest_weights_are_those_of_the_score_bit_for_bit(case):
+    weight, _, _, _, cutoff = case
+    scores = pafi()(weight.to(reference.wide(weight.dtype)))
+    for bound in (-cutoff, cutoff, float(scores.nan_to_num().median()) if len(scores) else 0.0):
+        wanted = (scores.double() >= bound).nonzero().squeeze(1)
+        for way in (ops.small_filter, reference.small_filter):
+            positions, kept, finite = way(weight, bound)
+            assert torch.equal(positions, wanted)
+            assert same_bits(kept, scores[wanted])
+            if bound > float("-inf"):
+                assert bool(finite) == bool(torch.isfinite(scores).all())
 
 
 def test_a_cutoff_equal_to_a_score_keeps_it():

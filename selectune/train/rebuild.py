@@ -1,0 +1,46 @@
+"""Inputs that need not be saved: those an elementwise node before can give again from what it keeps anyway.
+
+The weight gradient of a linear layer needs its input. Where that is the output of an activation or of
+a product of two tensors, the node that made it holds its own inputs until its backward, which comes
+after the linear layer's; so the output is made again, bit for bit, for one elementwise pass, and the
+largest activation of a transformer's MLP is not kept twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# by the name of the node: its output out of what it saved
+OUTPUTS: dict[str, Callable[[Any], Tensor]] = {
+    "GeluBackward0": lambda node: F.gelu(node._saved_self, approximate=node._saved_approximate),
+    "SiluBackward0": lambda node: F.silu(node._saved_self),
+    "MulBackward0": lambda node: node._saved_self * node._saved_other,
+}
+
+
+def source(x: Tensor) -> Any | None:
+    """The node that can give `x` again, or None: then x is to be saved."""
+    node = x.grad_fn
+    if _hooked():
+        return None
+    if node is None or x._version != 0 or node.name() not in OUTPUTS:  # changed in place since: no longer its output
+        return None
+    if node.name() == "MulBackward0" and (node._saved_self is None or node._saved_other is None):
+        return None  # a factor that needs no gradient was not kept, or is a number
+    return node
+
+
+def _hooked() -> bool:
+    """Whether saved tensors go through somebody's hooks: under checkpointing they may be looked at only once."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def rebuilt(node: Any) -> Tensor:
+    """The output of the node, with the bits it had."""
+    with torch.no_grad():
+        return OUTPUTS[node.name()](node)
