@@ -60,7 +60,8 @@ def plan(
     One step runs on shapes alone (`trace`), in about a second. The peak is that of tensors that are alive:
     the C library keeps freed blocks besides, which the resident set of a process on the CPU counts.
 
-    Raises ModelError for a config that cannot be found, BudgetError, ConfigError for unknown names.
+    Raises ModelError for a config that cannot be found, BudgetError, ConfigError for unknown names and for methods
+    with a dense phase.
     """
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZERS)}.")
@@ -78,6 +79,11 @@ def plan(
     weights = sum(p.numel() * p.element_size() for p in parameters)
     selective = methods.is_ours(method)
     chosen = methods.recipe(method, budget, steps or 1000) if selective else None
+    if chosen is not None and chosen.dense is not None:
+        raise ConfigError(
+            f"--method {method}: its dense steps cannot be planned yet. `selectune methods` says what they take a "
+            "weight, and attach logs it in bytes."
+        )
     schedule, trained, tensors = _support(chosen, model, total, method)
     selects = chosen is not None and chosen.score is not None and chosen.score.reads is Reads.GRADIENT
     kind = trace.Kind(dense=selects, kept=method == methods.DENSE, frozen=method == methods.FLOOR)

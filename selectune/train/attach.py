@@ -216,7 +216,7 @@ class Tuner:
     @property
     def trained(self) -> int:
         """Scalars that may differ from the base: touched, and all of the tensors trained wholly."""
-        return self.touched + sum(t.parameter.numel() for t in self._found.dense)
+        return (0 if self.in_dense_phase else self.touched) + sum(t.parameter.numel() for t in self._found.dense)
 
     @property
     def support(self) -> dict[str, Tensor]:
@@ -253,7 +253,8 @@ class Tuner:
     def unreached(self) -> list[str]:
         """Names of tensors that hold selected entries and never sent a gradient."""
         pages = zip(self._all.tensors, self._ledger.pages, strict=True)
-        return [t.name for t, p in pages if p.flat.numel() and t.index not in self._tracker.reached]
+        reached = self._tracker.reached | (set() if self._phase is None else self._phase.reached)
+        return [t.name for t, p in pages if p.flat.numel() and t.index not in reached]
 
     # -- proof, file, end
 

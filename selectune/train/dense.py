@@ -46,6 +46,7 @@ class Phase:
         self.kind, self.tracker, self.tensors = kind, tracker, found.tensors
         self.schedule = schedule if isinstance(schedule, Phased) else None
         self.on = False
+        self.reached: set[int] = set()  # tensors that ever sent a gradient here
         self._model, self._base, self._heads, self._total = model, base, found.dense, found.eligible
         self._before: list[Tensor] = []  # what the heads were when the phase began
         self._hooks: list[RemovableHandle] = []
@@ -169,8 +170,7 @@ class Phase:
         """A tensor that goes on from its old value starts with a fresh optimizer state."""
         parameter.grad = None
         for optimizer in self._optimizers:
-            if parameter in optimizer.state:
-                _renew(optimizer, parameter)
+            optimizer.state.pop(parameter, None)
 
     # -- forward and backward
 
@@ -202,6 +202,7 @@ class Phase:
     def _pull(self, index: int, weight: Tensor) -> None:
         """A weight's gradient is complete: it becomes that of the latents."""
         self._pulled = True
+        self.reached.add(index)
         latents, gradient = self.latents[index], weight.grad
         if gradient is None:
             return
@@ -351,12 +352,3 @@ def _mixed(seed: int, step: int, index: int) -> int:
 
 
 _MASK = (1 << 64) - 1
-
-
-def _renew(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-    """Fresh optimizer state. Optimizers make it at a tensor's first step, except those that make it at once."""
-    if isinstance(optimizer, torch.optim.Adagrad):
-        for value in optimizer.state[parameter].values():
-            value.zero_()
-    else:
-        optimizer.state.pop(parameter)

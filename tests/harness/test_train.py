@@ -17,6 +17,7 @@ from selectune.errors import (
     ConfigError,
     NonFiniteError,
     NothingTrainedError,
+    ScheduleError,
     ScopeError,
     TaskError,
 )
@@ -185,6 +186,30 @@ def test_fish_with_labels_of_the_model(config):
         run(dataclasses.replace(config, method="fish", examples=1000))
     with pytest.raises(CalibrationError, match=r"reads 4 mini-batches of 16, the training set has 3.*--batches"):
         run(dataclasses.replace(config, method="snip", batches=4))
+
+
+def test_options_of_dense_phases_reach_the_method(config):
+    gated = dataclasses.replace(config, method="diff-pruning", penalty=0.5, start_from="found", gate_lr=0.2, dense=0.25)
+    method = build_method(gated, 8)
+    assert method.dense.latents == {"difference": 1e-5, "gate": 0.2, "group": 0.2}
+    assert (method.dense.found, method.dense.penalty, method.schedule.share) == (True, 0.5, 0.25)
+    rounds = build_method(dataclasses.replace(config, method="lt-sft", rounds=2, l1=0.1, dense_lr=1e-3), 8)
+    assert (rounds.schedule.rounds, rounds.dense.l1, rounds.dense.lr) == (2, 0.1, 1e-3)
+    assert build_method(dataclasses.replace(config, method="child-tuning-f", budget=None, p=0.2), 8).dense.p == 0.2
+    with pytest.raises(ConfigError, match="takes no rounds"):
+        dataclasses.replace(config, method="diff-pruning", rounds=2)
+    with pytest.raises(ScheduleError, match="leaves a round 3 steps"):
+        dataclasses.replace(config, method="lt-sft", rounds=2, dense=3)
+
+
+def test_a_dense_phase_has_its_own_learning_rate(config):
+    """The log's loss falls in the dense steps only if their rate is the one that was given."""
+    still = dataclasses.replace(config, method="lt-sft", dense=0.5, dense_lr=1e-12, max_steps=8, seed=3)
+    moving = dataclasses.replace(still, dense_lr=1e-2)
+    supports = [st.load(run(c).delta).support for c in (still, moving)]
+    assert supports[0].keys() != supports[1].keys() or any(
+        not torch.equal(supports[0][n], supports[1][n]) for n in supports[0]
+    )
 
 
 def test_accumulation_and_a_short_last_window(config):

@@ -126,6 +126,28 @@ def test_the_best_checkpoint_can_be_loaded_at_the_end(loaded, rows, tmp_path):
     assert tuner.verify().selected == 60
 
 
+@pytest.mark.parametrize("make", [lambda: st.lt_sft(60, STEPS, dense=3), lambda: st.diff_pruning(60, STEPS)])
+def test_checkpoints_of_a_dense_phase_are_dense(loaded, rows, tmp_path, tiny, make):
+    base, everything = weights_digest(loaded.model), sum(p.numel() for p in loaded.model.parameters())
+    tuner = st.attach(loaded.model, make(), accumulation_steps=2)
+    trainer = trainer_of(loaded, rows, tmp_path, SelectuneCallback(tuner), gradient_accumulation_steps=2)
+    with quiet():
+        trainer.train()
+    assert (tuner.step, tuner.selected, tuner.verify().changed) == (STEPS, 60, 60)
+    sizes = []
+    for step in (2, 4, 6):
+        delta = st.load(tmp_path / f"checkpoint-{step}")
+        sizes.append((delta.selected, sum(d.tensor.numel() for d in delta.dense)))
+        fresh = load_model(str(tiny), tasks.get("glue/rte"), 0).model
+        delta.apply(fresh)
+        assert weights_digest(fresh) == weights_digest(type(fresh).from_pretrained(tmp_path / f"checkpoint-{step}"))
+    assert sizes == [(0, everything), (60, 0), (60, 0)]
+    moments = [s for state in trainer.optimizer.state.values() for s in state.values() if s.numel() > 1]
+    assert sum(s.numel() for s in moments) == 2 * 60
+    tuner.detach()
+    assert weights_digest(loaded.model) == base
+
+
 def test_another_model_is_refused(loaded, rows, tmp_path, tiny):
     tuner = st.attach(loaded.model, st.id3(budget=60, steps=STEPS))
     stranger = load_model(str(tiny), tasks.get("glue/rte"), 0)
