@@ -234,10 +234,10 @@ class Phase:
         """The optimizer is about to step: the phase has its last word on the gradients."""
         mine = {id(p) for p in self.parameters()}
         if not held & mine:
-            if held & frozen:
+            if held & (frozen | {id(self.tracker.ledger.values)}):
                 raise OptimizerError(
-                    f"This {type(optimizer).__name__} holds frozen weights and nothing that the dense phase trains. "
-                    "Make the optimizer after attach, over tuner.parameters()."
+                    f"This {type(optimizer).__name__} holds nothing that the dense phase trains, which is on. Make the "
+                    "optimizer right after attach, over tuner.parameters(): then it holds what all phases train."
                 )
             return
         if self._leads(held) and self.schedule is not None and id(self.tracker.ledger.values) not in held:
@@ -262,10 +262,8 @@ class Phase:
 
     def after_step(self, held: set[int]) -> None:
         """The optimizer has stepped; the one that holds the first latent counts the step."""
-        if not self._leads(held):
-            return
         self._in_step = False
-        if not self._pulled:
+        if not self._leads(held) or not self._pulled:
             return
         self._pulled = False
         self.tracker.step += 1

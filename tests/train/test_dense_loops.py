@@ -307,23 +307,34 @@ def test_numbers_that_broke_are_not_ranked():
     assert tuner.selected == 0
 
 
-def test_two_optimizers_may_share_the_work():
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["values first", "gates first"])
+def test_two_optimizers_do_what_one_does_with_groups(order):
     """One holds the values and w, the other the gates; the one that holds the values counts the steps."""
-    model, tuner = attached(gated)
-    first, second = tuner.parameter_groups(1e-2)
-    assert (first["lr"], second["lr"]) == (1e-2, 0.1)
-    optimizers = [torch.optim.AdamW(first["params"], lr=1e-2), torch.optim.AdamW(second["params"], lr=0.1)]
-    gates = second["params"][0].detach().clone()
-    for step in range(8):
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        mixed_loss(model, tokens(step)).backward()
-        for optimizer in reversed(optimizers):
-            optimizer.step()
-        if step == 2:
-            assert not torch.equal(gates, second["params"][0])
-    assert (tuner.step, tuner.selected, tuner.verify().changed) == (8, 30, 30)
-    assert not optimizers[1].state
+    gates = []
+    for several in (False, True):
+        model, tuner = attached(lambda: gated(penalty=0.1))
+        groups = tuner.parameter_groups(1e-2)
+        assert [g["lr"] for g in groups] == [1e-2, 0.1]
+        optimizers = [torch.optim.AdamW([g]) for g in groups] if several else [torch.optim.AdamW(groups)]
+        for step in range(8):
+            model.zero_grad()
+            mixed_loss(model, tokens(step)).backward()
+            for i in order if several else (0,):
+                optimizers[i].step()
+            if step == 2:
+                gates.append([p.detach().clone() for p in groups[1]["params"]])
+        assert (tuner.step, tuner.selected, tuner.verify().changed) == (8, 30, 30)
+    assert all(torch.equal(a, b) for a, b in zip(*gates, strict=True))
+
+
+def test_an_optimizer_made_between_two_dense_phases_is_refused():
+    model, tuner = attached(lambda: st.lt_sft(30, 8, dense=2, rounds=2))
+    for _ in steps(model, torch.optim.SGD(tuner.parameters(), lr=0.1), 3):
+        pass
+    late = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    with pytest.raises(st.errors.OptimizerError, match="holds nothing that the dense phase trains"):
+        for _ in steps(model, late, 2, start=3):
+            pass
 
 
 def test_other_optimizers_too():
