@@ -136,7 +136,7 @@ def recipe(name: str, budget: int | float, steps: int) -> Method:
     if every:
         offered["every"] = int(every)
     takes = inspect.signature(RECIPES[base].function).parameters
-    if "temperature" in takes:
+    if "temperature" in takes and "score" not in takes:
         offered["temperature"] = 1.0  # the model's own loss, whatever its outputs are
     return RECIPES[base].function(**{k: v for k, v in offered.items() if k in takes})
 

@@ -67,7 +67,23 @@ def test_the_command_measures_side_by_side_in_processes(tmp_path):
     assert all(name in run.output for name in names)
 
 
-@pytest.mark.parametrize("method", ["full", "frozen", "bitfit", "pafi", "static-d3", "random", "id3@2", "fish"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "full",
+        "frozen",
+        "bitfit",
+        "pafi",
+        "static-d3",
+        "random",
+        "id3@2",
+        "fish",
+        "grasp",
+        "synflow",
+        "fish-dip",
+        "sparse-adapter",
+    ],
+)
 def test_a_worker_trains_every_method_of_ours(method, monkeypatch):
     monkeypatch.setattr(worker, "INITS", 2)
     facts, steps, saved = asked(load(method), {"do": "steps", "count": 3}, {"do": "save"})
@@ -75,7 +91,7 @@ def test_a_worker_trains_every_method_of_ours(method, monkeypatch):
     assert steps["ok"], steps
     assert saved["ok"], saved
     assert len(steps["step_s"]) == 3
-    expected = {"static-d3": [True, False, False], "id3@2": [True, False, True]}
+    expected = {"static-d3": [True, False, False], "id3@2": [True, False, True], "fish-dip": [True, False, False]}
     assert steps["selecting"] == expected.get(method, [False] * 3)
     budget = {"full": None, "frozen": 0, "bitfit": None}.get(method, 1124 if method != "fish" else None)
     assert budget is None or steps["selected"] == budget

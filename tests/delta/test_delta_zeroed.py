@@ -181,6 +181,10 @@ HOSTILE = {
     "zeroed of one less": (change(zeroed=["up"]), "integer from 1"),
     "a name that is no string": (lambda: edited(GOOD, lambda m: m["patches"][0].__setitem__(0, ["up"])), "some of"),
     "words for nothing": (lambda: edited(GOOD, lambda m: m["patches"][1].__setitem__(4, 1)), "integer from 0 to 0"),
+    "words for nothing in a long tensor": (
+        lambda: edited(GOOD, lambda m: m["patches"][1].__setitem__(slice(1, 5), [[70000], "F32", 0, 1])),
+        "integer from 0 to 0",
+    ),
     "an endless tensor": (
         lambda: edited(GOOD, lambda m: m["patches"][1].__setitem__(1, [1 << 30, 1 << 30])),
         "calls for",

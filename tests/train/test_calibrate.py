@@ -69,6 +69,14 @@ def test_clipping_is_per_tensor_and_before_the_square():
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(ours, slow, strict=True))
 
 
+def test_clipping_scales_down_only():
+    model = net().eval()
+    short = lambda m, x: loss(m, x) / 100  # noqa: E731
+    assert all(g.norm() < 1 for batch in BATCHES for g in gradients(model, batch, short))
+    clipped, plain = (found(model, st.scores.fisher_batches(clip=c, train_mode=False), f=short) for c in (1.0, None))
+    assert all(torch.equal(a, b) for a, b in zip(clipped, plain, strict=True))
+
+
 def test_train_mode_is_a_word_of_the_score():
     seen = []
 
