@@ -1,7 +1,7 @@
 """selectune: train the few scalars of a model that are worth training, in place, and ship them as a delta."""
 
 from selectune import errors, scores
-from selectune.delta import Delta, diff, load
+from selectune.delta import Delta, Shelf, algebra, diff, load, switch
 from selectune.method import Method
 from selectune.recipes import (
     bitfit,
@@ -34,8 +34,8 @@ from selectune.types import Score, score
 __version__ = "0.1.0"
 
 __all__ = [
-    "Delta", "Method", "Scope", "Score", "SparseAdamW", "Tuner", "Verification", "attach", "bitfit", "child_tuning_d",
-    "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "fish_dip", "full", "gallop", "grasp", "id3",
-    "increment_pafi", "load", "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3", "score", "scores",
-    "snip", "sparse_adapter", "static_d3", "synflow", "xattn",
+    "Delta", "Method", "Scope", "Score", "Shelf", "SparseAdamW", "Tuner", "Verification", "algebra", "attach",
+    "bitfit", "child_tuning_d", "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "fish_dip", "full",
+    "gallop", "grasp", "id3", "increment_pafi", "load", "lt_sft", "magnitude", "movement", "pafi", "random",
+    "repeat_d3", "score", "scores", "snip", "sparse_adapter", "static_d3", "switch", "synflow", "xattn",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from selectune.cli import deltas, lists, measure, runs
+from selectune.cli import algebra, deltas, lists, measure, runs
 from selectune.cli.output import code_of, fail, log_to_stderr
 from selectune.errors import SelectuneError
 
@@ -45,6 +45,7 @@ def root(
 app.command("train", epilog=runs.TRAIN_EXAMPLES)(runs.train)
 app.command("eval", epilog=runs.EVAL_EXAMPLES)(runs.evaluate)
 app.command("verify", epilog=deltas.VERIFY_EXAMPLES)(deltas.verify)
+algebra.register(deltas.app)
 app.add_typer(deltas.app, name="delta")
 app.command("tasks")(lists.tasks)
 app.command("methods")(lists.methods)

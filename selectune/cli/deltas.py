@@ -22,7 +22,9 @@ VERIFY_EXAMPLES = (
     "Example:  selectune verify --model demo --delta runs/rte\n\n"
     "Exit codes: 0 all holds, 1 wrong base, damaged file or more scalars than the budget, 2 it could not be checked"
 )
-app = typer.Typer(help="Look at a delta, make one out of two models, or merge one into a model.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at deltas, make one out of two models, combine several, merge one into a model.", no_args_is_help=True
+)
 
 OfTask = Annotated[
     str | None,

@@ -1,5 +1,6 @@
 """The delta: what training changed, as one file that a base model takes on and off, bit for bit."""
 
+from selectune.delta import algebra
 from selectune.delta.delta import DELTA_FILE, Delta, load, versions
 from selectune.delta.diff import diff
 from selectune.delta.fingerprint import base_info, digest_bits, inventory, structure_digest, weights_digest
@@ -7,6 +8,7 @@ from selectune.delta.io import read_owned, write_durably
 from selectune.delta.modules import belongs, forget_module, module_digest, module_of, record_module
 from selectune.delta.parts import Dense, Patch
 from selectune.delta.schema import canonical_name
+from selectune.delta.shelf import Shelf, switch
 from selectune.delta.verify import Report
 
 __all__ = [
@@ -15,6 +17,8 @@ __all__ = [
     "Dense",
     "Patch",
     "Report",
+    "Shelf",
+    "algebra",
     "base_info",
     "belongs",
     "canonical_name",
@@ -28,6 +32,7 @@ __all__ = [
     "read_owned",
     "record_module",
     "structure_digest",
+    "switch",
     "versions",
     "weights_digest",
     "write_durably",

@@ -267,21 +267,21 @@ def _dense_base(entry: Entry, under: Sequence[Layer]) -> Tensor:
 # --- writing ------------------------------------------------------------------------------------------------
 
 
-def writes(delta: Delta, found: Inventory) -> list[Write]:
-    """The writes that put the delta on the model, with what is there now."""
+def writes(delta: Delta, found: Inventory, under: Sequence[Layer] = ()) -> list[Write]:
+    """The writes that put the delta on the model, with what is there now (or will be once `under` is off)."""
     made = []
     for patch in delta.patches:
         entry = found.find[patch.name]
         if patch.zeroed:
-            made.append(_write_whole(entry, patch.whole()))
+            made.append(_write_whole(entry, patch.whole(), under))
             continue
-        old = bits.gather(entry.tensor, patch.indices)
+        old = _base_at(entry, patch.indices, under)
         made.append(Write(entry.name, entry.tensor, patch.indices, patch.values, old))
-    return [*made, *(_write_whole(found.find[dense.name], dense.tensor) for dense in delta.dense)]
+    return [*made, *(_write_whole(found.find[dense.name], dense.tensor, under) for dense in delta.dense)]
 
 
-def _write_whole(entry: Entry, new: Tensor) -> Write:
-    old = entry.tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+def _write_whole(entry: Entry, new: Tensor, under: Sequence[Layer]) -> Write:
+    old = _dense_base(entry, under).detach().cpu().clone(memory_format=torch.contiguous_format)
     return Write(entry.name, entry.tensor, None, new, old)
 
 

@@ -98,3 +98,23 @@ def first_non_finite(tensor: Tensor) -> int | None:
     wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
     bad = ~torch.isfinite(wide.reshape(-1))
     return int(bad.int().argmax()) if bool(bad.any()) else None
+
+
+def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 values in another float dtype, rounded once, to nearest, ties to even.
+
+    torch goes through float32 to the narrow dtypes and so rounds twice. Here float32 is reached by rounding to
+    odd, which keeps what decides a tie (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums:
+    proved algorithms using rounding to odd", theorem 3.1).
+
+    >>> middle = torch.tensor([1 + 2**-8 + 2**-40], dtype=torch.float64)  # just above the tie of two bfloat16
+    >>> middle.to(torch.bfloat16).item(), round_once(middle, torch.bfloat16).item()
+    (1.0, 1.0078125)
+    """
+    if dtype.itemsize >= 4:
+        return values.to(dtype)
+    near = values.float()
+    error = values - near.double()
+    even = (error != 0) & torch.isfinite(near) & (int_view(near) & 1 == 0)
+    toward = torch.where(error > 0, torch.inf, -torch.inf).float()
+    return torch.where(even, torch.nextafter(near, toward), near).to(dtype)

@@ -229,7 +229,10 @@ def test_the_traceback_can_be_had():
     assert isinstance(found.exception, st.errors.TaskError)
 
 
-COMMANDS = ("train", "eval", "verify", "tasks", "methods", "demo", "delta show", "delta diff", "delta apply")
+COMMANDS = (
+    *("train", "eval", "verify", "tasks", "methods", "demo"),
+    *(f"delta {name}" for name in ("show", "diff", "apply", "add", "scale", "ties", "dare", "overlap")),
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
