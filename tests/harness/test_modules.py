@@ -29,14 +29,18 @@ SMALL = {
     "ptuning": ":tokens=4",
 }
 PEERS = [f"{kind}{SMALL.get(kind, '')}" for kind in KINDS]
-# The papers' rows: LoRA, PaFi + LoRA, ID3 + LoRA (r = 32 at the size of r = 2), Pfeiffer, ID3 + Pfeiffer.
+# The papers' rows: LoRA, PaFi + LoRA, ID3 + LoRA (r = 32 at the size of r = 2), Pfeiffer, SparseAdapter + Pfeiffer and
+# ID3 + Pfeiffer.
 ROWS = {
     "lora": {"method": "lora:r=2"},
     "pafi+lora": {"method": "pafi", "on": "lora:r=32", "budget": 1792},
     "id3+lora": {"method": "id3", "on": "lora:r=32", "budget": 1792},
     "pfeiffer": {"method": "pfeiffer"},
+    "sparse-adapter+pfeiffer": {
+        "method": "sparse-adapter", "on": "pfeiffer:reduction=4", "budget": 230, "train_fully": ("classifier.*",),
+    },
     "id3+pfeiffer": {"method": "id3", "on": "pfeiffer:reduction=4", "budget": 200},
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -97,6 +101,21 @@ def test_the_papers_rows(config, tiny, data, row):
 def test_a_recipe_on_every_kind(config, tiny, data, on):
     result = run(dataclasses.replace(config, method="id3", on=on, budget=20, task="glue/stsb"))
     assert (result.selected, check(result, tiny, data).selected) == (20, 20)
+
+
+def test_sparse_adapters_keep_zeros_where_id3_keeps_the_drawn_values(config, tiny):
+    """The same module, seed and budget: what is not selected is 0 in one, as drawn in the other."""
+    for row, zero in (("sparse-adapter+pfeiffer", True), ("id3+pfeiffer", False)):
+        delta = st.load(run(dataclasses.replace(config, **ROWS[row])).delta)
+        loaded = load_base(Source(str(tiny)), delta, None)
+        drawn = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+        delta.apply(loaded.model)
+        for name, tensor in loaded.model.state_dict().items():
+            if "bottleneck" in name and name.endswith("weight"):
+                rest = torch.ones(tensor.numel(), dtype=torch.bool)
+                rest[delta.support.get(name, torch.empty(0, dtype=torch.int64))] = False
+                expected = torch.zeros_like(drawn[name]) if zero else drawn[name]
+                assert torch.equal(tensor.flatten()[rest], expected.flatten()[rest]), (row, name)
 
 
 def test_adalora_ends_at_its_rank(config, tiny):
