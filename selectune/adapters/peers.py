@@ -68,6 +68,8 @@ def put_on(
     except (TypeError, ValueError) as error:
         take_off(False)
         raise ConfigError(f"peft cannot put {spec} on {type(model).__name__}: {error}") from error
+    if spec.options.get("init") == "normal":
+        _draw_b(model)
     if spec.kind == "adalora":
         penalty = _with_orthogonality(model, config)
     after = None if steps is None or spec.kind != "adalora" else tuner.update_and_allocate
@@ -186,6 +188,14 @@ def _adalora(o: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
         "orth_reg_weight": o["orth"],
         "total_step": total,
     }
+
+
+@torch.no_grad()
+def _draw_b(model: nn.Module) -> None:
+    """B from N(0, 0.02^2), so that scores of weight times gradient do not tie at 0."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name.split("."):
+            parameter.normal_(std=0.02)
 
 
 def _with_orthogonality(model: nn.Module, config: Any) -> Any:

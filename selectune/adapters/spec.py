@@ -56,7 +56,7 @@ def parse(text: str) -> Spec:
     """`kind` or `kind:option=value,option=value` as a Spec; raises ConfigError that lists what is allowed.
 
     >>> str(parse("lora:r=16"))
-    'lora:r=16,alpha=16.0,dropout=0.0,targets=all'
+    'lora:r=16,alpha=16.0,dropout=0.0,targets=all,init=zero'
     >>> parse("pfeiffer:reduction=8,init=zero").options["reduction"]
     8
     """
@@ -135,6 +135,7 @@ _RANK = {
     "dropout": _number(0.0, 0.0, 1.0, "a number from 0 to below 1"),
     "targets": _TARGETS,
 }
+_LOW_RANK = {**_RANK, "init": _one_of("zero", *bottleneck.INITS)}  # of B
 
 
 def _bottleneck(reduction: int, activation: str, init: str, scale: float, norms: bool) -> dict[str, Option]:
@@ -153,11 +154,12 @@ KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind(
-            "lora", "W + (alpha / r) B A, A drawn, B = 0", _LORA, _RANK,
+            "lora", "W + (alpha / r) B A, A drawn, B = 0", _LORA, _LOW_RANK,
             4e-4, "RoBERTa-base on STS-B in arXiv 2106.09685, table 9", "LoraConfig", merges=True,
         ),
         Kind(
-            "dora", "m (W + B A) / |W + B A|, a magnitude for each output", "Liu et al. 2024, arXiv 2402.09353", _RANK,
+            "dora", "m (W + B A) / |W + B A|, a magnitude for each output", "Liu et al. 2024, arXiv 2402.09353",
+            _LOW_RANK,
             4e-4, "as lora", "LoraConfig", merges=True,
         ),
         Kind(
@@ -173,7 +175,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "loraplus", "lora, B learns `ratio` times as fast as A", "Hayou, Ghosh, Yu 2024, arXiv 2402.12354",
-            {**_RANK, "ratio": _number(16.0, 1.0, 1e6, "a number of at least 1")},
+            {**_LOW_RANK, "ratio": _number(16.0, 1.0, 1e6, "a number of at least 1")},
             1e-4, "ours: a quarter of lora's for A, as the paper lowers it; B gets 16 times that",
             "LoraConfig", merges=True, on=False,
         ),

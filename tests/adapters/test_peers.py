@@ -123,6 +123,18 @@ def test_sizes_of_the_papers():
     assert counted("bert", "houlsby:reduction=16", bert) == 24 * site
 
 
+def test_a_lora_that_is_drawn():
+    model = classifier()
+    out = logits(model)
+    drawn = put_on(model, "lora:init=normal", seed=1)
+    assert torch.allclose(logits(model), out, atol=0.1)
+    b = [p for n, p in model.named_parameters() if "lora_B" in n]
+    assert all(bool((p != 0).all()) for p in b)
+    assert 0.015 < torch.cat([p.flatten() for p in b]).std() < 0.025
+    drawn.remove()
+    assert torch.equal(logits(model), out)
+
+
 def test_targets():
     model = classifier()
     assert put_on(model, "lora:r=1,targets=query+value").size == 2 * 2 * 32
@@ -172,7 +184,7 @@ def test_loraplus_has_two_rates():
 
 
 def test_specs():
-    assert parse("lora").options == {"r": 8, "alpha": 8.0, "dropout": 0.0, "targets": "all"}
+    assert parse("lora").options == {"r": 8, "alpha": 8.0, "dropout": 0.0, "targets": "all", "init": "zero"}
     assert parse("lora:r=16, alpha=32").options["alpha"] == 32.0
     assert parse("prefix:projection=true").options["projection"] is True
     assert parse(str(parse("pfeiffer:reduction=4"))) == parse("pfeiffer:reduction=4")
