@@ -74,6 +74,21 @@ def test_a_score():
     assert tuner.delta().info["method"]["score"] == {"name": "taylor"}
 
 
+@st.score(reads="pooled")
+def distance(weight, gradient, batches=2):  # the parameter `batches` is read by the engine
+    return (gradient - weight).abs()
+
+
+def test_a_score_that_is_calibrated():
+    model = torch.nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 5.0, 2.0]]))
+    data = [torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[0.0, 3.0, 9.0]]), torch.tensor([[99.0, 0.0, 0.0]])]
+    method = st.Method(score=distance(), schedule=st.schedule.OneShot(1))
+    tuner = st.attach(model, method, calibration=data, loss=lambda m, x: m(x).sum())
+    assert tuner.support["weight"].tolist() == [2]  # |g - w| = [0, 0, 7] over the first two batches
+
+
 def test_a_schedule():
     _, counts = train(st.Method(score=st.scores.d3(), schedule=Doubling(20)))
     assert counts == [1, 2, 4, 8, 16, 20]

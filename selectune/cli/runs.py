@@ -89,6 +89,10 @@ def train(
             show_default=False,
         ),
     ] = None,
+    pool: Annotated[
+        int | None,
+        typer.Option(help="FISH-DIP: how many examples are ranked by their loss. Default: all.", show_default=False),
+    ] = None,
     batches: Annotated[
         int | None,
         typer.Option(
@@ -190,6 +194,7 @@ def train(
         eps=eps,
         every=every,
         examples=examples,
+        pool=pool,
         batches=batches,
         labels=labels,
         score=score,

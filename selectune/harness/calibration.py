@@ -34,13 +34,14 @@ def calibration(
     if score.reads is Reads.FLOW:
         return {"calibration": lambda: [_ones(model, rows)], "loss": _outputs}
     size = 1 if score.reads is Reads.EXAMPLES else batch
-    unit = "examples" if size == 1 and score.reads is Reads.EXAMPLES else "batches"
+    unit = "examples" if score.reads is Reads.EXAMPLES else "batches"
     wanted, there = score.parameters.get(unit), -(-len(rows) // size)
     if wanted is not None and wanted > there:
+        option = "pool" if score.parameters.get("hardest") is not None else unit
         what = "single examples" if unit == "examples" else f"mini-batches of {size}"
         raise CalibrationError(
-            f"The method reads {wanted} {what}, the training set has {there if size > 1 else len(rows)}. Lower {unit} "
-            f"(command line: --{unit})."
+            f"The method reads {wanted} {what}, the training set has {there}. Lower {option} (command line: "
+            f"--{option})."
         )
 
     def batches() -> Iterator[dict[str, Tensor]]:

@@ -25,8 +25,8 @@ DENSE_RATES = {"lt-sft": 5e-5, "diff-pruning": 1e-5}  # the papers' own, of the 
 LEARNING_RATE = 5e-4
 _MANY = 1 << 30  # stands for a number of steps that is not known yet
 _OPTIONS = (
-    "budget", "exp", "eps", "every", "examples", "batches", "labels", "score", "p", "dense", "dense_lr", "rounds", "l1",
-    "penalty", "structured", "group_penalty", "start_from", "gate_lr",
+    "budget", "exp", "eps", "every", "examples", "pool", "batches", "labels", "score", "p", "dense", "dense_lr",
+    "rounds", "l1", "penalty", "structured", "group_penalty", "start_from", "gate_lr",
 )  # fmt: skip
 
 
@@ -62,6 +62,7 @@ class RunConfig:
     eps: float | None = None
     every: int | None = None
     examples: int | None = None
+    pool: int | None = None
     batches: int | None = None
     labels: str | None = None
     score: str | None = None

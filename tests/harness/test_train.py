@@ -186,6 +186,8 @@ def test_fish_with_labels_of_the_model(config):
         run(dataclasses.replace(config, method="fish", examples=1000))
     with pytest.raises(CalibrationError, match=r"reads 4 mini-batches of 16, the training set has 3.*--batches"):
         run(dataclasses.replace(config, method="snip", batches=4))
+    with pytest.raises(CalibrationError, match=r"reads 49 single examples, the training set has 48.*--pool"):
+        run(dataclasses.replace(config, method="fish-dip", pool=49))
 
 
 def test_options_of_dense_phases_reach_the_method(config):
