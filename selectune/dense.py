@@ -139,9 +139,9 @@ class Gates:
         return (zero, gate, base.new_full((), self.alpha)) if self.structured else (zero, gate)
 
     def weight(self, here: Here) -> Tensor:
-        w = here.latents[0]
         z, _, group = self._drawn(here)
-        return here.base + (z * w if group is None else z * group[0] * w)
+        z = z if group is None else z.mul_(group[0])
+        return torch.addcmul(here.base, z, here.latents[0])
 
     def pull(self, gradient: Tensor, here: Here) -> tuple[Tensor, ...]:
         w = here.latents[0]
@@ -174,12 +174,11 @@ class Gates:
 
     def gate(self, alpha: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """s, z and dz/dalpha of gates with this draw; without one u = 1/2, the gate's median."""
-        noise = 0.0 if u is None else torch.logit(u.clamp(1e-4, 0.9999))
-        s = torch.sigmoid(alpha + noise)
-        stretched = s * (self.right - self.left) + self.left
-        inside = (stretched > 0) & (stretched < 1)
-        slope = torch.where(inside, (self.right - self.left) * s * (1 - s), 0.0)
-        return s, stretched.clamp(0.0, 1.0), slope
+        width = self.right - self.left
+        s = torch.sigmoid(alpha) if u is None else torch.logit(u, eps=1e-4).add_(alpha).sigmoid_()
+        z = (s * width).add_(self.left)
+        slope = torch.addcmul(s, s, s, value=-1).mul_(width).masked_fill_((z <= 0) | (z >= 1), 0.0)
+        return s, z.clamp_(0.0, 1.0), slope
 
     def _drawn(self, here: Here) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """z and its slope of every entry, and those of the tensor's own gate; the tensor's is drawn first."""

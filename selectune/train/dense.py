@@ -211,7 +211,7 @@ class Phase:
         if latents[0] is not weight:
             weight.grad = None
             for latent, part in zip(latents, self.kind.pull(_widened(gradient), self._here(index)), strict=True):
-                latent.grad = part if latent.grad is None else latent.grad.add_(part)
+                latent.grad = _laid_out(part, latent) if latent.grad is None else latent.grad.add_(part)
         if self._in_step:
             self._finish(index, lambda latent: True)  # a closure: the optimizer's hook has been and gone
 
@@ -247,23 +247,26 @@ class Phase:
             )
         self._optimizers.add(optimizer)
         self._in_step = True
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its step
         for index in range(len(self.tensors)):
-            self._finish(index, lambda latent: id(latent) in held)
+            self._finish(index, lambda latent: id(latent) in held, scale)
 
     @torch.no_grad()
-    def _finish(self, index: int, holds: Callable[[nn.Parameter], bool]) -> None:
+    def _finish(self, index: int, holds: Callable[[nn.Parameter], bool], scale: Tensor | None = None) -> None:
         latents = self.latents[index]
         gradients = tuple(latent.grad for latent in latents if latent.grad is not None)
         if len(gradients) < len(latents):
             return  # no use of this tensor in the step
+        if scale is not None:
+            gradients = tuple(g / scale for g in gradients)
         for latent, gradient in zip(latents, self.kind.step(gradients, self._here(index)), strict=True):
             if holds(latent):
-                latent.grad = gradient
+                latent.grad = _laid_out(gradient if scale is None else gradient * scale, latent)
 
-    def after_step(self, held: set[int]) -> None:
+    def after_step(self, held: set[int], skipped: bool) -> None:
         """The optimizer has stepped; the one that holds the first latent counts the step."""
         self._in_step = False
-        if not self._leads(held) or not self._pulled:
+        if skipped or not self._leads(held) or not self._pulled:
             return
         self._pulled = False
         self.tracker.step += 1
@@ -336,6 +339,11 @@ def _wide(weight: Tensor) -> torch.dtype:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(_wide(tensor))
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient in the memory layout of its tensor, which fused optimizers take for granted."""
+    return gradient if gradient.stride() == like.stride() else torch.empty_like(like).copy_(gradient)
 
 
 def _mixed(seed: int, step: int, index: int) -> int:

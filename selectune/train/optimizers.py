@@ -51,8 +51,13 @@ class Follower:
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         tracker = self.tracker
+        broken = getattr(optimizer, "found_inf", None)  # a fused optimizer skips a scaler's step by itself
+        skipped = broken is not None and bool(broken)
         if self.phase is not None and self.phase.on:
-            self.phase.after_step(_held(optimizer))
+            self.phase.after_step(_held(optimizer), skipped)
+            return
+        if skipped:
+            tracker.in_step = False
             return
         wanted = {id(tracker.ledger.values)} if tracker.tensors else self.trained
         if _held(optimizer) & wanted:

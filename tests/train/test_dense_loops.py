@@ -64,11 +64,14 @@ def test_a_step_has_one_draw_whatever_its_passes():
 
 
 @every_method
-def test_a_step_that_a_scaler_skips_never_was(make):
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_step_that_a_scaler_skips_never_was(make, fused):
+    """A fused optimizer unscales and skips inside its step, after the hook: penalties must not be scaled down."""
+
     def train(broken):
         model, tuner = attached(make, torch.float64)
-        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
-        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0 if broken else 4.0, growth_interval=1000)
         step = 0
         for i in range(7 if broken else 6):
             optimizer.zero_grad()
