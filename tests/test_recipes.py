@@ -263,3 +263,41 @@ def test_fish_with_the_models_labels_is_the_true_fisher():
         st.attach(model, st.fish(1, examples=2), calibration=[torch.ones(1, 1)], loss=lambda m, x: m(x).sum())
     assert model.weight.requires_grad
     assert model.weight.grad is None
+
+
+@every_row
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_state_saved_in_mid_run_continues_bit_for_bit(row, after, accumulation, tmp_path):
+    """Through torch.load(weights_only=True), on a fresh model; the optimizer's own state beside it."""
+
+    def begin():
+        torch.manual_seed(0)
+        model = Mixed()
+        tuner = attach(model, row, accumulation_steps=accumulation)
+        return model, tuner, torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+
+    def go_on(model, optimizer, first, last):
+        for number in range(first * accumulation, last * accumulation):
+            mixed_loss(model, tokens(number)).backward()
+            if number % accumulation == accumulation - 1:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    model, tuner, optimizer = begin()
+    go_on(model, optimizer, 0, after)
+    torch.save({"tuner": tuner.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    json.dumps(tuner.state_dict()["info"], allow_nan=False)
+    go_on(model, optimizer, after, 6)
+
+    model_2, tuner_2, optimizer_2 = begin()
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    tuner_2.load_state_dict(saved["tuner"])
+    optimizer_2.load_state_dict(saved["optimizer"])
+    go_on(model_2, optimizer_2, after, 6)
+    assert same(bits(model), bits(model_2))
+    assert tuner_2.events == tuner.events
+    assert tuner_2.delta().to_bytes() == tuner.delta().to_bytes()
+    tuner_2.detach()
+    torch.manual_seed(0)
+    assert same(bits(model_2), bits(Mixed()))

@@ -16,7 +16,7 @@ from selectune.delta import Delta
 from selectune.errors import AlreadyAttachedError, ConfigError, DetachedError, IntegrityError
 from selectune.method import Method
 from selectune.scope import OWN, VALUES, Found
-from selectune.train import package
+from selectune.train import package, state
 from selectune.train.calibrate import Batches, Loss, again, calibrate, check_rereadable
 from selectune.train.dense import Phase
 from selectune.train.ledger import Ledger
@@ -321,6 +321,20 @@ class Tuner:
         """
         delta = self.delta(base=base, old_values=old_values, order=order, allow_empty=allow_empty)
         return delta.save(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run between two steps: {"info": JSON values, "tensors": {key: tensor}}, O(B) but for what trains densely.
+
+        With the optimizer's own state dict it continues bit for bit. Raises TunerError within an accumulation window.
+        """
+        return state.state_of(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict()`: a fresh base, attached alike; an optimizer made then loads its own after it.
+
+        Raises ConfigError for another run's state, BaseMismatchError for another base, with nothing changed.
+        """
+        state.load_into(self, state_dict)
 
     def detach(self) -> None:
         """Takes the tuner off: the model is the base again, bit for bit, and trainable as it was before."""

@@ -1,0 +1,164 @@
+"""A run between two steps as tensors and plain JSON values, and a fresh tuner that goes on from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from selectune import ops
+from selectune.delta import digest_bits
+from selectune.errors import BaseMismatchError, ConfigError, TunerError
+from selectune.train.ledger import Page
+
+if TYPE_CHECKING:
+    from selectune.train.attach import Tuner
+
+VERSION = 1
+_PAGE = ("flat", "slot", "base", "retired", "retired_base")
+
+
+def state_of(tuner: Tuner) -> dict[str, Any]:
+    """See `Tuner.state_dict`."""
+    tracker, ledger = tuner._tracker, tuner._ledger
+    window = tracker._window
+    if window.backwards or tracker._in_backward or tracker.in_step:
+        raise TunerError(
+            f"The state of a run is taken between steps; this one is in step {tracker.step}, after {window.backwards} "
+            f"of {tracker.accumulation_steps} backward passes. Call state_dict() after optimizer.step()."
+        )
+    if not tuner.in_dense_phase:
+        tracker.write_weights()
+    tensors: dict[str, Tensor] = {"values": _own(ledger.values), "free": _own(ledger.free)}
+    for tensor, page in zip(ledger.tensors, ledger.pages, strict=True):
+        for part in _PAGE:
+            tensors[f"page.{tensor.index}.{part}"] = _own(getattr(page, part))
+        now = ops.gather_entries(tensor.parameter, page.retired)
+        tensors[f"page.{tensor.index}.retired_now"] = _own(now)
+    tensors |= {f"whole.{t.name}": _own(t.parameter) for t in tuner._all.dense}
+    tensors |= {f"buffer.{n}": _own(b) for n, b in tuner.model.named_buffers() if n in tuner._base.buffers}
+    info = {
+        "version": VERSION,
+        "run": _run(tuner),
+        "step": tracker.step,
+        "ahead": window.ahead,
+        "reached": sorted(tracker.reached),
+        "events": dict(tracker.events),
+        "recycled": _packed(tracker.chooser.recycled, "recycled", tensors),
+        "chooser": _packed(tracker.chooser.state(), "chooser", tensors),
+        "phase": None if tuner._phase is None else _packed(tuner._phase.state(), "phase", tensors),
+    }
+    return {"info": info, "tensors": tensors}
+
+
+@torch.no_grad()
+def load_into(tuner: Tuner, state: Mapping[str, Any]) -> None:
+    """See `Tuner.load_state_dict`."""
+    tracker, ledger = tuner._tracker, tuner._ledger
+    if tracker.step or tracker._window.backwards:
+        raise TunerError(f"A state is loaded before training; this tuner is at step {tracker.step}. Attach anew.")
+    info, tensors = _checked(tuner, state)
+    unread = tracker.chooser.rescore is not None and not ledger.touched  # scores known from attach wait for a selection
+    ledger.write_base()
+    for tensor in ledger.tensors:
+        parts = [tensors[f"page.{tensor.index}.{part}"] for part in _PAGE]
+        page = Page(*(_own(part) for part in parts)).to(tensor.parameter.device, ledger.values.device)
+        ledger.pages[tensor.index] = page
+        now = tensors[f"page.{tensor.index}.retired_now"]
+        ops.scatter_entries(tensor.parameter, page.retired, now.to(tensor.parameter.device))
+    ledger.values.copy_(tensors["values"])
+    ledger.free = tensors["free"].to(ledger.values.device, copy=True)
+    for tensor in tuner._all.dense:
+        tensor.parameter.copy_(tensors[f"whole.{tensor.name}"])
+    for name, buffer in tuner.model.named_buffers():
+        if f"buffer.{name}" in tensors:
+            buffer.copy_(tensors[f"buffer.{name}"])
+    tracker.step, tracker.reached = info["step"], set(info["reached"])
+    tracker.events.clear()
+    tracker.events.update(info["events"])
+    tracker._window.ahead = info["ahead"]
+    tracker.chooser.recycled = _unpacked(info["recycled"], tensors)
+    tracker.chooser.load_state(_unpacked(info["chooser"], tensors))
+    if unread and tracker.chooser.rescore is not None and ledger.touched:
+        tracker.chooser.rescore()  # they were used up before the state was taken
+    if tuner._phase is not None:
+        tuner._phase.load_state(_unpacked(info["phase"], tensors))
+    if not tuner.in_dense_phase:
+        ledger.write_weights()
+    tracker._version = ledger.values._version
+
+
+def _run(tuner: Tuner) -> dict[str, Any]:
+    """What must be the same in both processes."""
+    base = {name: str(total % (1 << 64)) for name, total in tuner._base.sums.items()}
+    heads = {tensor.name: digest_bits(tuner._base.dense[tensor.name].cpu()) for tensor in tuner._all.dense}
+    return {
+        "method": tuner.method.describe(),
+        "seed": tuner.seed,
+        "accumulation_steps": tuner.accumulation_steps,
+        "budget": tuner.budget,
+        "base": {**base, **heads},
+    }
+
+
+def _checked(tuner: Tuner, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The state's two halves, if it is one of this run; nothing is changed yet."""
+    if not isinstance(state, Mapping) or set(state) != {"info", "tensors"} or not isinstance(state["info"], Mapping):
+        raise ConfigError('A state has the keys "info" and "tensors", as Tuner.state_dict gives them.')
+    info, tensors = dict(state["info"]), dict(state["tensors"])
+    if info.get("version") != VERSION:
+        raise ConfigError(f"The state has version {info.get('version')!r}; this selectune reads version {VERSION}.")
+    mine, theirs = _run(tuner), info["run"]
+    for key in ("method", "seed", "accumulation_steps", "budget"):
+        if mine[key] != theirs[key]:
+            raise ConfigError(f"The state is of another run: its {key} is {theirs[key]}, this tuner's is {mine[key]}.")
+    moved = sorted(
+        n for n in mine["base"].keys() | theirs["base"].keys() if mine["base"].get(n) != theirs["base"].get(n)
+    )
+    if moved:
+        raise BaseMismatchError(
+            f"The state was taken on another base: {len(moved)} tensors differ ({', '.join(moved[:5])}). Attach to the "
+            "base model that the run began with, then load the state."
+        )
+    expected = {"values": tuner._ledger.values.shape}
+    for tensor in tuner._ledger.tensors:
+        keys = [f"page.{tensor.index}.{part}" for part in (*_PAGE, "retired_now")]
+        expected |= dict.fromkeys(keys, None)
+    expected |= {f"whole.{t.name}": t.parameter.shape for t in tuner._all.dense}
+    for key, shape in expected.items():
+        if key not in tensors or (shape is not None and tensors[key].shape != shape):
+            raise ConfigError(f'The state\'s tensor "{key}" is missing or has another shape.')
+    for tensor in tuner._ledger.tensors:
+        flat, slot, base, retired, retired_base = (tensors[f"page.{tensor.index}.{part}"] for part in _PAGE)
+        for where in (flat, retired):
+            if where.numel() and not (0 <= int(where.min()) and int(where.max()) < tensor.parameter.numel()):
+                raise ConfigError(f'The state\'s indices of "{tensor.name}" leave the tensor.')
+        if flat.shape != slot.shape or flat.shape != base.shape or retired.shape != retired_base.shape:
+            raise ConfigError(f'The state\'s page of "{tensor.name}" has parts of different lengths.')
+    return info, tensors
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Plain values as they are; tensors go into `tensors` and leave {"tensor": key} behind."""
+    if isinstance(value, Tensor):
+        tensors[path] = _own(value)
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        return {key: _packed(item, f"{path}.{key}", tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_packed(item, f"{path}.{number}", tensors) for number, item in enumerate(value)]
+    return value
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, Mapping):
+        if set(value) == {"tensor"}:
+            return _own(tensors[value["tensor"]])
+        return {key: _unpacked(item, tensors) for key, item in value.items()}
+    return [_unpacked(item, tensors) for item in value] if isinstance(value, list) else value
