@@ -17,7 +17,7 @@ import torch
 
 import selectune as st
 from selectune import tasks
-from selectune.adapters import two_rates
+from selectune.adapters import KINDS, two_rates
 from selectune.delta import DELTA_FILE, Delta, versions, write_durably
 from selectune.errors import ConfigError, DeltaError, NonFiniteError
 from selectune.harness.calibration import calibration
@@ -272,6 +272,8 @@ def _save(config: RunConfig, tuner: Tuner, base: Mapping[str, Any], max_length: 
     info["method"] = {**info["method"], "task": config.task, "max_length": max_length}
     if config.dtype is not None:
         info["method"]["dtype"] = config.dtype
+    if config.module is not None and KINDS[config.module.kind].peft:
+        info["versions"]["peft"] = metadata.version("peft")
     out = Path(str(config.out))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -295,7 +297,7 @@ def _origins(splits: Mapping[str, Split]) -> dict[str, str]:
 
 def _versions() -> dict[str, str]:
     found = {**versions(), "python": platform.python_version()}
-    for package in ("transformers", "accelerate", "datasets"):
+    for package in ("transformers", "accelerate", "datasets", "peft"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

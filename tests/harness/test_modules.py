@@ -73,6 +73,7 @@ def test_every_peer_trains_saves_and_evaluates(config, tiny, data, method):
     delta = check(result, tiny, data)
     kind = method.partition(":")[0]
     assert (delta.selected, result.selected, result.budget) == (0, 0, 0)
+    assert ("peft" in delta.info["versions"]) is (KINDS[method.partition(":")[0]].peft is not None)
     assert delta.info["method"]["name"] == delta.info["module"]["kind"] == kind
     others = {d.name.removeprefix("base_model.") for d in delta.dense if not belongs(kind, d.name)}
     norms = {name for name in others if "LayerNorm" in name}
@@ -144,6 +145,13 @@ def test_a_module_on_a_half_model_is_float32(config, tiny, data, change):
     dtypes |= {belongs(module, p.name): p.dtype for p in delta.patches}
     assert dtypes.get(True, torch.float32) == torch.float32
     assert dtypes.get(False, torch.bfloat16) == torch.bfloat16
+
+
+def test_a_delta_of_float32_tensors_only_still_says_that_its_base_was_half(config, tiny, data):
+    only = {"method": "id3", "on": "lora", "budget": 50, "include": ("*lora_*",), "dtype": "bfloat16"}
+    delta = check(run(dataclasses.replace(config, **only)), tiny, data)
+    assert {p.dtype for p in delta.patches} == {torch.float32}
+    assert load_base(Source(str(tiny)), delta, None).model.dtype == torch.bfloat16
 
 
 def test_the_same_seed_gives_the_same_bytes(config, tmp_path):
