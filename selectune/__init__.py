@@ -21,21 +21,26 @@ from selectune.recipes import (
     pafi,
     random,
     repeat_d3,
+    rigl,
     snip,
     sparse_adapter,
+    sparse_evolution,
+    spiel_ag,
+    spiel_ma,
     static_d3,
     synflow,
     xattn,
 )
 from selectune.scope import Scope
-from selectune.train import SparseAdamW, Tuner, Verification, attach
+from selectune.train import SparseAdamW, SparseSM3, Tuner, Verification, attach
 from selectune.types import Score, score
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Delta", "Method", "Scope", "Score", "Shelf", "SparseAdamW", "Tuner", "Verification", "algebra", "attach",
-    "bitfit", "child_tuning_d", "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "fish_dip", "full",
-    "gallop", "grasp", "id3", "increment_pafi", "load", "lt_sft", "magnitude", "movement", "pafi", "random",
-    "repeat_d3", "score", "scores", "snip", "sparse_adapter", "static_d3", "switch", "synflow", "xattn",
+    "Delta", "Method", "Scope", "Score", "Shelf", "SparseAdamW", "SparseSM3", "Tuner", "Verification", "algebra",
+    "attach", "bitfit", "child_tuning_d", "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "fish_dip",
+    "full", "gallop", "grasp", "id3", "increment_pafi", "load", "lt_sft", "magnitude", "movement", "pafi", "random",
+    "repeat_d3", "rigl", "score", "scores", "snip", "sparse_adapter", "sparse_evolution", "spiel_ag", "spiel_ma",
+    "static_d3", "switch", "synflow", "xattn",
 ]  # fmt: skip

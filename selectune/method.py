@@ -15,7 +15,7 @@ from typing import Any
 from selectune.errors import ConfigError
 from selectune.scope import Scope, patterns
 from selectune.select import GlobalTopK
-from selectune.types import DensePhase, Phased, Reads, Schedule, Score, Select
+from selectune.types import Allocating, DensePhase, Exchanging, Phased, Reads, Schedule, Score, Select
 
 Patterns = str | Sequence[str]
 
@@ -69,6 +69,7 @@ class Method:
         if self.score is None and not self.scope.train_fully and self.dense is None:
             raise ConfigError("A method without a score trains nothing unless its scope has train_fully patterns.")
         self._check_dense()
+        self._check_exchange()
 
     def _check_dense(self) -> None:
         if self.dense is not None and not isinstance(self.dense, DensePhase):
@@ -81,6 +82,29 @@ class Method:
                 f"score that reads the change. Got dense={self.dense!r}, the schedule {type(self.schedule).__name__} "
                 f"that says {'which' if phased else 'none'}, a score that reads {getattr(self.score, 'reads', None)}."
             )
+
+    def _check_exchange(self) -> None:
+        factors = self.score is not None and self.score.reads is Reads.FACTORS
+        if not isinstance(self.schedule, Exchanging):
+            if factors:
+                raise ConfigError(
+                    f"The score '{getattr(self.score, 'name', '')}' reads what the optimizer holds for rows and "
+                    "columns, which it does only later in a run: it needs a schedule that drops and grows, DropGrow."
+                )
+            return
+        can = (Reads.NOTHING, Reads.WEIGHT, Reads.GRADIENT, Reads.FACTORS)
+        if self.score is not None and self.score.reads not in can:
+            raise ConfigError(
+                f"Entries grow while training goes on, so the score must read one of {', '.join(can)}; "
+                f"'{self.score.name}' reads {self.score.reads}."
+            )
+        if not isinstance(self.select, Allocating):
+            raise ConfigError(
+                "A schedule that drops and grows keeps the number of entries of every tensor, so it needs a selection "
+                f"that divides them, such as PerTensor(); got {type(self.select).__name__}."
+            )
+        if self.fill != "keep":
+            raise ConfigError(f'A schedule that drops and grows puts dropped entries back; got fill="{self.fill}".')
 
     def describe(self) -> dict[str, Any]:
         """The method as plain JSON values, as recorded in a delta."""

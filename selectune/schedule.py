@@ -7,8 +7,10 @@ Steps are optimizer steps, numbered from 0; a step skipped by a gradient scaler 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from selectune.errors import BudgetError, ScheduleError
 
@@ -261,6 +263,93 @@ class Rounds:
         first, end = r * steps // self.rounds, (r + 1) * steps // self.rounds
         length = self.share if isinstance(self.share, int) else round(self.share * (end - first))
         return first + min(max(1, length), end - first - 1)
+
+
+@dataclass(frozen=True)
+class DropGrow:
+    """B entries drawn at random before step 0; from time to time the least moved are exchanged.
+
+    After step c is done, entries are exchanged if c mod S = A (`every` = S, `window` = A), c > 0 and
+    c < E = until T. The share of a tensor's entries that is exchanged:
+
+        linear     fraction (1 - c / E), and all of them the first time
+        cosine     fraction (1 + cos(pi c / E)) / 2
+        constant   fraction
+
+    A window opens with the run and after every step c with (c + 1) mod S = 0; it closes with the
+    exchange, so that the first has A steps and the others A + 1. `drop`: the smallest "change"
+    |value - base|, or the smallest "weight" |value|. `regrow`: a dropped entry may grow again at once.
+    Source: Ansell et al. (2024), SpIEL, arXiv 2401.16405, and its released code; Evci et al. (2020), RigL, arXiv
+    1911.11134, for the cosine.
+
+    >>> s = DropGrow(budget=100, steps=100, every=20, window=5, fraction=0.2, decay="linear")
+    >>> [(c, float(s.share(c))) for c in range(1, 101) if s.due(c)]
+    [(5, 1.0), (25, 0.15), (45, 0.11), (65, 0.07), (85, 0.03)]
+    >>> [t for t in range(100) if s.opens(t)]
+    [0, 19, 39, 59, 79]
+    """
+
+    budget: Budget
+    steps: int | None
+    every: int = 20
+    window: int = 0
+    fraction: float = 0.2
+    decay: str = "linear"
+    until: float = 1.0
+    drop: str = "change"
+    regrow: bool = True
+
+    keeps = True
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        check_count("steps", self.steps, "the number of optimizer steps of the run")
+        check_count("every", self.every, "how many steps lie between two exchanges")
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or not 0 <= self.window < self.every:
+            raise ScheduleError(
+                f"window= is how many steps gradients are watched before an exchange: an int of at least 0 and below "
+                f"every={self.every}, got {self.window!r}."
+            )
+        for name in ("fraction", "until"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ScheduleError(f"{name}= is a share above 0 and at most 1, got {value!r}.")
+        for name, known in (("decay", ("linear", "cosine", "constant")), ("drop", ("change", "weight"))):
+            if getattr(self, name) not in known:
+                raise ScheduleError(f"Unknown {name} '{getattr(self, name)}'. Known: {', '.join(known)}.")
+
+    def resolve(self, eligible: int) -> DropGrow:
+        return dataclasses.replace(self, budget=resolve_budget(self.budget, eligible))
+
+    def due(self, step: int) -> bool:
+        return step > 0 and step % self.every == self.window and step < self._end
+
+    def target(self, step: int) -> int:
+        del step
+        return _count(self.budget)
+
+    def opens(self, step: int) -> bool:
+        if self.window == 0 or not (step == 0 or (step + 1) % self.every == 0):
+            return False
+        return self.due(self.window if step == 0 else step + 1 + self.window)
+
+    def share(self, step: int) -> Fraction:
+        fraction, end = _exact(self.fraction), self._end
+        if self.decay == "cosine":
+            return fraction * Fraction((1 + math.cos(math.pi * float(step / end))) / 2)
+        if self.decay == "constant":
+            return fraction
+        first = self.window or self.every
+        return Fraction(1) if step == first else fraction * (1 - step / end)
+
+    @property
+    def _end(self) -> Fraction:
+        return _exact(self.until) * _count(self.steps)
+
+
+def _exact(value: float) -> Fraction:
+    """The number that was written down: 0.2 is 1/5, so that no rounding moves a count."""
+    return Fraction(str(value))
 
 
 def _count(value: Budget) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selectune.errors import ConfigError
+from selectune.errors import BudgetError, ConfigError
 
 Rows = tuple[Tensor, Tensor, Tensor]  # scores, positions in the total order, what is carried along
 
@@ -38,6 +38,58 @@ class GlobalTopK:
 
     def collector(self, quota: int, sizes: Sequence[int], seed: int) -> GlobalCollector:
         return GlobalCollector(quota, sizes, seed if self.tie == "random" else None)
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """The best entries of each tensor, the quota divided in proportion to size; ties by flat index.
+
+    k_j = q n_j / N rounded down, and the entries that are left over go to the largest remainders, the earlier
+    tensor first: exactly q in all. (SpIEL's code rounds down only, so it stays below its budget.)
+
+    >>> from selectune.select import PerTensor
+    >>> PerTensor().allocate(10, [100, 50, 50, 3])
+    [5, 3, 2, 0]
+    """
+
+    def allocate(self, total: int, sizes: Sequence[int]) -> list[int]:
+        """How many entries each tensor gets: at most its size, `total` in all."""
+        whole = sum(sizes)
+        if total > whole:
+            raise BudgetError(f"{total:,} entries cannot be divided among tensors of {whole:,}.")
+        shares = [divmod(total * size, whole or 1) for size in sizes]
+        counts = [share for share, _ in shares]
+        order = sorted(range(len(sizes)), key=lambda j: (-shares[j][1], j))
+        for j in order[: total - sum(counts)]:
+            counts[j] += 1
+        return counts
+
+    def collector(self, quota: int, sizes: Sequence[int], seed: int) -> PerTensorCollector:
+        return self.per_tensor(self.allocate(min(quota, sum(sizes)), sizes), sizes, seed)
+
+    def per_tensor(self, counts: Sequence[int], sizes: Sequence[int], seed: int) -> PerTensorCollector:
+        """A collector of the best `counts[j]` entries of every tensor j."""
+        del seed
+        return PerTensorCollector(counts, sizes)
+
+
+class PerTensorCollector:
+    """One collector a tensor; all they kept in the total order."""
+
+    def __init__(self, counts: Sequence[int], sizes: Sequence[int]) -> None:
+        self._all = GlobalCollector(sum(counts), sizes, None)
+        self._each = [GlobalCollector(count, sizes, None) for count in counts]
+
+    def offer(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
+        """See `selectune.types.Collector`."""
+        self._each[tensor].offer(tensor, flat, scores, carry)
+
+    def close(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `selectune.types.Collector`."""
+        for each in self._each:
+            each._compress()
+            self._all.kept += each.kept
+        return self._all.close()
 
 
 class GlobalCollector:

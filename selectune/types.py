@@ -19,6 +19,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Generator, Tensor
@@ -39,6 +40,7 @@ class Reads(enum.StrEnum):
     WEIGHT = "weight"  # f(weight): one pass over the weights, no data
     GRADIENT = "gradient"  # f(weight, gradient): the gradient of the step that is being taken
     CHANGE = "change"  # f(weight, change): the weight before a dense phase, and what the phase added to it
+    FACTORS = "factors"  # f(row, column): what the optimizer holds for an entry's row and its column, >= 0 (`Factored`)
     EXAMPLES = "examples"  # sum over single examples of f(weight, gradient): a backward pass each
     BATCHES = "batches"  # sum over mini-batches of f(weight, gradient): a backward pass each
     POOLED = "pooled"  # f(weight, gradient summed over mini-batches): a backward pass each
@@ -168,12 +170,25 @@ class Select(Protocol):
 
 
 @runtime_checkable
+class Allocating(Select, Protocol):
+    """A selection whose quota is divided among the tensors beforehand."""
+
+    def allocate(self, total: int, sizes: Sequence[int]) -> list[int]:
+        """How many of `total` entries each tensor gets: at most its size, `total` in all."""
+        ...
+
+    def per_tensor(self, counts: Sequence[int], sizes: Sequence[int], seed: int) -> Collector:
+        """A fresh collector of the best `counts[j]` entries of every tensor j."""
+        ...
+
+
+@runtime_checkable
 class Schedule(Protocol):
     """Two questions, asked at optimizer step 0, 1, 2, ...: is it time, and how many by then?"""
 
     @property
     def keeps(self) -> bool:
-        """True: the support only grows. False: every selection starts from all entries again."""
+        """True: at most `budget` entries ever differ from the base. False: each selection starts from all entries."""
         ...
 
     def resolve(self, eligible: int) -> Schedule:
@@ -265,4 +280,106 @@ class DensePhase(Protocol):
 
     def change(self, here: Here) -> Tensor:
         """What the phase adds to `base`, without noise."""
+        ...
+
+
+@runtime_checkable
+class Exchanging(Schedule, Protocol):
+    """A schedule that drops and grows. The budget is selected at random before step 0, divided by an `Allocating`.
+
+    At every due step and in every tensor, the entries that moved least are dropped (they are the base again, bit for
+    bit) and as many grow, best score first, from the base on. A score that reads gradients is shown
+
+        without a window   the gradient of the due step, like any score that reads one
+        with a window      the sum over the window of the gradients of candidates: in the first backward pass after
+                           `opens`, the best entries of a tensor, as many as it has selected. Only theirs are formed
+                           in the passes that follow, so that memory stays O(B)
+    """
+
+    @property
+    def window(self) -> int:
+        """Steps that candidates are watched before a due step; 0: no candidates."""
+        ...
+
+    @property
+    def drop(self) -> str:
+        """What is small in a dropped entry: "change", |value - base|, or "weight", |value|."""
+        ...
+
+    @property
+    def regrow(self) -> bool:
+        """Whether an entry that is dropped may grow again at once; it then keeps its value and state."""
+        ...
+
+    def opens(self, step: int) -> bool:
+        """Whether candidates are chosen at this step."""
+        ...
+
+    def share(self, step: int) -> Fraction:
+        """The share of a tensor's entries that is exchanged at this step; of k entries, floor(share k)."""
+        ...
+
+
+class Places(Protocol):
+    """Where the entries of the trained vector stand. An entry's row and column are those of its tensor seen as a matrix
+
+    of its first dimension by the others (a vector is one row); rows and columns of all tensors are counted through,
+    and slots not in use have the last of each.
+    """
+
+    @property
+    def rows(self) -> Tensor:
+        """(B,) int64."""
+        ...
+
+    @property
+    def columns(self) -> Tensor:
+        """(B,) int64."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many rows and columns there are."""
+        ...
+
+    @property
+    def base(self) -> Tensor:
+        """(B,) the base value of every entry, 0 in slots not in use."""
+        ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """An optimizer that wants to know where its entries stand."""
+
+    def place(self, values: Tensor, places: Places) -> None:
+        """Called before the first step and before a step whose support changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class News:
+    """Slots whose entries are new, and what was seen of their gradients before."""
+
+    slots: Tensor  # (k,) int64
+    mean: Tensor | None = None  # (k,) of the steps' gradients; None: they were not watched
+    square: Tensor | None = None  # (k,) mean of their squares
+    age: int = 0  # steps watched
+
+
+@runtime_checkable
+class Inheriting(Protocol):
+    """An optimizer that knows what to make of new entries; any other has its elementwise state set to 0 there."""
+
+    def inherit(self, values: Tensor, news: News) -> None:
+        """Called before the step that is the first of these entries."""
+        ...
+
+
+@runtime_checkable
+class Factored(Protocol):
+    """An optimizer that holds one number for every row and every column."""
+
+    def factors(self, values: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Rows (R,) and columns (C,) as `Places` counts them; None before the first step."""
         ...

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,8 @@ class Row:
     after: int  # selected after 6 steps
     dense: int = 0
     grows: bool = True
+    first_pass: bool = False  # reads a step's first backward pass only, so that micro-batches are not one larger batch
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
 
 
 ROWS = {
@@ -44,6 +48,10 @@ ROWS = {
     "synflow": Row(st.synflow(60), 60, 60),
     "sparse-adapter": Row(st.sparse_adapter(60), 60, 60),
     "gallop": Row(st.gallop(60), 0, 60),
+    "spiel-ag": Row(st.spiel_ag(60, 6, every=3, window=1), 60, 60, first_pass=True),
+    "spiel-ma": Row(st.spiel_ma(60, 6, every=3, window=1), 60, 60, optimizer=st.SparseSM3),
+    "rigl": Row(st.rigl(60, 6, every=2), 60, 60),
+    "set": Row(st.sparse_evolution(60, 6, every=2), 60, 60),
     "bitfit": Row(st.bitfit(), 59, 59),
     "random": Row(st.random(60), 60, 60),
     "xattn": Row(st.xattn(scope="attention.*"), 0, 0, dense=288),
@@ -53,6 +61,15 @@ ROWS = {
     "full": Row(st.full(), 0, 0, dense=1580),
 }
 VARIANTS = {
+    "spiel-ag, windows handed on": Row(
+        st.spiel_ag(60, 6, every=3, window=2, train_fully="norm.*"),
+        60,
+        60,
+        dense=16,
+        first_pass=True,
+        optimizer=functools.partial(st.SparseAdamW, age="entry", decay="base", weight_decay=0.1),
+    ),  # fmt: skip
+    "rigl, by the weight": Row(st.rigl(60, 6, every=2, drop="weight", decay="constant"), 60, 60),
     "id3, every 3": Row(st.id3(60, 6, every=3), 0, 60),
     "id3, front": Row(st.id3(62, 6, spread="front"), 0, 62),
     "id3, density": Row(st.id3(0.05, 6), 0, 79),
@@ -92,7 +109,7 @@ def run(row, dtype=torch.float32, count=6, **arguments):
     torch.manual_seed(0)
     model = Mixed(dtype)
     tuner = attach(model, row, **arguments)
-    for _ in steps(model, torch.optim.AdamW(tuner.parameters(), lr=1e-2), count):
+    for _ in steps(model, row.optimizer(tuner.parameters(), lr=1e-2), count):
         pass
     return model, tuner
 
@@ -116,7 +133,7 @@ def test_exact_budget(row):
     model = Mixed()
     tuner = attach(model, row)
     assert tuner.selected == row.at_attach
-    counts = [tuner.selected for _ in steps(model, torch.optim.AdamW(tuner.parameters(), lr=1e-2), 6)]
+    counts = [tuner.selected for _ in steps(model, row.optimizer(tuner.parameters(), lr=1e-2), 6)]
     assert counts[-1] == row.after == tuner.budget
     assert counts == sorted(counts)
     assert tuner.trained == tuner.touched + row.dense
@@ -180,7 +197,8 @@ def test_accumulation_is_one_larger_batch(row):
         torch.manual_seed(0)
         model = Mixed(torch.float64)
         tuner = attach(model, row, accumulation_steps=chunks)
-        optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+        kind = torch.optim.SGD if row.optimizer is torch.optim.AdamW else row.optimizer
+        optimizer = kind(tuner.parameters(), lr=0.1)
         for i in range(4):
             optimizer.zero_grad()
             for part in tokens(i, n=4).chunk(chunks):
@@ -189,6 +207,9 @@ def test_accumulation_is_one_larger_batch(row):
         return model, {n: f.tolist() for n, f in tuner.support.items()}
 
     (whole, support), (parts, other) = train(1), train(2)
+    if row.first_pass:
+        assert {n: len(f) for n, f in support.items()} == {n: len(f) for n, f in other.items()}
+        return
     assert support == other
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
 
@@ -275,7 +296,7 @@ def test_state_saved_in_mid_run_continues_bit_for_bit(row, after, accumulation, 
         torch.manual_seed(0)
         model = Mixed()
         tuner = attach(model, row, accumulation_steps=accumulation)
-        return model, tuner, torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+        return model, tuner, row.optimizer(tuner.parameters(), lr=1e-2)
 
     def go_on(model, optimizer, first, last):
         for number in range(first * accumulation, last * accumulation):

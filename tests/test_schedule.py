@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 import selectune as st
-from selectune.schedule import Increment, OneShot, Quotas, Repeat, resolve_budget
+from selectune.schedule import DropGrow, Increment, OneShot, Quotas, Repeat, resolve_budget
 
 
 def quotas(schedule, steps):
@@ -90,3 +90,33 @@ def test_a_method_without_its_steps(steps):
         st.id3(10, 5, spread="back")
     with pytest.raises(st.errors.ScheduleError, match="quotas must be"):
         Quotas([1, -1])
+
+
+def test_the_closing_ticks_and_shares_of_drop_and_grow():
+    """methods 2.12: S = 20, A = 5, T = 100, linear: closes at 5 (all), 25 (.15), 45 (.11), 65 (.07), 85 (.03)."""
+    schedule = DropGrow(10, 100, every=20, window=5, fraction=0.2, decay="linear")
+    shares = {c: schedule.share(c) for c in range(200) if schedule.due(c)}
+    assert {c: str(s) for c, s in shares.items()} == {5: "1", 25: "3/20", 45: "11/100", 65: "7/100", 85: "3/100"}
+    # covers the steps S .. S + A of a window (counted from 1), the first from construction on: A steps
+    watched = [
+        [t for t in range(c) if any(schedule.opens(o) and o <= t for o in range(max(0, c - 19), c))] for c in (5, 25)
+    ]
+    assert [len(w) for w in watched] == [5, 6]
+
+
+@given(some.integers(1, 40), some.integers(0, 39), some.integers(1, 300), some.sampled_from([0.25, 0.5, 0.75, 1.0]))
+def test_every_window_that_opens_closes(every, window, steps, until):
+    schedule = DropGrow(1, steps, every, min(window, every - 1), until=until)
+    due = [c for c in range(400) if schedule.due(c)]
+    opened = [t for t in range(400) if schedule.opens(t)]
+    assert all(0 < c < until * steps and c % every == schedule.window for c in due)
+    assert len(opened) == (len(due) if schedule.window else 0)
+    assert all(o < c <= o + schedule.window + 1 for o, c in zip(opened, due, strict=False))
+    assert all(0 < schedule.share(c) <= 1 for c in due)
+
+
+def test_drop_and_grow_refuses_what_makes_no_sense():
+    for wrong in ({"every": 0}, {"window": 20}, {"window": -1}, {"fraction": 0.0}, {"until": 1.5}, {"decay": "step"},
+                  {"drop": "all"}, {"steps": None}):  # fmt: skip
+        with pytest.raises(st.errors.ScheduleError):
+            DropGrow(**({"budget": 5, "steps": 50} | wrong))

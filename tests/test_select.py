@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as some
 
 import selectune as st
 from selectune import select
-from selectune.select import GlobalTopK
+from selectune.select import GlobalTopK, PerTensor
 
 
 def best(scores: list[np.ndarray], quota: int) -> set[tuple[int, int]]:
@@ -101,3 +103,54 @@ def test_random_selects_uniformly():
     counts = [len(tuner.support[str(i)]) for i in range(100)]
     assert sum(counts) == 20_000
     assert sum((c - 200) ** 2 / (200 * 0.8) for c in counts) < 160  # 99 degrees: beyond 4 standard deviations
+
+
+@given(some.integers(0, 500), some.lists(some.integers(0, 100), min_size=1, max_size=12))
+def test_allocation_is_the_largest_remainder_and_exact(total, sizes):
+    if total > sum(sizes):
+        with pytest.raises(st.errors.BudgetError, match="cannot be divided"):
+            PerTensor().allocate(total, sizes)
+        return
+    counts, whole = PerTensor().allocate(total, sizes), max(1, sum(sizes))
+    assert sum(counts) == total
+    shares = [Fraction(total * size, whole) for size in sizes]
+    assert all(
+        share - 1 < count < share + 1 and count <= size
+        for share, count, size in zip(shares, counts, sizes, strict=True)
+    )
+    up = [(share % 1, -j) for j, (share, count) in enumerate(zip(shares, counts, strict=True)) if count > share]
+    down = [(share % 1, -j) for j, (share, count) in enumerate(zip(shares, counts, strict=True)) if count <= share]
+    assert not up or not down or min(up) > max(down)
+
+
+@given(cases())
+def test_the_best_of_every_tensor(case):
+    scores, quota, piece, rng = case
+    sizes = [len(s) for s in scores]
+    quota = min(quota, sum(sizes))
+    counts = PerTensor().allocate(quota, sizes)
+    collector = PerTensor().collector(quota, sizes, seed=0)
+    offers = [(t, start) for t, s in enumerate(scores) for start in range(0, len(s), piece)]
+    rng.shuffle(offers)
+    for t, start in offers:
+        collector.offer(t, start, torch.from_numpy(scores[t][start : start + piece]))
+    found = chosen(collector)
+    expected = {(t, i) for t, column in enumerate(scores) for _, i in best([column], counts[t])}
+    assert set(found) == expected
+    assert len(found) == len(expected)
+    keys = [(-scores[t][i], t, i) for t, i in found]
+    assert keys == sorted(keys)
+
+
+def test_increments_per_tensor_come_to_the_share_of_the_budget():
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 9), torch.nn.Linear(9, 3))
+    tuner = st.attach(model, st.Method(score=st.scores.d3(), select=PerTensor(), schedule=st.schedule.Increment(50, 7)))
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    for t in range(7):
+        model(torch.randn(8, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert tuner.selected == (t + 1) * 50 // 7
+    counts = {n: f.numel() for n, f in tuner.support.items()}
+    sizes = {n: p.numel() for n, p in model.named_parameters() if not n.startswith("selectune")}
+    assert counts == dict(zip(sizes, PerTensor().allocate(50, list(sizes.values())), strict=True))

@@ -78,9 +78,17 @@ def train(
     every: Annotated[
         int | None,
         typer.Option(
-            help="ID3: select the quotas of k steps at every k-th step; cheaper. FISH-DIP: steps between selections.",
+            help="ID3: select the quotas of k steps at every k-th step; cheaper. FISH-DIP, SpIEL, RigL, SET: "
+            "steps between selections.",
             show_default=False,
         ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="SpIEL: steps that gradients are watched before an exchange.", show_default=False),
+    ] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="SpIEL, RigL, SET: share of the entries exchanged.", show_default=False)
     ] = None,
     examples: Annotated[
         int | None,
@@ -193,6 +201,8 @@ def train(
         exp=exp,
         eps=eps,
         every=every,
+        window=window,
+        fraction=fraction,
         examples=examples,
         pool=pool,
         batches=batches,

@@ -20,13 +20,13 @@ from selectune.recipes import RECIPES, Recipe
 from selectune.scope import Scope
 
 SCHEDULES = ("linear", "cosine", "constant")
-LEARNING_RATES = {"full": 5e-5, "child-tuning-f": 4e-5}
+LEARNING_RATES = {"full": 5e-5, "child-tuning-f": 4e-5, "spiel-ma": 2e-3}
 DENSE_RATES = {"lt-sft": 5e-5, "diff-pruning": 1e-5}  # the papers' own, of the steps that train everything
 LEARNING_RATE = 5e-4
 _MANY = 1 << 30  # stands for a number of steps that is not known yet
 _OPTIONS = (
     "budget", "exp", "eps", "every", "examples", "pool", "batches", "labels", "score", "p", "dense", "dense_lr",
-    "rounds", "l1", "penalty", "structured", "group_penalty", "start_from", "gate_lr",
+    "rounds", "l1", "penalty", "structured", "group_penalty", "start_from", "gate_lr", "window", "fraction",
 )  # fmt: skip
 
 
@@ -61,6 +61,8 @@ class RunConfig:
     exp: float | None = None
     eps: float | None = None
     every: int | None = None
+    window: int | None = None
+    fraction: float | None = None
     examples: int | None = None
     pool: int | None = None
     batches: int | None = None

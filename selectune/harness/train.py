@@ -25,6 +25,8 @@ from selectune.harness.config import RunConfig, build_method
 from selectune.harness.evaluate import Evaluation, collate, encode, evaluate
 from selectune.harness.models import LoadedModel, device, load_model, longest, quiet
 from selectune.harness.modules import virtual_tokens, with_module
+from selectune.harness.optimizers import OPTIMIZERS
+from selectune.recipes import RECIPES
 from selectune.tasks import Split, Task
 from selectune.train import Tuner, Verification
 
@@ -218,12 +220,13 @@ def _after_step(loaded: LoadedModel) -> list[Any]:
 
 
 def _optimizer(config: RunConfig, loaded: LoadedModel, tuner: Tuner) -> torch.optim.Optimizer | None:
-    """AdamW in groups where the method or the module gives tensors a rate of their own; None: the Trainer's AdamW."""
+    """The recipe's optimizer, in groups where the method or the module gives tensors a rate of their own."""
     spec = None if loaded.adapted is None else loaded.adapted.spec
     if spec is not None and "ratio" in spec.options:
         return two_rates(loaded.model, config.learning_rate, float(spec.options["ratio"]), config.weight_decay)
-    groups = tuner.parameter_groups(config.learning_rate)
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay) if len(groups) > 1 else None
+    recipe = RECIPES.get(config.method)
+    make = OPTIMIZERS["adamw" if recipe is None else recipe.optimizer]
+    return make(tuner.parameter_groups(config.learning_rate), config.weight_decay)
 
 
 class _Rows(torch.utils.data.Dataset):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from selectune.method import Method
 from selectune.recipes.calibrated import child_tuning_d, fish, grasp, movement, snip, sparse_adapter, synflow
 from selectune.recipes.dense import child_tuning_f, full, xattn
+from selectune.recipes.exchange import rigl, sparse_evolution, spiel_ag, spiel_ma
 from selectune.recipes.increment import id3, increment_pafi
 from selectune.recipes.phased import diff_pruning, lt_sft
 from selectune.recipes.repeat import fish_dip, repeat_d3
@@ -24,6 +25,7 @@ class Recipe:
     source: str
     passes: str  # cost of choosing: passes over the weights beyond those of frozen training
     bytes: str  # memory beside the model, fp32 with AdamW
+    optimizer: str = "adamw"  # what a run from the command line trains with (selectune.harness.optimizers)
 
     @property
     def summary(self) -> str:
@@ -49,6 +51,9 @@ _BEFORE = "mini-batch gradients, before training"
 _LT_SFT = "Ansell et al. 2022, arXiv 2110.07560"
 _DIFF = "Guo, Rush, Kim 2021, arXiv 2012.07463"
 _CHANGE = "what dense training changed, once a round"
+_SPIEL = "Ansell et al. 2024, arXiv 2401.16405"
+_RIGL = "Evci et al. 2020, arXiv 1911.11134"
+_SET = "Mocanu et al. 2018, arXiv 1707.04780"
 _EVERY = "the gradient of every selecting step"
 _DENSE_STEP = "a dense gradient and one pass, a selecting step"
 _LATER = "{} a weight in dense steps, then about 40 a selected scalar"
@@ -81,6 +86,26 @@ RECIPES: dict[str, Recipe] = {
             "sparse-adapter", sparse_adapter, _BEFORE, _ADAPTER, "one a mini-batch", f"{_SPARSE}; 8 a weight in scope"
         ),
         Recipe("gallop", gallop, "the gradient of the first step", _GALLOP, "one", _SPARSE),
+        Recipe(
+            "spiel-ag",
+            spiel_ag,
+            "gradients: of a window's first pass, then of candidates",
+            _SPIEL,
+            "a dense gradient and one pass, a window",
+            f"{_SPARSE}; 40 a candidate in a window",
+            "adamw-entry",
+        ),
+        Recipe(
+            "spiel-ma",
+            spiel_ma,
+            "SM3's accumulators",
+            _SPIEL,
+            "one, an exchange",
+            "about 50 a selected scalar, 4 a row and column",
+            "sm3",
+        ),
+        Recipe("rigl", rigl, _EVERY, _RIGL, _DENSE_STEP, _SPARSE, "adamw-entry"),
+        Recipe("set", sparse_evolution, "nothing", _SET, "one, an exchange", _SPARSE, "adamw-entry"),
         Recipe("bitfit", bitfit, "names", _BITFIT, "none", _SPARSE),
         Recipe("random", random, "nothing", "R-Mask baseline of arXiv 2111.09839 and 2408.14470", "one", _SPARSE),
         Recipe("xattn", xattn, "names", _XATTN, "none", "16 a weight of the blocks"),
@@ -101,5 +126,5 @@ RECIPES: dict[str, Recipe] = {
 __all__ = [
     "RECIPES", "Recipe", "bitfit", "child_tuning_d", "child_tuning_f", "diff_pruning", "fish", "fish_dip", "full",
     "gallop", "grasp", "id3", "increment_pafi", "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3",
-    "snip", "sparse_adapter", "static_d3", "synflow", "xattn",
+    "rigl", "snip", "sparse_adapter", "sparse_evolution", "spiel_ag", "spiel_ma", "static_d3", "synflow", "xattn",
 ]  # fmt: skip

@@ -1,15 +1,17 @@
 """The engine, from loss.backward() to the optimizer and back into the weights.
 
 attach      the door: attach, Tuner
-tracker     follows the run from backward pass to step; chooser: which entries are trained, decided in between
+tracker     follows the run from backward pass to step
+chooser     which entries are trained, decided in between; exchange: by dropping and growing
 taps        how uses of a weight are seen; autograd: the nodes they become
 scan        scores of a tensor into a collector; calibrate: scores over single examples
 ledger      which entry is trained in which slot, and what stood there before
-adamw       AdamW over the values in one pass, with an age per entry if wanted
+adamw       AdamW over the values in one pass, with an age per entry if wanted; sm3: a number per row and column
 optimizers  torch's step hooks; package: from the ledger to a delta
 """
 
 from selectune.train.adamw import SparseAdamW
 from selectune.train.attach import Tuner, Verification, attach
+from selectune.train.sm3 import SparseSM3
 
-__all__ = ["SparseAdamW", "Tuner", "Verification", "attach"]
+__all__ = ["SparseAdamW", "SparseSM3", "Tuner", "Verification", "attach"]

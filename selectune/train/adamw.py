@@ -11,8 +11,10 @@ from torch import Tensor
 from selectune import ops
 from selectune.errors import ConfigError
 from selectune.ops import reference
+from selectune.types import News, Places
 
 AGES = ("shared", "entry")
+DECAYS = ("zero", "base")
 
 
 class SparseAdamW(torch.optim.Optimizer):
@@ -22,8 +24,14 @@ class SparseAdamW(torch.optim.Optimizer):
     so its first step is up to 3.16 times the learning rate. With `age="entry"` the first step of every
     entry is one learning rate, whenever it is selected; an entry waits, untouched by weight decay too,
     for its first gradient that is not 0. State: two floats per entry, and an int32 with `age="entry"`.
-    `age="shared"` equals torch.optim.AdamW within rounding. Raises ConfigError for values that make no sense.
-    Source: Loshchilov and Hutter (2019), arXiv 1711.05101.
+    `age="shared"` equals torch.optim.AdamW within rounding.
+
+    `decay="base"`: weight decay pulls an entry towards its base value, not towards 0; tensors trained wholly decay
+    towards 0. (SpIEL's grid of `weight_decay` is 1, 3, 10, 30, at learning rates of about 1e-5.) An entry
+    that takes over a slot starts from moments 0, or, where its gradients were watched before, from their mean and mean
+    square: m = mean (1 - b1^age), v = mean square (1 - b2^age), so that bias correction gives these back.
+    Raises ConfigError for values that make no sense.
+    Source: Loshchilov and Hutter (2019), arXiv 1711.05101; Ansell et al. (2024), arXiv 2401.16405, for watched ones.
 
     >>> import torch
     >>> values = torch.nn.Parameter(torch.zeros(2))
@@ -44,8 +52,10 @@ class SparseAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         age: str = "shared",
+        decay: str = "zero",
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "age": age}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "age": age, "decay": decay}
+        self._bases: dict[int, Tensor] = {}  # of the vectors whose place is known
         super().__init__(params, defaults)
         for group in self.param_groups:
             _check(group)
@@ -75,6 +85,45 @@ class SparseAdamW(torch.optim.Optimizer):
                 kept = value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
                 self.state[parameter][name] = kept
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("decay", "zero")
+
+    def place(self, values: Tensor, places: Places) -> None:
+        """See `selectune.types.Placed`."""
+        if self._group(values)["decay"] == "base":
+            self._bases[id(values)] = places.base
+
+    @torch.no_grad()
+    def inherit(self, values: Tensor, news: News) -> None:
+        """See `selectune.types.Inheriting`."""
+        group = self._group(values)
+        if not self.state[values]:
+            if news.mean is None:
+                return
+            self._begin(values, group)
+        state, slots = self.state[values], news.slots
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        m[slots] = v[slots] = 0
+        if "age" in state:
+            state["age"][slots] = 0 if news.mean is None else news.age
+        if news.mean is not None and news.square is not None:
+            age = news.age if "age" in state else int(state["step"])
+            m[slots] = news.mean.to(m) * (1 - group["betas"][0] ** age)
+            v[slots] = news.square.to(v) * (1 - group["betas"][1] ** age)
+
+    def _group(self, parameter: Tensor) -> dict[str, Any]:
+        return next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
+
+    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, wide = self.state[parameter], reference.wide(parameter.dtype)
+        state["step"] = 0
+        state["exp_avg"] = torch.zeros_like(parameter, dtype=wide)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=wide)
+        if group["age"] == "entry":
+            state["age"] = torch.zeros_like(parameter, dtype=torch.int32)
+
     def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient, state = parameter.grad, self.state[parameter]
         if gradient is None:
@@ -82,19 +131,18 @@ class SparseAdamW(torch.optim.Optimizer):
         if gradient.is_sparse:
             raise ConfigError("SparseAdamW takes dense gradients (its vector is dense), and got a sparse tensor.")
         if not state:
-            wide = reference.wide(parameter.dtype)
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=wide)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=wide)
-            if group["age"] == "entry":
-                state["age"] = torch.zeros_like(parameter, dtype=torch.int32)
+            self._begin(parameter, group)
         state["step"] += 1
         m = state["exp_avg"]
         ages = state["age"] if group["age"] == "entry" else None
         values = parameter.detach().to(m.dtype)  # the parameter itself unless it is a half
+        weight_decay, base = group["weight_decay"], self._bases.get(id(parameter))
+        if base is not None:
+            values.sub_((values - base.to(values)).mul_(float(group["lr"]) * weight_decay))
+            weight_decay = 0.0
         ops.adamw_step(
             values, gradient.to(m.dtype), m, state["exp_avg_sq"], ages, step=int(state["step"]),
-            lr=float(group["lr"]), betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+            lr=float(group["lr"]), betas=group["betas"], eps=group["eps"], weight_decay=weight_decay,
         )  # fmt: skip
         if values.dtype != parameter.dtype:
             parameter.copy_(values)
@@ -108,6 +156,7 @@ def _check(group: dict[str, Any]) -> None:
         "eps >= 0": group["eps"] >= 0,
         "weight_decay >= 0": group["weight_decay"] >= 0,
         f"age in {', '.join(AGES)}": group["age"] in AGES,
+        f"decay in {', '.join(DECAYS)}": group["decay"] in DECAYS,
     }
     for rule, holds in fine.items():
         if not holds:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from selectune import ops
-from selectune.train.ledger import Page
+from selectune.train.ledger import Page, Spots
 from selectune.train.rebuild import rebuilt, source
 
 
@@ -36,6 +36,10 @@ class Listener(Protocol):
 
         Its memory is used again for the next tensor: what shall outlive the call is copied.
         """
+        ...
+
+    def watch(self, index: int, spots: Spots, piece: Tensor) -> None:
+        """The gradient (w,) of watched entries of tensor `index`."""
         ...
 
     def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
@@ -81,7 +85,11 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        piece = ops.gather_entries(gradient, ctx.link.page.flat)
+        page = ctx.link.page
+        piece = ops.gather_entries(gradient, page.flat)
+        if page.watched is not None:
+            seen = ops.gather_entries(gradient, page.watched.flat)
+            ctx.link.listener.watch(ctx.link.index, page.watched, seen)
         if ctx.link.listener.wants_dense():
             ctx.link.listener.offer(ctx.link.index, gradient)
         return piece.to(ctx.home, ctx.wide), None, None
@@ -120,6 +128,9 @@ class SparseLinear(torch.autograd.Function):
                 listener.offer(ctx.link.index, dense)
             else:
                 piece = ops.sampled_matmul(flat_dy, flat_x, *page.coordinates(weight.shape[-1]))
+            if page.watched is not None:
+                seen = ops.sampled_matmul(flat_dy, flat_x, *page.watched.coordinates(weight.shape[-1]))
+                listener.watch(ctx.link.index, page.watched, seen)
         return dx, piece.to(ctx.wide), None, dbias, None
 
 
@@ -139,7 +150,11 @@ class SparseEmbedding(torch.autograd.Function):
         ids, dy = ids.reshape(-1).long(), dy.reshape(-1, dy.shape[-1])
         if ctx.padding >= 0:
             ids = ids.masked_fill(ids == ctx.padding, -1)
-        piece = ops.sampled_rows(dy, ids, *ctx.link.page.coordinates(dy.shape[-1]))
+        page = ctx.link.page
+        piece = ops.sampled_rows(dy, ids, *page.coordinates(dy.shape[-1]))
+        if page.watched is not None:
+            seen = ops.sampled_rows(dy, ids, *page.watched.coordinates(dy.shape[-1]))
+            ctx.link.listener.watch(ctx.link.index, page.watched, seen)
         if ctx.link.listener.wants_dense():
             rows, block = ops.row_sums(dy, ids)
             ctx.link.listener.offer(ctx.link.index, block, rows)

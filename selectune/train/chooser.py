@@ -21,7 +21,7 @@ from selectune.scope import ScopedTensor
 from selectune.scores import constant
 from selectune.train.ledger import Ledger, Snapshot
 from selectune.train.scan import scan
-from selectune.types import Collector, Reads, Schedule
+from selectune.types import Allocating, Collector, News, Reads, Schedule
 
 log = logging.getLogger("selectune")
 
@@ -42,7 +42,10 @@ class Chooser:
         self.seed, self.events = seed, events
         self.score = method.score or constant()
         self.rescore: Callable[[], Sequence[Tensor]] | None = None  # calibrated scores at the weights of now
-        self.recycled: Tensor | None = None  # slots that changed hands: their optimizer state is stale
+        self.news: News | None = None  # entries that took over slots: the optimizer's state of these is stale
+        self.factors: tuple[Tensor, Tensor] | None = None  # what the optimizer holds for rows and columns
+        self.watching = False  # entries beside the selected ones are watched
+        self._ahead = -1  # the step of the last choice before forward
         self._collector: Collector | None = None
         self._broken: list[str] = []  # tensors with non-finite scores
 
@@ -75,6 +78,9 @@ class Chooser:
         del step, gradient
         return None
 
+    def saw(self, pieces: Mapping[int, Tensor]) -> None:
+        """The gradients of watched entries in one backward pass, by tensor."""
+
     def forget(self) -> None:
         """The backward pass broke off: what it offered is void."""
         self._collector = None
@@ -83,22 +89,46 @@ class Chooser:
         """The window's step was skipped; the ledger is as it was."""
         self._collector, self._broken = None, []
 
-    def commit(self, step: int) -> None:
-        """The optimizer has stepped; `step` steps are done."""
-        del step
-        self.recycled = None
+    def commit(self, step: int, scale: float) -> None:
+        """The optimizer has stepped; `step` steps are done. `scale`: its gradient over that of the backward passes."""
+        del step, scale
+        self.news = None
 
     def state(self) -> dict[str, Any]:
         """What a later process needs beside the ledger: tensors and plain values. Taken between steps."""
-        return {}
+        news = self.news
+        told = None if news is None else {k: getattr(news, k) for k in ("slots", "mean", "square", "age")}
+        return {"ahead": self._ahead, "news": told}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state` gave."""
+        """Takes what `state` gave, after the ledger is as it was."""
+        self._ahead = int(state["ahead"])
+        self.news = None if state["news"] is None else News(**state["news"])
 
     # -- for choosers
 
     def collector(self, quota: int) -> Collector:
-        return self.method.select.collector(quota, [t.parameter.numel() for t in self.tensors], self.seed)
+        """A collector of `quota` entries; one that allocates completes every tensor's share of the support."""
+        select, sizes = self.method.select, [t.parameter.numel() for t in self.tensors]
+        if not isinstance(select, Allocating):
+            return select.collector(quota, sizes, self.seed)
+        held = [0 if self._taken(t.index) is None else self.ledger.pages[t.index].flat.numel() for t in self.tensors]
+        shares = select.allocate(sum(held) + quota, [t.eligible for t in self.tensors])
+        counts = [max(0, share - has) for share, has in zip(shares, held, strict=True)]
+        for j in reversed(range(len(counts))):  # shares may shrink by one where others grow
+            counts[j] -= min(counts[j], max(0, sum(counts) - quota))
+        return select.per_tensor(counts, sizes, self.seed)
+
+    def _taken(self, index: int) -> Tensor | None:
+        """Flat indices of a tensor that may not be chosen."""
+        return self.ledger.pages[index].flat
+
+    def clear(self, gradient: Tensor | None, slots: Tensor) -> None:
+        """Gradients that belong to entries no longer there are 0."""
+        for stale in (gradient, self.ledger.values.grad):
+            if stale is not None:
+                stale[slots] = 0
+                stale[self.ledger.free] = 0
 
     def report_broken(self, step: int) -> bool:
         """Whether scores were not finite; says so once."""
@@ -134,8 +164,9 @@ class Growing(Chooser):
 
     def ahead(self, step: int) -> bool:
         quota = 0 if self.score.reads in (Reads.GRADIENT, Reads.CHANGE) else self.quota(step)
-        if quota == 0:
+        if quota == 0 or self._ahead == step:
             return False
+        self._ahead = step
         self._take(*self._next(quota), None, None)
         return True
 
@@ -156,14 +187,15 @@ class Growing(Chooser):
         self._collector = None
         if flat.numel() < quota:
             self.events["shortfall"] += quota - flat.numel()
-        before = self.ledger.snapshot()
+        before = self.ledger.snapshot(values=isinstance(self, Afresh))
         self._take(tensors, flat, carried, gradient)
         return before
 
     def state(self) -> dict[str, Any]:
-        return {} if self._queue is None else {"queue": self._queue}
+        return super().state() | ({} if self._queue is None else {"queue": self._queue})
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
         self._queue = state.get("queue")
 
     def _next(self, quota: int) -> tuple[Tensor, Tensor]:
@@ -201,10 +233,6 @@ class Growing(Chooser):
                 "smaller budget, or more calibration data, avoids it.", zeros, flat.numel(),
             )  # fmt: skip
 
-    def _taken(self, index: int) -> Tensor | None:
-        """Flat indices of a tensor that may not be chosen."""
-        return self.ledger.pages[index].flat
-
     def _take(self, tensors: Tensor, flat: Tensor, carried: Tensor | None, gradient: Tensor | None) -> None:
         """Gives entries their slots and, where known, the gradient of this step."""
         slots = self.ledger.add(tensors, flat)
@@ -218,6 +246,11 @@ class Afresh(Growing):
     def quota(self, step: int) -> int:
         return self.schedule.target(step) if self.schedule is not None and self.schedule.due(step) else 0
 
+    def undo(self) -> None:
+        super().undo()
+        if self.score.reads is Reads.GRADIENT:
+            self.news = None
+
     def _next(self, quota: int) -> tuple[Tensor, Tensor]:
         return self._rank(quota)
 
@@ -227,26 +260,10 @@ class Afresh(Growing):
 
     def _take(self, tensors: Tensor, flat: Tensor, carried: Tensor | None, gradient: Tensor | None) -> None:
         fresh, slots = self.ledger.replace(tensors, flat)
-        for stale in (gradient, self.ledger.values.grad):
-            if stale is not None:
-                stale[slots] = 0
-                stale[self.ledger.free] = 0
-        self.recycled = slots
+        self.clear(gradient, slots)
+        self.news = News(slots)
         if gradient is not None and carried is not None:
             gradient[slots] = carried[fresh].to(gradient)
-
-
-def choose(
-    method: Method,
-    schedule: Schedule | None,
-    tensors: Sequence[ScopedTensor],
-    ledger: Ledger,
-    seed: int,
-    events: Counter[str],
-) -> Chooser:
-    """The chooser that a method's schedule calls for."""
-    kind = Growing if schedule is None or schedule.keeps else Afresh
-    return kind(method, schedule, tensors, ledger, seed, events)
 
 
 def scattered(block: Tensor, rows: Tensor, tensor: ScopedTensor) -> Tensor:

@@ -9,7 +9,8 @@ place, so a snapshot is a tuple of references.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,38 @@ from selectune.errors import IntegrityError
 from selectune.scope import ScopedTensor
 
 
-class Page:
+class Spots:
+    """Entries of one tensor."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.flat = flat  # (n,) int64, ascending, on the weight's device
+        self._coordinates: tuple[Tensor, Tensor] | None = None
+
+    def coordinates(self, width: int) -> tuple[Tensor, Tensor]:
+        """Rows (n,) and columns (n,), int32, of the entries in a tensor of this width, kept once made."""
+        if self._coordinates is None:
+            self._coordinates = ((self.flat // width).int(), (self.flat % width).int())
+        return self._coordinates
+
+
+class Page(Spots):
     """The ledger of one tensor, n selected and r retired entries. Never changed, only replaced."""
 
-    def __init__(self, flat: Tensor, slot: Tensor, base: Tensor, retired: Tensor, retired_base: Tensor) -> None:
-        self.flat = flat  # (n,) int64, ascending, on the weight's device
+    def __init__(
+        self,
+        flat: Tensor,
+        slot: Tensor,
+        base: Tensor,
+        retired: Tensor,
+        retired_base: Tensor,
+        watched: Spots | None = None,
+    ) -> None:
+        super().__init__(flat)
         self.slot = slot  # (n,) int64 into `values`, on its device
         self.base = base  # (n,) the weight's dtype
         self.retired = retired  # (r,) int64, ascending, disjoint from flat
         self.retired_base = retired_base  # (r,)
-        self._coordinates: tuple[Tensor, Tensor] | None = None
+        self.watched = watched  # entries beside the selected ones whose gradients are formed too
 
     @staticmethod
     def empty(weight: Tensor, home: torch.device) -> Page:
@@ -39,13 +62,13 @@ class Page:
         return Page(
             self.flat.to(device), self.slot.to(home), self.base.to(device),
             self.retired.to(device), self.retired_base.to(device),
+            None if self.watched is None else Spots(self.watched.flat.to(device)),
         )  # fmt: skip
 
-    def coordinates(self, width: int) -> tuple[Tensor, Tensor]:
-        """Rows (n,) and columns (n,), int32, of the entries in a tensor of this width, kept once made."""
-        if self._coordinates is None:
-            self._coordinates = ((self.flat // width).int(), (self.flat % width).int())
-        return self._coordinates
+    def watch(self, flat: Tensor | None) -> Page:
+        """The same page, these entries watched."""
+        spots = None if flat is None else Spots(flat)
+        return Page(self.flat, self.slot, self.base, self.retired, self.retired_base, spots)
 
     def touched(self) -> tuple[Tensor, Tensor]:
         """Flat indices (n + r,), ascending, and base values of all that may differ from the base."""
@@ -55,7 +78,57 @@ class Page:
         return flat, torch.cat((self.base, self.retired_base))[order]
 
 
-Snapshot = tuple[list[Page], Tensor]
+@dataclass(frozen=True)
+class Snapshot:
+    """The ledger at one time: references, and a copy of the values where entries with trained values may go."""
+
+    pages: list[Page]
+    free: Tensor
+    values: Tensor | None = None
+
+
+class Places:
+    """Where the entries stand (`selectune.types.Places`), computed when asked for."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger, self._pages = ledger, list(ledger.pages)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many rows and columns there are; one more of each for slots not in use."""
+        forms = [matrix(t.parameter) for t in self._ledger.tensors]
+        return 1 + sum(rows for rows, _ in forms), 1 + sum(columns for _, columns in forms)
+
+    @property
+    def rows(self) -> Tensor:
+        return self._filled(lambda page, width: page.flat // width, 0)
+
+    @property
+    def columns(self) -> Tensor:
+        return self._filled(lambda page, width: page.flat % width, 1)
+
+    @property
+    def base(self) -> Tensor:
+        values = self._ledger.values.detach()
+        base = torch.zeros_like(values)
+        for page in self._pages:
+            base[page.slot] = page.base.to(values)
+        return base
+
+    def _filled(self, place: Callable[[Page, int], Tensor], side: int) -> Tensor:
+        ledger, start = self._ledger, 0
+        found = ledger.values.new_full(ledger.values.shape, self.shape[side] - 1, dtype=torch.int64)
+        for tensor, page in zip(ledger.tensors, self._pages, strict=True):
+            form = matrix(tensor.parameter)
+            found[page.slot] = start + place(page, form[1]).to(found)
+            start += form[side]
+        return found
+
+
+def matrix(weight: Tensor) -> tuple[int, int]:
+    """Rows and columns of a tensor seen as a matrix: its first dimension by the others; a vector is one row."""
+    rows = weight.shape[0] if weight.ndim > 1 else 1
+    return rows, weight.numel() // max(1, rows)
 
 
 class Ledger:
@@ -70,6 +143,7 @@ class Ledger:
         self.dtypes = [w.dtype for w in weights]
         self.pages = [Page.empty(w, home) for w in weights]
         self.free = torch.arange(capacity, device=home)  # slots not in use, lowest first
+        self.changes = 0  # of the support, ever
 
     @property
     def selected(self) -> int:
@@ -91,6 +165,7 @@ class Ledger:
                 )
             if page.flat.device != weight.device or page.slot.device != home:
                 self.pages[index] = page.to(weight.device, home)
+                self.changes += 1
         self.free = self.free.to(home)
 
     # -- changing the support
@@ -122,6 +197,22 @@ class Ledger:
             self._retire(index, torch.isin(page.flat, chosen, invert=True))
         return fresh, self.add(tensors[fresh], flat[fresh])
 
+    def drop(self, index: int, mask: Tensor) -> None:
+        """Takes entries (n,) bool out of a tensor's support; their weights are the base again after `settle`."""
+        self._retire(index, mask)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Dropped weights are the base again, bit for bit, and forgotten."""
+        for index, page in enumerate(self.pages):
+            if page.retired.numel():
+                ops.scatter_entries(self.tensors[index].parameter, page.retired, page.retired_base)
+                self._keep(index, torch.ones_like(page.flat, dtype=torch.bool), page.retired[:0], page.retired_base[:0])
+
+    def watch(self, index: int, flat: Tensor | None) -> None:
+        """From the next forward on, gradients of these entries (n,) ascending are formed too; None: of none."""
+        self.pages[index] = self.pages[index].watch(flat)
+
     def _insert(self, index: int, flat: Tensor, slots: Tensor) -> None:
         page, weight = self.pages[index], self.tensors[index].parameter
         flat, order = torch.sort(flat.to(weight.device))
@@ -132,6 +223,7 @@ class Ledger:
         back = torch.isin(page.retired, flat)
         if bool(back.any()):  # trained before: its base is the one recorded then
             base[torch.searchsorted(flat, page.retired[back])] = page.retired_base[back]
+        self.changes += 1
         merged, order = torch.sort(torch.cat((page.flat, flat)))
         self.pages[index] = Page(
             merged,
@@ -139,29 +231,49 @@ class Ledger:
             torch.cat((page.base, base))[order],
             page.retired[~back],
             page.retired_base[~back],
+            page.watched,
         )
 
     def _retire(self, index: int, drop: Tensor) -> None:
         page = self.pages[index]
         if not bool(drop.any()):
             return
-        self.free = torch.sort(torch.cat((page.slot[drop.to(page.slot.device)], self.free))).values
         retired, order = torch.sort(torch.cat((page.retired, page.flat[drop])))
-        base = torch.cat((page.retired_base, page.base[drop]))[order]
-        keep = ~drop
-        self.pages[index] = Page(page.flat[keep], page.slot[keep.to(page.slot.device)], page.base[keep], retired, base)
+        self._keep(index, ~drop, retired, torch.cat((page.retired_base, page.base[drop]))[order])
+
+    def _keep(self, index: int, keep: Tensor, retired: Tensor, retired_base: Tensor) -> None:
+        page = self.pages[index]
+        here = keep.to(page.slot.device)
+        self.free = torch.sort(torch.cat((page.slot[~here], self.free))).values
+        self.pages[index] = Page(page.flat[keep], page.slot[here], page.base[keep], retired, retired_base, page.watched)
+        self.changes += 1
 
     # -- undoing a selection whose step was skipped
 
-    def snapshot(self) -> Snapshot:
-        return list(self.pages), self.free
+    def snapshot(self, *, values: bool = False) -> Snapshot:
+        """The ledger as it is. `values`: entries with trained values may be dropped before a `restore`."""
+        return Snapshot(list(self.pages), self.free, self.values.detach().clone() if values else None)
 
+    @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
-        """Puts pages back; slots they use again take their weight's present value, others 0."""
-        self.pages, self.free = list(snapshot[0]), snapshot[1]
-        with torch.no_grad():
-            self.values[self.free] = 0
+        """Puts pages back; slots they use again take their weight's present value, or the one in the snapshot."""
+        self.pages, self.free = list(snapshot.pages), snapshot.free
+        self.changes += 1
+        if snapshot.values is not None:
+            self.values.copy_(snapshot.values)  # the weights hold them still
+            return
+        self.values[self.free] = 0
         self.read_weights(only_changed=True)
+
+    def joined(self, snapshot: Snapshot) -> list[Page]:
+        """Pages for a graph that form the gradients of both supports; slots are those of `gather`."""
+        return [
+            now
+            if now.flat is then.flat
+            else Page(torch.unique(torch.cat((now.flat, then.flat))), now.slot, now.base, now.retired, now.retired_base,
+                      now.watched)
+            for now, then in zip(self.pages, snapshot.pages, strict=True)
+        ]  # fmt: skip
 
     # -- values <-> weights
 
@@ -208,7 +320,13 @@ class Ledger:
     def gather(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
         """One gradient (B,) out of the gradients (n,) of the tensors; slots without one get 0."""
         gradient = torch.zeros_like(self.values)
-        for page, piece in zip(pages, pieces, strict=True):
-            if piece is not None and piece.numel():
-                gradient[page.slot] = piece.to(gradient)
+        for page, mine, piece in zip(pages, self.pages, pieces, strict=True):
+            if piece is None or not piece.numel():
+                continue
+            if page.flat is mine.flat:
+                gradient[mine.slot] = piece.to(gradient)
+            elif mine.flat.numel():  # the support changed since the graph was built
+                at = torch.searchsorted(page.flat, mine.flat).clamp_(max=page.flat.numel() - 1)
+                here = (page.flat[at] == mine.flat).to(mine.slot.device)
+                gradient[mine.slot[here]] = piece.to(gradient)[at.to(mine.slot.device)[here]]
         return gradient

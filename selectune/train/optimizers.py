@@ -12,7 +12,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from selectune.errors import OptimizerError
 from selectune.train.dense import Phase
+from selectune.train.ledger import Places
 from selectune.train.tracker import Tracker
+from selectune.types import Factored, Inheriting, Placed, Reads
 
 _followers: weakref.WeakSet[Follower] = weakref.WeakSet()
 
@@ -24,6 +26,7 @@ class Follower:
         self, tracker: Tracker, trained: list[nn.Parameter], frozen: list[nn.Parameter], phase: Phase | None = None
     ) -> None:
         self.tracker, self.phase = tracker, phase
+        self._placed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.trained = {id(p) for p in trained}
         self.frozen = {id(p) for p in frozen}
         _install()
@@ -39,9 +42,10 @@ class Follower:
         elif held & self.trained:
             if tracker.tensors and id(tracker.ledger.values) not in held:
                 return
-            tracker.before_step()
-            if tracker.chooser.recycled is not None:
-                _forget(optimizer, tracker.ledger.values, tracker.chooser.recycled)
+            self._check(optimizer)
+            scale = getattr(optimizer, "grad_scale", None)  # a scaler's, left to the optimizer's own kernel
+            tracker.before_step(1.0 if scale is None else 1.0 / float(scale))
+            self._tell(optimizer)
         elif held & self.frozen:
             raise OptimizerError(
                 f"This {type(optimizer).__name__} holds {len(held & self.frozen)} weights that attach froze and not "
@@ -61,9 +65,32 @@ class Follower:
             return
         wanted = {id(tracker.ledger.values)} if tracker.tensors else self.trained
         if _held(optimizer) & wanted:
+            if tracker.chooser.score.reads is Reads.FACTORS and isinstance(optimizer, Factored):
+                tracker.chooser.factors = optimizer.factors(tracker.ledger.values)
             tracker.commit()
             if self.phase is not None:
                 self.phase.turn()
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
+        score = self.tracker.chooser.score
+        if score.reads is Reads.FACTORS and not isinstance(optimizer, Factored):
+            raise OptimizerError(
+                f"The score '{score.name}' reads what the optimizer holds for rows and columns, and a "
+                f"{type(optimizer).__name__} holds no such thing. Take selectune.SparseSM3."
+            )
+
+    def _tell(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer learns which entries are new, and where they stand, if it asks."""
+        ledger, news = self.tracker.ledger, self.tracker.chooser.news
+        if isinstance(optimizer, Placed) and self._placed.get(optimizer) != ledger.changes:
+            self._placed[optimizer] = ledger.changes
+            optimizer.place(ledger.values, Places(ledger))
+        if news is None:
+            return
+        if isinstance(optimizer, Inheriting):
+            optimizer.inherit(ledger.values, news)
+        else:
+            _forget(optimizer, ledger.values, news.slots)
 
 
 @functools.cache

@@ -43,10 +43,8 @@ def state_of(tuner: Tuner) -> dict[str, Any]:
         "version": VERSION,
         "run": _run(tuner),
         "step": tracker.step,
-        "ahead": window.ahead,
         "reached": sorted(tracker.reached),
         "events": dict(tracker.events),
-        "recycled": _packed(tracker.chooser.recycled, "recycled", tensors),
         "chooser": _packed(tracker.chooser.state(), "chooser", tensors),
         "phase": None if tuner._phase is None else _packed(tuner._phase.state(), "phase", tensors),
     }
@@ -78,8 +76,6 @@ def load_into(tuner: Tuner, state: Mapping[str, Any]) -> None:
     tracker.step, tracker.reached = info["step"], set(info["reached"])
     tracker.events.clear()
     tracker.events.update(info["events"])
-    tracker._window.ahead = info["ahead"]
-    tracker.chooser.recycled = _unpacked(info["recycled"], tensors)
     tracker.chooser.load_state(_unpacked(info["chooser"], tensors))
     if unread and tracker.chooser.rescore is not None and ledger.touched:
         tracker.chooser.rescore()  # they were used up before the state was taken

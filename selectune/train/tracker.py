@@ -13,6 +13,7 @@ number are as before. The selection is exact over the sum of the window's gradie
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 from selectune.errors import AccumulationError
 from selectune.method import Method
 from selectune.scope import ScopedTensor
-from selectune.train.chooser import choose, scattered
-from selectune.train.ledger import Ledger, Page, Snapshot
+from selectune.train.chooser import Afresh, Chooser, Growing, scattered
+from selectune.train.exchange import Exchange
+from selectune.train.ledger import Ledger, Page, Snapshot, Spots
 from selectune.train.taps import Taps
-from selectune.types import Schedule
+from selectune.types import Exchanging, Schedule
 
 
 @dataclass
@@ -36,10 +38,10 @@ class Window:
     backwards: int = 0
     reads: int = 0  # backward passes, from the first on, whose dense gradients are wanted
     closed: bool = False  # the selection of this window is done
-    ahead: bool = False  # the selection of this window was done before forward
     held: dict[int, Tensor] = field(default_factory=dict)  # dense sums, while more is to come for them
     before: Snapshot | None = None  # the ledger before this window's selection
     gradient: Tensor | None = None  # (B,) what the window gave so far, kept under accumulation only
+    expected: Tensor | None = None  # (B,) what the optimizer will find, unless it is scaled; kept while watching
 
 
 class Tracker:
@@ -59,13 +61,19 @@ class Tracker:
         self.seed, self.accumulation_steps = seed, accumulation_steps
         self.step = 0  # optimizer steps committed
         self.events: Counter[str] = Counter()
-        self.chooser = choose(method, schedule, tensors, ledger, seed, self.events)
+        if isinstance(schedule, Exchanging):
+            kind = Exchange
+        else:
+            kind = Growing if schedule is None or schedule.keeps else Afresh
+        self.chooser: Chooser = kind(method, schedule, tensors, ledger, seed, self.events)
         self.reached: set[int] = set()  # tensors that ever sent a gradient
         self.in_step = False  # inside optimizer.step(): a closure may run backward again
         self.keepalive: object = None
         self._window = Window()
         self._in_backward = False
         self._deferred = False
+        self._watched: dict[int, Tensor] = {}  # gradients of watched entries in this backward pass
+        self._scale = 1.0  # what clipping and unscaling made of this window's gradient
         self._version = ledger.values._version
         self.taps = Taps(model, tensors, ledger.values, self, self.before_forward, self.open_graph, self.recompute)
 
@@ -91,6 +99,7 @@ class Tracker:
         if self._in_backward:  # a backward pass broke off, or asked for input gradients only
             self._in_backward = False
             self._window.held.clear()
+            self._watched.clear()
             self.chooser.forget()
             self.taps.forget()
         if self._window.backwards >= self.accumulation_steps and not self.in_step and self._moved():
@@ -103,10 +112,12 @@ class Tracker:
     def open_graph(self) -> list[tuple[Page, bool]]:
         """The pages of a new graph, and whether each tensor needs a gradient in it."""
         pages = self.ledger.pages
+        if self._window.before is not None:  # the step may yet turn out to be skipped: both supports get gradients
+            pages = self.ledger.joined(self._window.before)
         dense = self._window.before is not None or self.chooser.passes(self.step, self.accumulation_steps) > 0
         if not any(pages[i].flat.numel() for i in self.reached):
             dense = True  # no entry is known to be reached: without a path to the loss, backward() would fail
-        return [(page, dense or page.flat.numel() > 0) for page in pages]
+        return [(page, dense or page.flat.numel() > 0 or page.watched is not None) for page in pages]
 
     def recompute(self) -> None:
         """A forward is repeated inside a backward pass: with reentrant checkpointing, close after all of it."""
@@ -131,6 +142,13 @@ class Tracker:
         self._hold(index, gradient, rows)
         if last_use and last_pass:
             self.chooser.offer(self.step, index, held.pop(index))
+
+    def watch(self, index: int, spots: Spots, piece: Tensor) -> None:
+        self._begin()
+        if self.ledger.pages[index].watched is not spots:
+            return  # a graph from before they were, or of a window that was undone
+        piece = piece.to(self.ledger.values)
+        self._watched[index] = self._watched[index] + piece if index in self._watched else piece
 
     def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
         self._begin()
@@ -161,6 +179,11 @@ class Tracker:
                 window.gradient = gradient.clone()
             else:
                 window.gradient.add_(gradient)
+        if self.chooser.watching:
+            self.chooser.saw(self._watched)
+            self._watched = {}
+            grad = self.ledger.values.grad
+            window.expected = gradient if grad is None else grad + gradient
         return gradient
 
     def _begin(self) -> None:
@@ -190,7 +213,8 @@ class Tracker:
             self.ledger.restore(self._window.before)
             self._version = self.ledger.values._version
         self.chooser.undo()
-        self._window = Window(ahead=self._window.ahead)
+        self._scale = 1.0
+        self._window = Window()
         self.events["skipped_steps"] += 1
 
     # -- selection
@@ -201,8 +225,7 @@ class Tracker:
 
     def select_ahead(self) -> None:
         """Selections that read no gradient of the step: before forward, so that no dense gradient is needed."""
-        if not self._window.ahead and self.chooser.ahead(self.step):
-            self._window.ahead = True
+        if self.chooser.ahead(self.step):
             self._version = self.ledger.values._version
 
     def _select(self, gradient: Tensor) -> Tensor:
@@ -231,12 +254,16 @@ class Tracker:
 
     # -- the optimizer's step
 
-    def before_step(self) -> None:
-        """The optimizer is about to step; a window that ends short (last batches of an epoch) closes here."""
+    def before_step(self, scale: float = 1.0) -> None:
+        """The optimizer is about to step; a window that ends short (last batches of an epoch) closes here.
+
+        `scale`: what the optimizer itself will multiply its gradient by.
+        """
         self.in_step = True
-        window = self._window
+        window, values = self._window, self.ledger.values
+        if window.expected is not None and values.grad is not None:
+            self._scale = scale * _scale(values.grad, window.expected)
         if window.reads > 0 and not window.closed and 0 < window.backwards < self.accumulation_steps:
-            values = self.ledger.values
             if values.grad is None:
                 values.grad = torch.zeros_like(values)
             scale = _scale(values.grad, window.gradient)
@@ -251,7 +278,8 @@ class Tracker:
             return
         self.step += 1
         self._window = Window()
-        self.chooser.commit(self.step)
+        self.chooser.commit(self.step, self._scale)
+        self._scale = 1.0
         self.write_weights()
 
     def write_weights(self) -> None:
@@ -273,4 +301,5 @@ def _scale(now: Tensor, then: Tensor | None) -> float:
     if then is None or not bool(then.any()):
         return 1.0
     at = int(then.abs().argmax())
-    return float(now[at] / then[at])
+    scale = float(now[at] / then[at])
+    return scale if math.isfinite(scale) else 1.0
