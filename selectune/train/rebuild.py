@@ -25,7 +25,7 @@ OUTPUTS: dict[str, Callable[[Any], Tensor]] = {
 
 def source(x: Tensor) -> Any | None:
     """The node that can give `x` again, or None: then x is to be saved."""
-    node = x.grad_fn
+    node: Any = x.grad_fn
     if _hooked():
         return None
     if node is None or x._version != 0 or node.name() not in OUTPUTS:  # changed in place since: no longer its output
@@ -37,7 +37,8 @@ def source(x: Tensor) -> Any | None:
 
 def _hooked() -> bool:
     """Whether saved tensors go through somebody's hooks: under checkpointing they may be looked at only once."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    top = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+    return top(False) is not None
 
 
 def rebuilt(node: Any) -> Tensor:
