@@ -21,7 +21,8 @@ from selectune.types import Reads, Schedule
 
 OPTIMIZERS = {"adamw": 8, "adam": 8, "sgd": 0, "momentum": 4}  # bytes of state for a trained scalar, fp32
 _FLAT, _SLOT, _COORDINATES, _FREE = 8, 8, 16, 8  # int64 tables of the ledger, for a selected scalar
-_PIECE, _SCORING = 1 << 20, 16  # scalars of a tensor scored at once, and bytes that each takes meanwhile
+_PIECE, _SCORING = 1 << 18, 16  # scalars of a tensor scored at once, and bytes that each takes meanwhile
+_TILE, _PITCH, _TURNED = 128, 144, 1 << 22  # tokens turned together, scalars that a row of them takes, at most at once
 _GAP, _HEADER, _ENTRY = 2, 700, 85  # of the delta's file: index of a scalar, what is said once, what of each tensor
 
 
@@ -96,10 +97,14 @@ def plan(
     values = 4 * trained if selective else 0
     moments = state * trained * itemsize // 4 if dense else state * trained if selective else 0
     ledger = (_FLAT + _SLOT + _COORDINATES + _FREE + itemsize) * trained if selective else 0
-    widest = max((layer.weight.numel() for layer in linears(model).values()), default=0)
-    workspace = min(_PIECE, widest) * _SCORING if selects else 0
+    layers = [layer.weight for layer in linears(model).values()]
+    widest = max((weight.numel() for weight in layers), default=0)
+    workspace = _turned(layers, bench) if selective and not _always_dense(chosen) else 0
+    if selects:
+        gradient = max(gradient, widest * DTYPES[bench.autocast or bench.dtype].itemsize)  # kept for the next tensor's
+        workspace += min(_PIECE, widest) * _SCORING
     backward = (quiet if selects else seen).peak - seen.saved
-    above = seen.peak + 2 * values + moments + ledger + workspace
+    above = (quiet.peak + gradient if selects else seen.peak) + 2 * values + moments + ledger + workspace
     if dense:
         # gradients fill up while activations go; the optimizer's step finds all gradients and no activation, and
         # takes two temporaries of a tensor (of all tensors at once on CUDA, where it groups them)
@@ -128,6 +133,22 @@ def plan(
         above_model=above,
         delta_bytes=_file(trained, itemsize, tensors, total) if selective else weights if dense else 0,
     )
+
+
+def _turned(layers: Sequence[torch.Tensor], bench: Bench) -> int:
+    """Bytes of the widest input with its tokens innermost, which the loops on the CPU keep for the next layer's."""
+    if bench.device != "cpu":
+        return 0
+    tiles = -(-bench.batch * bench.length // _TILE)
+    widest = max((weight.shape[1] for weight in layers), default=0) * _PITCH
+    return 4 * widest * min(tiles, max(1, _TURNED // max(1, widest)))
+
+
+def _always_dense(chosen: Method | None) -> bool:
+    """Whether every step forms dense gradients, so that none is sampled."""
+    if chosen is None or chosen.score is None or chosen.score.reads is not Reads.GRADIENT:
+        return False
+    return getattr(chosen.schedule, "every", 0) == 1
 
 
 def updates_of(schedule: Schedule, steps: int) -> int:

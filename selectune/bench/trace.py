@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from selectune.bench.models import DTYPES, Bench
+from selectune.train.rebuild import rebuilt, source
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,22 @@ class Storages(TorchDispatchMode):
 
 
 class Linear(torch.autograd.Function):
-    """y = x W^T + b; saves x and W, forms W's gradient only for a step that needs it."""
+    """y = x W^T + b; saves x and W, forms W's gradient only for a step that needs it.
+
+    The engine does not save an x that can be made again; full fine-tuning, torch's own, does.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Kind) -> Tensor:
-        ctx.kind = kind
-        ctx.save_for_backward(x, weight)
+        ctx.kind, ctx.source = kind, None if kind.kept else source(x)
+        ctx.save_for_backward(x if ctx.source is None else None, weight)
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        x = rebuilt(ctx.source) if x is None else x
         dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
         dense = None
         if ctx.kind.dense or ctx.kind.kept:

@@ -5,11 +5,14 @@
     matmul_score_filter  the same out of the operands of the gradient, which never exists whole
     small_filter         entries with -|w| above a cutoff, in one pass over the weight
     scatter_values       slots of the trained vector into a weight, rounded, in place
+    scatter_many         the same for all weights of a model at once
     adamw_step           one AdamW step over the vector, in one pass
     sampled_rows         the embedding gradient at the support only
+    sampled_sum          the gradient of a bias at its support only
     gather_entries       flat entries of a tensor of any strides
     scatter_entries      write flat entries in place, whatever the strides
     weight_gradient      the dense gradient of a linear weight, in memory that is used again
+    into_scratch         an elementwise op, in memory that is used again
     checksum             one integer of all bits, to see that frozen weights stay
 
 The first six are torch.library ops with loops for the CPU (`cpu`) and Triton kernels (`triton`);
@@ -22,6 +25,7 @@ from selectune.ops.declare import (
     adamw_step,
     matmul_score_filter,
     sampled_matmul,
+    scatter_many,
     scatter_values,
     score_filter,
     small_filter,
@@ -30,15 +34,17 @@ from selectune.ops.reference import (
     bits,
     checksum,
     gather_entries,
+    into_scratch,
     row_sums,
     sampled_rows,
+    sampled_sum,
     scatter_entries,
     weight_gradient,
 )
 from selectune.ops.scratch import release
 
 __all__ = [
-    "adamw_step", "bits", "checksum", "describe", "end_pass", "explain", "gather_entries", "matmul_score_filter",
-    "release", "row_sums", "sampled_matmul", "sampled_rows", "scatter_entries", "scatter_values", "score_filter",
-    "small_filter", "weight_gradient",
+    "adamw_step", "bits", "checksum", "describe", "end_pass", "explain", "gather_entries", "into_scratch",
+    "matmul_score_filter", "release", "row_sums", "sampled_matmul", "sampled_rows", "sampled_sum", "scatter_entries",
+    "scatter_many", "scatter_values", "score_filter", "small_filter", "weight_gradient",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,17 +31,22 @@ CHANGES = {"scatter_values": (0,), "adamw_step": (0, 2, 3, 4)}  # arguments that
 def implementation(op: str, device: str) -> Callable[..., Any]:
     """What torch calls for this op on this kind of device: it looks for the backend at every call."""
 
-    def run(*args: Any) -> Any:
-        with torch.autocast(device, enabled=False):  # dtypes are the caller's choice
-            answer = find(op, device)(*args)
-        for index in CHANGES.get(op, ()):
-            changed = args[index]
-            if isinstance(changed, Tensor) and not changed.is_inference():
-                torch.autograd.graph.increment_version(changed)
-        return answer
+    def implementation(*args: Any) -> Any:
+        return run(op, device, *args)
 
-    run.__name__ = f"{op}_{device}"
-    return run
+    implementation.__name__ = f"{op}_{device}"
+    return implementation
+
+
+def run(op: str, device: str, *args: Any) -> Any:
+    """Does this op, whatever autocast is on, and tells autograd what it changed."""
+    with torch.autocast(device, enabled=False):  # dtypes are the caller's choice
+        answer = find(op, device)(*args)
+    for index in CHANGES.get(op, ()):
+        changed = args[index]
+        if isinstance(changed, Tensor) and not changed.is_inference():
+            torch.autograd.graph.increment_version(changed)
+    return answer
 
 
 def find(op: str, device: str) -> Callable[..., Any]:
@@ -90,6 +95,28 @@ def tuned_cuda(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
 def dense(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """The whole product, then its entries; half operands are multiplied into float32."""
     return reference.product(dy, x).view(-1)[rows.long() * x.shape[1] + cols]
+
+
+def scatter_many(
+    one: Callable[..., None],
+    weights: Sequence[Tensor],
+    flats: Sequence[Tensor],
+    values: Tensor,
+    slots: Sequence[Tensor],
+) -> None:
+    """All weights in one launch where the loops run, else `one` by one."""
+    everything = (values, *weights, *flats, *slots)
+    if (
+        not all(part.device.type == "cpu" for part in everything)
+        or find("scatter_values", "cpu") is not cpu.scatter_values
+    ):
+        for weight, flat, slot in zip(weights, flats, slots, strict=True):
+            one(weight, flat, values, slot)
+        return
+    rest = cpu.scatter_many([w.detach() for w in weights], flats, values.detach(), slots)
+    for index in rest:
+        one(weights[index], flats[index], values, slots[index])
+    torch.autograd.graph.increment_version([w for w in weights if not w.is_inference()])
 
 
 def explain() -> str:

@@ -9,7 +9,7 @@ import functools
 import importlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -161,9 +161,43 @@ def scatter_values(weight: Tensor, flat: Tensor, values: Tensor, slots: Tensor) 
          values.numel(), slots.data_ptr(), bad.data_ptr()],
         -(-flat.numel() // _module("passes").SPAN),
     )  # fmt: skip
+    _refuse_bad(bad, weight.numel(), values)
+
+
+def scatter_many(
+    weights: Sequence[Tensor], flats: Sequence[Tensor], values: Tensor, slots: Sequence[Tensor]
+) -> list[int]:
+    """`scatter_values` into all weights in one launch; returns which it could not take."""
+    fits = [
+        w.is_contiguous() and w.dtype in STORED and f.dtype == s.dtype == torch.int64 and f.is_contiguous()
+        and s.is_contiguous()
+        for w, f, s in zip(weights, flats, slots, strict=True)
+    ]  # fmt: skip
+    if not values.is_contiguous() or values.dtype not in (torch.float32, torch.float64):
+        return list(range(len(weights)))
+    table = torch.tensor(
+        [
+            [w.numel(), w.data_ptr(), STORED[w.dtype], f.numel(), f.data_ptr(), s.data_ptr()]
+            for w, f, s, fit in zip(weights, flats, slots, fits, strict=True)
+            if fit
+        ],
+        dtype=torch.int64,
+    )
+    bad = torch.zeros(1, dtype=torch.int64)
+    if len(table):
+        launch(
+            _loop("passes", "scatter_many", values.dtype),
+            [len(table), table.data_ptr(), values.data_ptr(), values.numel(), bad.data_ptr()],
+            len(table),
+        )
+    _refuse_bad(bad, max((w.numel() for w in weights), default=0), values)
+    return [index for index, fit in enumerate(fits) if not fit]
+
+
+def _refuse_bad(bad: Tensor, entries: int, values: Tensor) -> None:
     if bool(bad):
         raise ConfigError(
-            f"scatter_values got an index out of range: flat must be in [0, {weight.numel()}), slots in "
+            f"scatter_values got an index out of range: flat must be in [0, {entries}), slots in "
             f"[0, {values.numel()}). Entries in range were written."
         )
 

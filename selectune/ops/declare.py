@@ -6,6 +6,7 @@ is chosen in `backend`; what the answer is, in `reference`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -133,6 +134,8 @@ def sampled_matmul(
     if dy.dtype != x.dtype:
         common = torch.promote_types(dy.dtype, x.dtype)
         dy, x = dy.to(common), x.to(common)
+    if _nobody_watches(dy, x):
+        return backend.run("sampled_matmul", dy.device.type, dy, x, rows, cols)
     return torch.ops.selectune.sampled_matmul(dy, x, rows, cols)
 
 
@@ -220,6 +223,19 @@ def scatter_values(
         torch.ops.selectune.scatter_values(weight.detach(), flat, values.detach(), slots)
 
 
+def scatter_many(weights: Sequence[Tensor], flats: Sequence[Tensor], values: Tensor, slots: Sequence[Tensor]) -> None:
+    """`scatter_values` of one vector into many weights, where they allow it in one launch.
+
+    >>> import torch
+    >>> a, b = torch.zeros(2), torch.zeros(3)
+    >>> one = torch.tensor([1])
+    >>> scatter_many([a, b], [one, one], torch.tensor([5.0, 7.0]), [torch.tensor([0]), one])
+    >>> a.tolist(), b.tolist()
+    ([0.0, 5.0], [0.0, 7.0, 0.0])
+    """
+    backend.scatter_many(scatter_values, weights, flats, values, slots)
+
+
 def adamw_step(
     values: Tensor, gradient: Tensor, m: Tensor, v: Tensor, ages: Tensor | None, *, step: int,
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
@@ -231,6 +247,17 @@ def adamw_step(
     _check(step >= 1, "adamw_step", "a step counted from 1")
     if values.numel():
         torch.ops.selectune.adamw_step(values, gradient, m, v, ages, step, lr, *betas, eps, weight_decay)
+
+
+def _nobody_watches(*parts: Tensor) -> bool:
+    """Whether torch's dispatcher would only pass the call on: no gradients, no tracing, no modes, no subclasses."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(type(part) is Tensor and part.device.type in ("cpu", "cuda") for part in parts)
+        and not torch.is_inference_mode_enabled()
+    )
 
 
 def _check(fine: bool, op: str, wanted: str, *got: Tensor) -> None:

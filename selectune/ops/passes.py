@@ -192,22 +192,27 @@ def _scatter(counter, n, weight, stored, k, flat, values, total, slots, bad, dty
         first = fetch_add(counter, 1) * SPAN
         if first >= k:
             return
-        single, double = carray(pointer(weight), n, np.float32), carray(pointer(weight), n, np.float64)
-        half = carray(pointer(weight), n, np.uint16)
-        for j in range(first, min(k, first + SPAN)):
-            at, slot = flat[j], slots[j]
-            if at < 0 or at >= n or slot < 0 or slot >= total:
-                bad[0] = 1
-                continue
-            value = values[slot]
-            if stored == FLOAT32:
-                single[at] = np.float32(value)
-            elif stored == FLOAT64:
-                double[at] = np.float64(value)
-            elif stored == BFLOAT16:
-                half[at] = float32_bits_to_bfloat16_bits(np.float32(value).view(np.uint32))
-            else:
-                half[at] = float32_bits_to_float16_bits(np.float32(value).view(np.uint32))
+        _scatter_span(first, min(k, first + SPAN), n, weight, stored, flat, values, total, slots, bad)
+
+
+@njit(error_model="numpy")
+def _scatter_span(first, last, n, weight, stored, flat, values, total, slots, bad):  # type: ignore[no-untyped-def]
+    single, double = carray(pointer(weight), n, np.float32), carray(pointer(weight), n, np.float64)
+    half = carray(pointer(weight), n, np.uint16)
+    for j in range(first, last):
+        at, slot = flat[j], slots[j]
+        if at < 0 or at >= n or slot < 0 or slot >= total:
+            bad[0] = 1
+            continue
+        value = values[slot]
+        if stored == FLOAT32:
+            single[at] = np.float32(value)
+        elif stored == FLOAT64:
+            double[at] = np.float64(value)
+        elif stored == BFLOAT16:
+            half[at] = float32_bits_to_bfloat16_bits(np.float32(value).view(np.uint32))
+        else:
+            half[at] = float32_bits_to_float16_bits(np.float32(value).view(np.uint32))
 
 
 @njit
@@ -218,6 +223,21 @@ def _run_scatter(data, dtype):  # type: ignore[no-untyped-def]
         a[0], a[1], a[2], a[3], k, carray(pointer(a[5]), k, np.int64), carray(pointer(a[6]), total, dtype), total,
         carray(pointer(a[8]), k, np.int64), carray(pointer(a[9]), 1, np.int64), dtype,
     )  # fmt: skip
+
+
+@njit
+def _run_scatter_many(data, dtype):  # type: ignore[no-untyped-def]
+    a = carray(data, 32, np.int64)
+    count, total = a[1], a[4]
+    table, values = carray(pointer(a[2]), (count, 6), np.int64), carray(pointer(a[3]), total, dtype)
+    bad = carray(pointer(a[5]), 1, np.int64)
+    while True:
+        row = fetch_add(a[0], 1)
+        if row >= count:
+            return
+        n, weight, stored, k = table[row, 0], table[row, 1], table[row, 2], table[row, 3]
+        flat, slots = carray(pointer(table[row, 4]), k, np.int64), carray(pointer(table[row, 5]), k, np.int64)
+        _scatter_span(0, k, n, weight, stored, flat, values, total, slots, bad)
 
 
 @njit(error_model="numpy")
@@ -280,6 +300,14 @@ def scatter_float32(data):  # type: ignore[no-untyped-def]
 
 def scatter_float64(data):  # type: ignore[no-untyped-def]
     _run_scatter(data, np.float64)
+
+
+def scatter_many_float32(data):  # type: ignore[no-untyped-def]
+    _run_scatter_many(data, np.float32)
+
+
+def scatter_many_float64(data):  # type: ignore[no-untyped-def]
+    _run_scatter_many(data, np.float64)
 
 
 def adamw_float32(data):  # type: ignore[no-untyped-def]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,6 +164,13 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return torch.mm(dy.mT, x, out=scratch("weight gradient", (dy.shape[1], x.shape[1]), dy.dtype))
 
 
+def into_scratch(op: Any, x: Tensor, **options: Any) -> Tensor:
+    """An elementwise aten op of x; on the CPU in memory that the next call uses again."""
+    if x.device.type != "cpu":
+        return op.default(x, **options)
+    return op.out(x, **options, out=scratch("elementwise", x.shape, x.dtype))
+
+
 def product(dy: Tensor, x: Tensor) -> Tensor:
     """dy^T x (o, i) in float32 or float64; half operands are widened some tokens at a time, never rounded again.
 
@@ -235,6 +243,13 @@ def adamw_step(
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums of this dtype are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sampled_sum(dy: Tensor, cols: Tensor) -> Tensor:
+    """The gradient of a bias at its support: g_k = sum_t dy[t, cols_k], summed in float32 or float64."""
+    if cols.numel() * 16 > dy.shape[1]:
+        return dy.sum(0, dtype=wide(dy.dtype))[cols]
+    return dy.index_select(1, cols).sum(0, dtype=wide(dy.dtype))
 
 
 def sampled_rows(

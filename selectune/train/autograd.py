@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from selectune import ops
-from selectune.train.ledger import Page, Spots
-from selectune.train.rebuild import rebuilt, source
+from selectune.train.ledger import Page
+from selectune.train.rebuild import forget, rebuilt, source
 
 
 class Listener(Protocol):
@@ -36,10 +36,6 @@ class Listener(Protocol):
 
         Its memory is used again for the next tensor: what shall outlive the call is copied.
         """
-        ...
-
-    def watch(self, index: int, spots: Spots, piece: Tensor) -> None:
-        """The gradient (w,) of watched entries of tensor `index`."""
         ...
 
     def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
@@ -68,7 +64,7 @@ class Split(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *pieces: Tensor | None) -> tuple[Tensor, None, None]:
-        ops.end_pass()
+        forget()
         return ctx.listener.close(ctx.pages, pieces), None, None
 
 
@@ -85,25 +81,25 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        page = ctx.link.page
-        piece = ops.gather_entries(gradient, page.flat)
-        if page.watched is not None:
-            seen = ops.gather_entries(gradient, page.watched.flat)
-            ctx.link.listener.watch(ctx.link.index, page.watched, seen)
+        piece = ops.gather_entries(gradient, ctx.link.page.flat)
         if ctx.link.listener.wants_dense():
             ctx.link.listener.offer(ctx.link.index, gradient)
         return piece.to(ctx.home, ctx.wide), None, None
 
 
 class SparseLinear(torch.autograd.Function):
-    """y = x W^T + b; the gradient of W only at its support, or dense on a selecting step.
+    """y = x W^T + b; the gradients of W and b only at their support, or dense on a selecting step.
 
-    x is saved, unless the node that made it can make it again (`rebuild`).
+    x is saved, unless the node that made it can make it again (`rebuild`). Without a `bias_link` the bias
+    is a tensor like any other.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, piece: Tensor, weight: Tensor, bias: Tensor | None, link: Link) -> Tensor:
-        ctx.link, ctx.wide = link, piece.dtype
+    def forward(
+        ctx: Any, x: Tensor, piece: Tensor, weight: Tensor, link: Link,
+        bias: Tensor | None, bias_piece: Tensor | None, bias_link: Link | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.link, ctx.bias_link, ctx.wide = link, bias_link, piece.dtype
         ctx.source = source(x)
         ctx.save_for_backward(x if ctx.source is None else None, weight)
         with torch.autocast(x.device.type, enabled=False):
@@ -115,23 +111,70 @@ class SparseLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         x = rebuilt(ctx.source) if x is None else x
         page, listener = ctx.link.page, ctx.link.listener
-        dx = piece = dbias = None
+        dx = piece = dbias = bias_piece = None
         with torch.autocast(dy.device.type, enabled=False):
             flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
             if ctx.needs_input_grad[0]:
-                dx = dy @ weight.to(dy.dtype)
-            if ctx.needs_input_grad[3]:
+                dx = (flat_dy @ weight.to(dy.dtype)).view(x.shape)  # of the flat one: a strided dy is copied once
+            if ctx.needs_input_grad[4]:
                 dbias = flat_dy.sum(0)
+            if ctx.bias_link is not None:
+                bias_piece = _of_sum(flat_dy, ctx.bias_link).to(ctx.wide)
             if listener.wants_dense():
                 dense = ops.weight_gradient(flat_dy, flat_x)
                 piece = dense.view(-1)[page.flat]
                 listener.offer(ctx.link.index, dense)
             else:
                 piece = ops.sampled_matmul(flat_dy, flat_x, *page.coordinates(weight.shape[-1]))
-            if page.watched is not None:
-                seen = ops.sampled_matmul(flat_dy, flat_x, *page.watched.coordinates(weight.shape[-1]))
-                listener.watch(ctx.link.index, page.watched, seen)
-        return dx, piece.to(ctx.wide), None, dbias, None
+        return dx, piece.to(ctx.wide), None, None, dbias, bias_piece, None
+
+
+class SparseLayerNorm(torch.autograd.Function):
+    """Layer norm over the last dimension; the gradients of its weight and bias only at their support, as above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, eps: float, weight: Tensor, piece: Tensor | None, link: Link | None,
+        bias: Tensor, bias_piece: Tensor | None, bias_link: Link | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.eps, ctx.link, ctx.bias_link = eps, link, bias_link
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        links = ctx.link, ctx.bias_link
+        dense = any(link is not None and link.listener.wants_dense() for link in links)
+        mask = [ctx.needs_input_grad[0], dense, dense]
+        dx, *whole = torch.ops.aten.native_layer_norm_backward(dy, x, weight.shape, mean, rstd, weight, bias, mask)
+        pieces: list[Tensor | None] = [None, None]
+        flat_dy = dy.reshape(-1, dy.shape[-1])
+        for place, link in enumerate(links):
+            if link is None:
+                continue
+            at = link.page.flat
+            if dense:
+                pieces[place] = whole[place][at]
+                link.listener.offer(link.index, whole[place])
+            elif place == 1:
+                pieces[place] = ops.sampled_sum(flat_dy, at)
+            else:
+                normed = (x.reshape(flat_dy.shape)[:, at] - mean.view(-1, 1)) * rstd.view(-1, 1)
+                pieces[place] = (flat_dy[:, at] * normed).sum(0)
+        return dx, None, None, pieces[0], None, None, pieces[1], None
+
+
+def _of_sum(dy: Tensor, link: Link) -> Tensor:
+    """A bias's gradient at its support."""
+    if not link.listener.wants_dense():
+        return ops.sampled_sum(dy, link.page.flat)
+    dense = dy.sum(0)
+    piece = dense[link.page.flat]
+    link.listener.offer(link.index, dense)
+    return piece
 
 
 class SparseEmbedding(torch.autograd.Function):
@@ -150,11 +193,7 @@ class SparseEmbedding(torch.autograd.Function):
         ids, dy = ids.reshape(-1).long(), dy.reshape(-1, dy.shape[-1])
         if ctx.padding >= 0:
             ids = ids.masked_fill(ids == ctx.padding, -1)
-        page = ctx.link.page
-        piece = ops.sampled_rows(dy, ids, *page.coordinates(dy.shape[-1]))
-        if page.watched is not None:
-            seen = ops.sampled_rows(dy, ids, *page.watched.coordinates(dy.shape[-1]))
-            ctx.link.listener.watch(ctx.link.index, page.watched, seen)
+        piece = ops.sampled_rows(dy, ids, *ctx.link.page.coordinates(dy.shape[-1]))
         if ctx.link.listener.wants_dense():
             rows, block = ops.row_sums(dy, ids)
             ctx.link.listener.offer(ctx.link.index, block, rows)

@@ -280,12 +280,18 @@ class Ledger:
     @torch.no_grad()
     def write_weights(self) -> None:
         """Casts every slot's value into its weight, in place: O(B)."""
+        values = self.values.detach()
+        near: list[tuple[Tensor, Tensor, Tensor]] = []
         for tensor, page in zip(self.tensors, self.pages, strict=True):
-            if page.flat.numel():
-                weight, values, slot = tensor.parameter.detach(), self.values.detach(), page.slot
-                if values.device != weight.device:
-                    values, slot = values[slot].to(weight.device), torch.arange(len(slot), device=weight.device)
-                ops.scatter_values(weight, page.flat, values, slot)
+            weight, slot = tensor.parameter.detach(), page.slot
+            if values.device == weight.device:
+                near += [(weight, page.flat, slot)] if page.flat.numel() else []
+            elif page.flat.numel():
+                here = values[slot].to(weight.device)
+                ops.scatter_values(weight, page.flat, here, torch.arange(len(slot), device=weight.device))
+        if near:
+            weights, flats, slots = zip(*near, strict=True)
+            ops.scatter_many(weights, flats, values, slots)
 
     @torch.no_grad()
     def read_weights(self, *, only_changed: bool) -> None:

@@ -1,13 +1,14 @@
 """Inputs that need not be saved: those an elementwise node before can give again from what it keeps anyway.
 
-The weight gradient of a linear layer needs its input. Where that is the output of an activation or of
-a product of two tensors, the node that made it holds its own inputs until its backward, which comes
+The weight gradient of a linear layer needs its input. Where that is the output of an activation, a
+layer norm or a product of two tensors, the node that made it holds its own inputs until its backward, which comes
 after the linear layer's; so the output is made again, bit for bit, for one elementwise pass, and the
 largest activation of a transformer's MLP is not kept twice.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selectune import ops
+
+_last = threading.local()  # .made: the node whose output was made last, and that output
+
 # by the name of the node: its output out of what it saved
 OUTPUTS: dict[str, Callable[[Any], Tensor]] = {
-    "GeluBackward0": lambda node: F.gelu(node._saved_self, approximate=node._saved_approximate),
-    "SiluBackward0": lambda node: F.silu(node._saved_self),
+    "GeluBackward0": lambda node: ops.into_scratch(
+        torch.ops.aten.gelu, node._saved_self, approximate=node._saved_approximate
+    ),
+    "SiluBackward0": lambda node: ops.into_scratch(torch.ops.aten.silu, node._saved_self),
     "MulBackward0": lambda node: node._saved_self * node._saved_other,
+    "SparseLayerNormBackward": lambda node: _layer_norm(node),
 }
 
 
@@ -42,6 +50,23 @@ def _hooked() -> bool:
 
 
 def rebuilt(node: Any) -> Tensor:
-    """The output of the node, with the bits it had."""
+    """The output of the node, with the bits it had; valid until another's is rebuilt."""
+    last = getattr(_last, "made", None)
+    if last is not None and last[0] is node:
+        return last[1]
+    forget()  # what was made of the last one is stale once its memory is used again
     with torch.no_grad():
-        return OUTPUTS[node.name()](node)
+        made = OUTPUTS[node.name()](node)
+    _last.made = (node, made)
+    return made
+
+
+def forget() -> None:
+    """Lets go of what one backward pass keeps from layer to layer."""
+    _last.made = None
+    ops.end_pass()
+
+
+def _layer_norm(node: Any) -> Tensor:
+    x, _, _, weight, bias = node.saved_tensors
+    return F.layer_norm(x, weight.shape, weight, bias, node.eps)

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from selectune import ops
 from selectune.scope import ScopedTensor
-from selectune.train.autograd import Link, Listener, SparseEmbedding, SparseLinear, Split, Tap
+from selectune.train.autograd import Link, Listener, SparseEmbedding, SparseLayerNorm, SparseLinear, Split, Tap
 from selectune.train.ledger import Page
 
 
@@ -187,15 +187,43 @@ def in_backward() -> bool:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, Shadow):
         return NotImplemented  # only the bias is in scope
-    use = weight._use
-    x, bias = _tapped(input), _tapped(bias)
+    use, own = weight._use, bias._use if isinstance(bias, Shadow) else None
+    x, bias = _tapped(input), _plain(bias)
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     elif x.dtype != use.weight.dtype or x.is_nested:
         return NotImplemented
     use.count()
-    return SparseLinear.apply(x, use.piece.to(x.device), use.weight, bias, use.link)
+    if own is None:
+        return SparseLinear.apply(x, use.piece.to(x.device), use.weight, use.link, bias, None, None)
+    own.count()
+    return SparseLinear.apply(
+        x, use.piece.to(x.device), use.weight, use.link, bias, own.piece.to(x.device), own.link
+    )  # fmt: skip
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    x, parts = _tapped(input), (weight, bias)
+    if any(p is None or (not isinstance(p, Shadow) and p.requires_grad) for p in parts):
+        return NotImplemented
+    plain = [_plain(p) for p in parts]
+    one_type = all(p.dtype == x.dtype and p.device == x.device for p in plain)
+    if len(normalized_shape) != 1 or not one_type or torch.is_autocast_enabled(x.device.type):
+        return NotImplemented
+    arguments: list[Any] = []
+    for part, value in zip(parts, plain, strict=True):
+        use = part._use if isinstance(part, Shadow) else None
+        if use is not None:
+            use.count()
+        arguments += [value, None, None] if use is None else [value, use.piece.to(x.device), use.link]
+    return SparseLayerNorm.apply(x, eps, *arguments)
 
 
 def _embedding(
@@ -216,7 +244,7 @@ def _embedding(
     return SparseEmbedding.apply(input, use.piece.to(input.device), use.weight, padding, use.link)
 
 
-SPARSE: dict[Any, Callable[..., Any]] = {F.linear: _linear, F.embedding: _embedding}
+SPARSE: dict[Any, Callable[..., Any]] = {F.linear: _linear, F.embedding: _embedding, F.layer_norm: _layer_norm}
 
 # what only looks at a tensor's form shall not build a dense node
 PLAIN: set[Any] = {

@@ -143,6 +143,35 @@ def test_scattering_tells_autograd_that_the_weight_changed():
     assert weight._version > before
 
 
+@pytest.mark.parametrize("held", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["numba", "reference"])
+def test_many_weights_at_once_are_each_as_alone(monkeypatch, name, held):
+    monkeypatch.setenv("SELECTUNE_BACKEND", name)
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(500, generator=generator, dtype=held)
+    shapes = [(40, 3), (1,), (0,), (7, 9, 2), (30,)]
+    weights = [torch.zeros(shape, dtype=dtype) for shape in shapes for dtype in FLOATS] + [torch.zeros(6, 4).mT]
+    counts = [w.numel() // 2 for w in weights]
+    flats = [torch.randperm(w.numel())[:n].sort().values for w, n in zip(weights, counts, strict=True)]
+    slots = [torch.randint(0, 500, (n,), generator=generator) for n in counts]
+    slots[-1] = slots[-1].int()
+    wanted = [w.clone() for w in weights]
+    before = [w._version for w in weights]
+    for weight, flat, slot in zip(wanted, flats, slots, strict=True):
+        ops.scatter_values(weight, flat, values, slot)
+    ops.scatter_many(weights, flats, values, slots)
+    assert all(torch.equal(a, b) for a, b in zip(weights, wanted, strict=True))
+    assert all(w._version > b for w, b, n in zip(weights, before, counts, strict=True) if n)
+
+
+def test_many_weights_refuse_indices_out_of_range():
+    weights = [torch.zeros(4), torch.zeros(4)]
+    one, two = torch.tensor([1]), torch.tensor([2])
+    with pytest.raises(ConfigError, match="out of range"):
+        ops.scatter_many(weights, [one, one], torch.ones(2), [one, two])
+    assert weights[1].count_nonzero() == 0
+
+
 @pytest.mark.parametrize(("flat", "slots"), [([4], [0]), ([-1], [0]), ([0], [2]), ([0], [-1])])
 def test_indices_out_of_range_write_nothing_elsewhere(flat, slots):
     weight = torch.zeros(4)

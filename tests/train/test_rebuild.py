@@ -19,6 +19,18 @@ MAKERS = {
 }
 
 
+class Deep(nn.Module):
+    """Two blocks whose inner tensors have one shape, so that both use the same memory when they are made again."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(F.gelu) for _ in range(2))
+        self.between = nn.Linear(3, 6)
+
+    def forward(self, x):
+        return self.blocks[1](self.between(self.blocks[0](x)))
+
+
 class Block(nn.Module):
     """up, an activation, down: the MLP of a transformer."""
 
@@ -68,6 +80,25 @@ def test_the_gradient_has_the_bits_of_one_from_a_saved_input(monkeypatch, name, 
     assert bits(got) == bits(wanted)
     assert got.count_nonzero() == 40
     assert (less, more) == (1, 2)
+
+
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("method", [st.random(budget=90), st.id3(budget=90, steps=3)], ids=["sampled", "dense"])
+def test_two_layers_that_share_the_memory(monkeypatch, backend, method):
+    monkeypatch.setenv("SELECTUNE_BACKEND", backend)
+    runs = []
+    for outputs in (dict(rebuild.OUTPUTS), {}):
+        monkeypatch.setattr(rebuild, "OUTPUTS", outputs)
+        torch.manual_seed(0)
+        model = Deep()
+        tuner = st.attach(model, method, seed=1)
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+        for _ in range(3):
+            model(torch.randn(200, 6)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((bits(tuner.parameters()[0].detach()), {n: f.tolist() for n, f in tuner.support.items()}))
+    assert runs[0] == runs[1]
 
 
 def test_it_holds_under_checkpointing(monkeypatch):
