@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from selectune.bench.models import DTYPES, Bench
+from selectune.train.autograd import SparseLayerNorm
 from selectune.train.rebuild import rebuilt, source
 
 
@@ -151,6 +152,8 @@ class Engine(TorchFunctionMode):
         if func is F.embedding:
             ids, table = args[0], args[1] if len(args) > 1 else kwargs["weight"]
             return Embedding.apply(ids, table, self.kind) if table.requires_grad else func(*args, **kwargs)
+        if func is F.layer_norm and not (self.kind.kept or self.kind.frozen or self.low):
+            return self._layer_norm(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if self.low is not None and func in LOWER:
@@ -166,6 +169,13 @@ class Engine(TorchFunctionMode):
         if weight.requires_grad:
             return Linear.apply(input, weight, bias, self.kind)
         return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+
+    def _layer_norm(
+        self, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> Tensor:
+        if weight is None or bias is None or len(normalized_shape) != 1 or weight.dtype != input.dtype:
+            return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        return cast(Any, SparseLayerNorm).apply(input, eps, weight, None, None, bias, None, None)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> Any:
         query, key, value = (self._cast(t) for t in (query, key, value))

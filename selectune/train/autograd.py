@@ -90,18 +90,19 @@ class Tap(torch.autograd.Function):
 class SparseLinear(torch.autograd.Function):
     """y = x W^T + b; the gradients of W and b only at their support, or dense on a selecting step.
 
-    x is saved, unless the node that made it can make it again (`rebuild`). Without a `bias_link` the bias
-    is a tensor like any other.
+    x is saved, unless the node that made it can make it again (`rebuild`). Without a link W is frozen;
+    without a `bias_link` the bias is a tensor like any other.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, piece: Tensor, weight: Tensor, link: Link,
+        ctx: Any, x: Tensor, piece: Tensor | None, weight: Tensor, link: Link | None,
         bias: Tensor | None, bias_piece: Tensor | None, bias_link: Link | None,
     ) -> Tensor:  # fmt: skip
-        ctx.link, ctx.bias_link, ctx.wide = link, bias_link, piece.dtype
-        ctx.source = source(x)
-        ctx.save_for_backward(x if ctx.source is None else None, weight)
+        ctx.link, ctx.bias_link, ctx.shape = link, bias_link, x.shape
+        ctx.wide = (bias_piece if piece is None else piece).dtype  # type: ignore[union-attr]
+        ctx.source = None if link is None else source(x)
+        ctx.save_for_backward(x if link is not None and ctx.source is None else None, weight)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight.to(x.dtype), bias)
 
@@ -109,24 +110,19 @@ class SparseLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        x = rebuilt(ctx.source) if x is None else x
-        page, listener = ctx.link.page, ctx.link.listener
         dx = piece = dbias = bias_piece = None
         with torch.autocast(dy.device.type, enabled=False):
-            flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+            flat_dy = dy.reshape(-1, dy.shape[-1])
             if ctx.needs_input_grad[0]:
-                dx = (flat_dy @ weight.to(dy.dtype)).view(x.shape)  # of the flat one: a strided dy is copied once
+                dx = (flat_dy @ weight.to(dy.dtype)).view(ctx.shape)  # of the flat one: a strided dy is copied once
             if ctx.needs_input_grad[4]:
                 dbias = flat_dy.sum(0)
             if ctx.bias_link is not None:
                 bias_piece = _of_sum(flat_dy, ctx.bias_link).to(ctx.wide)
-            if listener.wants_dense():
-                dense = ops.weight_gradient(flat_dy, flat_x)
-                piece = dense.view(-1)[page.flat]
-                listener.offer(ctx.link.index, dense)
-            else:
-                piece = ops.sampled_matmul(flat_dy, flat_x, *page.coordinates(weight.shape[-1]))
-        return dx, piece.to(ctx.wide), None, None, dbias, bias_piece, None
+            if ctx.link is not None:
+                x = rebuilt(ctx.source) if x is None else x
+                piece = _of_product(flat_dy, x.reshape(-1, x.shape[-1]), ctx.link).to(ctx.wide)
+        return dx, piece, None, None, dbias, bias_piece, None
 
 
 class SparseLayerNorm(torch.autograd.Function):
@@ -138,6 +134,7 @@ class SparseLayerNorm(torch.autograd.Function):
         bias: Tensor, bias_piece: Tensor | None, bias_link: Link | None,
     ) -> Tensor:  # fmt: skip
         ctx.eps, ctx.link, ctx.bias_link = eps, link, bias_link
+        ctx.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         return y
@@ -162,9 +159,19 @@ class SparseLayerNorm(torch.autograd.Function):
             elif place == 1:
                 pieces[place] = ops.sampled_sum(flat_dy, at)
             else:
-                normed = (x.reshape(flat_dy.shape)[:, at] - mean.view(-1, 1)) * rstd.view(-1, 1)
+                normed = (x.reshape(flat_dy.shape)[:, at].to(ctx.wide) - mean.view(-1, 1)) * rstd.view(-1, 1)
                 pieces[place] = (flat_dy[:, at] * normed).sum(0)
         return dx, None, None, pieces[0], None, None, pieces[1], None
+
+
+def _of_product(dy: Tensor, x: Tensor, link: Link) -> Tensor:
+    """A linear weight's gradient at its support."""
+    if not link.listener.wants_dense():
+        return ops.sampled_matmul(dy, x, *link.page.coordinates(x.shape[-1]))
+    dense = ops.weight_gradient(dy, x)
+    piece = dense.view(-1)[link.page.flat]
+    link.listener.offer(link.index, dense)
+    return piece
 
 
 def _of_sum(dy: Tensor, link: Link) -> Tensor:

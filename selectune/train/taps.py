@@ -185,22 +185,26 @@ def in_backward() -> bool:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if not isinstance(weight, Shadow):
-        return NotImplemented  # only the bias is in scope
-    use, own = weight._use, bias._use if isinstance(bias, Shadow) else None
+    use, own = (part._use if isinstance(part, Shadow) else None for part in (weight, bias))
+    if use is None and (own is None or weight.requires_grad or isinstance(input, Shadow)):
+        return NotImplemented
+    weight = _plain(weight)
     x, bias = _tapped(input), _plain(bias)
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    elif x.dtype != use.weight.dtype or x.is_nested:
+    elif x.dtype != weight.dtype or x.is_nested:
         return NotImplemented
+    piece, link = _counted(use, x)
+    return SparseLinear.apply(x, piece, weight, link, bias, *_counted(own, x))
+
+
+def _counted(use: Use | None, x: Tensor) -> tuple[Tensor | None, Link | None]:
+    """The piece and the link of one more use, if there is one."""
+    if use is None:
+        return None, None
     use.count()
-    if own is None:
-        return SparseLinear.apply(x, use.piece.to(x.device), use.weight, use.link, bias, None, None)
-    own.count()
-    return SparseLinear.apply(
-        x, use.piece.to(x.device), use.weight, use.link, bias, own.piece.to(x.device), own.link
-    )  # fmt: skip
+    return use.piece.to(x.device), use.link
 
 
 def _layer_norm(
@@ -219,10 +223,7 @@ def _layer_norm(
         return NotImplemented
     arguments: list[Any] = []
     for part, value in zip(parts, plain, strict=True):
-        use = part._use if isinstance(part, Shadow) else None
-        if use is not None:
-            use.count()
-        arguments += [value, None, None] if use is None else [value, use.piece.to(x.device), use.link]
+        arguments += [value, *_counted(part._use if isinstance(part, Shadow) else None, x)]
     return SparseLayerNorm.apply(x, eps, *arguments)
 
 
