@@ -10,7 +10,7 @@ live no longer than its `offer`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from selectune import ops
-from selectune.train.ledger import Page
+from selectune.train.ledger import Page, Spots
 from selectune.train.rebuild import forget, rebuilt, source
 
 
@@ -36,6 +36,10 @@ class Listener(Protocol):
 
         Its memory is used again for the next tensor: what shall outlive the call is copied.
         """
+        ...
+
+    def watch(self, index: int, spots: Spots, piece: Tensor) -> None:
+        """The gradient (w,) of watched entries of tensor `index`."""
         ...
 
     def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
@@ -81,9 +85,7 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        piece = ops.gather_entries(gradient, ctx.link.page.flat)
-        if ctx.link.listener.wants_dense():
-            ctx.link.listener.offer(ctx.link.index, gradient)
+        piece = _at_support(ctx.link, lambda spots: ops.gather_entries(gradient, spots.flat), lambda: gradient)
         return piece.to(ctx.home, ctx.wide), None, None
 
 
@@ -118,10 +120,17 @@ class SparseLinear(torch.autograd.Function):
             if ctx.needs_input_grad[4]:
                 dbias = flat_dy.sum(0)
             if ctx.bias_link is not None:
-                bias_piece = _of_sum(flat_dy, ctx.bias_link).to(ctx.wide)
+                bias_piece = _at_support(
+                    ctx.bias_link, lambda spots: ops.sampled_sum(flat_dy, spots.flat), lambda: flat_dy.sum(0)
+                ).to(ctx.wide)
             if ctx.link is not None:
                 x = rebuilt(ctx.source) if x is None else x
-                piece = _of_product(flat_dy, x.reshape(-1, x.shape[-1]), ctx.link).to(ctx.wide)
+                flat_x = x.reshape(-1, x.shape[-1])
+                piece = _at_support(
+                    ctx.link,
+                    lambda spots: ops.sampled_matmul(flat_dy, flat_x, *spots.coordinates(flat_x.shape[-1])),
+                    lambda: ops.weight_gradient(flat_dy, flat_x),
+                ).to(ctx.wide)
         return dx, piece, None, None, dbias, bias_piece, None
 
 
@@ -134,7 +143,6 @@ class SparseLayerNorm(torch.autograd.Function):
         bias: Tensor, bias_piece: Tensor | None, bias_link: Link | None,
     ) -> Tensor:  # fmt: skip
         ctx.eps, ctx.link, ctx.bias_link = eps, link, bias_link
-        ctx.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         return y
@@ -147,41 +155,21 @@ class SparseLayerNorm(torch.autograd.Function):
         dense = any(link is not None and link.listener.wants_dense() for link in links)
         mask = [ctx.needs_input_grad[0], dense, dense]
         dx, *whole = torch.ops.aten.native_layer_norm_backward(dy, x, weight.shape, mean, rstd, weight, bias, mask)
-        pieces: list[Tensor | None] = [None, None]
-        flat_dy = dy.reshape(-1, dy.shape[-1])
-        for place, link in enumerate(links):
-            if link is None:
-                continue
-            at = link.page.flat
-            if dense:
-                pieces[place] = whole[place][at]
-                link.listener.offer(link.index, whole[place])
-            elif place == 1:
-                pieces[place] = ops.sampled_sum(flat_dy, at)
-            else:
-                normed = (x.reshape(flat_dy.shape)[:, at].to(ctx.wide) - mean.view(-1, 1)) * rstd.view(-1, 1)
-                pieces[place] = (flat_dy[:, at] * normed).sum(0)
+        flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, dy.shape[-1])
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+        def of_weight(spots: Spots) -> Tensor:
+            normed = (flat_x[:, spots.flat].to(wide) - mean.view(-1, 1)) * rstd.view(-1, 1)
+            return (flat_dy[:, spots.flat] * normed).sum(0)
+
+        def of_bias(spots: Spots) -> Tensor:
+            return ops.sampled_sum(flat_dy, spots.flat)
+
+        pieces = [
+            None if link is None else _at_support(link, sample, lambda k=k: whole[k])
+            for k, (link, sample) in enumerate(zip(links, (of_weight, of_bias), strict=True))
+        ]
         return dx, None, None, pieces[0], None, None, pieces[1], None
-
-
-def _of_product(dy: Tensor, x: Tensor, link: Link) -> Tensor:
-    """A linear weight's gradient at its support."""
-    if not link.listener.wants_dense():
-        return ops.sampled_matmul(dy, x, *link.page.coordinates(x.shape[-1]))
-    dense = ops.weight_gradient(dy, x)
-    piece = dense.view(-1)[link.page.flat]
-    link.listener.offer(link.index, dense)
-    return piece
-
-
-def _of_sum(dy: Tensor, link: Link) -> Tensor:
-    """A bias's gradient at its support."""
-    if not link.listener.wants_dense():
-        return ops.sampled_sum(dy, link.page.flat)
-    dense = dy.sum(0)
-    piece = dense[link.page.flat]
-    link.listener.offer(link.index, dense)
-    return piece
 
 
 class SparseEmbedding(torch.autograd.Function):
@@ -200,8 +188,22 @@ class SparseEmbedding(torch.autograd.Function):
         ids, dy = ids.reshape(-1).long(), dy.reshape(-1, dy.shape[-1])
         if ctx.padding >= 0:
             ids = ids.masked_fill(ids == ctx.padding, -1)
-        piece = ops.sampled_rows(dy, ids, *ctx.link.page.coordinates(dy.shape[-1]))
+        piece = _at_support(ctx.link, lambda spots: ops.sampled_rows(dy, ids, *spots.coordinates(dy.shape[-1])))
         if ctx.link.listener.wants_dense():
             rows, block = ops.row_sums(dy, ids)
             ctx.link.listener.offer(ctx.link.index, block, rows)
         return None, piece.to(ctx.wide), None, None, None
+
+
+def _at_support(link: Link, sample: Callable[[Any], Tensor], dense: Callable[[], Tensor] | None = None) -> Tensor:
+    """A tensor's gradient at its support, by `sample`; the listener is shown the dense one, and what it watches."""
+    page, listener = link.page, link.listener
+    if dense is not None and listener.wants_dense():
+        whole = dense()
+        piece = ops.gather_entries(whole, page.flat)
+        listener.offer(link.index, whole)
+    else:
+        piece = sample(page)
+    if page.watched is not None:
+        listener.watch(link.index, page.watched, sample(page.watched))
+    return piece

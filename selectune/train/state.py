@@ -61,8 +61,8 @@ def load_into(tuner: Tuner, state: Mapping[str, Any]) -> None:
     unread = tracker.chooser.rescore is not None and not ledger.touched  # scores known from attach wait for a selection
     ledger.write_base()
     for tensor in ledger.tensors:
-        parts = [tensors[f"page.{tensor.index}.{part}"] for part in _PAGE]
-        page = Page(*(_own(part) for part in parts)).to(tensor.parameter.device, ledger.values.device)
+        flat, slot, base, *retired = (_own(tensors[f"page.{tensor.index}.{part}"]) for part in _PAGE)
+        page = Page(flat, slot, base, retired[0], retired[1]).to(tensor.parameter.device, ledger.values.device)
         ledger.pages[tensor.index] = page
         now = tensors[f"page.{tensor.index}.retired_now"]
         ops.scatter_entries(tensor.parameter, page.retired, now.to(tensor.parameter.device))
