@@ -45,7 +45,8 @@ class Follower:
             self._check(optimizer)
             scale = getattr(optimizer, "grad_scale", None)  # a scaler's, left to the optimizer's own kernel
             tracker.before_step(1.0 if scale is None else 1.0 / float(scale))
-            self._tell(optimizer)
+            if not _skips(optimizer):
+                self._tell(optimizer)
         elif held & self.frozen:
             raise OptimizerError(
                 f"This {type(optimizer).__name__} holds {len(held & self.frozen)} weights that attach froze and not "
@@ -55,8 +56,7 @@ class Follower:
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         tracker = self.tracker
-        broken = getattr(optimizer, "found_inf", None)  # a fused optimizer skips a scaler's step by itself
-        skipped = broken is not None and bool(broken)
+        skipped = _skips(optimizer)
         if self.phase is not None and self.phase.on:
             self.phase.after_step(_held(optimizer), skipped)
             return
@@ -109,6 +109,12 @@ def _install() -> None:
 
     register_optimizer_step_pre_hook(before)
     register_optimizer_step_post_hook(after)
+
+
+def _skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused optimizer skips a scaler's step by itself."""
+    broken = getattr(optimizer, "found_inf", None)
+    return broken is not None and bool(broken)
 
 
 def _held(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -161,11 +161,13 @@ METHODS = {
 }
 
 
-def train(name, batches, dtype=torch.float64, scaler=None, chunks=1, late=False):
+def train(name, batches, dtype=torch.float64, scaler=None, chunks=1, late=False, fused=False):
     torch.manual_seed(0)
     model = Mixed(dtype)
     tuner = st.attach(model, METHODS[name], accumulation_steps=chunks)
     optimizer = st.SparseSM3(tuner.parameters(), lr=1e-2) if name == "factors" else adamw(tuner, lr=1e-2)
+    if fused:
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2, fused=True)
     for i in batches:
         optimizer.zero_grad()
         for part in tokens(abs(i), n=4).chunk(chunks):
@@ -193,6 +195,22 @@ def test_a_step_that_the_scaler_skips_leaves_no_trace(name, dtype):
     assert torch.equal(skipping._ledger.values, clean._ledger.values)
     assert supports(skipping) == supports(clean)
     assert skipping.events["skipped_steps"] == 20
+
+
+@pytest.mark.parametrize("name", ["gradient", "afresh", "watch"])
+def test_a_fused_optimizer_skips_a_step_by_itself(name):
+    """It unscales within its step, too: what was watched is worth what it makes of its gradient."""
+    scalers = [torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10_000) for _ in range(2)]
+    batches = [n for i in range(10) for n in (-20 - i, i)]
+    skipping, _ = train(name, batches, torch.float64, scalers[0], late=True, fused=True)
+    clean, _ = train(name, range(10), torch.float64, scalers[1], late=True, fused=True)
+    assert same(bits(skipping.model), bits(clean.model))
+    assert supports(skipping) == supports(clean)
+    if name == "watch":  # a window is open
+        unscaled, _ = train(name, range(10), torch.float64, fused=True)
+        sums, plain = (t._tracker.chooser.state()["window"]["square"] for t in (clean, unscaled))
+        assert sums
+        assert all(torch.equal(sums[i], plain[i]) for i in plain)
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
