@@ -44,6 +44,7 @@ class Page(Spots):
         base: Tensor,
         retired: Tensor,
         retired_base: Tensor,
+        *,
         watched: Spots | None = None,
     ) -> None:
         super().__init__(flat)
@@ -62,13 +63,13 @@ class Page(Spots):
         return Page(
             self.flat.to(device), self.slot.to(home), self.base.to(device),
             self.retired.to(device), self.retired_base.to(device),
-            None if self.watched is None else Spots(self.watched.flat.to(device)),
+            watched=None if self.watched is None else Spots(self.watched.flat.to(device)),
         )  # fmt: skip
 
     def watch(self, flat: Tensor | None) -> Page:
         """The same page, these entries watched."""
         spots = None if flat is None else Spots(flat)
-        return Page(self.flat, self.slot, self.base, self.retired, self.retired_base, spots)
+        return Page(self.flat, self.slot, self.base, self.retired, self.retired_base, watched=spots)
 
     def touched(self) -> tuple[Tensor, Tensor]:
         """Flat indices (n + r,), ascending, and base values of all that may differ from the base."""
@@ -231,7 +232,7 @@ class Ledger:
             torch.cat((page.base, base))[order],
             page.retired[~back],
             page.retired_base[~back],
-            page.watched,
+            watched=page.watched,
         )
 
     def _retire(self, index: int, drop: Tensor) -> None:
@@ -245,7 +246,9 @@ class Ledger:
         page = self.pages[index]
         here = keep.to(page.slot.device)
         self.free = torch.sort(torch.cat((page.slot[~here], self.free))).values
-        self.pages[index] = Page(page.flat[keep], page.slot[here], page.base[keep], retired, retired_base, page.watched)
+        self.pages[index] = Page(
+            page.flat[keep], page.slot[here], page.base[keep], retired, retired_base, watched=page.watched
+        )
         self.changes += 1
 
     # -- undoing a selection whose step was skipped
@@ -271,7 +274,7 @@ class Ledger:
             now
             if now.flat is then.flat
             else Page(torch.unique(torch.cat((now.flat, then.flat))), now.slot, now.base, now.retired, now.retired_base,
-                      now.watched)
+                      watched=now.watched)
             for now, then in zip(self.pages, snapshot.pages, strict=True)
         ]  # fmt: skip
 
