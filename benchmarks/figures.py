@@ -17,19 +17,19 @@ from selectune.bench.models import Bench
 from selectune.bench.rounds import Settings
 from selectune.bench.rows import run
 
-DENSITIES = (0.0005, 0.0017, 0.005, 0.02, 0.05, 0.1)
+DENSITIES = (0.0005, 0.0017, 0.005, 0.05, 0.1)
 SIZES = ("minilm", "bert-6l", "deberta-v3-base")
-STEPS, ROUNDS = 8, 2
+STEPS, ROUNDS = 6, 2
 
 
 def measure_density(model: str) -> list[dict[str, Any]]:
     """A static mask of growing density beside full fine-tuning, LoRA and the frozen floor."""
-    return [measured(model, ("full", "frozen", "lora", "random", "id3"), density) for density in DENSITIES]
+    return [measured(model, ("full", "frozen", "random", "id3"), density) for density in DENSITIES]
 
 
 def measure_size() -> list[dict[str, Any]]:
     """One share of the weights of growing models."""
-    return [measured(model, ("full", "frozen", "lora", "random", "id3", "id3@10"), 0.0017) for model in SIZES]
+    return [measured(model, ("full", "frozen", "random", "id3"), 0.0017) for model in SIZES]
 
 
 def measured(model: str, methods: tuple[str, ...], budget: float) -> dict[str, Any]:

@@ -1,0 +1,143 @@
+"""Every method that `selectune methods` lists, trained for real: makes docs/results/methods-stsb.md.
+
+    SELECTUNE_DATA=... python benchmarks/methods.py --epochs 2 --jobs 2 --out runs/methods
+
+Each method is `selectune train` in a process of its own, with one thread a job. What is done already
+(`OUT/NAME/row.json`) is not done again, so a run that was stopped goes on; `--render` only writes the page.
+A method that ends with an error gets a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from selectune.adapters import KINDS
+from selectune.recipes import RECIPES
+
+EXTRA = {  # what a method needs beside its name, and the papers' combinations
+    "id3": ["--budget", "{budget}"],
+    "fish": ["--examples", "256"],
+    "fish-dip": ["--pool", "500"],
+    "sparse-adapter": ["--on", "pfeiffer:reduction=16"],
+    "id3+lora:r=32": ["--method", "id3", "--on", "lora:r=32", "--budget", "{lora}"],
+    "pafi+lora:r=32": ["--method", "pafi", "--on", "lora:r=32", "--budget", "{lora}"],
+    "id3+pfeiffer": ["--method", "id3", "--on", "pfeiffer:reduction=16", "--budget", "{lora}"],
+}
+LAST = "full"
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "methods-stsb.md"
+
+
+def names() -> list[str]:
+    """Recipes in the order of `selectune methods`, the papers' combinations, dense peers; full fine-tuning last."""
+    recipes = [name for name in RECIPES if name != LAST]
+    return [*recipes, *(name for name in EXTRA if name not in RECIPES), *KINDS, LAST]
+
+
+def command(name: str, options: argparse.Namespace) -> list[str]:
+    fixed = [sys.executable, "-m", "selectune", "train", "--model", options.model, "--task", options.task, "--json"]
+    fixed += ["--epochs", str(options.epochs), "--max-length", str(options.max_length), "--seed", str(options.seed)]
+    fixed += ["--out", str(options.out / folder(name)), "--eval-every", str(10**9)]
+    extra = [part.format(budget=options.budget, lora=options.lora) for part in EXTRA.get(name, [])]
+    if "--method" not in extra:
+        extra += ["--method", name]
+    recipe = RECIPES.get(name)
+    if recipe is not None and "--budget" not in extra and recipe.function.__annotations__.get("budget"):
+        extra += [] if name in ("sparse-adapter", "child-tuning-d") else ["--budget", options.budget]
+    return fixed + extra
+
+
+def folder(name: str) -> str:
+    return name.replace(":", "-").replace("+", "-on-").replace("=", "")
+
+
+def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The row of a method: from its file, or made now."""
+    file = options.out / folder(name) / "row.json"
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # the peak of one child alone: a shell of Python starts it, waits, and says what its only child used
+    watch = (
+        "import json,resource,subprocess,sys;"
+        "done=subprocess.run(sys.argv[1:],stdout=subprocess.PIPE,stderr=subprocess.PIPE,text=True);"
+        "peak=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss;"
+        "print(json.dumps([done.returncode,done.stdout,done.stderr[-2000:],peak]))"
+    )
+    line = [sys.executable, "-c", watch, *command(name, options)]
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    code, out, err, peak = json.loads(done.stdout)
+    row: dict[str, Any] = {"name": name, "command": command(name, options)[2:], "peak_kib": peak}
+    if code == 0:
+        found = json.loads(out)
+        keep = ("value", "metric", "steps", "trained", "changed", "selected", "delta_bytes", "seconds", "events")
+        row |= {key: found.get(key) for key in keep}
+    else:
+        row["error"] = next((text for text in reversed(err.splitlines()) if text.strip()), f"exit code {code}")
+    file.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    say(f"{name}: {row.get('value', row.get('error'))} ({time.monotonic() - began:.0f} s)")
+    return row
+
+
+def say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| method | metric | trained | moved | peak MiB | s / step | delta bytes |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['name']} | {row['error'][:120]} | | | | | |")
+            continue
+        lines.append(
+            f"| {row['name']} | {row['value']:.4f} | {row['trained']:,} | {row['changed']:,} | "
+            f"{row['peak_kib'] / 1024:,.0f} | {row['seconds'] / row['steps']:.2f} | {row['delta_bytes']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    made = f"python benchmarks/methods.py --epochs {options.epochs:g} --jobs {options.jobs}"
+    return (
+        f"# Every method on STS-B\n\nMiniLM (`--model demo`), {options.epochs:g} epochs, one seed, {options.budget} of the "
+        "weights where a budget applies; each command's own default learning rate. Metric: mean of Pearson and Spearman of the saved "
+        "delta on a fresh base. `moved`: scalars of the support that differ from the base; dense tensors are not in it. Peak: the whole "
+        "process. Seconds a step: the whole run, data, set-up and evaluation too, over its steps; two jobs at a time on two cores, so they "
+        f"compare roughly. One seed: differences of a few hundredths mean nothing.\n\nMade by `{made}`.\n\n{table(rows)}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--task", default="glue/stsb")
+    parser.add_argument("--methods", default="", help="by comma; default: all")
+    parser.add_argument("--budget", default="0.17%")
+    parser.add_argument("--lora", default="5%", help="the budget of what is selected from a module")
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=6)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--render", action="store_true", help="write the page from the rows that are there")
+    options = parser.parse_args()
+    wanted = [name for name in options.methods.split(",") if name] or names()
+    if options.render:
+        wanted = [name for name in wanted if (options.out / folder(name) / "row.json").exists()]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(lambda name: one(name, options), wanted))
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(page(rows, options), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

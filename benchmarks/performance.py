@@ -1,0 +1,90 @@
+"""Fills the tables of docs/performance.md from the reports beside it: `python benchmarks/performance.py`.
+
+The reports are what `selectune bench --json` and `benchmarks/figures.py` wrote to docs/performance/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from selectune.bench.bars import judge
+
+HERE = Path(__file__).parent.parent / "docs"
+Report = dict[str, Any]
+
+
+def read(name: str) -> Report:
+    return json.loads((HERE / "performance" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def number(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def rows(name: str) -> str:
+    """One run, a line a method."""
+    report = read(name)
+    lines = [
+        "| method | init s | update s | step s | / full | / frozen | / lora | peak MiB | delta bytes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        cells = [
+            row["method"], number(row["init_s"], ".3f"), number(row["update_s"], ".3f"), number(row["step_s"], ".3f"),
+            number(row["step_over_full"], ".2f"), number(row["step_over_frozen"], ".2f"),
+            number(row["step_over_lora"], ".2f"), number(row["peak_mib"], ",.0f"), number(row["delta_bytes"], ",d"),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def bars(*names: str) -> str:
+    """The bars, a column a run."""
+    verdicts = [judge(read(name)) for name in names]
+    lines = [
+        "| bar | method | limit | " + " | ".join(f"run {n + 1}" for n in range(len(names))) + " | kept |",
+        "|---" * (4 + len(names)) + "|",
+    ]
+    for same in zip(*verdicts, strict=True):
+        first, kept = same[0], sum(v.kept is True for v in same)
+        values = " | ".join(number(v.value, ".2f") for v in same)
+        lines.append(f"| {first.what} | {first.method} | {first.limit:g} | {values} | {kept} of {len(same)} |")
+    return "\n".join(lines)
+
+
+def series(name: str, what: str) -> str:
+    """Reports of growing density or size: step over full fine-tuning's, and over the frozen floor's."""
+    reports = read(name)
+    names = [row["method"] for row in reports[0]["rows"]]
+    lines = [f"| {what} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for report in reports:
+        at = report["settings"]["budget"] if what == "density" else report["settings"]["model"]
+        cells = [number(row["step_over_full"], ".2f") for row in report["rows"]]
+        lines.append(f"| {f'{100 * at:g} %' if what == 'density' else at} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "rows": lambda: rows("bars-1"),
+    "bars": lambda: bars("bars-1", "bars-2", "bars-3"),
+    "bars at 5 %": lambda: bars("bars-dense"),
+    "density": lambda: series("density", "density"),
+    "size": lambda: series("size", "model"),
+}
+
+
+def main() -> None:
+    page = HERE / "performance.md"
+    text = page.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        marks = rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)"
+        text = re.sub(marks, lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text, flags=re.DOTALL)
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
