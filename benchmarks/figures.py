@@ -59,36 +59,28 @@ def draw(reports: list[dict[str, Any]], x: list[float], label: str, file: Path) 
     plt.close(figure)
 
 
-def table(reports: list[dict[str, Any]], first: str, x: list[str]) -> str:
-    """The same numbers as Markdown: step over full's, and peak memory over full's."""
-    names = [row["method"] for row in reports[0]["rows"]]
-    lines = [f"| {first} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for value, report in zip(x, reports, strict=True):
-        rows = {row["method"]: row for row in report["rows"]}
-        lines.append(f"| {value} | " + " | ".join(f"{rows[n]['step_over_full']:.2f}" for n in names) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/performance"))
     parser.add_argument("--model", default="bert-6l", help="the model whose density grows")
+    parser.add_argument("--only", choices=("density", "size"), help="measure one of the two")
     parser.add_argument("--draw", action="store_true", help="draw the reports that are there")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[dict[str, Any]]] = {}
     for name, measure in (("density", lambda: measure_density(given.model)), ("size", measure_size)):
+        if not given.draw and given.only in (None, name):
+            report = json.dumps(measure(), indent=1) + "\n"
+            (given.out / f"{name}.json").write_text(report, encoding="utf-8")
+    for name, label in (("density", "trained share of the weights"), ("size", "weights")):
         file = given.out / f"{name}.json"
-        if not given.draw:
-            file.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
-        found[name] = json.loads(file.read_text(encoding="utf-8"))
-    density = [report["settings"]["budget"] for report in found["density"]]
-    draw(found["density"], density, "trained share of the weights", given.out / "density.svg")
-    size = [report["model"]["weights_mib"] * (1 << 20) / 4e6 for report in found["size"]]
-    draw(found["size"], size, "weights", given.out / "size.svg")
-    print(table(found["density"], "density", [f"{100 * d:g} %" for d in density]))
-    print()
-    print(table(found["size"], "weights", [f"{s:.0f} M" for s in size]))
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            draw(found, [place(report, name) for report in found], label, given.out / f"{name}.svg")
+
+
+def place(report: dict[str, Any], name: str) -> float:
+    """Where a report stands on the axis: its density, or its millions of weights."""
+    return report["settings"]["budget"] if name == "density" else report["model"]["weights_mib"] * (1 << 20) / 4e6
 
 
 if __name__ == "__main__":

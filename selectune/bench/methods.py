@@ -21,6 +21,7 @@ from selectune.adapters import KINDS, LINEARS, Spec, linears, make, parse, put_o
 from selectune.errors import ConfigError, ModelError
 from selectune.harness.calibration import calibration
 from selectune.harness.modules import peer, spec_of
+from selectune.harness.optimizers import OPTIMIZERS
 from selectune.method import Method
 from selectune.recipes import RECIPES
 from selectune.schedule import resolve_budget
@@ -156,8 +157,9 @@ def ours(name: str, model: nn.Module, plan: Plan) -> Ready:
         if adapted is not None:
             adapted.remove()
 
+    groups = [{"params": tuner.parameters(), "lr": LEARNING_RATE}]
     return Ready(
-        optimizer=_adamw(tuner.parameters()),
+        optimizer=OPTIMIZERS[RECIPES[parts(name)[0]].optimizer](groups, 0.0) or _adamw(tuner.parameters()),
         selected=lambda: tuner.selected,
         save=lambda folder: tuner.save(folder / "delta.safetensors").stat().st_size,
         selecting=lambda: tuner.quota > 0,
