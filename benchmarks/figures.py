@@ -29,7 +29,7 @@ def measure_density(model: str) -> list[dict[str, Any]]:
 
 def measure_size() -> list[dict[str, Any]]:
     """One share of the weights of growing models."""
-    return [measured(model, ("full", "frozen", "random", "id3"), 0.0017) for model in SIZES]
+    return [measured(model, ("full", "frozen", "random"), 0.0017) for model in SIZES]
 
 
 def measured(model: str, methods: tuple[str, ...], budget: float) -> dict[str, Any]:
