@@ -50,11 +50,13 @@ def _hooked() -> bool:
 
 
 def rebuilt(node: Any) -> Tensor:
-    """The output of the node, with the bits it had; valid until another's is rebuilt."""
+    """The output of the node, with the bits it had; valid until another's is rebuilt.
+
+    Memory that is used again carries a new version then, so nothing made of the last one is taken for this one.
+    """
     last = getattr(_last, "made", None)
     if last is not None and last[0] is node:
         return last[1]
-    forget()  # what was made of the last one is stale once its memory is used again
     with torch.no_grad():
         made = OUTPUTS[node.name()](node)
     _last.made = (node, made)
