@@ -3,6 +3,9 @@
 One total order decides everything: score descending, tensor order, flat index ascending. Scores
 arrive in pieces, one dense tensor at a time; a collector keeps candidates only, because the best q of
 all lie among the best q of every piece. So nothing of size N is ever built beside the scores at hand.
+
+There are two ways in. `offer` looks at the numbers: a cutoff leaves out most of the next piece, the fastest on a CPU.
+`queue` never asks for a number, so that on a GPU the host runs ahead: a piece costs one top-k of integer keys.
 """
 
 from __future__ import annotations
@@ -84,11 +87,16 @@ class PerTensorCollector:
         """See `selectune.types.Collector`."""
         self._each[tensor].offer(tensor, flat, scores, carry)
 
+    def queue(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
+        """See `selectune.types.Queueing`."""
+        self._each[tensor].queue(tensor, flat, scores, carry)
+
     def close(self) -> tuple[Tensor, Tensor, Tensor]:
         """See `selectune.types.Collector`."""
         for each in self._each:
             each._compress()
             self._all.kept += each.kept
+            self._all.queued += [each.merged(part) for part in each.by_device()]
         return self._all.close()
 
 
@@ -98,10 +106,13 @@ class GlobalCollector:
     def __init__(self, quota: int, sizes: Sequence[int], tie_seed: int | None) -> None:
         self.quota = quota
         self.tie_seed = tie_seed
-        self.starts = torch.tensor([0, *itertools.accumulate(sizes)])  # of each tensor in the total order
+        self._starts = [0, *itertools.accumulate(sizes)]  # of each tensor in the total order
+        self.starts = torch.tensor(self._starts)
         self.cutoff = float("-inf")  # q entries at least this good are known
         self.kept: list[Rows] = []
         self.count = 0
+        self.queued: list[Rows] = []  # on their devices, at most `quota` each
+        self.waiting = 0
 
     def offer(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
         """See `selectune.types.Collector`."""
@@ -111,13 +122,56 @@ class GlobalCollector:
         where = good.nonzero().squeeze(1)
         if where.numel() == 0:
             return
-        positions = (where + flat if isinstance(flat, int) else flat[where]) + int(self.starts[tensor])
+        positions = (where + flat if isinstance(flat, int) else flat[where]) + self._starts[tensor]
         carried = torch.zeros_like(scores[where]) if carry is None else carry[where]
         self._keep(self._best((scores[where].double().cpu(), positions.cpu(), carried.double().cpu())))
+
+    def queue(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
+        """See `selectune.types.Queueing`."""
+        if self.quota == 0 or scores.numel() == 0:
+            return
+        start = self._starts[tensor]
+        if self.tie_seed is None and scores.dtype == torch.float32:
+            at = torch.topk(_keys(scores), min(self.quota, scores.numel()), sorted=False).indices
+        else:
+            places = torch.arange(scores.numel(), device=scores.device)
+            at = self._order(scores, (flat + start) + (places if isinstance(flat, int) else 0))[: self.quota]
+        positions = (at + flat if isinstance(flat, int) else flat[at]) + start
+        carried = torch.zeros_like(scores[at]) if carry is None else carry[at]
+        self.queued.append((scores[at].double(), positions, carried.double()))
+        self.waiting += at.numel()
+        if self.waiting > 4 * self.quota + _SLACK:
+            self.queued = [self.merged(part) for part in self.by_device()]
+            self.waiting = sum(rows[0].numel() for rows in self.queued)
+
+    def by_device(self) -> list[list[Rows]]:
+        """What is queued, apart by device."""
+        devices = dict.fromkeys(rows[0].device for rows in self.queued)
+        return [[rows for rows in self.queued if rows[0].device == device] for device in devices]
+
+    def merged(self, rows: list[Rows]) -> Rows:
+        """The best q of rows of one device, in order."""
+        scores, positions, carried = (torch.cat(part) for part in zip(*rows, strict=True))
+        order = self._order(scores, positions)[: self.quota]
+        return scores[order], positions[order], carried[order]
+
+    def _close_queued(self) -> Rows:
+        """The chosen of all devices, on the first one. Here the host waits."""
+        home = self.queued[0][0].device
+        near = [self.merged(part) for part in self.by_device()]
+        kept = [tuple(part.to(home) for part in rows) for rows in [*near, *self.kept]]
+        scores, positions, carried = self.merged([(a, b, c) for a, b, c in kept])
+        good = scores > float("-inf")
+        return scores[good], positions[good], carried[good]
 
     def close(self) -> tuple[Tensor, Tensor, Tensor]:
         """See `selectune.types.Collector`."""
         self._compress()
+        if self.queued:
+            _, positions, carried = self._close_queued()
+            starts = self.starts.to(positions.device)
+            tensors = torch.searchsorted(starts, positions, right=True) - 1
+            return tensors, positions - starts[tensors], carried
         if not self.kept:
             return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0)
         scores, positions, carried = self.kept[0]
@@ -162,6 +216,16 @@ class GlobalCollector:
         if self.tie_seed is not None:
             order = order[torch.argsort(_mix(positions[order], self.tie_seed), stable=True)]
         return order[torch.argsort(scores[order], descending=True, stable=True)]
+
+
+def _keys(scores: Tensor) -> Tensor:
+    """int64 keys, all different, ordered as (score descending, position ascending) is when they descend.
+
+    The upper half is the float32's bits as an integer that grows with it (-0 counts as 0, as in any comparison).
+    """
+    bits = (scores + 0.0).view(torch.int32).long()
+    rank = torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
+    return (rank << 32) - torch.arange(scores.numel(), device=scores.device)
 
 
 def _mix(positions: Tensor, seed: int) -> Tensor:

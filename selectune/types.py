@@ -156,7 +156,19 @@ class Collector(Protocol):
         ...
 
     def close(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The chosen entries, best first, k <= quota: tensors (k,), flat indices (k,), carried (k,), on the CPU."""
+        """The chosen entries, best first, k <= quota: tensors (k,), flat indices (k,), carried (k,).
+
+        On the CPU, or on the device of what was queued.
+        """
+        ...
+
+
+@runtime_checkable
+class Queueing(Collector, Protocol):
+    """A collector that can also take scores without reading them, so that the host need not wait for a GPU."""
+
+    def queue(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
+        """As `offer`, `flat` ascending; no number leaves the device until `close`. After a NaN the answer is void."""
         ...
 
 

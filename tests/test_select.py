@@ -46,6 +46,36 @@ def test_exactly_the_best_in_any_pieces_and_any_order(case):
     assert set(got) == best(scores, quota)
 
 
+@given(cases(), some.sampled_from([torch.float32, torch.float64]), some.booleans(), some.sampled_from([0, 1, 3]))
+def test_what_is_queued_is_chosen_as_what_is_offered(case, dtype, listed, slack):
+    scores, quota, piece, rng = case
+    before, select._SLACK = select._SLACK, slack
+    try:
+        for rule in (GlobalTopK(), GlobalTopK(tie="random"), PerTensor()):
+            offered, queued = (rule.collector(quota, [len(s) for s in scores], seed=3) for _ in range(2))
+            offers = [(t, start) for t, s in enumerate(scores) for start in range(0, len(s), piece)]
+            rng.shuffle(offers)
+            for t, start in offers:
+                part = torch.tensor(scores[t][start : start + piece], dtype=dtype)
+                flat = torch.arange(start, start + len(part)) if listed else start
+                offered.offer(t, flat, part, part + 1)
+                queued.queue(t, flat, part, part + 1)
+            for mine, theirs in zip(queued.close(), offered.close(), strict=True):
+                assert torch.equal(mine, theirs.to(mine))
+    finally:
+        select._SLACK = before
+
+
+def test_keys_of_floats_order_as_the_floats_do():
+    numbers = [-np.inf, -3.5, -1e-40, -0.0, 0.0, 1e-45, 1e-40, 1.0, np.nextafter(np.float32(1), np.float32(2)), np.inf]
+    scores = torch.tensor(np.array(numbers, dtype=np.float32))
+    keys = select._keys(scores)
+    assert keys.unique().numel() == len(numbers)
+    assert torch.argsort(keys, descending=True).tolist() == torch.sort(scores, descending=True, stable=True)[1].tolist()
+    below, above = select._keys(torch.tensor([-0.0, 0.0, -0.0]))[:2]
+    assert below > above  # equal scores: the earlier first
+
+
 @given(cases(), some.sampled_from([0, 1, 3]))
 def test_compressing_early_changes_nothing(case, slack):
     before, select._SLACK = select._SLACK, slack

@@ -20,8 +20,8 @@ from selectune.method import Method
 from selectune.scope import ScopedTensor
 from selectune.scores import constant
 from selectune.train.ledger import Ledger, Snapshot
-from selectune.train.scan import scan
-from selectune.types import Allocating, Collector, News, Reads, Schedule
+from selectune.train.scan import queues, scan, scan_queued
+from selectune.types import Allocating, Collector, News, Queueing, Reads, Schedule
 
 log = logging.getLogger("selectune")
 
@@ -48,6 +48,7 @@ class Chooser:
         self._ahead = -1  # the step of the last choice before forward
         self._collector: Collector | None = None
         self._broken: list[str] = []  # tensors with non-finite scores
+        self._finite: list[tuple[str, Tensor]] = []  # what is not known yet, bool () on its device
 
     def quota(self, step: int) -> int:
         """How many entries the schedule asks for at this step."""
@@ -83,11 +84,11 @@ class Chooser:
 
     def forget(self) -> None:
         """The backward pass broke off: what it offered is void."""
-        self._collector = None
+        self._collector, self._finite = None, []
 
     def undo(self) -> None:
         """The window's step was skipped; the ledger is as it was."""
-        self._collector, self._broken = None, []
+        self._collector, self._broken, self._finite = None, [], []
 
     def commit(self, step: int, scale: float) -> None:
         """The optimizer has stepped; `step` steps are done. `scale`: its gradient over that of the backward passes."""
@@ -133,6 +134,10 @@ class Chooser:
     def report_broken(self, step: int) -> bool:
         """Whether scores were not finite; says so once."""
         names, self._broken = self._broken, []
+        waiting, self._finite = self._finite, []
+        if waiting:
+            flags = torch.stack([finite.to(waiting[0][1].device) for _, finite in waiting]).tolist()
+            names += [name for (name, _), finite in zip(waiting, flags, strict=True) if not finite]
         if not names:
             return False
         self._collector = None
@@ -176,7 +181,11 @@ class Growing(Chooser):
         tensor = self.tensors[index]
         if rows is not None and self.score.above is None:
             gradient, rows = scattered(gradient, rows, tensor), None  # zeros may be chosen
-        if not scan(self._collector, self.score, tensor, self._taken(index), gradient, rows):
+        taken = self._taken(index)
+        if isinstance(self._collector, Queueing) and queues(tensor, self._collector):
+            finite = scan_queued(self._collector, self.score, tensor, taken, gradient, rows)
+            self._finite.append((tensor.name, finite))
+        elif not scan(self._collector, self.score, tensor, taken, gradient, rows):
             self._broken.append(tensor.name)
 
     def close(self, step: int, gradient: Tensor) -> Snapshot | None:
@@ -259,6 +268,7 @@ class Afresh(Growing):
         return None
 
     def _take(self, tensors: Tensor, flat: Tensor, carried: Tensor | None, gradient: Tensor | None) -> None:
+        tensors, flat, carried = tensors.cpu(), flat.cpu(), None if carried is None else carried.cpu()
         fresh, slots = self.ledger.replace(tensors, flat)
         self.clear(gradient, slots)
         self.news = News(slots)

@@ -221,17 +221,19 @@ class Ledger:
         base = ops.gather_entries(weight, flat)
         with torch.no_grad():
             self.values[slots] = base.to(self.values)
-        back = torch.isin(page.retired, flat)
-        if bool(back.any()):  # trained before: its base is the one recorded then
-            base[torch.searchsorted(flat, page.retired[back])] = page.retired_base[back]
+        retired, retired_base = page.retired, page.retired_base
+        if retired.numel():  # trained before: its base is the one recorded then
+            back = torch.isin(retired, flat)
+            base[torch.searchsorted(flat, retired[back])] = retired_base[back]
+            retired, retired_base = retired[~back], retired_base[~back]
         self.changes += 1
         merged, order = torch.sort(torch.cat((page.flat, flat)))
         self.pages[index] = Page(
             merged,
             torch.cat((page.slot, slots))[order.to(slots.device)],
             torch.cat((page.base, base))[order],
-            page.retired[~back],
-            page.retired_base[~back],
+            retired,
+            retired_base,
             watched=page.watched,
         )
 

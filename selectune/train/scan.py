@@ -12,9 +12,10 @@ from torch import Tensor
 
 from selectune import ops
 from selectune.scope import ScopedTensor
-from selectune.types import Collector, Score
+from selectune.types import Collector, Queueing, Score
 
 PIECE = 1 << 20  # scalars scored at once: small enough for the caches, large enough to be cheap
+QUEUED_PIECE = 1 << 22  # on a GPU: a few launches for each, 12 bytes of temporary memory a scalar
 
 NOT_ELIGIBLE = float("-inf")
 
@@ -64,6 +65,47 @@ def scan(
             collector.offer(tensor.index, rows[at // width] * width + at % width, scores, carry)
         start = part.stop
     return True
+
+
+def queues(tensor: ScopedTensor, collector: Collector) -> bool:
+    """Whether a scan of this tensor can go without the host waiting, and there is a device to wait for."""
+    return tensor.parameter.device.type != "cpu" and isinstance(collector, Queueing)
+
+
+def scan_queued(
+    collector: Queueing,
+    score: Score,
+    tensor: ScopedTensor,
+    taken: Tensor | None,
+    gradient: Tensor,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """As `scan` with a gradient, and nothing is waited for: whether all scores are finite, bool (), is read later."""
+    weight = tensor.parameter.detach()
+    w, g = _flat(weight, rows), _flat(gradient)
+    barred, width = _barred(tensor, taken, None), weight.shape[-1] if weight.ndim else 1
+    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+    finite = torch.ones((), dtype=torch.bool, device=w.device)
+    if rows is not None:  # where each row stands in the block; one past its end if it does not
+        at = w.new_full((weight.shape[0],), rows.numel(), dtype=torch.int64)
+        at[rows] = torch.arange(rows.numel(), device=w.device)
+        barred = at[barred // width] * width + barred % width
+    for start in range(0, w.numel(), QUEUED_PIECE):
+        piece, gradients = w[start : start + QUEUED_PIECE].to(wide), g[start : start + QUEUED_PIECE].to(wide)
+        scores = score(piece, gradients, None)
+        size = scores.numel()
+        finite &= torch.isfinite(scores).all()
+        here = barred - start
+        not_free = torch.zeros(size + 1, dtype=torch.bool, device=w.device)  # the last one stands for all elsewhere
+        not_free[torch.where((here >= 0) & (here < size), here, size)] = True
+        if score.above is not None:
+            not_free[:size] |= scores <= score.above
+        flat: Tensor | int = start
+        if rows is not None:
+            local = torch.arange(start, start + size, device=w.device)
+            flat = rows[local // width] * width + local % width
+        collector.queue(tensor.index, flat, scores.masked_fill(not_free[:size], NOT_ELIGIBLE), gradients)
+    return finite
 
 
 _Found = tuple[Tensor | None, Tensor, Tensor | None]  # positions in the piece (None: all), scores, gradients
