@@ -4,7 +4,7 @@
 
 Each method is `selectune train` in a process of its own, with one thread a job. What is done already
 (`OUT/NAME/row.json`) is not done again, so a run that was stopped goes on; `--render` only writes the page.
-A method that ends with an error gets a row that says so.
+A method that ends with an error gets a row that says so, and is tried again by the next run.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ EXTRA = {  # what a method needs beside its name, and the papers' combinations
 LAST = "full"
 PAGE_TEXT = """# Every method on STS-B
 
-MiniLM (`--model demo`), {epochs} epochs, one seed, {budget} of the weights where a budget applies; each command's own
-default learning rate. Metric: mean of Pearson and Spearman of the saved delta on a fresh base. `moved`: scalars of
-the support that differ from the base; dense tensors are not in it. Peak: the whole process. Seconds a step: the whole
-run, data, set-up and evaluation too, over its steps; with two jobs on two cores they compare roughly. One seed:
-differences of a few hundredths mean nothing.
+MiniLM (`--model demo`), {epochs} epochs, one seed, {budget} of the weights where a budget applies, batches of 16 rows
+of like length; each command's own default learning rate. Metric: mean of Pearson and Spearman of the saved delta on a
+fresh base. `moved`: scalars of the support that differ from the base; dense tensors are not in it. Peak: the whole
+process. Seconds a step: the whole run, data, set-up and evaluation too, over its steps; with two jobs on two cores
+they compare roughly. One seed: differences of a few hundredths mean nothing.
 
 Made by `{made}`.
 
@@ -56,6 +56,7 @@ def names() -> list[str]:
 def command(name: str, options: argparse.Namespace) -> list[str]:
     fixed = [sys.executable, "-m", "selectune", "train", "--model", options.model, "--task", options.task, "--json"]
     fixed += ["--epochs", str(options.epochs), "--max-length", str(options.max_length), "--seed", str(options.seed)]
+    fixed += ["--group-by-length"]
     fixed += ["--out", str(options.out / folder(name)), "--eval-every", str(10**9)]
     extra = [part.format(budget=options.budget, lora=options.lora) for part in EXTRA.get(name, [])]
     if "--method" not in extra:
@@ -74,7 +75,9 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The row of a method: from its file, or made now."""
     file = options.out / folder(name) / "row.json"
     if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if "error" not in known or options.render:
+            return known
     file.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -181,6 +181,10 @@ def train(
     ] = 0.0,
     schedule: Annotated[str, typer.Option(help="Of the learning rate: linear, cosine or constant.")] = "linear",
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay; only trained scalars decay.")] = 0.0,
+    group_by_length: Annotated[
+        bool,
+        typer.Option("--group-by-length", help="Batches of rows of like length: less padding, another order."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a few scalars of a model on a task, save them as a delta, and measure what was saved."""
@@ -230,6 +234,7 @@ def train(
         warmup=warmup,
         schedule=schedule,
         weight_decay=weight_decay,
+        group_by_length=group_by_length,
     )
     with working():
         found = run(config, Bar())

@@ -264,6 +264,21 @@ def _arguments(config: RunConfig, steps: int) -> Any:
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
+        **_sampling(config.group_by_length),
+    )
+
+
+def _sampling(group_by_length: bool) -> dict[str, Any]:
+    """Trainer's setting for batches of rows of like length, by its name in the transformers at hand."""
+    from transformers import TrainingArguments
+
+    if not group_by_length:
+        return {}
+    fields = TrainingArguments.__dataclass_fields__
+    return (
+        {"train_sampling_strategy": "group_by_length"}
+        if "train_sampling_strategy" in fields
+        else {"group_by_length": True}
     )
 
 

@@ -21,6 +21,7 @@ from selectune.errors import (
     ScopeError,
     TaskError,
 )
+from selectune.harness import train
 from selectune.harness.config import RunConfig, build_method
 from selectune.harness.restore import Source, evaluate_delta, load_base, verify_delta
 from selectune.harness.train import Update, run
@@ -294,3 +295,24 @@ def test_real_data(tiny, real_data, tmp_path):
         config = RunConfig(model=str(tiny), task=name, budget=0.01, max_steps=3, data=str(real_data), out=out)
         result = run(config)
         assert evaluate_delta(Source(str(tiny)), out, tasks.get(name), str(real_data)) == result.evaluation
+
+
+def test_batches_of_like_length_pad_less_and_show_every_row(config, monkeypatch):
+    shapes: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    real = train.collate
+    for grouped, seen in shapes.items():
+
+        def collate(tokenizer, rows, seen=seen):
+            batch = real(tokenizer, rows)
+            seen.append((int(batch["attention_mask"].sum()), batch["input_ids"].numel()))
+            return batch
+
+        monkeypatch.setattr(train, "collate", collate)
+        run(
+            dataclasses.replace(
+                config, method="bitfit", budget=None, batch_size=2, max_steps=24, group_by_length=grouped
+            )
+        )
+    real_tokens, all_tokens = ({g: sum(s[k] for s in seen) for g, seen in shapes.items()} for k in (0, 1))
+    assert real_tokens[True] == real_tokens[False]  # 24 steps of two: each of the 48 rows once
+    assert all_tokens[True] < all_tokens[False]
