@@ -2,60 +2,72 @@
 
     tuner = st.attach(model, st.id3(budget=103_000, steps=steps), accumulation_steps=args.gradient_accumulation_steps)
     trainer = Trainer(model, args, train_dataset=rows, callbacks=[SelectuneCallback(tuner)])
-    trainer.train()
+    trainer.train()                                     # later, in a new process: train(resume_from_checkpoint=True)
 
 Trainer and trainers made from it (TRL's) see an ordinary model with one trainable parameter. Checkpoints hold the tuned
-model as always, and beside it the delta.
+model as always, and beside it the delta and the tuner's state, so that a run that was stopped goes on from one and ends
+with the bits of a run that was not.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
+import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from selectune.errors import ConfigError
-from selectune.train import Tuner
+from selectune.delta import digest_bits
+from selectune.errors import ConfigError, IntegrityError
+from selectune.train import STATE_FILE, Tuner, read_state, write_state
 
 log = logging.getLogger("selectune")
 
-_RESUME = (
-    "Resuming from a checkpoint cannot restore the support and its order yet, so the run would not be the one that was "
-    "stopped. Start anew without resume_from_checkpoint."
-)
-
 
 class SelectuneCallback(TrainerCallback):
-    """Saves the delta in every checkpoint, logs selected, budget and quota, and checks the Trainer's settings.
+    """Saves delta and tuner state in every checkpoint, resumes from one, logs selected, budget and quota.
 
     `checkpoint-N/delta.safetensors` is the delta after N steps; an early one may be empty. `base`: what a delta records
-    of its base, see `Tuner.save`. Costs one checked save (a pass over the weights) a checkpoint.
+    of its base, see `Tuner.save`. `checkpoint-N/tuner.safetensors` is the tuner's state, written last: a checkpoint
+    that has it is complete. Costs one checked save (a pass over the weights) a checkpoint, O(B) bytes.
+
+    `trainer.train(resume_from_checkpoint=True or a folder)`: with a fresh tuner, attached as the first one was to the
+    same base, and the same arguments of the Trainer. The checkpoint's weights are kept out of the model, which stays
+    the base; the state puts them there, and both must agree by bits. Data order, random state, optimizer and learning
+    rate are the Trainer's to restore.
 
     Raises ConfigError as training starts, if `gradient_accumulation_steps` is not the tuner's `accumulation_steps`, if
-    the Trainer's model is not the tuner's, or if a checkpoint is resumed.
+    the Trainer's model is not the tuner's, if weights were loaded into it without a resume, or if the checkpoint has no
+    state, one of another run, or nothing left to train. BaseMismatchError for another base; IntegrityError, naming
+    tensors, for weights that are not those of base and state.
     """
 
     def __init__(self, tuner: Tuner, base: Mapping[str, Any] | None = None) -> None:
         self.tuner = tuner
         self.base = base
-        self._guard: Any = None
+        self._guards: list[Any] = []
+        self._kept_out: dict[str, str | None] = {}  # {name: digest} of weights that were to be loaded before training
+        self._prefixes: dict[str, str] = {}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuses a resume before the Trainer loads weights into the attached model."""
-        if getattr(args, "resume_from_checkpoint", None):
-            raise ConfigError(f"resume_from_checkpoint={args.resume_from_checkpoint!r}: {_RESUME}")
+        """From here to the start of training, no weights are loaded into the attached model."""
         self._release()
-        self._guard = self.tuner.model.register_load_state_dict_pre_hook(_refuse)
+        self._kept_out = {}
+        for name, module in self.tuner.model.named_modules():  # all of them: peft loads virtual tokens by a submodule
+            keep_out, none_missing = partial(self._keep_out, name), partial(self._none_missing, name)
+            self._guards.append(module.register_load_state_dict_pre_hook(keep_out))
+            self._guards.append(module.register_load_state_dict_post_hook(none_missing))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._release()
+        kept_out, self._kept_out = self._kept_out, {}
         tuner = self.tuner
-        if state.global_step > 0:
-            raise ConfigError(f"The Trainer starts at step {state.global_step}: {_RESUME}")
         if args.gradient_accumulation_steps != tuner.accumulation_steps:
             raise ConfigError(
                 f"The Trainer makes a step of gradient_accumulation_steps={args.gradient_accumulation_steps} backward "
@@ -75,11 +87,20 @@ class SelectuneCallback(TrainerCallback):
                 state.max_steps,
                 "the budget will not be used up" if tuner.steps > state.max_steps else "selection ends before training",
             )
+        if state.global_step > 0:
+            self._resume(args, state, kept_out)
+        elif kept_out:
+            raise ConfigError(
+                f"{len(kept_out)} tensors were to be loaded into the attached model before training, and were kept out "
+                "of it. Load weights before attach, or resume with trainer.train(resume_from_checkpoint=...)."
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            now = self.tuner.state_dict()
             self.tuner.save(folder, base=self.base, allow_empty=True)
+            write_state(folder / STATE_FILE, now)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         tuner = self.tuner
@@ -92,11 +113,68 @@ class SelectuneCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._release()
 
+    def _resume(self, args: Any, state: Any, kept_out: Mapping[str, str | None]) -> None:
+        """The tuner's state from the checkpoint; optimizer and scheduler have theirs already."""
+        tuner, folder = self.tuner, _checkpoint(args, state)
+        file = folder / STATE_FILE
+        if tuner.step:
+            raise ConfigError(
+                f"{folder} cannot be resumed with a tuner that has trained: this one is at step {tuner.step}. Detach "
+                "it and attach anew, alike."
+            )
+        if not file.is_file():
+            raise ConfigError(
+                f"The checkpoint {folder} has no {STATE_FILE}, so the support and its order cannot be restored: it was "
+                "made without SelectuneCallback, by an older selectune, or the process stopped while it was written. "
+                "Resume from another checkpoint, or start anew."
+            )
+        if state.global_step >= state.max_steps and (state.epoch or 0) < state.num_train_epochs:
+            raise ConfigError(
+                f"The checkpoint {folder} is the end of its run, step {state.global_step} of {state.max_steps}, and "
+                "the Trainer would take a step more. Nothing is left to train: its delta is in the folder."
+            )
+        if not (folder / "optimizer.pt").is_file():
+            log.warning(
+                "The checkpoint %s has no optimizer.pt (save_only_model=True?): moments and learning rate start anew, "
+                "so the run will not be the one that was stopped.", folder,
+            )  # fmt: skip
+        tuner.load_state_dict(read_state(file))
+        now = {name: tensor for name, tensor in tuner.model.state_dict().items() if kept_out.get(name) is not None}
+        wrong = [name for name, tensor in now.items() if digest_bits(tensor.detach().cpu()) != kept_out[name]]
+        if wrong:
+            raise IntegrityError(
+                f"{len(wrong)} of the {len(now)} tensors in {folder} are not the base's with the tuner's state on it: "
+                f"{', '.join(wrong[:5])}. Its weights were changed, or {STATE_FILE} is of another checkpoint."
+            )
+        tuner.verify()
+        log.info("Goes on from %s: step %d, %d scalars selected.", folder, tuner.step, tuner.selected)
+
+    def _keep_out(self, name: str, module: nn.Module, weights: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes a checkpoint's weights out of the dict that is about to be loaded; the digests of whole models stay."""
+        self._prefixes[name] = prefix
+        for key in [key for key in weights if key.startswith(prefix)]:
+            tensor, own = weights.pop(key), key.removeprefix(prefix)
+            if isinstance(tensor, Tensor):
+                # what is loaded into a part by itself may stand for other tensors: p-tuning's encoder has its output
+                whole = not name
+                self._kept_out[own if whole else f"{name}.{own}"] = digest_bits(tensor.cpu()) if whole else None
+
+    def _none_missing(self, name: str, module: nn.Module, incompatible: Any) -> None:
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if not key.startswith(self._prefixes[name])]
+
     def _release(self) -> None:
-        if self._guard is not None:
-            self._guard.remove()
-            self._guard = None
+        for guard in self._guards:
+            guard.remove()
+        self._guards = []
 
 
-def _refuse(module: Any, state: Any, prefix: str, *rest: Any) -> None:
-    raise ConfigError(f"Weights are loaded into a model with a tuner before its training starts. {_RESUME}")
+def _checkpoint(args: Any, state: Any) -> Path:
+    """The folder that is being resumed. Callbacks are not told, so it is read off the Trainer that is calling."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        told = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(told, str | os.PathLike) and isinstance(frame.f_locals.get("self"), Trainer):
+            return Path(told)
+        frame = frame.f_back
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

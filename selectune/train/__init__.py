@@ -8,10 +8,14 @@ scan        scores of a tensor into a collector; calibrate: scores over single e
 ledger      which entry is trained in which slot, and what stood there before
 adamw       AdamW over the values in one pass, with an age per entry if wanted; sm3: a number per row and column
 optimizers  torch's step hooks; package: from the ledger to a delta
+state       a run between two steps, its file, and going on from it
 """
 
 from selectune.train.adamw import SparseAdamW
 from selectune.train.attach import Tuner, Verification, attach
 from selectune.train.sm3 import SparseSM3
+from selectune.train.state import STATE_FILE, read_state, write_state
 
-__all__ = ["SparseAdamW", "SparseSM3", "Tuner", "Verification", "attach"]
+__all__ = [
+    "STATE_FILE", "SparseAdamW", "SparseSM3", "Tuner", "Verification", "attach", "read_state", "write_state",
+]  # fmt: skip

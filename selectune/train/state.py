@@ -1,28 +1,38 @@
-"""A run between two steps as tensors and plain JSON values, and a fresh tuner that goes on from them."""
+"""A run between two steps as tensors and plain JSON values, its file, and a fresh tuner that goes on from it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors import torch as files
 from torch import Tensor
 
 from selectune import ops
-from selectune.delta import digest_bits
-from selectune.errors import BaseMismatchError, ConfigError, TunerError
+from selectune.delta import digest_bits, read_owned, write_durably
+from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError, TunerError
 from selectune.train.ledger import Page
 
 if TYPE_CHECKING:
     from selectune.train.attach import Tuner
 
+STATE_FILE = "tuner.safetensors"
+"""Name of a state's file in a checkpoint."""
+
 VERSION = 1
+_HEADER = "selectune_state"
 _PAGE = ("flat", "slot", "base", "retired", "retired_base")
 
 
 def state_of(tuner: Tuner) -> dict[str, Any]:
     """See `Tuner.state_dict`."""
     tracker, ledger = tuner._tracker, tuner._ledger
+    tracker.settle()
     window = tracker._window
     if window.backwards or tracker._in_backward or tracker.in_step:
         raise TunerError(
@@ -48,7 +58,42 @@ def state_of(tuner: Tuner) -> dict[str, Any]:
         "chooser": _packed(tracker.chooser.state(), "chooser", tensors),
         "phase": None if tuner._phase is None else _packed(tuner._phase.state(), "phase", tensors),
     }
+    return {"info": json.loads(json.dumps(info, allow_nan=False)), "tensors": tensors}  # as a file would give it back
+
+
+def write_state(path: str | Path, state: Mapping[str, Any]) -> Path:
+    """Writes what `Tuner.state_dict` gave as one safetensors file, durably and atomically; no pickle.
+
+    The plain values are JSON in the file's header, with a digest of it all. Raises DeltaError that names the path.
+    """
+    info, tensors = dict(state["info"]), dict(state["tensors"])
+    header = {_HEADER: json.dumps({"info": info, "digest": _digest(info, tensors)}, allow_nan=False, sort_keys=True)}
+    return write_durably(path, files.save(tensors, header))
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Reads what `write_state` wrote, for `Tuner.load_state_dict`.
+
+    Raises DeltaError where the file cannot be read, DeltaFormatError where it holds no state or a damaged one.
+    """
+    data = bytes(read_owned(path))
+    try:
+        tensors = files.load(data)
+        head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        found = json.loads(head["__metadata__"][_HEADER])
+        info, digest = found["info"], found["digest"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DeltaFormatError(f"{path} holds no state of a tuner, or a damaged one: {error}") from error
+    if digest != _digest(info, tensors):
+        raise DeltaFormatError(f"{path} is damaged: its content does not have the digest it was written with.")
     return {"info": info, "tensors": tensors}
+
+
+def _digest(info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
+    for key in sorted(tensors):
+        found.update(f"{key}={digest_bits(tensors[key].cpu())};".encode())
+    return found.hexdigest()
 
 
 @torch.no_grad()
@@ -106,7 +151,7 @@ def _checked(tuner: Tuner, state: Mapping[str, Any]) -> tuple[dict[str, Any], di
     info, tensors = dict(state["info"]), dict(state["tensors"])
     if info.get("version") != VERSION:
         raise ConfigError(f"The state has version {info.get('version')!r}; this selectune reads version {VERSION}.")
-    mine, theirs = _run(tuner), info["run"]
+    mine, theirs = json.loads(json.dumps(_run(tuner))), info["run"]
     for key in ("method", "seed", "accumulation_steps", "budget"):
         if mine[key] != theirs[key]:
             raise ConfigError(f"The state is of another run: its {key} is {theirs[key]}, this tuner's is {mine[key]}.")

@@ -207,6 +207,16 @@ class Tracker:
         if window.backwards == 0:
             window.reads = self.chooser.passes(self.step, self.accumulation_steps)
 
+    def settle(self) -> None:
+        """A window whose passes are done is committed or undone now, if its step is known to be taken or skipped."""
+        if self._in_backward or self.in_step or not 0 < self.accumulation_steps <= self._window.backwards:
+            return
+        grad = self.ledger.values.grad
+        if self._moved():
+            self.commit()
+        elif grad is None or not bool(grad.any()):
+            self._undo()
+
     def _undo(self) -> None:
         """The window's step was skipped: nothing of it stays."""
         if self._window.before is not None:

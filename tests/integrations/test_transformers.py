@@ -7,18 +7,17 @@ import logging
 import pytest
 import torch
 from tiny_kit import WORDS, make_tokenizer
+from trainer_kit import STEPS, trainer_of
 
 import selectune as st
 from selectune import tasks
 from selectune.delta import weights_digest
 from selectune.errors import ConfigError
-from selectune.harness.evaluate import collate, encode
+from selectune.harness.evaluate import encode
 from selectune.harness.models import load_model, quiet
 from selectune.integrations.transformers import SelectuneCallback
 
 pytest_plugins = ("tiny_fixtures",)
-
-STEPS = 6
 
 
 @pytest.fixture
@@ -29,32 +28,6 @@ def loaded(tiny):
 @pytest.fixture
 def rows(loaded, data):
     return encode(loaded.tokenizer, tasks.load(tasks.get("glue/rte"), "train", data).examples, 32)
-
-
-def trainer_of(loaded, rows, folder, callback, **options):
-    from transformers import Trainer, TrainingArguments
-
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "save_steps": 2,
-        "logging_steps": 1,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **options,
-    }
-    return Trainer(
-        model=loaded.model,
-        args=TrainingArguments(**settings),
-        train_dataset=rows,
-        eval_dataset=rows[:8],
-        data_collator=lambda batch: collate(loaded.tokenizer, batch),
-        callbacks=[callback],
-    )
 
 
 def test_checkpoints_and_logs(loaded, rows, tmp_path, tiny):
@@ -98,21 +71,6 @@ def test_accumulation_that_agrees(loaded, rows, tmp_path):
         trainer_of(loaded, rows, tmp_path, SelectuneCallback(tuner), **options).train()
     assert (tuner.step, tuner.selected) == (STEPS, 60)
     assert tuner.verify().changed > 0
-
-
-def test_resume_is_refused(loaded, rows, tmp_path):
-    tuner = st.attach(loaded.model, st.id3(budget=60, steps=STEPS))
-    with quiet():
-        trainer_of(loaded, rows, tmp_path, SelectuneCallback(tuner)).train()
-    tuner.detach()
-    tuner = st.attach(loaded.model, st.id3(budget=60, steps=STEPS))
-    before = weights_digest(loaded.model)
-    again = trainer_of(loaded, rows, tmp_path, SelectuneCallback(tuner))
-    with pytest.raises(ConfigError, match=r"Resuming from a checkpoint cannot restore the support"):
-        again.train(resume_from_checkpoint=True)
-    assert weights_digest(loaded.model) == before
-    with pytest.raises(ConfigError, match="resume_from_checkpoint='there'"):
-        trainer_of(loaded, rows, tmp_path, SelectuneCallback(tuner), resume_from_checkpoint="there")
 
 
 def test_the_best_checkpoint_can_be_loaded_at_the_end(loaded, rows, tmp_path):

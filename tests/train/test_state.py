@@ -10,7 +10,9 @@ from safetensors.torch import load, save
 from train_kit import Mixed, bits, mixed_loss, same, steps, tokens
 
 import selectune as st
-from selectune.errors import BaseMismatchError, ConfigError, TunerError
+from selectune.adapters import put_on
+from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError, TunerError
+from selectune.train import read_state, write_state
 
 
 def begin(method=None, **arguments):
@@ -116,3 +118,81 @@ def test_damaged_states():
         with pytest.raises(ConfigError, match=r"keys|version 2"):
             tuner.load_state_dict(wrong)
     assert same(bits(model), before)
+
+
+def test_a_step_that_a_scaler_skipped_leaves_no_trace():
+    """Then a state is of the step before: with nothing selected, as the next backward pass would find it."""
+    model, tuner, optimizer = after(2, method=st.id3(60, 6))
+    whole = tuner.state_dict()
+    mixed_loss(model, tokens(9)).backward()
+    optimizer.zero_grad()  # no step
+    skipped = tuner.state_dict()
+    assert skipped["info"]["events"] == {"skipped_steps": 1}
+    assert (skipped["info"]["step"], tuner.selected) == (2, 20)
+    for key, tensor in whole["tensors"].items():
+        assert torch.equal(tensor, skipped["tensors"][key]) or key in ("values", "free"), key
+    for _ in steps(model, optimizer, 4, 2):
+        pass
+    assert (tuner.step, tuner.selected) == (6, 60)
+    assert tuner.events == {"skipped_steps": 1}
+
+
+def layers():
+    torch.manual_seed(0)
+    layer = torch.nn.ModuleDict({"up": torch.nn.Linear(8, 16), "down": torch.nn.Linear(16, 8)})
+    return torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])})
+
+
+ROLES = {"layers.#.up": "ffn1", "layers.#.down": "ffn2"}
+ON = {
+    "parallel:reduction=2,init=normal": (st.id3(20, 6), st.repeat_d3(20, 6), st.rigl(20, 6, every=2), st.pafi(20)),
+    "lora:r=2,targets=ffn1+ffn2": (st.id3(20, 6), st.increment_pafi(20, 6), st.lt_sft(20, 6, dense=3), st.full()),
+}
+
+
+@pytest.mark.parametrize("on", ON)
+@pytest.mark.parametrize("which", range(4))
+def test_on_a_module_through_a_file(on, which, tmp_path):
+    if on.startswith("lora"):
+        pytest.importorskip("peft")
+
+    def start():
+        model = put_on(layers(), on, 5, roles=ROLES).model
+        tuner = st.attach(model, ON[on][which])
+        return model, tuner, torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+
+    def go_on(model, optimizer, numbers):
+        layer = model["layers"][0]
+        for number in numbers:
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(number))
+            layer["down"](layer["up"](x).relu()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, tuner, optimizer = start()
+    go_on(model, optimizer, range(2))
+    file = write_state(tmp_path / "state.safetensors", tuner.state_dict())
+    moments = copy.deepcopy(optimizer.state_dict())
+    go_on(model, optimizer, range(2, 6))
+    again, second, other = start()
+    other.load_state_dict(moments)  # before the tuner's, as the Trainer does
+    second.load_state_dict(read_state(file))
+    go_on(again, other, range(2, 6))
+    assert same(bits(again), bits(model))
+    assert second.delta().to_bytes() == tuner.delta().to_bytes()
+
+
+def test_files_that_hold_no_state(tmp_path):
+    file = write_state(tmp_path / "state.safetensors", after(2)[1].state_dict())
+    whole = file.read_bytes()
+    assert write_state(tmp_path / "again.safetensors", read_state(file)).read_bytes() == whole
+    for number in range(0, len(whole), len(whole) // 40):
+        file.write_bytes(whole[:number] + bytes([whole[number] ^ 16]) + whole[number + 1 :])
+        with pytest.raises(DeltaFormatError, match="damaged"):
+            read_state(file)
+        file.write_bytes(whole[:number])
+        with pytest.raises(DeltaFormatError, match="damaged"):
+            read_state(file)
+    file.write_bytes(save({"a": torch.zeros(2)}))
+    with pytest.raises(DeltaFormatError, match="holds no state of a tuner"):
+        read_state(file)
