@@ -12,11 +12,14 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import selectune as st
 from selectune.bench import bars, table
 from selectune.bench.models import DTYPES, Bench, batches, config_of, prepare
 from selectune.bench.rounds import Settings
@@ -88,6 +91,24 @@ def reached(report: dict, bench: Bench, best: dict[str, float]) -> list[str]:
     return lines
 
 
+def waits(depth: int, width: int = 512) -> int:
+    """How often torch sees the host wait for the device in one selecting step of a stack of linear layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth))).cuda()
+    tuner = st.attach(model, st.id3(budget=width * depth, steps=4))
+    optimizer = st.SparseAdamW(tuner.parameters(), lr=1e-3)
+    for step in range(3):
+        x = torch.randn(64, width, device="cuda")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn" if step == 2 else "default")
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in seen)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="gpu.json", help="JSON file for everything measured")
@@ -102,6 +123,10 @@ def main() -> int:
     began, found, kept = time.monotonic(), {"ceilings": ceilings(), "cases": []}, True
     torch.cuda.empty_cache()
     print("ceilings: " + ", ".join(f"{name} {value:,.0f}" for name, value in found["ceilings"].items()))
+    found["waits"] = {depth: waits(depth) for depth in (4, 16)}
+    print(
+        "the host waited, in one selecting step: " + ", ".join(f"{n}x in {d} layers" for d, n in found["waits"].items())
+    )
     longest = 0.0
     for name, bench in CASES:
         started = time.monotonic()
