@@ -20,6 +20,7 @@ from selectune.errors import ConfigError, SelectuneError
 from selectune.harness.train import Update
 
 TRACEBACK = "SELECTUNE_TRACEBACK"
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C stopped
 
 
 def stderr() -> Console:

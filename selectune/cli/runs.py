@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from selectune import tasks
 from selectune.cli import values
 from selectune.cli.options import Data, Dtype, Json, MaxLength, Model, Revision, Trust
-from selectune.cli.output import Bar, result, working
+from selectune.cli.output import INTERRUPTED, Bar, result, stderr, working
 from selectune.harness.config import RunConfig, patterns
 from selectune.harness.restore import Source, evaluate_delta
+from selectune.harness.resume import newest
 from selectune.harness.train import RunResult, run
 
 TRAIN_EXAMPLES = (
@@ -19,6 +21,7 @@ TRAIN_EXAMPLES = (
     "selectune train --model demo --task glue/stsb --method bitfit --out runs/bias\n\n"
     "selectune train --model demo --task glue/rte --on lora:r=32 --method id3 --budget 114k --out runs/on-lora\n\n"
     "selectune train --model ./my-model --task glue/cola --method id3 --budget 0.17% --exp 1 --every 10 --out runs/cola"
+    "\n\nselectune train --model demo --task glue/rte --budget 103k --save-every 100 --out runs/rte --resume"
 )
 EVAL_EXAMPLES = "Example:  selectune eval --model demo --delta runs/rte --task glue/rte --json"
 
@@ -172,6 +175,14 @@ def train(
         int | None,
         typer.Option(help="Steps between two checkpoints with their delta. Default: none.", show_default=False),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the newest checkpoint in --out; the other options as they were."),
+    ] = False,
+    resume_from: Annotated[
+        str | None,
+        typer.Option("--resume-from", help="Go on from this checkpoint: a folder checkpoint-N.", show_default=False),
+    ] = None,
     data: Data = None,
     revision: Revision = None,
     dtype: Dtype = None,
@@ -237,8 +248,19 @@ def train(
         group_by_length=group_by_length,
     )
     with working():
-        found = run(config, Bar())
+        try:
+            found = run(config, Bar(), resume_from or resume)
+        except KeyboardInterrupt:
+            stderr().print(f"[yellow]{escape(_stopped(config))}[/]")
+            raise typer.Exit(INTERRUPTED) from None
     result(as_json, found.as_json(), _told(found))
+
+
+def _stopped(config: RunConfig) -> str:
+    found = newest(config)
+    if found is None:
+        return "stopped; there is no checkpoint to go on from. --save-every K writes one at every K-th step."
+    return f"stopped; the same command with --resume goes on from step {found.step:,} ({found.folder})."
 
 
 def _told(found: RunResult) -> str:

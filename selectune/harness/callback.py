@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from selectune.harness.resume import write_run
 from selectune.train import Tuner
 
 if TYPE_CHECKING:
@@ -15,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Follower(TrainerCallback):
-    """Keeps `history`: one record for each logged loss and each evaluation."""
+    """Keeps `history`: one record for each logged loss and each evaluation, in checkpoints too.
+
+    `keep`: what else a checkpoint is to hold; None where there are none. `history`: of the run up to its checkpoint.
+    """
 
     def __init__(
         self,
@@ -24,10 +30,13 @@ class Follower(TrainerCallback):
         measure: Callable[[], float],
         eval_every: int | None,
         progress: Progress | None,
+        keep: Callable[[], dict[str, Any]] | None = None,
+        history: list[dict[str, Any]] | None = None,
     ) -> None:
         self.tuner, self.steps, self.measure = tuner, steps, measure
         self.eval_every, self.progress = eval_every, progress
-        self.history: list[dict[str, Any]] = []
+        self.keep = keep
+        self.history: list[dict[str, Any]] = history or []
         self.loss: float | None = None
         self.metric: float | None = None
 
@@ -36,7 +45,15 @@ class Follower(TrainerCallback):
         if self.eval_every and step % self.eval_every == 0 and step < self.steps:
             self.metric = self.measure()
             self.history.append({"step": step, "metric": self.metric, "selected": self.tuner.selected})
+        if control.should_save:
+            control.should_log = True  # else a resumed run's next loss would be the mean over fewer steps
         self._tell(step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.keep is not None:
+            step = int(state.global_step)
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            write_run(folder, {"step": step, **self.keep(), "history": self.history})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:

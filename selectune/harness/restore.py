@@ -68,11 +68,11 @@ def evaluate_delta(
     Without a path the base itself is measured, with a head drawn from `seed`. The same batches as in training, so the
     value is that of the run to the last bit on the same machine and versions.
     """
+    delta = None if path is None else st.load(path)  # before the data: a wrong path is told at once
     split = tasks.load(task, "validation", data)
-    if path is None:
+    if delta is None:
         loaded = load_model(source.model, task, seed, source.revision, source.dtype, source.trust_remote_code)
     else:
-        delta = st.load(path)
         loaded = load_base(source, delta, task)
         delta.apply(loaded.model)
         recorded = delta.info["method"].get("max_length")

@@ -7,7 +7,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,11 +26,11 @@ from selectune.harness.evaluate import Evaluation, collate, encode, evaluate
 from selectune.harness.models import LoadedModel, device, load_model, longest, quiet
 from selectune.harness.modules import virtual_tokens, with_module
 from selectune.harness.optimizers import OPTIMIZERS
+from selectune.harness.resume import RUN_FILE, Checkpoint, digest_of_rows, find, settings_of
 from selectune.recipes import RECIPES
 from selectune.tasks import Split, Task
-from selectune.train import Tuner, Verification
+from selectune.train import STATE_FILE, Tuner, Verification, read_state
 
-RUN_FILE = "run.json"
 log = logging.getLogger("selectune")
 Rows = Sequence[dict[str, Any]]
 
@@ -75,6 +75,7 @@ class RunResult:
     origins: Mapping[str, str]
     max_length: int
     config: RunConfig
+    resumed: int | None = None  # the step of the checkpoint that it went on from
 
     @property
     def value(self) -> float:
@@ -94,6 +95,7 @@ class RunResult:
             "delta": str(self.delta),
             "delta_bytes": self.delta_bytes,
             "seconds": round(self.seconds, 3),
+            "resumed": self.resumed,
             "max_length": self.max_length,
             "events": dict(self.events),
             "model": dict(self.model),
@@ -103,29 +105,39 @@ class RunResult:
         }
 
 
-def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
+def run(config: RunConfig, progress: Progress | None = None, resume: bool | str | Path = False) -> RunResult:
     """Trains, saves `out`/delta.safetensors and `out`/run.json, and measures what was saved.
 
     The same config gives the same delta, byte for byte, on the same machine, thread count and versions (on a CPU).
-    Raises ModelError, TaskError, ConfigError before training; NonFiniteError if the loss is not finite and
-    NothingTrainedError if no scalar moved, and then no delta is written.
+    `resume`: a checkpoint that `save_every` wrote, or True for the newest in `out`; the delta is the same bytes as
+    without a stop. Only `out`, `data`, `eval_every` and `save_every` may differ then.
+
+    Raises ModelError, TaskError, ConfigError before training, the last before anything is loaded for a checkpoint that
+    is missing, incomplete or of another run; NonFiniteError if the loss is not finite and NothingTrainedError if no
+    scalar moved, and then no delta is written.
     """
     if config.out is None:
         raise ConfigError("out is missing: the folder that the delta is written to.")
     began = time.perf_counter()
     task = tasks.get(config.task)
+    checkpoint = None if resume is False else find(config, resume)
     splits = {name: tasks.load(task, name, config.data) for name in ("train", "validation")}
     loaded = load_model(config.model, task, config.seed, config.revision, config.dtype, config.trust_remote_code)
     taken = virtual_tokens(config.module)
     max_length = longest(loaded.model, loaded.tokenizer, config.max_length, task.max_length, taken)
     rows = {name: encode(loaded.tokenizer, split.examples, max_length) for name, split in splits.items()}
     steps = config.steps(len(rows["train"]))
+    kept = _kept(config, checkpoint, rows["train"], began)
     if config.module is not None:
         loaded = with_module(loaded, config.module, config.seed, steps if config.on is None else None)
+    if checkpoint is not None and loaded.adapted is not None and loaded.adapted.after_step is not None:
+        raise ConfigError(
+            f"A run of {config.method} keeps ranks in peft that no checkpoint holds: it cannot be resumed."
+        )
     base = loaded.base(full=True)
     loaded.model.to(device())
     tuner = _attach(config, loaded, rows["train"], steps)
-    history = _train(config, loaded, tuner, task, rows, steps, base, progress)
+    history = _train(config, loaded, tuner, task, rows, steps, base, progress, kept, checkpoint)
     delta, verification = _save(config, tuner, base, max_length)
     counts = {"selected": tuner.selected, "budget": tuner.budget, "trained": tuner.trained}
     events, taken = dict(tuner.events), tuner.step
@@ -140,13 +152,14 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         verification=verification,
         delta=delta,
         delta_bytes=delta.stat().st_size,
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - began + (0.0 if checkpoint is None else checkpoint.seconds),
         events=events,
         history=history,
         model={k: base[k] for k in ("id", "revision", "seed", "initialised")},
         origins=_origins(splits),
         max_length=max_length,
         config=config,
+        resumed=None if checkpoint is None else checkpoint.step,
     )
     text = json.dumps({**result.as_json(), "history": list(history)}, indent=2, allow_nan=False)
     write_durably(Path(config.out) / RUN_FILE, text.encode())
@@ -169,8 +182,14 @@ def _train(
     steps: int,
     base: Mapping[str, Any],
     progress: Progress | None,
+    kept: Callable[[], dict[str, Any]] | None,
+    checkpoint: Checkpoint | None,
 ) -> list[dict[str, Any]]:
     """Trains for `steps` steps; returns the log: losses, and the metric where it was asked for on the way."""
+    history = [] if checkpoint is None else [dict(record) for record in checkpoint.history]
+    if checkpoint is not None and checkpoint.step >= steps:  # the Trainer would take a step more
+        tuner.load_state_dict(read_state(checkpoint.folder / STATE_FILE))
+        return history
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -182,7 +201,7 @@ def _train(
 
     with quiet():
         args = _arguments(config, steps)
-        follower = Follower(tuner, steps, measure, config.eval_every or task.eval_every, progress)
+        follower = Follower(tuner, steps, measure, config.eval_every or task.eval_every, progress, kept, history)
         trainer = Trainer(
             model=loaded.model,
             args=args,
@@ -196,7 +215,7 @@ def _train(
         if progress is not None:
             progress.start(f"{config.method} on {task.name}", steps)
         try:
-            trainer.train()
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
         finally:
             if progress is not None:
                 progress.stop()
@@ -208,6 +227,34 @@ def _train(
                 f"was saved. A lower learning rate than {config.learning_rate:g} or float32 weights may help."
             )
     return follower.history
+
+
+def _kept(
+    config: RunConfig, checkpoint: Checkpoint | None, rows: Rows, began: float
+) -> Callable[[], dict[str, Any]] | None:
+    """What a checkpoint keeps of a run beside its history, if there are to be any."""
+    if checkpoint is None and config.save_every is None:
+        return None
+    digest, before = digest_of_rows(rows), 0.0
+    settings, now = settings_of(config), {**_versions(), "threads": str(torch.get_num_threads())}
+    if checkpoint is not None:
+        before = checkpoint.seconds
+        if checkpoint.rows != digest:
+            raise ConfigError(
+                f"The checkpoint {checkpoint.folder} is of a run over other training data: the {len(rows):,} rows "
+                "found now, as the model reads them, are not the same."
+            )
+        other = [
+            f"{name} {old}, now {now.get(name)}" for name, old in checkpoint.versions.items() if old != now.get(name)
+        ]
+        if other:
+            log.warning("The run began under other versions; its bits may differ from here on: %s.", ", ".join(other))
+
+    def kept() -> dict[str, Any]:
+        seconds = before + time.perf_counter() - began
+        return {"settings": settings, "rows": digest, "seconds": seconds, "versions": now}
+
+    return kept
 
 
 def _after_step(loaded: LoadedModel) -> list[Any]:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -28,6 +29,8 @@ from selectune.errors import ConfigError, IntegrityError
 from selectune.train import STATE_FILE, Tuner, read_state, write_state
 
 log = logging.getLogger("selectune")
+
+_ORDER = "trainer.order"  # beside the tuner's tensors in the file
 
 
 class SelectuneCallback(TrainerCallback):
@@ -39,8 +42,8 @@ class SelectuneCallback(TrainerCallback):
 
     `trainer.train(resume_from_checkpoint=True or a folder)`: with a fresh tuner, attached as the first one was to the
     same base, and the same arguments of the Trainer. The checkpoint's weights are kept out of the model, which stays
-    the base; the state puts them there, and both must agree by bits. Data order, random state, optimizer and learning
-    rate are the Trainer's to restore.
+    the base; the state puts them there, and both must agree by bits. Batches, random state, optimizer and learning rate
+    are the Trainer's to restore, but for the random state that an epoch's order was drawn from, which it does not keep.
 
     Raises ConfigError as training starts, if `gradient_accumulation_steps` is not the tuner's `accumulation_steps`, if
     the Trainer's model is not the tuner's, if weights were loaded into it without a resume, or if the checkpoint has no
@@ -54,6 +57,8 @@ class SelectuneCallback(TrainerCallback):
         self._guards: list[Any] = []
         self._kept_out: dict[str, str | None] = {}  # {name: digest} of weights that were to be loaded before training
         self._prefixes: dict[str, str] = {}
+        self._order: Tensor | None = None  # torch's random state as this epoch began, from which a sampler may draw it
+        self._resumed_order: Tensor | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here to the start of training, no weights are loaded into the attached model."""
@@ -95,10 +100,18 @@ class SelectuneCallback(TrainerCallback):
                 "of it. Load weights before attach, or resume with trainer.train(resume_from_checkpoint=...)."
             )
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A sampler without a generator of its own, that by length for one, draws an epoch's order right after this."""
+        if self._resumed_order is not None:
+            torch.set_rng_state(self._resumed_order)  # the Trainer sets that of the step once batches are skipped
+        self._order, self._resumed_order = torch.get_rng_state(), None
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             now = self.tuner.state_dict()
+            within = self._order is not None and not float(state.epoch or 0).is_integer()
+            now["tensors"][_ORDER] = self._order if within else torch.get_rng_state()
             self.tuner.save(folder, base=self.base, allow_empty=True)
             write_state(folder / STATE_FILE, now)
 
@@ -138,7 +151,9 @@ class SelectuneCallback(TrainerCallback):
                 "The checkpoint %s has no optimizer.pt (save_only_model=True?): moments and learning rate start anew, "
                 "so the run will not be the one that was stopped.", folder,
             )  # fmt: skip
-        tuner.load_state_dict(read_state(file))
+        saved = read_state(file)
+        self._resumed_order = saved["tensors"].pop(_ORDER, None)
+        tuner.load_state_dict(saved)
         now = {name: tensor for name, tensor in tuner.model.state_dict().items() if kept_out.get(name) is not None}
         wrong = [name for name, tensor in now.items() if digest_bits(tensor.detach().cpu()) != kept_out[name]]
         if wrong:

@@ -134,9 +134,10 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(runs, tmp_path, case):
         assert weights_digest(again.model) == runs.base
 
 
-def test_from_the_first_checkpoint_and_across_epochs(runs, tmp_path):
+@pytest.mark.parametrize("order", ["random", "group_by_length"])
+def test_from_the_first_checkpoint_and_across_epochs(runs, tmp_path, order):
     """12 steps are an epoch: a checkpoint on its border, one within the next, and a folder elsewhere."""
-    how = {"max_steps": 20, "save_steps": 6, "accumulation": 1}
+    how = {"max_steps": 20, "save_steps": 6, "train_sampling_strategy": order}
     make = lambda: st.id3(60, 20)  # noqa: E731
     straight, tuner = runs.trainer(make, folder=tmp_path / "straight", **how)
     with quiet():
@@ -318,4 +319,4 @@ def test_the_file_is_small_and_no_pickle(runs, stopped):
     content = (stopped / STATE_FILE).read_bytes()
     size = int.from_bytes(content[:8], "little")
     json.loads(content[8 : 8 + size])
-    assert len(content) - 8 - size < 60 * 64 + 8 * 100  # slots, indices, values and base of 60 scalars, some buffers
+    assert len(content) - 8 - size < 60 * 64 + 8 * 100 + 5056  # 60 scalars, some buffers, a random state

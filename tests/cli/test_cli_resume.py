@@ -1,0 +1,103 @@
+"""`selectune train --resume`: after Ctrl-C, after a kill, what it refuses; `eval` of a delta that is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from selectune.cli import app
+from selectune.harness.callback import Follower
+
+pytest_plugins = ("tiny_fixtures",)
+runner = CliRunner()
+
+
+def call(*args, code=0):
+    found = runner.invoke(app, [str(arg) for arg in args])
+    assert found.exit_code == code, f"{found.output}\n{found.exception!r}"
+    return found
+
+
+@pytest.fixture
+def command(tiny, data):
+    return (
+        "train", "--model", tiny, "--task", "glue/rte", "--budget", 120, "--max-steps", 6, "--lr", "5e-3",
+        "--data", data, "--seed", 3, "--batch-size", 8,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Ctrl-C in the fifth step."""
+    original = Follower.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Follower, "on_step_end", on_step_end)
+    return lambda: monkeypatch.setattr(Follower, "on_step_end", original)
+
+
+def test_ctrl_c_says_how_to_go_on(command, tmp_path, interrupted):
+    out = tmp_path / "out"
+    found = call(*command, "--out", out, "--save-every", 2, code=130)
+    assert f"the same command with --resume goes on from step 4 ({out / 'checkpoint-4'})" in found.stderr
+    assert found.stdout == ""
+    interrupted()
+    call(*command, "--out", tmp_path / "straight", "--save-every", 2)
+    printed = json.loads(call(*command, "--out", out, "--save-every", 2, "--resume", "--json").stdout)
+    assert (printed["resumed"], printed["steps"], printed["selected"]) == (4, 6, 120)
+    straight = (tmp_path / "straight" / "delta.safetensors").read_bytes()
+    assert (out / "delta.safetensors").read_bytes() == straight
+    history = [json.loads((folder / "run.json").read_text())["history"] for folder in (out, tmp_path / "straight")]
+    assert history[0] == history[1]
+    other = tmp_path / "other"
+    call(*command, "--out", other, "--resume-from", out / "checkpoint-2")
+    assert (other / "delta.safetensors").read_bytes() == straight
+
+
+def test_ctrl_c_without_a_checkpoint(command, tmp_path, interrupted):
+    assert "no checkpoint to go on from. --save-every K" in call(*command, "--out", tmp_path, code=130).stderr
+
+
+def test_other_settings_and_no_checkpoint(command, tmp_path):
+    out = tmp_path / "out"
+    assert "no checkpoint to resume" in call(*command, "--out", out, "--resume", code=2).stderr
+    assert "does not exist" in call(*command, "--out", out, "--resume-from", out / "checkpoint-2", code=2).stderr
+    call(*command, "--out", out, "--save-every", 3)
+    found = call(*command, "--out", out, "--resume", "--lr", "1e-3", "--warmup", 2, code=2)
+    assert "lr (0.005 there, 0.001 now), warmup (0.0 there, 2.0 now)" in found.stderr
+
+
+def test_a_process_that_is_killed(command, tmp_path):
+    """Killed without warning as soon as a checkpoint stands; a new process goes on from whatever it finds."""
+    out, long = tmp_path / "out", ("--max-steps", 100, "--save-every", 5)
+    line = [sys.executable, "-m", "selectune", *map(str, (*command, *long, "--out", out))]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process
+    with subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env) as process:
+        for _ in range(1200):
+            if (out / "checkpoint-10" / "run.json").exists() or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+    assert not (out / "delta.safetensors").exists()
+    printed = json.loads(call(*command, *long, "--out", out, "--resume", "--json").stdout)
+    assert printed["resumed"] >= 10
+    call(*command, *long, "--out", tmp_path / "straight")
+    assert (out / "delta.safetensors").read_bytes() == (tmp_path / "straight" / "delta.safetensors").read_bytes()
+
+
+def test_eval_looks_for_the_delta_first(tiny, tmp_path):
+    args = ("--model", tiny, "--task", "glue/rte", "--data", tmp_path / "no-data")
+    found = call("eval", *args, "--delta", tmp_path / "no-delta", code=1)
+    assert "no-delta" in found.stderr
+    assert "no-data" not in found.stderr
