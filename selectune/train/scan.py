@@ -69,7 +69,7 @@ def scan(
 
 def queues(tensor: ScopedTensor, collector: Collector) -> bool:
     """Whether a scan of this tensor can go without the host waiting, and there is a device to wait for."""
-    return tensor.parameter.device.type != "cpu" and isinstance(collector, Queueing)
+    return tensor.parameter.device.type == "cuda" and isinstance(collector, Queueing)
 
 
 def scan_queued(
