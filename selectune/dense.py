@@ -7,7 +7,7 @@ Letters: theta_0 the weight before the phase, N entries in scope.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,13 +59,13 @@ class Weights:
         return (gradient,)
 
     def step(self, gradients: tuple[Tensor, ...], here: Here) -> tuple[Tensor, ...]:
-        (gradient,) = gradients
-        if self.l1:
-            gradient = gradient + (here.latents[0] - here.base).sign_().mul_(self.l1 / here.total)
-        if self.p < 1:
-            kept = uniform(gradient, here.generator) < self.p
-            gradient = torch.where(kept, gradient / self.p, 0.0)
-        return (gradient,)
+        gradients = _own(gradients, here)
+        for gradient, now, base, room in pieces(gradients[0], here.latents[0], here.base, rooms=1):
+            if self.l1:
+                gradient.add_(torch.sub(now, base, out=room).sign_().mul_(self.l1 / here.total))
+            if self.p < 1:
+                _within(gradient.div_(self.p), _drawn(room, here, room), -1.0, self.p, gradient)
+        return gradients
 
     def change(self, here: Here) -> Tensor:
         return here.latents[0] - here.base
@@ -139,61 +139,127 @@ class Gates:
         return (zero, gate, base.new_full((), self.alpha)) if self.structured else (zero, gate)
 
     def weight(self, here: Here) -> Tensor:
-        z, _, group = self._drawn(here)
-        z = z if group is None else z.mul_(group[0])
-        return torch.addcmul(here.base, z, here.latents[0])
+        w, alpha = here.latents[:2]
+        out = torch.empty_like(here.base) if here.target is None else here.target
+        group = self._group(here)
+        for part, base, difference, gate, u, z in pieces(out, here.base, w, alpha, rooms=2):
+            self._opened(gate, _drawn(gate, here, u), u, z)[1].clamp_(0.0, 1.0)
+            torch.addcmul(base, z if group is None else z.mul_(group[0]), difference, out=part)
+        return out
 
     def pull(self, gradient: Tensor, here: Here) -> tuple[Tensor, ...]:
-        w = here.latents[0]
-        z, slope, group = self._drawn(here)
-        if group is None:
-            return gradient * z, gradient * w * slope
-        whole, whole_slope = group
-        per_gate = gradient * w
-        return gradient * (z * whole), per_gate * (whole * slope), (per_gate * z).sum() * whole_slope
+        w, alpha = here.latents[:2]
+        group = self._group(here)
+        found, gates = torch.empty_like(w), torch.empty_like(alpha)
+        summed = gates if group is None else _lent(alpha, here)
+        cut = pieces(gradient, w, alpha, found, gates, summed, rooms=3)
+        for g, difference, gate, for_w, for_gate, for_group, s, z, slope in cut:
+            s, z = self._opened(gate, _drawn(gate, here, s), s, z)
+            self._slope(s, z, slope)
+            z.clamp_(0.0, 1.0)
+            torch.mul(g, difference, out=for_gate)
+            if group is not None:
+                torch.mul(for_gate, z, out=for_group)
+                z.mul_(group[0])
+                slope.mul_(group[0])
+            torch.mul(g, z, out=for_w)
+            for_gate.mul_(slope)
+        return (found, gates) if group is None else (found, gates, summed.sum() * group[1])
 
     def step(self, gradients: tuple[Tensor, ...], here: Here) -> tuple[Tensor, ...]:
         if not self.penalty:
             return gradients
+        gradients = _own(gradients, here)
         shift = math.log(-self.left / self.right)
-        p = torch.sigmoid(here.latents[1] - shift)
-        slope = self.penalty * p * (1 - p)
-        if not self.structured:
-            return gradients[0], gradients[1] + slope
-        whole = torch.sigmoid(here.latents[2] - shift)
-        whole_slope = self.penalty * whole * (1 - whole)
-        if self.group_penalty == "product":
-            slope, whole_slope = slope * whole, whole_slope * p.sum()
-        return gradients[0], gradients[1] + slope, gradients[2] + whole_slope
+        alpha = here.latents[1]
+        product = self.structured and self.group_penalty == "product"
+        whole = torch.sigmoid(here.latents[2] - shift) if self.structured else None
+        chances = _lent(alpha, here) if product else alpha
+        for gradient, gate, chance, slope, room in pieces(gradients[1], alpha, chances, rooms=2):
+            p = torch.sub(gate, shift, out=chance if product else room).sigmoid_()
+            torch.mul(p, self.penalty, out=slope).mul_(torch.sub(1, p, out=room))
+            gradient.add_(slope.mul_(whole) if whole is not None and product else slope)
+        if whole is not None:
+            slope = self.penalty * whole * (1 - whole)
+            gradients[2].add_(slope * chances.sum() if product else slope)
+        return gradients
 
     def change(self, here: Here) -> Tensor:
-        z = self.gate(here.latents[1], None)[1]
-        if self.structured:
-            z = z * self.gate(here.latents[2], None)[1]
-        return z * here.latents[0]
+        w, alpha = here.latents[:2]
+        out = torch.empty_like(w)
+        group = self.gate(here.latents[2], None)[1] if self.structured else None
+        for part, difference, gate, s, z in pieces(out, w, alpha, rooms=2):
+            self._opened(gate, None, s, z)[1].clamp_(0.0, 1.0)
+            torch.mul(z if group is None else z.mul_(group), difference, out=part)
+        return out
 
     def gate(self, alpha: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """s, z and dz/dalpha of gates with this draw; without one u = 1/2, the gate's median."""
-        width = self.right - self.left
-        s = torch.sigmoid(alpha) if u is None else torch.logit(u, eps=1e-4).add_(alpha).sigmoid_()
-        z = (s * width).add_(self.left)
-        slope = torch.addcmul(s, s, s, value=-1).mul_(width).masked_fill_((z <= 0) | (z >= 1), 0.0)
+        s, z, slope = (torch.empty_like(alpha) for _ in range(3))
+        s, z = self._opened(alpha, None if u is None else u.clone(), s, z)
+        self._slope(s, z, slope)
         return s, z.clamp_(0.0, 1.0), slope
 
-    def _drawn(self, here: Here) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """z and its slope of every entry, and those of the tensor's own gate; the tensor's is drawn first."""
-        whole = None
-        if self.structured:
-            alpha = here.latents[2]
-            _, *whole = self.gate(alpha, uniform(alpha, here.generator))
-        alpha = here.latents[1]
-        _, z, slope = self.gate(alpha, uniform(alpha, here.generator))
-        return z, slope, None if whole is None else (whole[0], whole[1])
+    def _opened(self, alpha: Tensor, u: Tensor | None, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """s, and z before it is cut to [0, 1], in the memory of these two; with a draw, s in that of the draw."""
+        if u is None:
+            torch.sigmoid(alpha, out=s)
+        else:
+            s = torch.logit(u, eps=1e-4, out=u).add_(alpha).sigmoid_()
+        return s, torch.mul(s, self.right - self.left, out=z).add_(self.left)
+
+    def _slope(self, s: Tensor, z: Tensor, slope: Tensor) -> None:
+        """Writes dz/dalpha, given a z that is not cut yet."""
+        torch.addcmul(s, s, s, value=-1, out=slope).mul_(self.right - self.left)
+        _within(slope, z, 0.0, 1.0, slope)
+
+    def _group(self, here: Here) -> tuple[Tensor, Tensor] | None:
+        """z of the tensor's own gate and its slope; drawn before those of the entries."""
+        if not self.structured:
+            return None
+        alpha = here.latents[2]
+        return self.gate(alpha, _drawn(alpha, here))[1:]
+
+
+PIECE = 1 << 16  # entries that a thread works on at once: some buffers of them fit in its cache
+
+
+def pieces(*tensors: Tensor, rooms: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape cut alike into flat pieces, in row-major order; whole where they are not laid out so.
+
+    With each come `rooms` tensors like it, of undefined content and the same memory for all: buffers that are
+    made and freed at every piece are pages that the system hands out, clears and takes back at every piece.
+    """
+    if not all(t.is_contiguous() and t.device.type == "cpu" for t in tensors):
+        yield (*tensors, *(torch.empty_like(tensors[0]) for _ in range(rooms)))
+        return
+    length = PIECE * torch.get_num_threads()
+    memory = [tensors[0].new_empty(min(length, tensors[0].numel())) for _ in range(rooms)]
+    for parts in zip(*(t.view(-1).split(length) for t in tensors), strict=True):
+        yield (*parts, *(room[: parts[0].numel()] for room in memory))
 
 
 def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Numbers uniform in [0, 1), in row-major order whatever the tensor's strides."""
+    """Numbers uniform in [0, 1), in row-major order whatever the tensor's strides: pieces draw what the whole does."""
     return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def _drawn(like: Tensor, here: Here, room: Tensor | None = None) -> Tensor:
+    """`uniform` by what the engine offers: in `room` then, a tensor alike, where it is laid out in row-major order."""
+    return uniform(like, here.generator) if here.draw is None else here.draw(like, here.generator, room)
+
+
+def _within(value: Tensor, x: Tensor, low: float, high: float, out: Tensor) -> Tensor:
+    """`value` where low < x < high, else 0: torch.where in one pass, without a mask, which is ten times as fast."""
+    return torch.ops.aten.hardtanh_backward.grad_input(value, x, low, high, grad_input=out)
+
+
+def _own(gradients: tuple[Tensor, ...], here: Here) -> tuple[Tensor, ...]:
+    return gradients if here.in_place else tuple(g.clone() for g in gradients)
+
+
+def _lent(like: Tensor, here: Here) -> Tensor:
+    return torch.empty_like(like) if here.lend is None else here.lend(like)
 
 
 def _at_least_0(name: str, value: float) -> None:

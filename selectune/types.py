@@ -243,6 +243,11 @@ class Here:
     latents: tuple[Tensor, ...]
     generator: Generator  # seeded by run, step and tensor: asked twice within a step, it draws the same
     total: int  # N, the entries in scope
+    # What the engine offers so that work on a tensor leaves no other as large behind; none of it needs to be taken.
+    target: Tensor | None = None  # where `weight` may write its answer
+    in_place: bool = False  # `step` may write into the gradients it is given
+    lend: Callable[[Tensor], Tensor] | None = None  # memory like that of a tensor, undefined, until the next asks
+    draw: Callable[[Tensor, Generator, Tensor | None], Tensor] | None = None  # `dense.uniform`, only faster
 
 
 @runtime_checkable
@@ -256,7 +261,8 @@ class DensePhase(Protocol):
         step      `step` has the last word on the latents' gradients, after clipping and unscaling
 
     At the end `change` is what the score reads, the weights are rewound to the bits they had, entries are
-    selected, and the latents are freed with their gradients and optimizer state. All functions are pure.
+    selected, and the latents are freed with their gradients and optimizer state. All functions are pure, but for
+    what `Here` offers.
     """
 
     @property

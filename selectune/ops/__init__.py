@@ -13,13 +13,14 @@
     scatter_entries      write flat entries in place, whatever the strides
     weight_gradient      the dense gradient of a linear weight, in memory that is used again
     into_scratch         an elementwise op, in memory that is used again
+    uniform              torch.rand in the shape of a tensor, faster on the CPU
     checksum             one integer of all bits, to see that frozen weights stay
 
 The first six are torch.library ops with loops for the CPU (`cpu`) and Triton kernels (`triton`);
 `backend` chooses, `explain()` and `describe()` say what and why.
 """
 
-from selectune.ops.backend import describe, explain
+from selectune.ops.backend import describe, explain, uniform
 from selectune.ops.cpu import end_pass
 from selectune.ops.declare import (
     adamw_step,
@@ -46,5 +47,5 @@ from selectune.ops.scratch import release
 __all__ = [
     "adamw_step", "bits", "checksum", "describe", "end_pass", "explain", "gather_entries", "into_scratch",
     "matmul_score_filter", "release", "row_sums", "sampled_matmul", "sampled_rows", "sampled_sum", "scatter_entries",
-    "scatter_many", "scatter_values", "score_filter", "small_filter", "weight_gradient",
+    "scatter_many", "scatter_values", "score_filter", "small_filter", "uniform", "weight_gradient",
 ]  # fmt: skip

@@ -24,7 +24,10 @@ log = logging.getLogger("selectune")
 
 BACKENDS = ("reference", "numba", "triton", "dense")
 VARIABLE = "SELECTUNE_BACKEND"
-ONCE = ("small_filter",)  # reads weights before training: plain torch is enough on a GPU
+PLAIN = (
+    "small_filter",
+    "uniform",
+)  # on a GPU: one runs before training, one is a kernel already
 CHANGES = {"scatter_values": (0,), "adamw_step": (0, 2, 3, 4)}  # arguments that a kernel writes behind autograd's back
 
 
@@ -58,7 +61,7 @@ def find(op: str, device: str) -> Callable[..., Any]:
         if op == "sampled_matmul":
             return tuned
         return getattr(cpu, op)
-    if name == "triton" and op not in ONCE:
+    if name == "triton" and op not in PLAIN:
         if op == "sampled_matmul" and device == "cuda" and not forced():
             return tuned_cuda
         return getattr(_triton(), op)
@@ -117,6 +120,14 @@ def scatter_many(
     for index in rest:
         one(weights[index], flats[index], values, slots[index])
     torch.autograd.graph.increment_version([w for w in weights if not w.is_inference()])
+
+
+def uniform(like: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
+    """Numbers uniform in [0, 1) in a tensor's shape and dtype, in row-major order: torch.rand's own, bit for bit.
+
+    Made in `out`, a tensor alike, where it is given and contiguous.
+    """
+    return find("uniform", like.device.type)(like, generator, out)
 
 
 def explain() -> str:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,9 @@ TURNED = 1 << 22  # scalars of x turned at once (16 MiB of float32)
 _last = threading.local()  # .turned: backward pass, input, its version and its turned copy, of the last `tiles`
 
 _SMALL = 4  # the kind of score in `passes` that is -|w|
+_DRAWN = 256  # fewer numbers than these are drawn by torch
+_FLOATS = (torch.float32, torch.float64)
+_PLACE, _STATE = slice(8, 24), slice(24, 24 + 8 * 624)  # of a generator's state: (words left, seeded, used), its words
 _GATHERED = 512  # entries at least in a block of the loop that turns nothing
 
 
@@ -225,6 +229,50 @@ def adamw_step(
          powers[0].data_ptr(), powers[1].data_ptr()],
         -(-values.numel() // _module("passes").SPAN),
     )  # fmt: skip
+
+
+def uniform(like: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
+    """`reference.uniform`, bit for bit; the generator goes on from where torch would leave it."""
+    if like.numel() < _DRAWN or like.dtype not in _FLOATS or not _generator_is_known():
+        return reference.uniform(like, generator, out)
+    return _uniform(like, generator, out)
+
+
+def _uniform(like: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
+    state = generator.get_state()
+    place, words = state[_PLACE].view(torch.int32).numpy(), state[_STATE].view(torch.int64).numpy()
+    now = words.astype(np.uint32)
+    used = place[2] if place[2] else 624  # a generator that was just seeded makes its words at the first draw
+    out = torch.empty(like.shape, dtype=like.dtype) if out is None or not out.is_contiguous() else out
+    used = _drawing(like.dtype)(now, int(used), out.view(-1).numpy())
+    words[:], place[0], place[2] = now, 625 - used, used
+    generator.set_state(state)
+    return out
+
+
+@functools.cache
+def _drawing(dtype: torch.dtype) -> Callable[..., int]:
+    numba = importlib.import_module("numba")
+    function = getattr(_module("draws"), f"uniform_{str(dtype).removeprefix('torch.')}")
+    return _cached(lambda cache: numba.njit(cache=cache), function.py_func)
+
+
+@functools.cache
+def _generator_is_known() -> bool:
+    """Whether the state of torch's CPU generator is laid out as this file takes for granted."""
+    ours, theirs = (torch.Generator().manual_seed(6) for _ in range(2))
+    try:
+        same = all(
+            torch.equal(_uniform(like, ours), reference.uniform(like, theirs))
+            for like in (torch.empty(700), torch.empty(700, dtype=torch.float64))
+        )
+        known = same and torch.equal(ours.get_state(), theirs.get_state())
+    except (RuntimeError, ValueError) as error:
+        log.debug("The state of torch's generator cannot be read (%s).", error)
+        return False
+    if not known:
+        log.info("torch's CPU generator is not the one that selectune knows: numbers are drawn by torch.")
+    return known
 
 
 def _entries(rows: Tensor, cols: Tensor, o: int, i: int) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -29,6 +29,13 @@ def bits(tensor: Tensor) -> Tensor:
     return flat.view(_INTEGERS[min(8, tensor.element_size())])
 
 
+def uniform(like: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
+    """Numbers uniform in [0, 1) in a tensor's shape and dtype, in row-major order; in `out` if contiguous."""
+    if out is not None and out.is_contiguous():
+        return out.uniform_(generator=generator)
+    return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
 def checksum(tensor: Tensor) -> int:
     """The sum of all bits read as integers, modulo 2^64: any single changed scalar changes it."""
     found = bits(tensor)

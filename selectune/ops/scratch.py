@@ -27,14 +27,14 @@ def scratch(purpose: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     count = math.prod(shape)
     if count == 0:
-        return torch.empty(*shape, dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype)
     size = count * dtype.itemsize
     blocks = _blocks()
     block = blocks.get(purpose)
     if block is None or block.numel() < size:
         blocks.pop(purpose, None)
         block = blocks[purpose] = torch.frombuffer(_pages(size), dtype=torch.uint8)
-    return block[:size].view(dtype).view(*shape)
+    return block[:size].view(dtype).view(tuple(shape))
 
 
 def release() -> None:

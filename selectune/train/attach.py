@@ -143,7 +143,8 @@ class Tuner:
             self._phase = Phase(model, method.dense, schedule, self._all, self._tracker, self._base)
             log.warning(
                 "The dense phase of %s holds %s bytes beside the model: a copy of the base, what is trained, its "
-                "gradients and, with AdamW, two moments of each.", method.name, f"{self._phase.bytes():,}",
+                "gradients, with AdamW two moments of each, and memory that tensors use in turn.", method.name,
+                f"{self._phase.bytes():,}",
             )  # fmt: skip
         trained = self.parameters()
         frozen = [t.parameter for t in self._all.tensors]

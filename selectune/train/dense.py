@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from selectune import ops
 from selectune.errors import ConfigError, IntegrityError, NonFiniteError, OptimizerError
+from selectune.ops.scratch import scratch
 from selectune.scope import OWN, Found
 from selectune.train.package import BaseCopy
 from selectune.train.scan import scan
@@ -76,14 +77,28 @@ class Phase:
         return {id(latent): rate for latent, rate in rates if rate is not None}
 
     def bytes(self) -> int:
-        """Bytes beside the model while the phase is on: base, latents, gradients, and two moments each of AdamW."""
-        total = 0
+        """Bytes beside the model while the phase is on: base, latents, gradients, and two moments each of AdamW.
+
+        Beside them: the heads as they were, and memory in the size of the largest tensor that all of them use in turn.
+        """
+        total = sum(t.numel() * t.element_size() for t in self._before)
+        total += self._largest(lambda index, weight: any(p.shape != weight.shape for p in self.latents[index]))
+        total += self._largest(self._works_on_a_base)
         for tensor, latents in zip(self.tensors, self.latents, strict=True):
             weight = tensor.parameter
             own = len(latents) == 1 and latents[0] is weight
             trained = sum(latent.numel() * latent.element_size() for latent in latents)
             total += weight.numel() * weight.element_size() + trained * (3 if own else 4)
         return total
+
+    def _largest(self, which: Callable[[int, nn.Parameter], bool]) -> int:
+        """Bytes of memory that these tensors use in turn."""
+        weights = [t.parameter for t in self.tensors if which(t.index, t.parameter)]
+        return max((w.numel() * _wide(w).itemsize for w in weights), default=0)
+
+    def _works_on_a_base(self, index: int, weight: nn.Parameter) -> bool:
+        """Whether the base of a phase is not the copy that is held: widened, or with the values of earlier rounds."""
+        return weight.dtype not in WIDE or self.tracker.ledger.pages[index].flat.numel() > 0
 
     # -- on and off
 
@@ -95,7 +110,7 @@ class Phase:
         self.tracker.taps.forget()
         self.tracker.ledger.values.grad = None
         self._base.hold(self.tensors, self.tracker.ledger)
-        self._before = [t.parameter.detach().clone() for t in self._heads]
+        self._before = [] if self.kind.found else [t.parameter.detach().clone() for t in self._heads]
         for index, (tensor, latents) in enumerate(zip(self.tensors, self.latents, strict=True)):
             tensor.parameter.requires_grad_(True)
             if latents[0] is not tensor.parameter:
@@ -156,6 +171,7 @@ class Phase:
                     self._model._parameters.pop(f"{OWN}{name}_{index}", None)
         self._base.release(self.tensors)
         self._before.clear()
+        ops.release()
         self.tracker.taps.asleep = False
         self.on = False
 
@@ -194,8 +210,12 @@ class Phase:
     def refresh(self) -> None:
         """Writes the weights that the latents stand for."""
         for tensor, latents in zip(self.tensors, self.latents, strict=True):
-            if latents[0] is not tensor.parameter:
-                tensor.parameter.copy_(self.kind.weight(self._here(tensor.index)))
+            weight = tensor.parameter.detach()
+            if latents[0] is tensor.parameter:
+                continue
+            made = self.kind.weight(self._here(tensor.index, weight if weight.dtype in WIDE else None))
+            if made is not weight:
+                weight.copy_(made)
         self._seen = self._versions()
 
     @torch.no_grad()
@@ -218,15 +238,18 @@ class Phase:
     def _versions(self) -> list[int]:
         return [latent._version for latents in self.latents for latent in latents]
 
-    def _here(self, index: int) -> Here:
+    def _here(self, index: int, target: Tensor | None = None) -> Here:
+        """Valid until the next one is made: a base that is not there as such is made in memory used again."""
         tensor, ledger = self.tensors[index], self.tracker.ledger
         base, page = self._base.held(tensor), ledger.pages[index]
+        if self._works_on_a_base(index, tensor.parameter):
+            base = _lend(base, "base").copy_(base)
         if page.flat.numel():  # a later round: selected entries began it at their values
-            base = base.clone()
-            ops.scatter_entries(base, page.flat, ledger.values.detach()[page.slot].to(base.device))
+            values = ledger.values.detach()[page.slot].to(base.device, tensor.parameter.dtype)
+            ops.scatter_entries(base, page.flat, values)
         generator = torch.Generator(base.device).manual_seed(_mixed(self.tracker.seed, self.tracker.step, index))
         latents = tuple(latent.detach() for latent in self.latents[index])
-        return Here(_widened(base), latents, generator, self._total)
+        return Here(base, latents, generator, self._total, target, True, _lend, ops.uniform)
 
     # -- the optimizer's step
 
@@ -259,6 +282,8 @@ class Phase:
             return  # no use of this tensor in the step
         if scale is not None:
             gradients = tuple(g / scale for g in gradients)
+        else:  # what another optimizer holds gets its last word there
+            gradients = tuple(g if holds(latent) else g.clone() for g, latent in zip(gradients, latents, strict=True))
         for latent, gradient in zip(latents, self.kind.step(gradients, self._here(index)), strict=True):
             if holds(latent):
                 latent.grad = _laid_out(gradient if scale is None else gradient * scale, latent)
@@ -339,6 +364,14 @@ def _wide(weight: Tensor) -> torch.dtype:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(_wide(tensor))
+
+
+def _lend(like: Tensor, purpose: str = "lent") -> Tensor:
+    """Memory of a tensor's shape and strides in a wide dtype: on the CPU the same for all of them."""
+    dtype = _wide(like)
+    if like.device.type == "cpu" and like.is_contiguous():
+        return scratch(f"dense {purpose}", like.shape, dtype)
+    return torch.empty_like(like, dtype=dtype)
 
 
 def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
