@@ -30,10 +30,9 @@ from selectune.errors import ConfigError
 class Reads(enum.StrEnum):
     """What a score must be shown; the engine computes only that.
 
-    The last five are *calibrated*: scored from data at fixed weights, through
-    `attach(..., calibration=batches, loss=callable)`. They keep one float32 per entry in scope while they
-    run (CURVATURE two, and the graph of a double backward pass). Parameters of a score that the engine
-    reads itself are in `Score`.
+    The last five are *calibrated*: scored from data at fixed weights, through `attach(..., calibration=batches,
+    loss=callable)`. They keep one float32 per entry in scope while they run (CURVATURE two, and the graph of a double
+    backward pass). Parameters of a score that the engine reads itself are in `Score`.
     """
 
     NOTHING = "nothing"  # f(weight, generator): the shape and a seeded generator
@@ -237,15 +236,14 @@ class Phased(Schedule, Protocol):
 
 @dataclass(frozen=True)
 class Here:
-    """One tensor at one step of a dense phase: all that the phase's functions may read."""
+    """One tensor at one step of a dense phase: what its functions may read, and, in the last four, may use."""
 
     base: Tensor  # the weight as the phase found it; this and all below in float32, or float64 for float64 weights
     latents: tuple[Tensor, ...]
     generator: Generator  # seeded by run, step and tensor: asked twice within a step, it draws the same
     total: int  # N, the entries in scope
-    # What the engine offers so that work on a tensor leaves no other as large behind; none of it needs to be taken.
     target: Tensor | None = None  # where `weight` may write its answer
-    in_place: bool = False  # `step` may write into the gradients it is given
+    in_place: bool = False  # `step` may write into its gradients
     lend: Callable[[Tensor], Tensor] | None = None  # memory like that of a tensor, undefined, until the next asks
     draw: Callable[[Tensor, Generator, Tensor | None], Tensor] | None = None  # `dense.uniform`, only faster
 
@@ -261,8 +259,7 @@ class DensePhase(Protocol):
         step      `step` has the last word on the latents' gradients, after clipping and unscaling
 
     At the end `change` is what the score reads, the weights are rewound to the bits they had, entries are
-    selected, and the latents are freed with their gradients and optimizer state. All functions are pure, but for
-    what `Here` offers.
+    selected, and the latents are freed with their gradients and optimizer state. Pure but for what `Here` offers.
     """
 
     @property
