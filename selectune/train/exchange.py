@@ -288,10 +288,11 @@ class Exchange(Chooser):
     def load_state(self, state: Mapping[str, Any]) -> None:
         super().load_state(state)
         window, factors = state["window"], state["factors"]
-        self.factors = None if factors is None else (factors[0], factors[1])
+        device = self.ledger.values.device
+        self.factors = None if factors is None else (factors[0].to(device), factors[1].to(device))
         self._end()
         for index, flat in window["watched"].items():
             self.ledger.watch(int(index), flat.to(self.ledger.pages[int(index)].flat.device))
-        self._sum = {int(i): t.clone() for i, t in window["sum"].items()}
-        self._square = {int(i): t.clone() for i, t in window["square"].items()}
+        self._sum = {int(i): t.to(device, copy=True) for i, t in window["sum"].items()}
+        self._square = {int(i): t.to(device, copy=True) for i, t in window["square"].items()}
         self._steps, self.watching = int(window["steps"]), bool(window["watched"])

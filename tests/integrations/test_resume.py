@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trainer_kit import STEPS, trainer_of
+from trainer_kit import STEPS, causal, sft_of, trainer_of
 
 import selectune as st
 from selectune import tasks
@@ -175,6 +175,20 @@ def test_an_adapter_of_pefts_own(runs, tmp_path):
         again.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
     assert second.delta().to_bytes() == tuner.delta().to_bytes()
     assert losses(again) == losses(straight)
+
+
+def test_trls_trainer_with_tied_weights(tmp_path):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    pytest.importorskip("datasets")
+    tuners = []
+    for _ in range(2):
+        model, tokenizer = causal(tmp_path)
+        tuners.append(st.attach(model, st.id3(budget=80, steps=4), accumulation_steps=2))
+        with quiet():
+            trainer = sft_of(model, tokenizer, tmp_path / "out", tuners[-1])
+            trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2") if len(tuners) == 2 else None)
+    assert tuners[0].delta().to_bytes() == tuners[1].delta().to_bytes()
+    assert tuners[1].selected == 80
 
 
 def test_sharded_weights(runs, tmp_path):

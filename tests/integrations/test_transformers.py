@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-import torch
-from tiny_kit import WORDS, make_tokenizer
-from trainer_kit import STEPS, trainer_of
+from trainer_kit import STEPS, causal, sft_of, trainer_of
 
 import selectune as st
 from selectune import tasks
@@ -120,58 +118,15 @@ def test_other_steps_than_planned_are_said(loaded, rows, tmp_path, caplog):
     assert "steps=50, the Trainer will take 6: the budget will not be used up" in caplog.text
 
 
-def causal(tmp_path):
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    make_tokenizer(tmp_path / "tokenizer", causal=True)
-    config = LlamaConfig(
-        vocab_size=len(WORDS) + 4,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=2,
-        eos_token_id=3,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config), AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-
-
 def test_sft_with_trl(tmp_path):
     """A causal language model with tied weights, tuned by TRL's trainer as it is."""
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("trl", reason="TRL is not installed")
+    pytest.importorskip("datasets")
     model, tokenizer = causal(tmp_path)
     base = weights_digest(model)
     tuner = st.attach(model, st.id3(budget=80, steps=4), accumulation_steps=2)
-    texts = datasets.Dataset.from_dict({"text": ["the dog sees the cat .", "a big bird eats a small fish ."] * 16})
-    args = trl.SFTConfig(
-        output_dir=str(tmp_path / "out"),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        max_length=32,
-        save_steps=2,
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        dataset_num_proc=None,
-    )
     with quiet():
-        trainer = trl.SFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=texts,
-            processing_class=tokenizer,
-            callbacks=[SelectuneCallback(tuner)],
-        )
+        trainer = sft_of(model, tokenizer, tmp_path / "out", tuner)
         trainer.train()
     assert (tuner.step, tuner.selected) == (4, 80)
     verified = tuner.verify()

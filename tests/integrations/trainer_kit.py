@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from tiny_kit import WORDS, make_tokenizer
+
 from selectune.harness.evaluate import collate
 
 STEPS = 6
@@ -32,4 +35,58 @@ def trainer_of(loaded, rows, folder, callback, **options):
         data_collator=lambda batch: collate(loaded.tokenizer, batch),
         callbacks=[] if callback is None else [callback],
         optimizers=optimizers,
+    )
+
+
+def causal(tmp_path):
+    """A Llama with tied weights, and its tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    make_tokenizer(tmp_path / "tokenizer", causal=True)
+    config = LlamaConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config), AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+
+def sft_of(model, tokenizer, folder, tuner):
+    """TRL's trainer over a causal language model: 4 steps of 2 backward passes, a checkpoint at every second."""
+    import datasets
+    import trl
+
+    from selectune.integrations.transformers import SelectuneCallback
+
+    texts = datasets.Dataset.from_dict({"text": ["the dog sees the cat .", "a big bird eats a small fish ."] * 16})
+    args = trl.SFTConfig(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        max_length=32,
+        save_steps=2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        dataset_num_proc=None,
+    )
+    return trl.SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=texts,
+        processing_class=tokenizer,
+        callbacks=[SelectuneCallback(tuner)],
     )
