@@ -46,6 +46,11 @@ class Adapted:
         """To be called with the step's number after the optimizer's step and before zero_grad, if not None."""
         return self._put.after_step
 
+    @property
+    def ranks(self) -> peers.Ranks | None:
+        """What `after_step` keeps between steps, with state_dict and load_state_dict; None where it keeps nothing."""
+        return self._put.ranks
+
     def save(self, folder: Path) -> int:
         """Writes what is trained as one safetensors file, as peft has it where the module is peft's: its bytes."""
         path = folder / "module.safetensors"

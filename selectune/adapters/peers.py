@@ -25,6 +25,32 @@ _TASKS = {
 }  # fmt: skip
 
 
+class Ranks:
+    """AdaLoRA between two steps: the averages by which ranks are moved, and the ranks; a later process takes them."""
+
+    _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
+
+    def __init__(self, tuner: Any) -> None:
+        self._tuner = tuner
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"info": JSON values, "tensors": {key: tensor}}: two floats a scalar of the module."""
+        kept = {part: getattr(self._tuner.rankallocator, part) for part in self._AVERAGES}
+        tensors = {f"{part}.{name}": t.detach().clone() for part, found in kept.items() for name, t in found.items()}
+        return {"info": {"rank_pattern": self._tuner.peft_config[ADAPTER].rank_pattern}, "tensors": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state_dict` gave, on the same module."""
+        allocator, device = self._tuner.rankallocator, next(self._tuner.model.parameters()).device
+        self._tuner.peft_config[ADAPTER].rank_pattern = state["info"]["rank_pattern"]
+        for key, tensor in state["tensors"].items():
+            part, _, name = key.partition(".")
+            if part not in self._AVERAGES:
+                raise ConfigError(f'AdaLoRA keeps {", ".join(self._AVERAGES)}; the state has "{key}".')
+            getattr(allocator, part)[name] = tensor.to(device, copy=True)
+            allocator.ipt[name] = torch.zeros_like(tensor, device=device)  # of the last step: written before it is read
+
+
 @dataclass
 class Put:
     """What was put on: the model to be trained, how to take it off, to fold it in, and what follows a step."""
@@ -33,6 +59,7 @@ class Put:
     remove: Callable[[], None]
     merge: Callable[[], None] | None = None
     after_step: Callable[[int], None] | None = None  # AdaLoRA: after the optimizer's step, before zero_grad
+    ranks: Ranks | None = None  # what `after_step` keeps between steps
 
 
 def put_on(
@@ -72,8 +99,9 @@ def put_on(
         _draw_b(model)
     if spec.kind == "adalora":
         penalty = _with_orthogonality(model, config)
-    after = None if steps is None or spec.kind != "adalora" else tuner.update_and_allocate
-    return Put(model, lambda: take_off(False), lambda: take_off(True), after)
+    moves = steps is not None and spec.kind == "adalora"
+    after, ranks = (tuner.update_and_allocate, Ranks(tuner)) if moves else (None, None)
+    return Put(model, lambda: take_off(False), lambda: take_off(True), after, ranks)
 
 
 def package() -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from selectune.harness.resume import write_run
 from selectune.train import Tuner
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 class Follower(TrainerCallback):
     """Keeps `history`: one record for each logged loss and each evaluation, in checkpoints too.
 
-    `keep`: what else a checkpoint is to hold; None where there are none. `history`: of the run up to its checkpoint.
+    `keep`: writes the history and more into a checkpoint's folder. `history`: of the run up to its checkpoint.
     """
 
     def __init__(
@@ -30,7 +29,7 @@ class Follower(TrainerCallback):
         measure: Callable[[], float],
         eval_every: int | None,
         progress: Progress | None,
-        keep: Callable[[], dict[str, Any]] | None = None,
+        keep: Callable[[Path, int, Sequence[Mapping[str, Any]]], None] | None = None,
         history: list[dict[str, Any]] | None = None,
     ) -> None:
         self.tuner, self.steps, self.measure = tuner, steps, measure
@@ -52,8 +51,7 @@ class Follower(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.keep is not None:
             step = int(state.global_step)
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            write_run(folder, {"step": step, **self.keep(), "history": self.history})
+            self.keep(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}", step, self.history)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:

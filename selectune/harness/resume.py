@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from selectune import tasks
+from selectune.adapters import Adapted
 from selectune.delta import write_durably
 from selectune.errors import ConfigError
 from selectune.harness.config import RunConfig
 from selectune.harness.models import resolve
-from selectune.train import STATE_FILE
+from selectune.train import STATE_FILE, read_state
 
 RUN_FILE = "run.json"
+MODULE_FILE = "module.safetensors"
+"""What a module keeps between steps beside its weights, in a checkpoint."""
+
 NEWEST = True
 """In place of a checkpoint: the newest in `out`."""
 
@@ -59,6 +63,15 @@ def digest_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
 def write_run(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes a checkpoint's run.json: what `Checkpoint` holds."""
     write_durably(folder / RUN_FILE, json.dumps(record, indent=2).encode())
+
+
+def load_module(found: Checkpoint, adapted: Adapted | None) -> None:
+    """Gives a module what it had kept; raises ConfigError for a checkpoint that lacks it."""
+    if adapted is None or adapted.ranks is None:
+        return
+    if not (found.folder / MODULE_FILE).is_file():
+        raise ConfigError(f"{found.folder} has no {MODULE_FILE}, which {adapted.spec.kind} needs to go on.")
+    adapted.ranks.load_state_dict(read_state(found.folder / MODULE_FILE))
 
 
 def newest(config: RunConfig) -> Checkpoint | None:

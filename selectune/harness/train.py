@@ -26,13 +26,23 @@ from selectune.harness.evaluate import Evaluation, collate, encode, evaluate
 from selectune.harness.models import LoadedModel, device, load_model, longest, quiet
 from selectune.harness.modules import virtual_tokens, with_module
 from selectune.harness.optimizers import OPTIMIZERS
-from selectune.harness.resume import RUN_FILE, Checkpoint, digest_of_rows, find, settings_of
+from selectune.harness.resume import (
+    MODULE_FILE,
+    RUN_FILE,
+    Checkpoint,
+    digest_of_rows,
+    find,
+    load_module,
+    settings_of,
+    write_run,
+)
 from selectune.recipes import RECIPES
 from selectune.tasks import Split, Task
-from selectune.train import STATE_FILE, Tuner, Verification, read_state
+from selectune.train import STATE_FILE, Tuner, Verification, read_state, write_state
 
 log = logging.getLogger("selectune")
 Rows = Sequence[dict[str, Any]]
+Keep = Callable[[Path, int, Sequence[Mapping[str, Any]]], None]
 
 
 @dataclass(frozen=True)
@@ -127,17 +137,13 @@ def run(config: RunConfig, progress: Progress | None = None, resume: bool | str 
     max_length = longest(loaded.model, loaded.tokenizer, config.max_length, task.max_length, taken)
     rows = {name: encode(loaded.tokenizer, split.examples, max_length) for name, split in splits.items()}
     steps = config.steps(len(rows["train"]))
-    kept = _kept(config, checkpoint, rows["train"], began)
     if config.module is not None:
         loaded = with_module(loaded, config.module, config.seed, steps if config.on is None else None)
-    if checkpoint is not None and loaded.adapted is not None and loaded.adapted.after_step is not None:
-        raise ConfigError(
-            f"A run of {config.method} keeps ranks in peft that no checkpoint holds: it cannot be resumed."
-        )
+    keep = _keep(config, loaded, checkpoint, rows["train"], began)
     base = loaded.base(full=True)
     loaded.model.to(device())
     tuner = _attach(config, loaded, rows["train"], steps)
-    history = _train(config, loaded, tuner, task, rows, steps, base, progress, kept, checkpoint)
+    history = _train(config, loaded, tuner, task, rows, steps, base, progress, keep, checkpoint)
     delta, verification = _save(config, tuner, base, max_length)
     counts = {"selected": tuner.selected, "budget": tuner.budget, "trained": tuner.trained}
     events, taken = dict(tuner.events), tuner.step
@@ -182,11 +188,13 @@ def _train(
     steps: int,
     base: Mapping[str, Any],
     progress: Progress | None,
-    kept: Callable[[], dict[str, Any]] | None,
+    keep: Keep | None,
     checkpoint: Checkpoint | None,
 ) -> list[dict[str, Any]]:
     """Trains for `steps` steps; returns the log: losses, and the metric where it was asked for on the way."""
     history = [] if checkpoint is None else [dict(record) for record in checkpoint.history]
+    if checkpoint is not None:
+        load_module(checkpoint, loaded.adapted)
     if checkpoint is not None and checkpoint.step >= steps:  # the Trainer would take a step more
         tuner.load_state_dict(read_state(checkpoint.folder / STATE_FILE))
         return history
@@ -201,7 +209,7 @@ def _train(
 
     with quiet():
         args = _arguments(config, steps)
-        follower = Follower(tuner, steps, measure, config.eval_every or task.eval_every, progress, kept, history)
+        follower = Follower(tuner, steps, measure, config.eval_every or task.eval_every, progress, keep, history)
         trainer = Trainer(
             model=loaded.model,
             args=args,
@@ -229,10 +237,10 @@ def _train(
     return follower.history
 
 
-def _kept(
-    config: RunConfig, checkpoint: Checkpoint | None, rows: Rows, began: float
-) -> Callable[[], dict[str, Any]] | None:
-    """What a checkpoint keeps of a run beside its history, if there are to be any."""
+def _keep(
+    config: RunConfig, loaded: LoadedModel, checkpoint: Checkpoint | None, rows: Rows, began: float
+) -> Keep | None:
+    """Writes what a checkpoint keeps of a run beside the Trainer's and the tuner's files, if there are to be any."""
     if checkpoint is None and config.save_every is None:
         return None
     digest, before = digest_of_rows(rows), 0.0
@@ -250,11 +258,15 @@ def _kept(
         if other:
             log.warning("The run began under other versions; its bits may differ from here on: %s.", ", ".join(other))
 
-    def kept() -> dict[str, Any]:
+    def keep(folder: Path, step: int, history: Sequence[Mapping[str, Any]]) -> None:
+        ranks = None if loaded.adapted is None else loaded.adapted.ranks
+        if ranks is not None:
+            write_state(folder / MODULE_FILE, ranks.state_dict())
         seconds = before + time.perf_counter() - began
-        return {"settings": settings, "rows": digest, "seconds": seconds, "versions": now}
+        told = {"settings": settings, "rows": digest, "seconds": seconds, "versions": now}
+        write_run(folder, {"step": step, **told, "history": list(history)})
 
-    return kept
+    return keep
 
 
 def _after_step(loaded: LoadedModel) -> list[Any]:
