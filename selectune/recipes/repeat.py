@@ -45,6 +45,9 @@ def fish_dip(
     Each time the loss of every calibration example (at most `pool` of them, the first) is taken, and the
     Fisher scores are summed over the `examples` hardest. `calibration` is read again and again, so it is a list
     or a callable. Dropped entries keep their trained value, so more than B differ from the base in the end.
+    Costs, each time, a forward pass without a graph for every example of the pool, one by one, since `loss` gives
+    the loss of a batch and not of its examples, and a second forward and a backward pass for the hardest alone. With
+    the whole training set as pool the forwards may take longer than the steps in between: `pool` or `every` lowers it.
     The released code: 1 % of the weights, 100 steps, a tenth of the training set but 3 to 25 examples, optimizer
     state that stays dense; here entries that come or come back start with fresh state, and scoring is in eval mode.
     Source: Das, Zhang, Shi, Yin, Zhang (2023), Unified Low-Resource Sequence Labeling by Sample-Aware Dynamic

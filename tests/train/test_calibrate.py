@@ -211,6 +211,18 @@ def test_only_the_hardest_examples_count():
     assert all(torch.equal(a, b) for a, b in zip(ours, slow, strict=True))
 
 
+def test_only_the_hardest_examples_are_differentiated():
+    """What it costs: a forward pass without a graph for all, forward and backward for the hardest."""
+    with_a_graph = []
+
+    def watching(model, x):
+        with_a_graph.append(torch.is_grad_enabled())
+        return loss(model, x)
+
+    found(net(), st.scores.fisher(examples=None, hardest=2), f=watching)
+    assert with_a_graph == [False] * 3 + [True] * 2
+
+
 def hard(seed):
     return torch.randn(1, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
