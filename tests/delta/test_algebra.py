@@ -107,6 +107,14 @@ def test_ties_trims_exactly_its_count_and_equal_magnitudes_in_order():
     assert algebra.ties([one], density=0.5).support["w"].tolist() == [0, 1, 2]
 
 
+def test_ties_at_the_cut_go_to_the_first_among_larger_ones_too():
+    """A sort that is not stable shuffles equal magnitudes as soon as there are larger ones between them."""
+    model = ones(60)
+    large, small = range(0, 60, 3), [i for i in range(60) if i % 3]
+    one = vector(model, **{f"x{i}": 3.0 if i % 3 == 0 else (i % 2) * 2.0 for i in range(60)})
+    assert algebra.ties([one], density=0.5).support["w"].tolist() == sorted([*large, *small[:10]])
+
+
 def test_opposed_equal_differences_cancel_to_the_base():
     model = ones()
     deltas = [vector(model, x0=3.0), vector(model, x0=-1.0)]

@@ -240,6 +240,29 @@ def test_a_window_with_a_nan_exchanges_nothing(caplog):
     assert supports(tuner) != before
 
 
+def test_a_window_that_opened_in_a_skipped_step_is_gone():
+    """The step is taken again, its gradients are NaN: no window is open, not even that of the first attempt."""
+    windows = []
+    for skips in (False, True):
+        tuner = st.attach(one([0.0] * 4), growing(D3, 2, 100, every=4, window=2, fraction=0.5, decay="constant"))
+        before, optimizer = supports(tuner), adamw(tuner, lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        attempts = [([1.0, 2.0, 3.0, 4.0], torch.inf)] * skips + [([float("nan"), 1.0, 1.0, 1.0], 0.0)]
+        for gradient, values in attempts:
+            optimizer.zero_grad()
+            scaler.scale(tuner.model(torch.tensor([gradient])).sum()).backward()
+            tuner.parameters()[0].grad.fill_(values)
+            scaler.step(optimizer)
+            scaler.update(4.0)
+        assert (tuner.step, tuner.events["skipped_steps"]) == (1, int(skips))
+        windows.append((tuner._tracker.chooser.watching, tuner._tracker.chooser.state()["window"]))
+        for _ in range(3):  # to the exchange that this window would have ended in
+            feed(tuner, optimizer, [1.0, 2.0, 3.0, 4.0])
+        assert supports(tuner) == before
+    assert windows[0] == windows[1]
+    assert windows[1][1]["steps"] == 0
+
+
 class Largest(TorchDispatchMode):
     """The largest tensor that any operation makes, views of weights left out."""
 
