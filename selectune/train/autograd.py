@@ -27,19 +27,19 @@ from selectune.train.rebuild import forget, rebuilt, source
 class Listener(Protocol):
     """What the nodes tell whoever selects."""
 
-    def wants_dense(self) -> bool:
+    def wants_dense(self, link: Link) -> bool:
         """Whether this backward pass shall show dense gradients."""
         ...
 
-    def offer(self, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
-        """The dense gradient of tensor `index`, or of the given rows of it when all others are 0.
+    def offer(self, link: Link, gradient: Tensor, rows: Tensor | None = None) -> None:
+        """The dense gradient of a tensor, or of the given rows of it when all others are 0.
 
         Its memory is used again for the next tensor: what shall outlive the call is copied.
         """
         ...
 
-    def watch(self, index: int, spots: Spots, piece: Tensor) -> None:
-        """The gradient (w,) of watched entries of tensor `index`."""
+    def watch(self, link: Link, piece: Tensor) -> None:
+        """The gradient (w,) of watched entries of a tensor."""
         ...
 
     def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
@@ -49,11 +49,13 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class Link:
-    """One tensor in one graph: its number, its entries when the graph was built, and who listens."""
+    """One tensor in one graph: its number, its entries when the graph was built, who listens, how often it is used."""
 
     index: int
     page: Page
     listener: Listener
+    uses: list[int]  # by tensor, of this graph: gradients expected yet
+    split: Any  # the node where the pieces of this graph come from
 
 
 class Split(torch.autograd.Function):
@@ -152,7 +154,7 @@ class SparseLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias = ctx.saved_tensors
         links = ctx.link, ctx.bias_link
-        dense = any(link is not None and link.listener.wants_dense() for link in links)
+        dense = any(link is not None and link.listener.wants_dense(link) for link in links)
         mask = [ctx.needs_input_grad[0], dense, dense]
         dx, *whole = torch.ops.aten.native_layer_norm_backward(dy, x, weight.shape, mean, rstd, weight, bias, mask)
         flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, dy.shape[-1])
@@ -189,21 +191,21 @@ class SparseEmbedding(torch.autograd.Function):
         if ctx.padding >= 0:
             ids = ids.masked_fill(ids == ctx.padding, -1)
         piece = _at_support(ctx.link, lambda spots: ops.sampled_rows(dy, ids, *spots.coordinates(dy.shape[-1])))
-        if ctx.link.listener.wants_dense():
+        if ctx.link.listener.wants_dense(ctx.link):
             rows, block = ops.row_sums(dy, ids)
-            ctx.link.listener.offer(ctx.link.index, block, rows)
+            ctx.link.listener.offer(ctx.link, block, rows)
         return None, piece.to(ctx.wide), None, None, None
 
 
 def _at_support(link: Link, sample: Callable[[Any], Tensor], dense: Callable[[], Tensor] | None = None) -> Tensor:
     """A tensor's gradient at its support, by `sample`; the listener is shown the dense one, and what it watches."""
     page, listener = link.page, link.listener
-    if dense is not None and listener.wants_dense():
+    if dense is not None and listener.wants_dense(link):
         whole = dense()
         piece = ops.gather_entries(whole, page.flat)
-        listener.offer(link.index, whole)
+        listener.offer(link, whole)
     else:
         piece = sample(page)
     if page.watched is not None:
-        listener.watch(link.index, page.watched, sample(page.watched))
+        listener.watch(link, sample(page.watched))
     return piece

@@ -22,6 +22,8 @@ from selectune.scope import ScopedTensor
 from selectune.train.autograd import Link, Listener, SparseEmbedding, SparseLayerNorm, SparseLinear, Split, Tap
 from selectune.train.ledger import Page
 
+UNKNOWN = 1 << 60  # of uses: more than will ever be counted down
+
 
 class Shadow(torch.Tensor):
     """Stands for one weight during a forward pass."""
@@ -62,7 +64,7 @@ class Use:
     def count(self) -> None:
         """One more gradient to expect; recomputed forwards (checkpointing) are not counted again."""
         if not in_backward():
-            self.taps.uses[self.link.index] += 1
+            self.link.uses[self.link.index] += 1
 
 
 class Taps:
@@ -85,7 +87,7 @@ class Taps:
     ) -> None:
         self.values, self.listener, self.tensors = values, listener, tensors
         self.before_forward, self.pages, self.recompute = before_forward, pages, recompute
-        self.uses = [0] * len(tensors)  # gradients expected per tensor in the next backward pass
+        self.uses = [0] * len(tensors)  # gradients expected per tensor in the next backward pass through this graph
         self.grad_was_off = False  # part of a forward ran without gradients: reentrant checkpointing, perhaps
         self.asleep = False  # weights are trained as torch does it: no shadows
         self.skip_unneeded = True  # until then: reentrant checkpointing needs inputs that require gradients
@@ -104,6 +106,7 @@ class Taps:
     def forget(self) -> None:
         """Ends the life of the present nodes: the next forward starts a new graph."""
         self._shadows = None
+        self.uses[:] = [UNKNOWN] * len(self.uses)  # a second backward pass through this graph takes other ways
         self.uses = [0] * len(self.tensors)
         self.grad_was_off = False
 
@@ -146,7 +149,7 @@ class Taps:
         pages = self.pages()
         pieces = Split.apply(self.values, [page for page, _ in pages], self.listener)
         return [
-            _shadow(Use(Link(t.index, page, self.listener), t.parameter, piece, self))
+            _shadow(Use(Link(t.index, page, self.listener, self.uses, piece.grad_fn), t.parameter, piece, self))
             if needed or not self.skip_unneeded
             else None
             for t, piece, (page, needed) in zip(self.tensors, pieces, pages, strict=True)
@@ -189,6 +192,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if use is None and (own is None or weight.requires_grad or isinstance(input, Shadow)):
         return NotImplemented
     weight = _plain(weight)
+    if weight.dim() != 2:
+        return NotImplemented
     x, bias = _tapped(input), _plain(bias)
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)

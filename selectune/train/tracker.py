@@ -13,10 +13,12 @@ number are as before. The selection is exact over the sum of the window's gradie
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +26,14 @@ from torch import Tensor, nn
 from selectune.errors import AccumulationError
 from selectune.method import Method
 from selectune.scope import ScopedTensor
+from selectune.train.autograd import Link
 from selectune.train.chooser import Afresh, Chooser, Growing, scattered
 from selectune.train.exchange import Exchange
-from selectune.train.ledger import Ledger, Page, Snapshot, Spots
+from selectune.train.ledger import Ledger, Page, Snapshot
 from selectune.train.taps import Taps
 from selectune.types import Exchanging, Schedule
+
+log = logging.getLogger("selectune")
 
 
 @dataclass
@@ -72,6 +77,9 @@ class Tracker:
         self._window = Window()
         self._in_backward = False
         self._deferred = False
+        self._task = -1  # the backward pass that is going on
+        self._closed_in = -1  # the last backward pass that was closed
+        self._opened: tuple[int, int, bool] | None = None  # when the present graph was
         self._watched: dict[int, Tensor] = {}  # gradients of watched entries in this backward pass
         self._scale = 1.0  # what clipping and unscaling made of this window's gradient
         self._version = ledger.values._version
@@ -96,21 +104,21 @@ class Tracker:
     def before_forward(self) -> None:
         """Brings weights and support up to date before the outermost module runs."""
         self.ledger.follow()
-        if self._in_backward:  # a backward pass broke off, or asked for input gradients only
-            self._in_backward = False
-            self._window.held.clear()
-            self._watched.clear()
-            self.chooser.forget()
-            self.taps.forget()
+        self._deferred = False
+        if self._in_backward:
+            self._broke_off()
         if self._window.backwards >= self.accumulation_steps and not self.in_step and self._moved():
             self.commit()  # an optimizer without torch's hooks has stepped
         elif self.ledger.values._version != self._version:
             self.write_weights()
         if torch.is_grad_enabled() and self._window.backwards == 0:
             self.select_ahead()
+        if self._opened != self._now():  # a graph that never saw its backward pass, of another step or support
+            self.taps.forget()
 
     def open_graph(self) -> list[tuple[Page, bool]]:
         """The pages of a new graph, and whether each tensor needs a gradient in it."""
+        self._opened = self._now()
         pages = self.ledger.pages
         if self._window.before is not None:  # the step may yet turn out to be skipped: both supports get gradients
             pages = self.ledger.joined(self._window.before)
@@ -118,6 +126,10 @@ class Tracker:
         if not any(pages[i].flat.numel() for i in self.reached):
             dense = True  # no entry is known to be reached: without a path to the loss, backward() would fail
         return [(page, dense or page.flat.numel() > 0 or page.watched is not None) for page in pages]
+
+    def _now(self) -> tuple[int, int, bool]:
+        """What the pages of a graph, and which of them need gradients, depend on."""
+        return self.step, self.ledger.changes, self._window.before is None
 
     def recompute(self) -> None:
         """A forward is repeated inside a backward pass: with reentrant checkpointing, close after all of it."""
@@ -127,13 +139,16 @@ class Tracker:
 
     # -- backward (Listener)
 
-    def wants_dense(self) -> bool:
+    def wants_dense(self, link: Link) -> bool:
+        if not _reaches(link.split):
+            return False
         self._begin()
         return self._window.reads > 0 and not self._window.closed
 
-    def offer(self, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
-        self.taps.uses[index] -= 1
-        last_use = self.taps.uses[index] <= 0 and not self.taps.grad_was_off
+    def offer(self, link: Link, gradient: Tensor, rows: Tensor | None = None) -> None:
+        index = link.index
+        link.uses[index] -= 1
+        last_use = link.uses[index] <= 0 and not self.taps.grad_was_off
         last_pass = self._window.backwards + 1 == self._window.reads
         held = self._window.held
         if last_use and last_pass and index not in held:
@@ -143,9 +158,12 @@ class Tracker:
         if last_use and last_pass:
             self.chooser.offer(self.step, index, held.pop(index))
 
-    def watch(self, index: int, spots: Spots, piece: Tensor) -> None:
+    def watch(self, link: Link, piece: Tensor) -> None:
+        index = link.index
+        if not _reaches(link.split):
+            return
         self._begin()
-        if self.ledger.pages[index].watched is not spots:
+        if self.ledger.pages[index].watched is not link.page.watched:
             return  # a graph from before they were, or of a window that was undone
         piece = piece.to(self.ledger.values)
         self._watched[index] = self._watched[index] + piece if index in self._watched else piece
@@ -170,7 +188,7 @@ class Tracker:
     def _close(self, gradient: Tensor) -> Tensor:
         window = self._window
         window.backwards += 1
-        self._in_backward = False
+        self._in_backward, self._closed_in = False, torch._C._current_graph_task_id()
         self.taps.forget()
         if window.reads > 0 and not window.closed:
             if window.backwards == window.reads:
@@ -188,10 +206,19 @@ class Tracker:
 
     def _begin(self) -> None:
         """The first sign of a new backward pass."""
-        if self._in_backward:
+        task = torch._C._current_graph_task_id()
+        if self._in_backward and (task == self._task or self._deferred or self.taps.grad_was_off):
             return
-        self._in_backward = True
+        if self._in_backward:
+            self._broke_off()
         window = self._window
+        if task == self._closed_in and window.closed and not self.taps.grad_was_off:
+            raise AccumulationError(
+                "One backward pass went through forwards from before and from after another backward pass. The "
+                "selection of the step closed with the first of them, so it would miss the others' gradient. Run "
+                "these forwards again, or none of them before the other backward pass."
+            )
+        self._in_backward, self._task = True, task
         if window.backwards >= self.accumulation_steps and not self.in_step:
             grad = self.ledger.values.grad
             if grad is None or not bool(grad.any()):
@@ -206,6 +233,23 @@ class Tracker:
                 )
         if window.backwards == 0:
             window.reads = self.chooser.passes(self.step, self.accumulation_steps)
+
+    def _broke_off(self) -> None:
+        """A backward pass raised: what it showed is void."""
+        window, self._in_backward = self._window, False
+        self._watched.clear()
+        self.chooser.forget()
+        self.taps.forget()
+        if window.backwards and self.ledger.values.grad is None:
+            self._undo()  # the user starts the window anew
+        elif window.backwards and window.reads > 0 and not window.closed:
+            window.closed = True  # part of it is in the sums over the window
+            self.events["broken_windows"] += 1
+            log.warning(
+                "Step %d: a backward pass broke off within its window, so nothing is selected; the quota waits.",
+                self.step,
+            )
+        window.held.clear()
 
     def settle(self) -> None:
         """A window whose passes are done is committed or undone now, if its step is known to be taken or skipped."""
@@ -285,6 +329,7 @@ class Tracker:
         """The optimizer has stepped: the window counts, the weights follow the values."""
         self.in_step = False
         if self._window.backwards == 0 and self.tensors:
+            self.write_weights()  # momentum alone may have moved them
             return
         self.step += 1
         self._window = Window()
@@ -304,6 +349,11 @@ class Tracker:
 
     def _moved(self) -> bool:
         return self.ledger.values._version != self._version or not self.ledger.agrees()
+
+
+def _reaches(node: Any) -> bool:
+    """Whether this backward pass comes to the node: it does not where only gradients of inputs are asked for."""
+    return torch._C._will_engine_execute_node(node)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _scale(now: Tensor, then: Tensor | None) -> float:
