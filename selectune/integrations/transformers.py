@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selectune.delta import digest_bits
-from selectune.errors import ConfigError, IntegrityError
+from selectune.errors import ConfigError, DetachedError, IntegrityError
 from selectune.train import STATE_FILE, Tuner, read_state, write_state
 
 log = logging.getLogger("selectune")
@@ -61,7 +61,7 @@ class SelectuneCallback(TrainerCallback):
         self._resumed_order: Tensor | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here to the start of training, no weights are loaded into the attached model."""
+        """From here to the start of training, no weights get into the attached model."""
         self._release()
         self._kept_out = {}
         for name, module in self.tuner.model.named_modules():  # all of them: peft loads virtual tokens by a submodule
@@ -166,8 +166,16 @@ class SelectuneCallback(TrainerCallback):
 
     def _keep_out(self, name: str, module: nn.Module, weights: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Takes a checkpoint's weights out of the dict that is about to be loaded; the digests of whole models stay."""
+        keys = [key for key in weights if key.startswith(prefix)]
+        if not keys or self._tuner_is_off():
+            return
+        if next(_trainers(), None) is None:
+            raise ConfigError(
+                f"{len(keys)} tensors are to be loaded into a model with a tuner whose training has not begun. Load "
+                "weights before attach, or resume with trainer.train(resume_from_checkpoint=...)."
+            )
         self._prefixes[name] = prefix
-        for key in [key for key in weights if key.startswith(prefix)]:
+        for key in keys:
             tensor, own = weights.pop(key), key.removeprefix(prefix)
             if isinstance(tensor, Tensor):
                 # what is loaded into a part by itself may stand for other tensors: p-tuning's encoder has its output
@@ -175,8 +183,15 @@ class SelectuneCallback(TrainerCallback):
                 self._kept_out[own if whole else f"{name}.{own}"] = digest_bits(tensor.cpu()) if whole else None
 
     def _none_missing(self, name: str, module: nn.Module, incompatible: Any) -> None:
-        missing = incompatible.missing_keys
-        missing[:] = [key for key in missing if not key.startswith(self._prefixes[name])]
+        prefix, missing = self._prefixes.pop(name, None), incompatible.missing_keys
+        if prefix is not None:
+            missing[:] = [key for key in missing if not key.startswith(prefix)]
+
+    def _tuner_is_off(self) -> bool:
+        try:
+            return self.tuner.model is None
+        except DetachedError:
+            return True
 
     def _release(self) -> None:
         for guard in self._guards:
@@ -186,10 +201,18 @@ class SelectuneCallback(TrainerCallback):
 
 def _checkpoint(args: Any, state: Any) -> Path:
     """The folder that is being resumed. Callbacks are not told, so it is read off the Trainer that is calling."""
+    for variables in _trainers():
+        told = variables.get("resume_from_checkpoint")
+        if isinstance(told, str | os.PathLike):
+            return Path(told)
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _trainers() -> Iterator[Mapping[str, Any]]:
+    """The variables of a Trainer's methods that are running, innermost first."""
     frame = inspect.currentframe()
     while frame is not None:
-        told = frame.f_locals.get("resume_from_checkpoint")
-        if isinstance(told, str | os.PathLike) and isinstance(frame.f_locals.get("self"), Trainer):
-            return Path(told)
+        variables = frame.f_locals
+        if isinstance(variables.get("self"), Trainer):
+            yield variables
         frame = frame.f_back
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

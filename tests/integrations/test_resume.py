@@ -322,11 +322,30 @@ def test_without_the_optimizer_it_is_said(runs, caplog):
 
 
 def test_weights_without_a_resume(runs):
-    trainer, _ = runs.trainer(lambda: st.id3(60, STEPS))
-    trainer.model.load_state_dict({"classifier.bias": torch.ones(2)}, strict=False)
+    """Nothing is kept out in silence: by hand it is refused, by a Trainer of one's own too, and detached it is done."""
+    trainer, tuner = runs.trainer(lambda: st.id3(60, STEPS))
+    bias = {"classifier.bias": torch.ones(2)}
+    with pytest.raises(ConfigError, match="1 tensors are to be loaded into a model with a tuner"):
+        trainer.model.load_state_dict(bias, strict=False)
+    with pytest.raises(ConfigError, match="1 tensors are to be loaded"):
+        trainer.model.classifier.load_state_dict({"bias": torch.ones(2)}, strict=False)
     assert weights_digest(trainer.model) == runs.base
+
+    class Loads(type(trainer)):
+        def create_optimizer(self, *args):
+            self.model.load_state_dict(bias, strict=False)
+            return super().create_optimizer(*args)
+
+    trainer.__class__ = Loads
     with quiet(), pytest.raises(ConfigError, match="1 tensors were to be loaded into the attached model"):
         trainer.train()
+    assert weights_digest(trainer.model) == runs.base
+
+    trainer, tuner = runs.trainer(lambda: st.id3(60, STEPS))
+    tuner.detach()
+    missing = trainer.model.load_state_dict(bias, strict=False).missing_keys
+    assert "classifier.weight" in missing
+    assert trainer.model.classifier.bias.tolist() == [1.0, 1.0]
 
 
 def test_the_file_is_small_and_no_pickle(runs, stopped):
