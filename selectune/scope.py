@@ -73,6 +73,8 @@ class Scope:
             matched |= hits
             if not parameter.requires_grad or not parameter.is_floating_point():
                 continue
+            if not self.include and _matches(aliases, self.exclude):
+                continue
             if _matches(aliases, self.train_fully):
                 dense.append(ScopedTensor(len(dense), aliases, parameter))
             elif _matches(aliases, self.include) and not _matches(aliases, self.exclude):

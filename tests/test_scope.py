@@ -100,3 +100,14 @@ def test_memory_shared_by_two_parameters():
         st.attach(model, st.pafi(1))
     model.b = nn.Parameter(memory[4:])
     assert st.attach(model, st.pafi(1)).selected == 1
+
+
+@pytest.mark.parametrize("recipe", [st.full, st.xattn])
+def test_whole_recipes_take_a_scope_as_others_do(recipe, net):
+    """What it includes and what it trains wholly, without what it excludes."""
+    scope = st.Scope(include=["0.*", "1.*"], exclude="*.bias", train_fully="2.*")
+    tuner = st.attach(net, recipe(scope))
+    assert [n for n, p in net.named_parameters() if p.requires_grad] == ["0.weight", "1.weight", "2.weight"]
+    tuner.detach()
+    st.attach(net, recipe(scope=st.Scope(include="0.*")))
+    assert [n for n, p in net.named_parameters() if p.requires_grad] == ["0.weight", "0.bias"]

@@ -18,8 +18,8 @@ import torch
 import selectune as st
 from selectune import tasks
 from selectune.adapters import KINDS, two_rates
-from selectune.delta import DELTA_FILE, Delta, versions, write_durably
-from selectune.errors import ConfigError, DeltaError, NonFiniteError
+from selectune.delta import DELTA_FILE, versions, write_durably
+from selectune.errors import ConfigError, NonFiniteError
 from selectune.harness.calibration import calibration
 from selectune.harness.config import RunConfig, build_method
 from selectune.harness.evaluate import Evaluation, collate, encode, evaluate
@@ -343,20 +343,14 @@ def _sampling(group_by_length: bool) -> dict[str, Any]:
 
 def _save(config: RunConfig, tuner: Tuner, base: Mapping[str, Any], max_length: int) -> tuple[Path, Verification]:
     """Writes the delta, with what `eval` needs to rebuild the task's head and the same batches."""
-    verification = tuner.verify()
-    delta = tuner.delta(base=base)
-    info = delta.info
-    info["method"] = {**info["method"], "task": config.task, "max_length": max_length}
+    method = {"task": config.task, "max_length": max_length}
+    info: dict[str, dict[str, Any]] = {"method": method}
     if config.dtype is not None:
-        info["method"]["dtype"] = config.dtype
+        method["dtype"] = config.dtype
     if config.module is not None and KINDS[config.module.kind].peft:
-        info["versions"]["peft"] = metadata.version("peft")
-    out = Path(str(config.out))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DeltaError(f"cannot make the folder {out}: {error.strerror or error}") from error
-    return Delta(delta.patches, delta.dense, info).save(out / DELTA_FILE), verification
+        info["versions"] = {"peft": metadata.version("peft")}
+    verification = tuner.verify()
+    return tuner.save(Path(str(config.out)) / DELTA_FILE, base=base, info=info), verification
 
 
 def _best(history: Sequence[Mapping[str, Any]], step: int, selected: int, value: float) -> Mapping[str, Any] | None:

@@ -7,17 +7,19 @@ from selectune.method import Method, Patterns
 from selectune.scope import CROSS_ATTENTION, Scope
 
 
-def full(scope: Patterns = ("*",)) -> Method:
+def full(scope: Scope | Patterns = ("*",)) -> Method:
     """Full fine-tuning through the same door: every weight, dense gradients, dense optimizer state.
+
+    Of a Scope, what it includes is trained, and what it trains wholly; `exclude` takes out of both.
 
     >>> import selectune as st
     >>> st.full().scope.train_fully
     ('*',)
     """
-    return Method(Scope(include=(), train_fully=scope), name="full")
+    return Method(_wholly(scope), name="full")
 
 
-def xattn(scope: Patterns = (CROSS_ATTENTION,)) -> Method:
+def xattn(scope: Scope | Patterns = (CROSS_ATTENTION,)) -> Method:
     """Xattn: the decoder's cross-attention blocks wholly: query, key, value, output, their biases and layer norm.
 
     For encoder-decoder models; one without cross-attention is refused with a ScopeError. No score, dense
@@ -29,7 +31,7 @@ def xattn(scope: Patterns = (CROSS_ATTENTION,)) -> Method:
     >>> st.xattn().scope.train_fully
     ('@cross_attention',)
     """
-    return Method(Scope(include=(), train_fully=scope), name="xattn")
+    return Method(_wholly(scope), name="xattn")
 
 
 def child_tuning_f(p: float = 0.3, scope: Scope | Patterns = ("*",)) -> Method:
@@ -44,3 +46,9 @@ def child_tuning_f(p: float = 0.3, scope: Scope | Patterns = ("*",)) -> Method:
     Weights(l1=0.0, p=0.25, lr=None)
     """
     return Method(scope if isinstance(scope, Scope) else Scope(scope), name="child-tuning-f", dense=Weights(p=p))
+
+
+def _wholly(scope: Scope | Patterns) -> Scope:
+    if not isinstance(scope, Scope):
+        return Scope(include=(), train_fully=scope)
+    return Scope(include=(), exclude=scope.exclude, train_fully=(*scope.include, *scope.train_fully))

@@ -285,6 +285,7 @@ class Tuner:
         self,
         *,
         base: Mapping[str, Any] | None = None,
+        info: Mapping[str, Mapping[str, Any]] | None = None,
         old_values: bool = False,
         order: bool = False,
         allow_empty: bool = False,
@@ -298,6 +299,7 @@ class Tuner:
             self._base,
             verification.changed,
             base,
+            info or {},
             old_values,
             order,
             allow_empty,
@@ -308,6 +310,7 @@ class Tuner:
         path: str | Path,
         *,
         base: Mapping[str, Any] | None = None,
+        info: Mapping[str, Mapping[str, Any]] | None = None,
         old_values: bool = False,
         order: bool = False,
         allow_empty: bool = False,
@@ -316,11 +319,12 @@ class Tuner:
 
         Durable and atomic: a save that returned survives a crash, one that did not changes nothing.
         `base`: where the base came from (id, revision, seed), recorded for `eval`; see
-        `selectune.delta.base_info`. `old_values`: also store the base's values, so that a revert needs no
-        base. `order`: also store the order of selection, every smaller budget's mask.
-        Raises NothingTrainedError, NonFiniteError, IntegrityError before a file is touched.
+        `selectune.delta.base_info`. `info`: more fields of the delta's info, {"method": {"task": ...}}, JSON values.
+        `old_values`: also store the base's values, so that a revert needs no base. `order`: also store the order
+        of selection, every smaller budget's mask.
+        Raises ConfigError, NothingTrainedError, NonFiniteError, IntegrityError before a file is touched.
         """
-        delta = self.delta(base=base, old_values=old_values, order=order, allow_empty=allow_empty)
+        delta = self.delta(base=base, info=info, old_values=old_values, order=order, allow_empty=allow_empty)
         return delta.save(path)
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from selectune import ops
-from selectune.delta import Delta, Dense, Patch, base_info, digest_bits, module_of
-from selectune.errors import NonFiniteError, NothingTrainedError
+from selectune.delta import Delta, Dense, Patch, base_info, digest_bits, module_of, versions
+from selectune.errors import ConfigError, NonFiniteError, NothingTrainedError
 from selectune.method import Method
 from selectune.scope import Found, ScopedTensor
 from selectune.train.ledger import Ledger
@@ -127,11 +127,21 @@ def delta_of(
     before: BaseCopy,
     changed: int,
     base: Mapping[str, Any] | None,
+    more: Mapping[str, Mapping[str, Any]],
     old_values: bool,
     order: bool,
     allow_empty: bool,
 ) -> Delta:
     """The delta of a run; refuses one that is empty or not finite."""
+    info = {
+        "method": {**run.method.describe(), "seed": run.seed},
+        "budget": run.budget if found.tensors and run.schedule is not None and run.schedule.keeps else None,
+        "base": dict(base) if base is not None else base_info(run.model),
+    }
+    module = module_of(run.model)
+    if module is not None:
+        info["module"] = module
+    info = _with_more({**info, "versions": versions()}, more)
     ranks = _ranks(ledger) if order else {}
     patches = [
         _patch(t, *ledger.pages[t.index].touched(), old_values, ranks.get(t.index), before.filled.get(t.name))
@@ -154,16 +164,21 @@ def delta_of(
             raise NonFiniteError(f'Trained values of "{part[0]}" are NaN or infinite; the delta is not saved.')
     if run.unreached:
         log.warning("Selected entries of %s never got a gradient.", ", ".join(run.unreached[:5]))
-    info = {
-        "method": {**run.method.describe(), "seed": run.seed},
-        "budget": run.budget if found.tensors and run.schedule is not None and run.schedule.keeps else None,
-        "selected": sum(p.indices.numel() for p in patches),
-        "base": dict(base) if base is not None else base_info(run.model),
-    }
-    module = module_of(run.model)
-    if module is not None:
-        info["module"] = module
+    info["selected"] = sum(p.indices.numel() for p in patches)
     return Delta(patches, dense, info)
+
+
+def _with_more(info: Mapping[str, Any], more: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The info with more fields in its open objects; what a run records itself is not the caller's to say."""
+    found = dict(info)
+    for name, fields in more.items():
+        if name not in ("method", "versions") or not isinstance(fields, Mapping):
+            raise ConfigError(f'info= takes fields of "method" and of "versions", by name; got {name!r}: {fields!r}.')
+        taken = sorted(set(found[name]) & set(fields))
+        if taken:
+            raise ConfigError(f"info= names fields of '{name}' that the run records itself: {', '.join(taken)}.")
+        found[name] = {**found[name], **fields}
+    return found
 
 
 def warn_of_zeros(method: Method, found: Found, budget: int) -> None:

@@ -142,3 +142,24 @@ def test_non_finite_values_are_not_saved(tmp_path):
         tuner.parameters()[0][3] = torch.nan
     with pytest.raises(st.errors.NonFiniteError, match="NaN or infinite"):
         tuner.save(tmp_path)
+
+
+def test_a_delta_records_what_else_it_is_told(tmp_path):
+    model = Mixed()
+    tuner = st.attach(model, st.id3(60, 6))
+    for _ in steps(model, torch.optim.SGD(tuner.parameters(), lr=0.1), 6):
+        pass
+    plain = tuner.delta()
+    more = {"method": {"task": "glue/stsb", "max_length": 64}, "versions": {"peft": "1.2"}}
+    told = st.load(tuner.save(tmp_path, info=more)).info
+    assert told["method"] == {**plain.info["method"], "task": "glue/stsb", "max_length": 64}
+    assert told["versions"] == {**plain.info["versions"], "peft": "1.2"}
+    assert {k: v for k, v in told.items() if k not in more} == {k: v for k, v in plain.info.items() if k not in more}
+    for wrong, why in (
+        ({"method": {"seed": 3}}, "names fields of 'method' that the run records itself: seed"),
+        ({"selected": {}}, 'takes fields of "method" and of "versions", by name; got \'selected\''),
+        ({"method": "mine"}, "got 'method': 'mine'"),
+    ):
+        with pytest.raises(st.errors.ConfigError, match=why):
+            tuner.save(tmp_path / "other", info=wrong)
+    assert not (tmp_path / "other").exists()
