@@ -22,6 +22,7 @@ from selectune import ops
 from selectune.errors import ConfigError, IntegrityError, NonFiniteError, OptimizerError
 from selectune.ops.scratch import scratch
 from selectune.scope import OWN, Found
+from selectune.train.calls import Call
 from selectune.train.package import BaseCopy
 from selectune.train.scan import scan
 from selectune.train.tracker import Tracker
@@ -52,7 +53,7 @@ class Phase:
         self._before: list[Tensor] = []  # what the heads were when the phase began
         self._hooks: list[RemovableHandle] = []
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._in_step = False
+        self._step_call: Call | None = None  # the running optimizer.step()
         self._pulled = False  # a gradient came since the last step
         self._seen: list[int] = []  # versions of the latents that the weights follow
         self.latents = [self._make(t.parameter) for t in self.tensors]
@@ -199,7 +200,7 @@ class Phase:
         self.tracker.ledger.follow()
         if self._versions() == self._seen:
             return
-        if self._pulled and not self._in_step:
+        if self._pulled and not self._in_step():
             raise OptimizerError(
                 "The tensors of the dense phase changed without a step of a torch.optim.Optimizer, whose hooks tell "
                 "when the phase is over. Use an optimizer made from torch.optim.Optimizer."
@@ -232,8 +233,11 @@ class Phase:
             weight.grad = None
             for latent, part in zip(latents, self.kind.pull(_widened(gradient), self._here(index)), strict=True):
                 latent.grad = _laid_out(part, latent) if latent.grad is None else latent.grad.add_(part)
-        if self._in_step:
+        if self._in_step():
             self._finish(index, lambda latent: True)  # a closure: the optimizer's hook has been and gone
+
+    def _in_step(self) -> bool:
+        return self._step_call is not None and not self._step_call.over()
 
     def _versions(self) -> list[int]:
         return [latent._version for latents in self.latents for latent in latents]
@@ -253,7 +257,7 @@ class Phase:
 
     # -- the optimizer's step
 
-    def before_step(self, optimizer: torch.optim.Optimizer, held: set[int], frozen: set[int]) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer, call: Call, held: set[int], frozen: set[int]) -> None:
         """The optimizer is about to step: the phase has its last word on the gradients."""
         mine = {id(p) for p in self.parameters()}
         if not held & mine:
@@ -269,7 +273,7 @@ class Phase:
                 "nothing would be trained once the phase is over. Make it after attach, over tuner.parameters()."
             )
         self._optimizers.add(optimizer)
-        self._in_step = True
+        self._step_call = call
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its step
         for index in range(len(self.tensors)):
             self._finish(index, lambda latent: id(latent) in held, scale)
@@ -290,7 +294,7 @@ class Phase:
 
     def after_step(self, held: set[int], skipped: bool) -> None:
         """The optimizer has stepped; the one that holds the first latent counts the step."""
-        self._in_step = False
+        self._step_call = None
         if skipped or not self._leads(held) or not self._pulled:
             return
         self._pulled = False

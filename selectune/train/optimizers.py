@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from selectune.errors import OptimizerError
+from selectune.train.calls import Call
 from selectune.train.dense import Phase
 from selectune.train.ledger import Places
 from selectune.train.tracker import Tracker
@@ -35,16 +36,16 @@ class Follower:
     def remove(self) -> None:
         _followers.discard(self)
 
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer, call: Call) -> None:
         tracker, held = self.tracker, _held(optimizer)
         if self.phase is not None and self.phase.on:
-            self.phase.before_step(optimizer, held, self.frozen)
+            self.phase.before_step(optimizer, call, held, self.frozen)
         elif held & self.trained:
             if tracker.tensors and id(tracker.ledger.values) not in held:
                 return
             self._check(optimizer)
             scale = getattr(optimizer, "grad_scale", None)  # a scaler's, left to the optimizer's own kernel
-            tracker.before_step(1.0 if scale is None else 1.0 / float(scale))
+            tracker.before_step(call, 1.0 if scale is None else 1.0 / float(scale))
             if not _skips(optimizer):
                 self._tell(optimizer)
         elif held & self.frozen:
@@ -61,7 +62,7 @@ class Follower:
             self.phase.after_step(_held(optimizer), skipped)
             return
         if skipped:
-            tracker.in_step = False
+            tracker.step_call = None
             return
         wanted = {id(tracker.ledger.values)} if tracker.tensors else self.trained
         if _held(optimizer) & wanted:
@@ -99,8 +100,9 @@ def _install() -> None:
 
     def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
+        call = Call()
         for follower in list(_followers):
-            follower.before_step(optimizer)
+            follower.before_step(optimizer, call)
 
     def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs

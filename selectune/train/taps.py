@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from selectune import ops
 from selectune.scope import ScopedTensor
 from selectune.train.autograd import Link, Listener, SparseEmbedding, SparseLayerNorm, SparseLinear, Split, Tap
+from selectune.train.calls import Call
 from selectune.train.ledger import Page
 
 UNKNOWN = 1 << 60  # of uses: more than will ever be counted down
@@ -91,7 +92,8 @@ class Taps:
         self.grad_was_off = False  # part of a forward ran without gradients: reentrant checkpointing, perhaps
         self.asleep = False  # weights are trained as torch does it: no shadows
         self.skip_unneeded = True  # until then: reentrant checkpointing needs inputs that require gradients
-        self._depth = 0
+        self._entered: list[nn.Module] = []  # hooked modules whose forward runs, the outermost first
+        self._call: Call | None = None  # of the outermost
         self._shadows: list[Shadow | None] | None = None
         self._owners = [[_owner(model, name) for name in t.names] for t in tensors]
         self._rnns = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
@@ -118,10 +120,14 @@ class Taps:
                 yield module.register_forward_hook(self._leave, always_call=True)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        del module, args
-        self._depth += 1
-        if self._depth > 1:
+        del args
+        if self._call is not None and self._call.over():  # interrupted
+            self._entered.clear()
+            self._hide()
+        self._entered.append(module)
+        if len(self._entered) > 1:
             return
+        self._call = Call()
         if in_backward():
             self.recompute()
         else:
@@ -130,9 +136,12 @@ class Taps:
             self._show()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        del module, args, output
-        self._depth -= 1
-        if self._depth == 0:
+        del args, output
+        if not self._entered or self._entered[-1] is not module:
+            return  # another hook raised before it was entered
+        self._entered.pop()
+        if not self._entered:
+            self._call = None
             self._hide()
 
     def _show(self) -> None:

@@ -27,6 +27,7 @@ from selectune.errors import AccumulationError
 from selectune.method import Method
 from selectune.scope import ScopedTensor
 from selectune.train.autograd import Link
+from selectune.train.calls import Call
 from selectune.train.chooser import Afresh, Chooser, Growing, scattered
 from selectune.train.exchange import Exchange
 from selectune.train.ledger import Ledger, Page, Snapshot
@@ -72,7 +73,7 @@ class Tracker:
             kind = Growing if schedule is None or schedule.keeps else Afresh
         self.chooser: Chooser = kind(method, schedule, tensors, ledger, seed, self.events)
         self.reached: set[int] = set()  # tensors that ever sent a gradient
-        self.in_step = False  # inside optimizer.step(): a closure may run backward again
+        self.step_call: Call | None = None  # the running optimizer.step(), where a closure may run backward again
         self.keepalive: object = None
         self._window = Window()
         self._in_backward = False
@@ -98,6 +99,11 @@ class Tracker:
     def quota(self) -> int:
         """How many entries the schedule still asks for at this step."""
         return self.chooser.quota(self.step)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether optimizer.step() is running."""
+        return self.step_call is not None and not self.step_call.over()
 
     # -- forward
 
@@ -308,12 +314,12 @@ class Tracker:
 
     # -- the optimizer's step
 
-    def before_step(self, scale: float = 1.0) -> None:
+    def before_step(self, call: Call, scale: float = 1.0) -> None:
         """The optimizer is about to step; a window that ends short (last batches of an epoch) closes here.
 
         `scale`: what the optimizer itself will multiply its gradient by.
         """
-        self.in_step = True
+        self.step_call = call
         window, values = self._window, self.ledger.values
         if window.expected is not None and values.grad is not None:
             self._scale = scale * _scale(values.grad, window.expected)
@@ -327,7 +333,7 @@ class Tracker:
 
     def commit(self) -> None:
         """The optimizer has stepped: the window counts, the weights follow the values."""
-        self.in_step = False
+        self.step_call = None
         if self._window.backwards == 0 and self.tensors:
             self.write_weights()  # momentum alone may have moved them
             return
