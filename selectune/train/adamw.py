@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor
 from selectune import ops
 from selectune.errors import ConfigError
 from selectune.ops import reference
+from selectune.train.stepping import Stepping
 from selectune.types import News, Places
 
 AGES = ("shared", "entry")
 DECAYS = ("zero", "base")
 
 
-class SparseAdamW(torch.optim.Optimizer):
+class SparseAdamW(Stepping):
     """AdamW whose bias correction counts steps per optimizer ("shared", torch's way) or per entry ("entry").
 
     An entry that is selected late has moments of 0 but, with a shared count, no bias correction left,
@@ -59,19 +60,6 @@ class SparseAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
         for group in self.param_groups:
             _check(group)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Takes one step; `closure`, if given, computes the loss again first and is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, group)
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state dict; moments and ages keep their dtypes, which torch would cast to the parameter's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from selectune.errors import ConfigError
 from selectune.ops import reference
 from selectune.train.adamw import DECAYS
 from selectune.train.ledger import matrix
+from selectune.train.stepping import Stepping
 from selectune.types import News, Places
 
 
-class SparseSM3(torch.optim.Optimizer):
+class SparseSM3(Stepping):
     """SM3 whose entries are the selected scalars of many matrices: v_ij = min(r_i, c_j) + g_ij^2.
 
     After a step r_i and c_j are the largest v seen in their row and column, and w -= lr g / sqrt(v + eps). They
@@ -66,19 +67,6 @@ class SparseSM3(torch.optim.Optimizer):
         """See `selectune.types.Factored`."""
         state = self.state.get(values)
         return (state["rows"], state["columns"]) if state else None
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Takes one step; `closure`, if given, computes the loss again first and is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, group)
-        return loss
 
     def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
         places, state = self._places.get(id(parameter)), self.state[parameter]
