@@ -134,8 +134,8 @@ class GlobalCollector:
         if self.tie_seed is None and scores.dtype == torch.float32:
             at = torch.topk(_keys(scores), min(self.quota, scores.numel()), sorted=False).indices
         else:
-            places = torch.arange(scores.numel(), device=scores.device)
-            at = self._order(scores, (flat + start) + (places if isinstance(flat, int) else 0))[: self.quota]
+            every = torch.arange(scores.numel(), device=scores.device) + flat if isinstance(flat, int) else flat
+            at = self._order(scores, every + start)[: self.quota]
         positions = (at + flat if isinstance(flat, int) else flat[at]) + start
         carried = torch.zeros_like(scores[at]) if carry is None else carry[at]
         self.queued.append((scores[at].double(), positions, carried.double()))
