@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,11 @@ class Guarded(TyperGroup):
         except SelectuneError as error:
             fail(error)
             raise typer.Exit(code_of(error)) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read the output has gone, as `head` does
+                raise
+            fail(error)
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(

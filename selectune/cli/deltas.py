@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,10 +106,12 @@ def _shown(value: dict[str, Any]) -> str:
     base, method = value["base"], value["method"]
     scalars = sum(patch["count"] for patch in value["patches"])
     module = value.get("module")
+    sizes = {entry["name"]: math.prod(entry["shape"]) for entry in value["dense"]}
     lines = [
         f"method    {method.get('name', '?')}" + (f" on {method['task']}" if "task" in method else ""),
         *([f"module    {Spec(module['kind'], module['options'])}, seed {module['seed']}"] if module else []),
         f"selected  {scalars:,}" + ("" if value["budget"] is None else f" of {value['budget']:,}"),
+        *([f"whole     {sum(sizes.values()):,} scalars in {len(sizes)} tensors"] if sizes else []),
         f"base      {base['id'] or 'unknown'}"
         + (f" at {base['revision']}" if base["revision"] else "")
         + (f", seed {base['seed']}" if base["seed"] is not None else ""),
@@ -119,7 +122,9 @@ def _shown(value: dict[str, Any]) -> str:
     lines += [f"  {patch['count']:>12,}  {patch['name']}" for patch in top]
     if len(value["patches"]) > len(top):
         lines.append(f"  {'':>12}  and {len(value['patches']) - len(top)} more tensors")
-    lines += [f"  {'whole':>12}  {entry['name']}" for entry in value["dense"][:10]]
+    lines += [f"  {size:>12,}  {name} (whole)" for name, size in list(sizes.items())[:10]]
+    if len(sizes) > 10:
+        lines.append(f"  {'':>12}  and {len(sizes) - 10} more whole tensors")
     return "\n".join(lines)
 
 

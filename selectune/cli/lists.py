@@ -11,6 +11,7 @@ from selectune.adapters import KINDS
 from selectune.cli import values
 from selectune.cli.options import Data, Json
 from selectune.cli.output import Bar, result, working
+from selectune.cli.runs import train
 from selectune.harness.demo import BUDGET, DemoResult
 from selectune.harness.demo import demo as run_demo
 from selectune.recipes import RECIPES
@@ -70,15 +71,27 @@ def methods(as_json: Json = False) -> None:
     lines = [
         f"{m['name']}: {m['summary']}\n"
         f"    reads {m['reads']}; passes over the weights: {m['passes']}; bytes: {m['bytes']}\n"
+        f"    {_options(m['takes'])}\n"
         f"    {m['source']}"
         for m in found
     ]
     for through, title in (("peft", "dense peers, through peft"), ("selectune", "dense peers, our own adapters")):
         lines.append(
-            f"\n{title}; as --method name:option=value, and under a selective method as --on name:option=value"
+            f"\n{title}; as --method name:option=value, and under a selective method as --on name:option=value; "
+            "16 bytes a scalar of the module"
         )
         lines += [_peer(m) for m in peers if m["through"] == through]
     result(as_json, [*found, *peers], "\n".join(lines))
+
+
+def _options(takes: list[str]) -> str:
+    """The options of `selectune train` that a recipe's parameters are."""
+    known = inspect.signature(train).parameters
+    names = [name for name in takes if name in known]
+    if "scope" in takes:
+        names[len(names) - ("train_fully" in names) :] = ["include"]
+        names += ["exclude", "train_fully"] if "train_fully" in takes else []
+    return "options " + ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def _peer(m: dict[str, Any]) -> str:

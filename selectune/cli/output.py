@@ -6,7 +6,9 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +30,7 @@ def stderr() -> Console:
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def fail(error: SelectuneError) -> None:
+def fail(error: SelectuneError | OSError) -> None:
     """Prints an error as one red line; with SELECTUNE_TRACEBACK=1 raises it instead."""
     if os.environ.get(TRACEBACK, "") not in ("", "0"):
         raise error
@@ -43,7 +45,25 @@ def code_of(error: SelectuneError) -> int:
 
 def result(as_json: bool, value: Any, text: str) -> None:
     """Prints a result on stdout: JSON if it was asked for, else the text."""
+    if not as_json and sys.stdout.isatty():
+        text = fitted(text, shutil.get_terminal_size().columns)
     typer.echo(json.dumps(value, indent=2, allow_nan=False) if as_json else text)
+
+
+def fitted(text: str, columns: int) -> str:
+    """Long lines broken between words; what follows is indented.
+
+    >>> print(fitted("  one two three", 10))
+      one two
+          three
+    """
+    lines = []
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip()) + 4)
+        lines += textwrap.wrap(
+            line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ) or [""]  # fmt: skip
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager

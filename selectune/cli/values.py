@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal, InvalidOperation
 
 from selectune.errors import BudgetError
 
+_MARKS = re.compile(r"[^,_]*|\d{1,3}([,_]\d{3})+\D?")  # none at all, or 1,234,567
 _UNITS = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 
@@ -15,7 +17,10 @@ def budget(text: str) -> int | float:
     >>> [budget(text) for text in ("103k", "1.5m", "320_000", "0.17%", "0.0017")]
     [103000, 1500000, 320000, 0.0017, 0.0017]
     """
-    plain = text.strip().lower().replace("_", "").replace(",", "")
+    plain = text.strip().lower()
+    if not _MARKS.fullmatch(plain):
+        raise _refuse(text, "commas and underscores may stand between thousands only; decimals have a point")
+    plain = plain.replace("_", "").replace(",", "")
     unit = _UNITS.get(plain[-1:], 1)
     percent = plain.endswith("%")
     try:

@@ -87,7 +87,7 @@ def align(deltas: Sequence[Delta], base: nn.Module | None = None) -> list[Rows]:
         elif not delta.reversible and (delta.patches or delta.dense):
             raise DeltaError(
                 f"differences need the base's values, and number {number + 1}, {delta.label}, does not carry them: "
-                f"pass base=the base model, or save the delta with old_values=True"
+                "pass base=the base model, or save the delta with old_values=True; on the command line give --model"
             )
     parts = [{part.name: part for part in parts_of(delta)} for delta in deltas]
     return [_rows(name, [own.get(name) for own in parts], found, stack) for name in _order(deltas, found)]

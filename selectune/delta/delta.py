@@ -147,7 +147,8 @@ class Delta:
     @property
     def label(self) -> str:
         """How messages call this delta: its method, its size and the beginning of its digest."""
-        return f"{self._info['method'].get('name', 'delta')} of {self.selected} scalars ({self.digest[:8]})"
+        whole = f" and {len(self._dense)} whole tensors" if self._dense else ""
+        return f"{self._info['method'].get('name', 'delta')} of {self.selected} scalars{whole} ({self.digest[:8]})"
 
     def __eq__(self, other: object) -> bool:
         return self.to_bytes() == other.to_bytes() if isinstance(other, Delta) else NotImplemented
@@ -156,7 +157,7 @@ class Delta:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"<Delta {self.label} in {len(self._patches)} tensors, {len(self._dense)} dense>"
+        return f"<Delta {self.label} in {len(self._patches)} tensors>"
 
     # --- on a model -----------------------------------------------------------------------------------------
 

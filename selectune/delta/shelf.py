@@ -36,6 +36,10 @@ class Shelf:
     """
 
     def __init__(self, model: nn.Module, deltas: Mapping[str, Delta]) -> None:
+        if not isinstance(deltas, Mapping):
+            raise ConfigError(
+                f"a shelf takes {{name: delta}}, as load(path) returns them; got {type(deltas).__name__}."
+            )
         for name, delta in deltas.items():
             if not isinstance(name, str) or not name or not isinstance(delta, Delta):
                 raise ConfigError(

@@ -152,6 +152,7 @@ def _load(
         revision = getattr(config, "_commit_hash", None) or place.revision
         where["revision"] = revision or "main"
     tokenizer = transformers.AutoTokenizer.from_pretrained(place.location, **where)
+    _check_words(tokenizer, place)
     _see_to_padding(tokenizer, config)
     cls = _class(transformers, config, task, shape)
     chosen = {} if dtype is None else {"dtype": dtype}
@@ -188,8 +189,19 @@ def _class(transformers: Any, config: Any, task: Task | None, shape: Shape | Non
     name = shape.architecture if shape else (getattr(config, "architectures", None) or [None])[0]
     cls = getattr(transformers, str(name), None)
     if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        if cls.config_class is not None and not isinstance(config, cls.config_class):
+            raise ModelError(f"A {name} is needed, and this model is of another kind: {config.model_type}.")
         return cls
     return transformers.AutoModel
+
+
+def _check_words(tokenizer: Any, place: Place) -> None:
+    """transformers makes a tokenizer out of nothing where its files are missing; then every text is unknown tokens."""
+    if len(tokenizer) - len(tokenizer.all_special_tokens) < 3:  # T5's and DeBERTa's keep a piece or two
+        raise ModelError(
+            f"The model '{place.id}' comes without its tokenizer: {type(tokenizer).__name__} knows no word. Save it "
+            "beside the weights (tokenizer.save_pretrained(folder): tokenizer.json, vocab.txt or the like)."
+        )
 
 
 def _see_to_padding(tokenizer: Any, config: Any) -> None:

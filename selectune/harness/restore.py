@@ -9,7 +9,7 @@ from typing import Any
 import selectune as st
 from selectune import tasks
 from selectune.delta import Delta, Report, belongs
-from selectune.errors import DeltaError
+from selectune.errors import ConfigError, DeltaError
 from selectune.harness.evaluate import Evaluation, encode, evaluate
 from selectune.harness.models import DTYPES, LoadedModel, Shape, device, load_model, longest, quiet
 from selectune.harness.modules import mergeable, virtual_tokens, with_module_of
@@ -96,8 +96,10 @@ def verify_delta(source: Source, path: str | Path, task: Task | None = None) -> 
 def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | None = None) -> dict[str, Any]:
     """Writes base + delta as an ordinary model folder with its tokenizer; LoRA and its kin are folded into weights.
 
-    Raises ConfigError for a delta on a module that weights cannot stand for.
+    Raises ConfigError for a delta on a module that weights cannot stand for, and for an `out` that is a file or the
+    base's own folder.
     """
+    _check_out(Path(out), source.model)
     delta = st.load(path)
     mergeable(delta)
     loaded = load_base(source, delta, task)
@@ -127,6 +129,13 @@ def diff_models(base: Source, tuned: str, out: str | Path, seed: int = 6) -> tup
     }
     delta = Delta(made.patches, made.dense, info)
     return delta, delta.save(out)
+
+
+def _check_out(out: Path, model: str) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is a file; a merged model is a folder, which is made if it is missing.")
+    if out.is_dir() and Path(model).is_dir() and out.samefile(model):
+        raise ConfigError(f"out={out} is the base's own folder, which would be overwritten; give another.")
 
 
 def _shape(delta: Delta) -> Shape | None:

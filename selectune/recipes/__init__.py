@@ -58,7 +58,8 @@ _EVERY = "the gradient of every selecting step"
 _DENSE_STEP = "a dense gradient and one pass, a selecting step"
 _LATER = "{} a weight in dense steps, then about 40 a selected scalar"
 _SPARSE = "about 40 a selected scalar"
-_DOUBLE = "12 a weight and the graph of a double backward pass, once"
+_ONCE = f"{_SPARSE}; 4 a weight, once"
+_DOUBLE = f"{_SPARSE}; 12 a weight and the graph of a double backward pass, once"
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -67,7 +68,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("static-d3", static_d3, "the gradient of the first step", f"{_ID3}; {_GALLOP}", "one", _SPARSE),
         Recipe("increment-pafi", increment_pafi, "the weights, once", _ID3, "one", _SPARSE),
         Recipe("pafi", pafi, "the weights, once", _PAFI, "one", _SPARSE),
-        Recipe("fish", fish, "single-example gradients, before training", _FISH, "one an example", "4 a weight, once"),
+        Recipe("fish", fish, "single-example gradients, before training", _FISH, "one an example", _ONCE),
         Recipe(
             "fish-dip",
             fish_dip,
@@ -76,12 +77,14 @@ RECIPES: dict[str, Recipe] = {
             "one an example, a selecting step",
             f"{_SPARSE}; 4 a weight, a selection",
         ),
-        Recipe("child-tuning-d", child_tuning_d, _BEFORE, _CHILD, "one a mini-batch", "4 a weight, once"),
-        Recipe("movement", movement, _BEFORE, _MOVEMENT, "one a mini-batch", "4 a weight, once"),
+        Recipe("child-tuning-d", child_tuning_d, _BEFORE, _CHILD, "one a mini-batch", _ONCE),
+        Recipe("movement", movement, _BEFORE, _MOVEMENT, "one a mini-batch", _ONCE),
         Recipe("magnitude", magnitude, "the weights, once", _MAGNITUDE, "one", _SPARSE),
-        Recipe("snip", snip, _BEFORE, _SNIP, "one a mini-batch", "4 a weight, once"),
+        Recipe("snip", snip, _BEFORE, _SNIP, "one a mini-batch", _ONCE),
         Recipe("grasp", grasp, "Hessian-gradient products, before training", _GRASP, "three a mini-batch", _DOUBLE),
-        Recipe("synflow", synflow, "the flow of ones, before training", _SYNFLOW, "one", "5 a weight, once"),
+        Recipe(
+            "synflow", synflow, "the flow of ones, before training", _SYNFLOW, "one", f"{_SPARSE}; 5 a weight, once"
+        ),
         Recipe(
             "sparse-adapter", sparse_adapter, _BEFORE, _ADAPTER, "one a mini-batch", f"{_SPARSE}; 8 a weight in scope"
         ),

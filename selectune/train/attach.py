@@ -69,7 +69,7 @@ def attach(
         raise ConfigError(f"accumulation_steps= must be an int of at least 1, got {accumulation_steps!r}.")
     for name, module in model.named_modules():
         if VALUES in module._parameters:
-            where = f'its submodule "{name}"' if name else "it"
+            where = f'The submodule "{name}"' if name else "The model"
             raise AlreadyAttachedError(f"{where} carries a tuner already; call its detach() first.")
     return Tuner(model, method, seed, accumulation_steps, calibration, loss)
 

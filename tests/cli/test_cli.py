@@ -163,9 +163,10 @@ def test_tasks_and_methods():
     assert [part.partition(";")[0] for part in peers] == ["dense peers, through peft", "dense peers, our own adapters"]
     assert [line.partition(":")[0] for part in peers for line in part.splitlines()[1::3]] == list(KINDS)
     blocks = text.splitlines()
-    assert [line.partition(":")[0] for line in blocks[::3]] == list(RECIPES)
-    assert all("passes over the weights: " in line and "bytes: " in line for line in blocks[1::3])
-    assert all("arXiv" in line or "baseline" in line for line in blocks[2::3])
+    assert [line.partition(":")[0] for line in blocks[::4]] == list(RECIPES)
+    assert all("passes over the weights: " in line and "bytes: " in line for line in blocks[1::4])
+    assert all(line.startswith("    options --") for line in blocks[2::4])
+    assert all("arXiv" in line or "baseline" in line for line in blocks[3::4])
 
 
 def test_demo(tiny, data, tmp_path):

@@ -260,3 +260,9 @@ def test_a_compiled_or_wrapped_model_is_the_same_model():
     wrapper.module = model
     switch(wrapper, "a")
     assert model.w.tolist()[:2] == [10.0, 11.0]
+
+
+def test_a_delta_alone_is_no_shelf():
+    model = nn.Linear(2, 1)
+    with pytest.raises(ConfigError, match=r"takes \{name: delta\}.*got Delta"):
+        Shelf(model, selectune.diff(model, nn.Linear(2, 1)))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,116 @@
+"""Mistakes of people that must not pass for success, nor end in a traceback, nor cost them a model."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from tiny_kit import make_model
+from typer.testing import CliRunner
+
+from selectune.cli import app, values
+from selectune.cli.output import fitted
+from selectune.errors import BudgetError
+
+pytest_plugins = ("tiny_fixtures",)
+runner = CliRunner()
+
+
+def call(*args, code=0):
+    found = runner.invoke(app, [str(arg) for arg in args])
+    assert found.exit_code == code, f"{found.output}\n{found.exception!r}"
+    return found
+
+
+def refused(*args, code):
+    found = call(*args, code=code)
+    assert found.stdout == ""
+    assert found.stderr.startswith("error: ")
+    assert found.stderr.count("\n") == 1
+    return found.stderr
+
+
+@pytest.fixture(scope="module")
+def delta(tiny, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "rte"
+    common = ("--task", "glue/rte", "--data", data, "--max-steps", 2)
+    call("train", "--model", tiny, *common, "--method", "lora:r=2,targets=query", "--out", out)
+    return out
+
+
+def test_a_merged_model_never_takes_its_base_s_place(tiny, delta, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    (tmp_path / "link").symlink_to(base)
+    for out in (base, f"{base}/", tmp_path / "link"):
+        assert "the base's own folder" in refused("delta", "apply", "-m", base, "-d", delta, "-o", out, code=2)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_a_merged_model_that_is_not_written_is_no_success(tiny, delta, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "is a file" in refused("delta", "apply", "-m", tiny, "-d", delta, "-o", file, code=2)
+    assert file.read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_made(tiny, data, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / "below"
+    train = ("train", "-m", tiny, "-t", "glue/rte", "--data", data, "-b", 10, "--max-steps", 1)
+    assert str(out) in refused(*train, "-o", out, code=1)
+
+
+def test_a_model_without_its_tokenizer_is_not_trained(tiny, data, tmp_path):
+    bare = shutil.copytree(tiny, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    train = ("train", "-m", bare, "-t", "glue/rte", "--data", data, "-b", 10, "--max-steps", 1, "-o", tmp_path / "out")
+    assert "comes without its tokenizer" in refused(*train, code=1)
+
+
+def test_the_difference_of_two_architectures(tiny, tmp_path):
+    from transformers import GPT2Config, GPT2Model
+
+    folder = make_model(tmp_path / "gpt2")
+    GPT2Model(GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
+    for base, tuned in ((tiny, folder), (folder, tiny)):
+        text = refused("delta", "diff", "--base", base, "--tuned", tuned, "-o", tmp_path / "out", code=1)
+        assert "of another kind" in text
+
+
+def test_a_dense_peer_s_delta_shows_its_size(delta):
+    text = call("delta", "show", delta).stdout
+    # 2 layers x (2 x 32 + 32 x 2) of lora, 2 x 32 + 2 of the head
+    assert "whole     322 scalars in 6 tensors" in text
+    assert "(whole)" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1,000", 1000), ("320_000", 320_000), ("1,234,567", 1_234_567), ("1,500k", 1_500_000), ("1e5", 100_000)],
+)
+def test_marks_between_thousands(text, expected):
+    assert values.budget(text) == expected
+
+
+@pytest.mark.parametrize("text", ["0,17%", "0,0017", "1,5m", "1,50", "1_0", ",1", "1,", "1,000.5,0", "1__000"])
+def test_a_comma_is_no_decimal_point(text):
+    """0,17% would be 17 % without its comma."""
+    with pytest.raises(BudgetError, match="decimals have a point"):
+        values.budget(text)
+
+
+def test_options_of_methods_are_options_of_train():
+    known = call("train", "--help").stdout
+    for line in call("methods").stdout.splitlines():
+        if line.startswith("    options --"):
+            for option in line.removeprefix("    options ").split(", "):
+                assert option[:20] in known, option
+    assert "options --budget, --exp, --eps, --every, --include, --exclude, --train-fully" in call("methods").stdout
+
+
+def test_long_lines_fit_a_terminal():
+    text = call("methods").stdout
+    found = fitted(text, 80)
+    assert max(map(len, found.splitlines())) <= 80
+    assert found.split() == text.split()
+    assert fitted("a\n\n  b", 80) == "a\n\n  b"
