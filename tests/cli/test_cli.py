@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from cli_kit import call, runner
 from tiny_kit import make_model
-from typer.testing import CliRunner
 
 import selectune as st
 from selectune.adapters import KINDS
@@ -20,14 +20,6 @@ from selectune.recipes import RECIPES
 from selectune.tasks import TASKS
 
 pytest_plugins = ("tiny_fixtures",)
-
-runner = CliRunner()
-
-
-def call(*args, code=0, env=None):
-    found = runner.invoke(app, [str(arg) for arg in args], env=env or {})
-    assert found.exit_code == code, f"{found.output}\n{found.exception!r}"
-    return found
 
 
 def data_of(found):

@@ -10,19 +10,11 @@ import sys
 import time
 
 import pytest
-from typer.testing import CliRunner
+from cli_kit import call
 
-from selectune.cli import app
 from selectune.harness.callback import Follower
 
 pytest_plugins = ("tiny_fixtures",)
-runner = CliRunner()
-
-
-def call(*args, code=0):
-    found = runner.invoke(app, [str(arg) for arg in args])
-    assert found.exit_code == code, f"{found.output}\n{found.exception!r}"
-    return found
 
 
 @pytest.fixture

@@ -5,20 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from typer.testing import CliRunner
+from cli_kit import call
 
 from selectune.adapters import KINDS
-from selectune.cli import app
 
 pytest.importorskip("peft")
 pytest_plugins = ("tiny_fixtures",)
-runner = CliRunner()
-
-
-def call(*args, code=0):
-    found = runner.invoke(app, [str(arg) for arg in args])
-    assert found.exit_code == code, f"{found.output}\n{found.exception!r}"
-    return found
 
 
 def data_of(*args):
