@@ -18,6 +18,7 @@ from selectune.method import Method
 from selectune.scope import OWN, VALUES, Found
 from selectune.train import package, state
 from selectune.train.calibrate import Batches, Loss, again, calibrate, check_rereadable
+from selectune.train.calls import Own
 from selectune.train.dense import Phase
 from selectune.train.ledger import Ledger
 from selectune.train.optimizers import Follower
@@ -152,7 +153,8 @@ class Tuner:
         self._tracker.keepalive = self._follower  # training goes on when only the model is kept
         self._handles = [
             model.register_state_dict_post_hook(_hide_values),
-            model.register_load_state_dict_post_hook(self._weights_loaded),
+            model.register_load_state_dict_post_hook(_expect_no_values),
+            model.register_load_state_dict_post_hook(Own(self._weights_loaded)),
         ]
         if ready is not None and schedule is not None and schedule.keeps:
             self._tracker.prepare(ready)
@@ -363,8 +365,7 @@ class Tuner:
             parameter.grad = None
 
     def _weights_loaded(self, module: nn.Module, incompatible: Any) -> None:
-        del module
-        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not _own(k)]
+        del module, incompatible
         moved = self._base.moved(self.model, self._ledger)
         if moved:
             raise IntegrityError(
@@ -385,6 +386,11 @@ def _hide_values(module: nn.Module, state: dict[str, Any], prefix: str, metadata
     del module, metadata
     for key in [k for k in state if k.startswith(prefix) and _own(k)]:
         del state[key]
+
+
+def _expect_no_values(module: nn.Module, incompatible: Any) -> None:
+    del module
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not _own(k)]
 
 
 def _own(key: str) -> bool:

@@ -1,8 +1,27 @@
-"""Whether a call is still running, also where an interrupt ended it and no hook told."""
+"""Hooks and the calls they tell of: which one is still running, and whose a copied hook is."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class Own:
+    """A hook that a deep copy of its module does not take along: the copy's weights are nobody's but the copy's."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+
+    def __call__(self, *received: Any) -> Any:
+        return self._method(*received)
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
+        return _nothing
+
+
+def _nothing(*received: Any) -> None:
+    del received
 
 
 class Call:

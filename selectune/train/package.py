@@ -63,9 +63,11 @@ class BaseCopy:
     def moved(self, model: nn.Module, ledger: Ledger) -> list[str]:
         """Names of tensors whose untouched entries are not the base's."""
         moved = []
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for tensor in self.scoped.values():
+            moved += [n for n in tensor.names if parameters.get(n) is not tensor.parameter]  # another one stands there
         for name, before in self.sums.items():
-            if name in self.dense:
+            if name in self.dense or name in moved:
                 continue
             tensor = self.scoped.get(id(parameters[name]))
             now = ops.checksum(parameters[name])

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from selectune import ops
 from selectune.scope import ScopedTensor
 from selectune.train.autograd import Link, Listener, SparseEmbedding, SparseLayerNorm, SparseLinear, Split, Tap
-from selectune.train.calls import Call
+from selectune.train.calls import Call, Own
 from selectune.train.ledger import Page
 
 UNKNOWN = 1 << 60  # of uses: more than will ever be counted down
@@ -116,8 +116,8 @@ class Taps:
         owners = {id(module) for named in self._owners for module, _ in named}
         for module in model.modules():
             if any(id(inner) in owners for inner in module.modules()):
-                yield module.register_forward_pre_hook(self._enter, prepend=True)
-                yield module.register_forward_hook(self._leave, always_call=True)
+                yield module.register_forward_pre_hook(Own(self._enter), prepend=True)
+                yield module.register_forward_hook(Own(self._leave), always_call=True)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         del args
@@ -127,7 +127,7 @@ class Taps:
         self._entered.append(module)
         if len(self._entered) > 1:
             return
-        self._call = Call()
+        self._call = Call(above=2)  # torch's, above the hook
         if in_backward():
             self.recompute()
         else:
@@ -147,9 +147,9 @@ class Taps:
     def _show(self) -> None:
         if self._shadows is None:
             self._shadows = self._new_graph()
-        for owners, shadow in zip(self._owners, self._shadows, strict=True):
-            if shadow is not None:
-                for module, name in owners:
+        for tensor, owners, shadow in zip(self.tensors, self._owners, self._shadows, strict=True):
+            for module, name in owners if shadow is not None else ():
+                if module._parameters.get(name) is tensor.parameter:  # torch.func.functional_call puts others there
                     module.__dict__[name] = shadow
         for rnn in self._rnns:  # keeps its weights in a list of its own
             rnn.__dict__["_flat_weights"] = [getattr(rnn, name) for name in rnn._flat_weights_names]
