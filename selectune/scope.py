@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from selectune.errors import ScopeError
 
+log = logging.getLogger("selectune")
 OWN = "selectune_"  # how the names of all parameters begin that a tuner puts on a model
 VALUES = OWN + "values"  # the name of the trainable vector on an attached model
 BIASES = "*bias"  # names whose last component is `bias` or ends in `_bias`
@@ -69,8 +71,7 @@ class Scope:
         scoped: list[ScopedTensor] = []
         matched: set[str] = set()
         for parameter, aliases in names:
-            hits = {p for p in (*self.include, *self.train_fully) if _matches(aliases, (p,))}
-            matched |= hits
+            matched |= {p for p in (*self.include, *self.exclude, *self.train_fully) if _matches(aliases, (p,))}
             if not parameter.requires_grad or not parameter.is_floating_point():
                 continue
             if not self.include and _matches(aliases, self.exclude):
@@ -86,6 +87,9 @@ class Scope:
                     f"The pattern '{pattern}' matches no parameter of {type(model).__name__}. {hint}"
                     f"Its parameters are named like: {_some(names)}."
                 )
+        for pattern in self.exclude:
+            if pattern not in matched:
+                log.warning("exclude: '%s' matches no parameter, so it keeps nothing out of the selection.", pattern)
         if not scoped and not dense:
             raise ScopeError(
                 f"The scope include={list(self.include)}, exclude={list(self.exclude)} leaves no trainable floating "

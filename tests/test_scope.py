@@ -111,3 +111,14 @@ def test_whole_recipes_take_a_scope_as_others_do(recipe, net):
     tuner.detach()
     st.attach(net, recipe(scope=st.Scope(include="0.*")))
     assert [n for n, p in net.named_parameters() if p.requires_grad] == ["0.weight", "0.bias"]
+
+
+def test_an_exclude_that_matches_nothing_is_told(caplog):
+    model = nn.Sequential(nn.Linear(2, 2))
+    with caplog.at_level("WARNING", logger="selectune"):
+        st.Scope(exclude="*bias").find(model)
+        assert not caplog.records
+        assert st.Scope(exclude=("*embedings*", "*bias")).find(model).eligible == 4
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        "exclude: '*embedings*' matches no parameter"
+    ]

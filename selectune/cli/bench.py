@@ -29,8 +29,8 @@ def bench(
         str,
         typer.Option("--model", "-m", help=f"{', '.join(c for c in CONFIGS if c != 'rehearsal')}, or a folder."),
     ] = "bert-6l",
-    batch: Annotated[int, typer.Option(help="Examples of a step.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens of an example.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples of a step.")] = 8,
+    length: Annotated[int, typer.Option("--length", "--max-length", help="Tokens of an example.")] = 128,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas; id3@10 selects at every 10th step.")] = (
         METHODS
     ),
@@ -75,7 +75,7 @@ def bench(
     names = tuple(name if on is None or not is_ours(name) else f"{name}+{on}" for name in names_of(methods))
     if out is not None and out != "-" and not Path(out).resolve().parent.is_dir():
         raise ConfigError(f"--json {out}: there is no folder {Path(out).resolve().parent}.")
-    what = Bench(model, batch, length, dtype, autocast, checkpointing, device, seed)
+    what = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device, seed)
     settings = Settings(what, names, values.budget(budget), steps, rounds, processes, timeout, threads, live)
     console = stderr()
     with working():

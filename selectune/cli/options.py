@@ -29,7 +29,9 @@ Revision = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        "--dtype", help="Load weights as float32, bfloat16 or float16. Default: as they are stored.", show_default=False
+        "--dtype",
+        help="Load weights as float32, bfloat16, float16 or float64. Default: as they are stored.",
+        show_default=False,
     ),
 ]
 Trust = Annotated[

@@ -22,8 +22,8 @@ def plan(
     ],
     method: Annotated[str, typer.Option(help="id3, id3@10, pafi, ..., full, or frozen (the floor).")] = "id3",
     budget: Annotated[str, typer.Option("--budget", "-b", help="Scalars trained: 320k, or a share of all.")] = "0.17%",
-    batch: Annotated[int, typer.Option(help="Examples of a step.")] = 16,
-    length: Annotated[int, typer.Option(help="Tokens of an example.")] = 256,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples of a step.")] = 16,
+    length: Annotated[int, typer.Option("--length", "--max-length", help="Tokens of an example.")] = 256,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, for update counts.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
     autocast: Annotated[str | None, typer.Option(help="Autocast to bf16 or fp16.", show_default=False)] = None,
@@ -38,6 +38,6 @@ def plan(
     from selectune.bench.table import planned
 
     with working():
-        bench = Bench(model, batch, length, dtype, autocast, checkpointing, device)
+        bench = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device)
         found = predict(bench, method, values.budget(budget), steps, optimizer)
     result(as_json, found.as_json(), planned(found.as_json()))

@@ -268,8 +268,12 @@ def _told(found: RunResult) -> str:
     return (
         f"{evaluation.task}: {evaluation.metric} {evaluation.value:.4f} on {evaluation.examples:,} examples, "
         f"{found.steps:,} steps in {found.seconds:.0f} s\n"
-        f"{found.selected:,} of {found.budget:,} scalars selected, {found.verification.changed:,} changed"
-        + (f", {found.trained:,} trained in all" if found.trained != found.selected else "")
+        + (
+            f"{found.selected:,} of {found.budget:,} scalars selected, {found.verification.changed:,} changed"
+            + (f", {found.trained:,} trained in all" if found.trained != found.selected else "")
+            if found.budget
+            else f"{found.trained:,} scalars trained, all of their tensors"
+        )
         + f"\n{found.delta} ({found.delta_bytes:,} bytes)"
     )
 

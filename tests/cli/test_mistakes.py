@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from selectune.cli import app, values
 from selectune.cli.output import fitted
 from selectune.errors import BudgetError
+from selectune.harness.models import DTYPES
 
 pytest_plugins = ("tiny_fixtures",)
 runner = CliRunner()
@@ -114,3 +115,35 @@ def test_long_lines_fit_a_terminal():
     assert max(map(len, found.splitlines())) <= 80
     assert found.split() == text.split()
     assert fitted("a\n\n  b", 80) == "a\n\n  b"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("child_tuning_d", "child-tuning-d"),
+        ("sparse_evolution", "set"),
+        ("LoRA:r=2", "lora"),
+        ("static-D3", "static-d3"),
+    ],
+)
+def test_a_method_by_its_python_name(tiny, tmp_path, given, meant):
+    train = ("train", "-m", tiny, "-t", "glue/rte", "-o", tmp_path / "out")
+    assert f"Did you mean {meant}?" in refused(*train, "--method", given, code=2)
+
+
+def test_an_empty_out(tiny):
+    assert "out is empty" in refused("train", "-m", tiny, "-t", "glue/rte", "-b", 10, "-o", "", code=2)
+
+
+def test_a_peer_is_not_told_as_a_selection(tiny, data, tmp_path):
+    train = ("train", "-m", tiny, "-t", "glue/rte", "--data", data, "--max-steps", 1, "-o", tmp_path / "out")
+    text = call(*train, "--method", "lora:r=2,targets=query").stdout
+    assert "322 scalars trained" in text
+    assert "selected" not in text
+
+
+def test_one_spelling_of_sizes_and_dtypes_for_all_commands():
+    spelled = ("--batch-size", 2, "--max-length", 16, "--dtype", "bfloat16")
+    short = ("--batch", 2, "--length", 16, "--dtype", "bf16")
+    assert call("plan", "-m", "tiny", *spelled).stdout == call("plan", "-m", "tiny", *short).stdout
+    assert DTYPES["bf16"] == DTYPES["bfloat16"]
