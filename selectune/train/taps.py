@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from selectune import ops
 from selectune.scope import ScopedTensor
+from selectune.train import functions
 from selectune.train.autograd import Link, Listener, SparseEmbedding, SparseLayerNorm, SparseLinear, Split, Tap
 from selectune.train.calls import Call, Own
 from selectune.train.ledger import Page
@@ -151,6 +152,7 @@ class Taps:
             for module, name in owners if shadow is not None else ():
                 if module._parameters.get(name) is tensor.parameter:  # torch.func.functional_call puts others there
                     module.__dict__[name] = shadow
+        functions.watch(self, _tapped)
         for rnn in self._rnns:  # keeps its weights in a list of its own
             rnn.__dict__["_flat_weights"] = [getattr(rnn, name) for name in rnn._flat_weights_names]
 
@@ -165,6 +167,7 @@ class Taps:
         ]
 
     def _hide(self) -> None:
+        functions.unwatch(self)
         for owners in self._owners:
             for module, name in owners:
                 module.__dict__.pop(name, None)

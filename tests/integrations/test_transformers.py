@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 from trainer_kit import STEPS, causal, sft_of, trainer_of
 
 import selectune as st
@@ -139,3 +140,22 @@ def test_sft_with_trl(tmp_path):
     assert weights_digest(model) == base != tuned
     with st.load(saved).applied(model):
         assert weights_digest(model) == tuned
+
+
+def test_sft_gives_tied_weights_the_whole_gradient(tmp_path):
+    """TRL hands the head's weight, which is the embeddings' too, to an autograd function of its own."""
+    pytest.importorskip("trl", reason="TRL is not installed")
+    pytest.importorskip("datasets")
+    moved = []
+    for sparse in (False, True):
+        model, tokenizer = causal(tmp_path)
+        tuner = st.attach(model, st.random(budget=0.3), accumulation_steps=2) if sparse else None
+        optimizer = torch.optim.SGD(model.parameters() if tuner is None else tuner.parameters(), lr=1.0)
+        options = {"max_steps": 1, "max_grad_norm": 0.0, "save_strategy": "no"}
+        with quiet():
+            sft_of(model, tokenizer, tmp_path / "out", tuner, optimizer, **options).train()
+        moved.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+    dense, ours = moved
+    assert tuner.support["model.embed_tokens.weight"].numel() > 100
+    for name, flat in tuner.support.items():
+        torch.testing.assert_close(ours[name].view(-1)[flat], dense[name].view(-1)[flat], rtol=1e-4, atol=1e-6)

@@ -60,33 +60,38 @@ def causal(tmp_path):
     return LlamaForCausalLM(config), AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
 
 
-def sft_of(model, tokenizer, folder, tuner):
-    """TRL's trainer over a causal language model: 4 steps of 2 backward passes, a checkpoint at every second."""
+def sft_of(model, tokenizer, folder, tuner, optimizer=None, **options):
+    """TRL's trainer over a causal language model: 4 steps of 2 backward passes, a checkpoint at every second.
+
+    Without a tuner, of all weights as torch trains them.
+    """
     import datasets
     import trl
 
     from selectune.integrations.transformers import SelectuneCallback
 
     texts = datasets.Dataset.from_dict({"text": ["the dog sees the cat .", "a big bird eats a small fish ."] * 16})
-    args = trl.SFTConfig(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        max_length=32,
-        save_steps=2,
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        dataset_num_proc=None,
-    )
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "max_length": 32,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "dataset_num_proc": None,
+        **options,
+    }
     return trl.SFTTrainer(
         model=model,
-        args=args,
+        args=trl.SFTConfig(**settings),
         train_dataset=texts,
         processing_class=tokenizer,
-        callbacks=[SelectuneCallback(tuner)],
+        callbacks=[] if tuner is None else [SelectuneCallback(tuner)],
+        optimizers=(optimizer, None),
     )

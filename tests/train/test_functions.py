@@ -1,0 +1,81 @@
+"""Weights given to an autograd function of somebody else's get their gradient, as under a dense optimizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loop_kit import X, assert_same
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import selectune as st
+
+
+class Product(torch.autograd.Function):
+    """What a fused kernel looks like from outside: x W^T, with gradients of its own."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale=1.0):
+        ctx.save_for_backward(x, weight)
+        ctx.scale = scale
+        return scale * (x @ weight.T)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return ctx.scale * dy @ weight, ctx.scale * dy.T @ x, None
+
+
+class Fused(nn.Module):
+    """A first layer whose weight is the last one's too, there inside a function."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.inner, self.head, self.checkpointed = nn.Linear(8, 8), nn.Linear(8, 8, bias=False), checkpointed
+        self.head.weight = self.inner.weight
+        self.own = nn.Parameter(torch.randn(8, 8))
+        self.double()
+
+    def forward(self, x):
+        h = torch.tanh(self.inner(x))
+        if self.checkpointed:
+            h = checkpoint(lambda h: Product.apply(h, self.own), h, use_reentrant=False)
+        else:
+            h = Product.apply(h, self.own)
+        return Product.apply(torch.tanh(h), self.head.weight, 0.5)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_support_and_weights_are_the_dense_oracles(checkpointed, accumulation):
+    def loop(trainer, step):
+        for i in range(accumulation):
+            trainer.model(X[accumulation * step + i]).square().mean().backward()
+
+    assert_same(Fused(checkpointed), loop, accumulation=accumulation)
+
+
+def test_torchs_own_apply_is_back_after_forward():
+    own = torch.autograd.Function.__dict__["apply"]
+    model = Fused()
+    tuner = st.attach(model, st.random(budget=9))
+    during = []
+    model.head.register_forward_pre_hook(lambda *_: None)
+    model.inner.register_forward_hook(lambda *_: during.append(torch.autograd.Function.__dict__["apply"]))
+    model(X[0]).sum().backward()
+    assert during[0] is not own
+    assert torch.autograd.Function.__dict__["apply"] is own
+    model.inner.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(X[0])
+    assert torch.autograd.Function.__dict__["apply"] is own
+    tuner.detach()
+
+
+def test_two_models_at_once():
+    inner, outer = Fused(), Fused()
+    tuners = [st.attach(m, st.random(budget=9), seed=7) for m in (inner, outer)]
+    outer.inner.register_forward_hook(lambda module, args, y: y + inner(y))
+    outer(X[0]).square().sum().backward()
+    assert all(tuner.parameters()[0].grad.count_nonzero() > 5 for tuner in tuners)
