@@ -91,6 +91,19 @@ class Tap(torch.autograd.Function):
         return piece.to(ctx.home, ctx.wide), None, None
 
 
+class Reach(torch.autograd.Function):
+    """An output that no selected entry leads to: the same numbers, on a path to the values whose gradient is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, piece: Tensor) -> Tensor:
+        return output.clone()  # not a view: it may be changed in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 class SparseLinear(torch.autograd.Function):
     """y = x W^T + b; the gradients of W and b only at their support, or dense on a selecting step.
 

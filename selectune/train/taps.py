@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from selectune import ops
 from selectune.scope import ScopedTensor
 from selectune.train import functions
-from selectune.train.autograd import Link, Listener, SparseEmbedding, SparseLayerNorm, SparseLinear, Split, Tap
+from selectune.train.autograd import Link, Listener, Reach, SparseEmbedding, SparseLayerNorm, SparseLinear, Split, Tap
 from selectune.train.calls import Call, Own
 from selectune.train.ledger import Page
 
@@ -96,6 +96,7 @@ class Taps:
         self._entered: list[nn.Module] = []  # hooked modules whose forward runs, the outermost first
         self._call: Call | None = None  # of the outermost
         self._shadows: list[Shadow | None] | None = None
+        self._spare: Tensor | None = None  # a piece of the present graph
         self._owners = [[_owner(model, name) for name in t.names] for t in tensors]
         self._rnns = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
         self._handles = list(self._hook(model))
@@ -108,7 +109,7 @@ class Taps:
 
     def forget(self) -> None:
         """Ends the life of the present nodes: the next forward starts a new graph."""
-        self._shadows = None
+        self._shadows = self._spare = None
         self.uses[:] = [UNKNOWN] * len(self.uses)  # a second backward pass through this graph takes other ways
         self.uses = [0] * len(self.tensors)
         self.grad_was_off = False
@@ -136,14 +137,26 @@ class Taps:
         if torch.is_grad_enabled() and not self.asleep:
             self._show()
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        del args, output
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        del args
         if not self._entered or self._entered[-1] is not module:
-            return  # another hook raised before it was entered
+            return None  # another hook raised before it was entered
         self._entered.pop()
-        if not self._entered:
-            self._call = None
-            self._hide()
+        if self._entered:
+            return None
+        self._call = None
+        self._hide()
+        return self._reached(output)
+
+    def _reached(self, output: Any) -> Any:
+        """The output, if backward() would otherwise fail because no selected entry took part in it; else None."""
+        if self._shadows is None or self._spare is None or not torch.is_grad_enabled() or in_backward():
+            return None
+        tensors = [part for part in pytree.tree_leaves(output) if isinstance(part, Tensor)]
+        if any(part.requires_grad for part in tensors) or not any(part.is_floating_point() for part in tensors):
+            return None
+        spare = self._spare
+        return pytree.tree_map_only(Tensor, lambda t: Reach.apply(t, spare) if t.is_floating_point() else t, output)
 
     def _show(self) -> None:
         if self._shadows is None:
@@ -159,6 +172,7 @@ class Taps:
     def _new_graph(self) -> list[Shadow | None]:
         pages = self.pages()
         pieces = Split.apply(self.values, [page for page, _ in pages], self.listener)
+        self._spare = pieces[0] if pieces else None
         return [
             _shadow(Use(Link(t.index, page, self.listener, self.uses, piece.grad_fn), t.parameter, piece, self))
             if needed or not self.skip_unneeded

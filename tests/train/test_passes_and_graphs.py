@@ -180,3 +180,51 @@ def test_a_linear_function_of_a_vector():
             return nn.functional.linear(x, self.row), self.linear(x)
 
     assert_same(Row(), lambda trainer, step: loss(trainer.model(X[step])).backward())
+
+
+class Towers(nn.Module):
+    """Two towers that share nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.one, self.two = nn.Linear(8, 4).double(), nn.Linear(8, 4).double()
+
+    def forward(self, x, which):
+        return {"logits": (self.one if which == 0 else self.two)(x), "ids": torch.arange(3)}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_loss_that_no_selected_entry_takes_part_in(every):
+    """As in dense training, the step is made, and the support grows where gradients were seen."""
+    model = Towers()
+    tuner = st.attach(model, st.id3(budget=12, steps=6, every=every))
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    for step in range(6):
+        output = model(X[step], 0 if step == 0 else 1)
+        assert output["ids"].tolist() == [0, 1, 2]
+        logits = output["logits"]
+        logits *= 2
+        logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (tuner.step, tuner.selected) == (6, 12)
+
+
+def test_a_static_mask_in_the_tower_that_is_not_used():
+    model = Towers()
+    tuner = st.attach(model, st.random(budget=9, scope="one.*"))
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    before = model.one.weight.detach().clone()
+    for step in range(4):
+        output = model(X[step], step % 2)["logits"]
+        with torch.no_grad():
+            assert not model(X[step], 1)["logits"].requires_grad
+        output.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            after = model.one.weight.detach().clone()
+    assert tuner.step == 4
+    assert not torch.equal(before, after)
+    assert tuner.verify().changed <= 9
