@@ -23,6 +23,7 @@ from selectune.harness.train import Update
 
 TRACEBACK = "SELECTUNE_TRACEBACK"
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C stopped
+BETWEEN_LINES = 30.0  # seconds, where progress is written in lines
 
 
 def stderr() -> Console:
@@ -89,17 +90,22 @@ class _Handler(logging.Handler):
 
 
 class Bar:
-    """A progress bar on stderr: loss, selected/budget, steps a second, metric. Silent where stderr is no terminal."""
+    """Progress on stderr: loss, selected/budget, steps a second, metric. A bar on a terminal; a line now and then in
+    a file or a pipe.
+    """
 
     def __init__(self) -> None:
+        self._title = ""
+        self._said = 0.0
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._began = 0.0
 
     def start(self, title: str, steps: int) -> None:
-        self._began = time.perf_counter()
+        self._began = self._said = time.perf_counter()
         if not self._console.is_terminal:
+            self._title = title
             return
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -114,15 +120,19 @@ class Bar:
         self._task = self._bar.add_task(title, total=steps, state="")
 
     def update(self, update: Update) -> None:
+        now = time.perf_counter()
+        rate = update.step / max(now - self._began, 1e-9)
         if self._bar is None or self._task is None:
+            if self._title and now - self._said >= BETWEEN_LINES:
+                self._said = now
+                stderr().print(escape(f"{self._title}: {update.step}/{update.steps}  {state_line(update, rate)}"))
             return
-        rate = update.step / max(time.perf_counter() - self._began, 1e-9)
         self._bar.update(self._task, completed=update.step, state=state_line(update, rate))
 
     def stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-            self._bar = None
+        self._bar, self._title = None, ""
 
 
 def state_line(update: Update, rate: float) -> str:

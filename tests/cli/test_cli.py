@@ -266,3 +266,21 @@ def test_real_data_is_reproduced(tiny, real_data, tmp_path):
         trained = data_of(call("train", *args, "--budget", "0.17%", "--max-steps", 3, "--out", out))
         assert data_of(call("eval", *args, "--delta", out))["value"] == trained["value"]
         assert call("verify", "--model", tiny, "--delta", out).exit_code == 0
+
+
+def test_progress_in_a_pipe_is_a_line_now_and_then(capsys, monkeypatch):
+    from selectune.cli import output
+
+    clock = iter([0.0, 1.0, 31.0, 40.0, 62.0])
+    monkeypatch.setattr(output.time, "perf_counter", lambda: next(clock))
+    bar = output.Bar()
+    bar.start("id3 on glue/rte", 100)
+    for step in (1, 10, 20, 30):
+        bar.update(output.Update(step, 100, 0.5, step, 400, None))
+    bar.stop()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "id3 on glue/rte: 10/100  loss 0.5000  10/400 selected  0.3 steps/s",
+        "id3 on glue/rte: 30/100  loss 0.5000  30/400 selected  0.5 steps/s",
+    ]
