@@ -14,13 +14,13 @@
     weight_gradient      the dense gradient of a linear weight, in memory that is used again
     into_scratch         an elementwise op, in memory that is used again
     uniform              torch.rand in the shape of a tensor, faster on the CPU
-    checksum             one integer of all bits, to see that frozen weights stay
+    checksum             one integer of all bits and their places, to see that frozen weights stay
 
 The first six are torch.library ops with loops for the CPU (`cpu`) and Triton kernels (`triton`);
 `backend` chooses, `explain()` and `describe()` say what and why.
 """
 
-from selectune.ops.backend import describe, explain, uniform
+from selectune.ops.backend import checksum, describe, explain, uniform
 from selectune.ops.cpu import end_pass
 from selectune.ops.declare import (
     adamw_step,
@@ -33,7 +33,6 @@ from selectune.ops.declare import (
 )
 from selectune.ops.reference import (
     bits,
-    checksum,
     gather_entries,
     into_scratch,
     row_sums,

@@ -231,6 +231,16 @@ def adamw_step(
     )  # fmt: skip
 
 
+def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
+    """`reference.checksum` of a whole tensor in one pass."""
+    if at is not None:
+        return reference.checksum(tensor, at)
+    found, total = reference.bits(tensor), torch.zeros(1, dtype=torch.int64)
+    blocks = -(-found.numel() // _module("passes").SUMMED)
+    launch(_loop("passes", "sum", found.dtype), [found.numel(), found.data_ptr(), total.data_ptr()], blocks)
+    return int(total) % (1 << 64)
+
+
 def uniform(like: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
     """`reference.uniform`, bit for bit; the generator goes on from where torch would leave it."""
     if like.numel() < _DRAWN or like.dtype not in _FLOATS or not _generator_is_known():

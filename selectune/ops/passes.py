@@ -19,6 +19,7 @@ from selectune.ops.vectors import (
 BLOCK = 4096  # entries scored at once
 GROUP = 64  # entries that are dismissed together
 SPAN = 16384  # slots written or stepped at once
+SUMMED = 1 << 17  # entries of a checksum
 
 
 @njit(error_model="numpy")
@@ -286,6 +287,20 @@ def _run_adamw(data, dtype):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
+@njit
+def _run_sum(data, dtype):  # type: ignore[no-untyped-def]
+    a = carray(data, 32, np.int64)
+    n, values = a[1], carray(pointer(a[2]), a[1], dtype)
+    while True:
+        first = fetch_add(a[0], 1) * SUMMED
+        if first >= n:
+            return
+        found = np.uint64(0)
+        for j in range(first, min(n, first + SUMMED)):
+            found += np.uint64(values[j]) * np.uint64(np.uint32(2 * j + 1))
+        fetch_add(a[3], np.int64(found))
+
+
 def filter_float32(data):  # type: ignore[no-untyped-def]
     _run_filter(data, np.float32)
 
@@ -316,3 +331,19 @@ def adamw_float32(data):  # type: ignore[no-untyped-def]
 
 def adamw_float64(data):  # type: ignore[no-untyped-def]
     _run_adamw(data, np.float64)
+
+
+def sum_uint8(data):  # type: ignore[no-untyped-def]
+    _run_sum(data, np.uint8)
+
+
+def sum_int16(data):  # type: ignore[no-untyped-def]
+    _run_sum(data, np.uint16)
+
+
+def sum_int32(data):  # type: ignore[no-untyped-def]
+    _run_sum(data, np.uint32)
+
+
+def sum_int64(data):  # type: ignore[no-untyped-def]
+    _run_sum(data, np.uint64)

@@ -17,7 +17,7 @@ from selectune.ops.scratch import scratch
 _CHUNK = 1 << 24  # scalars of a gathered product held at once
 
 _PIECE = 1 << 20  # scalars scored at once
-_SUMMED = 1 << 17  # scalars summed at once: torch copies what it sums in another dtype
+_SUMMED = 1 << 20  # scalars summed at once
 _BAND = 1 << 19  # scalars of a weight gradient that exist at once
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -36,11 +36,21 @@ def uniform(like: Tensor, generator: torch.Generator, out: Tensor | None = None)
     return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
-def checksum(tensor: Tensor) -> int:
-    """The sum of all bits read as integers, modulo 2^64: any single changed scalar changes it."""
-    found = bits(tensor)
-    at_once = _SUMMED if found.device.type == "cpu" else max(1, found.numel())
-    return sum(int(part.sum(dtype=torch.int64)) for part in found.split(at_once)) % (1 << 64)
+def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
+    """Sum over entries of bits x (2 p + 1 mod 2^32), modulo 2^64; p: the flat position, or that in `at` (k,).
+
+    Any one entry that changes, and any two that change places (less than 2^31 apart), change it.
+    """
+    found, total = bits(tensor), torch.zeros((), dtype=torch.int64, device=tensor.device)
+    mask = -1 if found.element_size() == 8 else (1 << 8 * found.element_size()) - 1
+    for first in range(0, found.numel(), _SUMMED):
+        part = found[first : first + _SUMMED].long() & mask
+        if at is None:
+            places = torch.arange(first, first + part.numel(), device=tensor.device)
+        else:
+            places = at[first : first + _SUMMED].to(tensor.device)
+        total += (part * ((2 * places + 1) & 0xFFFFFFFF)).sum()
+    return int(total) % (1 << 64)
 
 
 def gather_entries(tensor: Tensor, flat: Tensor) -> Tensor:

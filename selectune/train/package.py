@@ -73,7 +73,7 @@ class BaseCopy:
             now = ops.checksum(parameters[name])
             if tensor is not None:
                 flat, base = ledger.pages[tensor.index].touched()
-                now += ops.checksum(base) - ops.checksum(ops.gather_entries(tensor.parameter, flat))
+                now += ops.checksum(base, flat) - ops.checksum(ops.gather_entries(tensor.parameter, flat), flat)
             if (now - before) % (1 << 64):
                 moved.append(name)
         return moved

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
 
 from selectune import ops
+from selectune.ops import reference
 
 
 @given(some.integers(0, 99), some.integers(0, 12), some.integers(1, 9), some.integers(1, 5))
@@ -58,6 +60,10 @@ def test_bits_tell_apart_what_numbers_do_not():
 )
 def test_a_checksum_sees_every_single_bit(dtype):
     tensor = (torch.rand(50) * 100).to(dtype)
+    width = {16: 8}.get(tensor.element_size(), tensor.element_size())
+    numbers = np.frombuffer(tensor.view(torch.uint8).numpy().tobytes(), dtype=f"<u{width}").tolist()
+    expected = sum(number * (2 * place + 1) for place, number in enumerate(numbers)) % (1 << 64)
+    assert ops.checksum(tensor) == reference.checksum(tensor) == expected
     before = ops.checksum(tensor)
     for byte in range(0, tensor.numel() * tensor.element_size(), 3):
         raw = tensor.view(torch.uint8)
@@ -65,3 +71,23 @@ def test_a_checksum_sees_every_single_bit(dtype):
         assert ops.checksum(tensor) != before
         raw[byte] ^= 1 << (byte % 8)
     assert ops.checksum(tensor) == before
+
+
+def test_a_checksum_sees_two_entries_that_change_places():
+    tensor = torch.randn(1000)
+    before = ops.checksum(tensor)
+    for one, two in ((0, 1), (3, 999), (512, 256)):
+        tensor[[one, two]] = tensor[[two, one]]
+        assert ops.checksum(tensor) != before
+        tensor[[one, two]] = tensor[[two, one]]
+    assert ops.checksum(tensor) == before
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 17) - 1, (1 << 20) + 7])
+def test_a_checksum_is_the_same_in_pieces_on_threads_and_by_places(size):
+    tensor = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    whole = ops.checksum(tensor)
+    assert whole == reference.checksum(tensor) == ops.checksum(tensor, torch.arange(size))
+    some = torch.arange(0, size, 3)
+    rest = torch.arange(size)[torch.arange(size) % 3 != 0]
+    assert whole == (ops.checksum(tensor[some], some) + ops.checksum(tensor[rest], rest)) % (1 << 64)

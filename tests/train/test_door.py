@@ -95,6 +95,17 @@ def test_frozen_weights_that_somebody_moves_are_found():
         tuner.save("nowhere")
 
 
+def test_frozen_weights_that_change_places_are_found():
+    model = Mixed()
+    tuner = st.attach(model, st.random(60))
+    free = [i for i in range(64) if i not in tuner.support["linear.weight"]][:2]
+    with torch.no_grad():
+        flat = model.linear.weight.view(-1)
+        flat[free] = flat[free[::-1]]
+    with pytest.raises(st.errors.IntegrityError, match=r"1 tensors changed outside the support.*linear.weight"):
+        tuner.verify()
+
+
 def test_a_cast_while_attached_is_refused():
     model = Mixed()
     st.attach(model, st.pafi(60))
