@@ -84,6 +84,7 @@ class Tracker:
         self._watched: dict[int, Tensor] = {}  # gradients of watched entries in this backward pass
         self._scale = 1.0  # what clipping and unscaling made of this window's gradient
         self._version = ledger.values._version
+        self._written: Tensor | None = None  # the values as the weights got them last
         self.taps = Taps(model, tensors, ledger.values, self, self.before_forward, self.open_graph, self.recompute)
 
     @property
@@ -115,7 +116,7 @@ class Tracker:
             self._broke_off()
         if self._window.backwards >= self.accumulation_steps and not self.in_step and self._moved():
             self.commit()  # an optimizer without torch's hooks has stepped
-        elif self.ledger.values._version != self._version:
+        elif self.ledger.values._version != self._version or (not torch.is_grad_enabled() and self._swapped()):
             self.write_weights()
         if torch.is_grad_enabled() and self._window.backwards == 0:
             self.select_ahead()
@@ -346,6 +347,12 @@ class Tracker:
     def write_weights(self) -> None:
         self.ledger.write_weights()
         self._version = self.ledger.values._version
+        self._written = self.ledger.values.detach().clone()
+
+    def _swapped(self) -> bool:
+        """Whether values were written through `.data`, which no version tells: an average's, for an evaluation."""
+        values, written = self.ledger.values.detach(), self._written
+        return written is not None and (written.device != values.device or not torch.equal(written, values))
 
     def weights_changed(self) -> None:
         """Somebody loaded weights into the model: the values follow them."""

@@ -68,3 +68,29 @@ def test_a_state_dict_whose_tensors_take_the_weights_places_is_refused():
     st.attach(model, st.id3(40, 4))
     with pytest.raises(IntegrityError, match="load_state_dict"):
         model.load_state_dict(state, assign=True)
+
+
+def test_averaged_values_that_are_swapped_in_for_an_evaluation():
+    """Averages are often written by `parameter.data.copy_`, which torch gives no version."""
+    model = Tied()
+    tuner = st.attach(model, st.random(budget=20))
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    (values,) = tuner.parameters()
+    seen = []
+    for step in range(3):
+        loss(model(X[step])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(values.detach().clone())
+    weights = copy.deepcopy(model).state_dict()
+    average, last = torch.stack(seen).mean(0), seen[-1]
+    values.data.copy_(average)
+    with torch.no_grad():
+        model(X[0])
+    assert not torch.equal(model.a.weight, weights["a.weight"])
+    held = torch.cat([dict(model.named_parameters())[n].view(-1)[f] for n, f in tuner.support.items()])
+    assert torch.equal(held.sort().values, average.sort().values)
+    values.data.copy_(last)
+    with torch.no_grad():
+        model(X[0])
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
