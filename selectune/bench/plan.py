@@ -21,6 +21,7 @@ from selectune.types import Reads, Schedule
 
 OPTIMIZERS = {"adamw": 8, "adam": 8, "sgd": 0, "momentum": 4}  # bytes of state for a trained scalar, fp32
 _FLAT, _SLOT, _COORDINATES, _FREE = 8, 8, 16, 8  # int64 tables of the ledger, for a selected scalar
+_WRITTEN = 4  # its value as the weight got it last
 _PIECE, _SCORING = 1 << 18, 16  # scalars of a tensor scored at once, and bytes that each takes meanwhile
 _TILE, _PITCH, _TURNED = 128, 144, 1 << 22  # tokens turned together, scalars that a row of them takes, at most at once
 _GAP, _HEADER, _ENTRY = 2, 700, 85  # of the delta's file: index of a scalar, what is said once, what of each tensor
@@ -96,7 +97,7 @@ def plan(
     gradient = weights if dense else max(0, seen.peak - quiet.peak)
     values = 4 * trained if selective else 0
     moments = state * trained * itemsize // 4 if dense else state * trained if selective else 0
-    ledger = (_FLAT + _SLOT + _COORDINATES + _FREE + itemsize) * trained if selective else 0
+    ledger = (_FLAT + _SLOT + _COORDINATES + _FREE + _WRITTEN + itemsize) * trained if selective else 0
     layers = [layer.weight for layer in linears(model).values()]
     widest = max((weight.numel() for weight in layers), default=0)
     workspace = _turned(layers, bench) if selective and not _always_dense(chosen) else 0
