@@ -206,14 +206,14 @@ def _scope(config: RunConfig, takes: Any) -> dict[str, Any]:
     if not (config.include or config.exclude or config.train_fully):
         return {}
     include = config.include or takes["scope"].default
-    if "train_fully" in takes:
-        return {"scope": Scope(include=include, exclude=config.exclude, train_fully=config.train_fully)}
-    if config.exclude or config.train_fully:
+    if config.train_fully and "train_fully" not in takes:
         raise ConfigError(
-            f"The method '{config.method}' trains whole tensors: name them with include; it takes no exclude and no "
-            "train_fully."
+            f"The method '{config.method}' trains whole tensors anyway and takes no train_fully: include and exclude say "
+            "which."
         )
-    return {"scope": include}
+    if not config.exclude and not config.train_fully:
+        return {"scope": include}
+    return {"scope": Scope(include=include, exclude=config.exclude, train_fully=config.train_fully)}
 
 
 def _number(value: Any) -> bool:

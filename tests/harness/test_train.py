@@ -53,7 +53,7 @@ BAD = [
     ({"method": "bitfit"}, ConfigError, "takes no budget"),
     ({"method": "bitfit", "budget": None, "exp": 1.0}, ConfigError, "takes no exp"),
     ({"method": "pafi", "every": 2}, ConfigError, "takes no every.*It takes: budget"),
-    ({"method": "full", "budget": None, "exclude": ("*",)}, ConfigError, "no exclude"),
+    ({"method": "full", "budget": None, "train_fully": ("*",)}, ConfigError, "no train_fully"),
     ({"method": "fish", "labels": "both"}, ConfigError, "Unknown labels"),
     ({"lr": 0.0}, ConfigError, "lr=0.0"),
     ({"lr": float("nan")}, ConfigError, "lr=nan"),
@@ -295,6 +295,16 @@ def test_real_data(tiny, real_data, tmp_path):
         config = RunConfig(model=str(tiny), task=name, budget=0.01, max_steps=3, data=str(real_data), out=out)
         result = run(config)
         assert evaluate_delta(Source(str(tiny)), out, tasks.get(name), str(real_data)) == result.evaluation
+
+
+@pytest.mark.parametrize("method", ["full", "child-tuning-f"])
+def test_what_dense_methods_leave_out(config, method):
+    left_out = dataclasses.replace(config, method=method, budget=None, exclude=("*embeddings*",), max_steps=2)
+    result = run(left_out)
+    delta = st.load(result.delta)
+    changed = {*delta.support, *(part.name for part in delta.dense)}
+    assert changed
+    assert not [name for name in changed if "embeddings" in name]
 
 
 def test_batches_of_like_length_pad_less_and_show_every_row(config, monkeypatch):
