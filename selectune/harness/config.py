@@ -208,8 +208,8 @@ def _scope(config: RunConfig, takes: Any) -> dict[str, Any]:
     include = config.include or takes["scope"].default
     if config.train_fully and "train_fully" not in takes:
         raise ConfigError(
-            f"The method '{config.method}' trains whole tensors anyway and takes no train_fully: include and exclude say "
-            "which."
+            f"The method '{config.method}' trains whole tensors anyway and takes no train_fully: include and exclude "
+            "say which."
         )
     if not config.exclude and not config.train_fully:
         return {"scope": include}
