@@ -3,7 +3,8 @@
     SELECTUNE_DATA=... python benchmarks/methods.py --epochs 2 --jobs 2 --out runs/methods
 
 Each method is `selectune train` in a process of its own, with one thread a job. What is done already
-(`OUT/NAME/row.json`) is not done again, so a run that was stopped goes on; `--render` only writes the page.
+(`OUT/NAME/row.json`, or a row of docs/results/methods-stsb.json) is not done again, so a run that was stopped goes on;
+`--render` only writes the page.
 A method that ends with an error gets a row that says so, and is tried again by the next run.
 """
 
@@ -48,6 +49,7 @@ Made by `{made}`.
 {table}
 """
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "methods-stsb.md"
+ROWS = PAGE.with_suffix(".json")
 
 
 def names() -> list[str]:
@@ -79,6 +81,9 @@ def folder(name: str) -> str:
 def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The row of a method: from its file, or made now."""
     file = options.out / folder(name) / "row.json"
+    kept = saved().get(name, {"error": ""})
+    if "error" not in kept and kept["epochs"] == options.epochs and not file.exists():
+        return kept
     if file.exists():
         known = json.loads(file.read_text(encoding="utf-8"))
         if "error" not in known or options.render:
@@ -106,6 +111,11 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     file.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     say(f"{name}: {row.get('value', row.get('error'))} ({time.monotonic() - began:.0f} s)")
     return row
+
+
+def saved() -> dict[str, dict[str, Any]]:
+    """The rows that the page was last made of, by name."""
+    return json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else {}
 
 
 def say(text: str) -> None:
@@ -151,11 +161,13 @@ def main() -> None:
     options = parser.parse_args()
     wanted = [name for name in options.methods.split(",") if name] or names()
     if options.render:
-        wanted = [name for name in wanted if (options.out / folder(name) / "row.json").exists()]
+        wanted = [n for n in wanted if n in saved() or (options.out / folder(n) / "row.json").exists()]
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(lambda name: one(name, options), wanted))
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(page(rows, options), encoding="utf-8")
+    found = {row["name"]: {k: v for k, v in row.items() if k != "command"} | {"epochs": options.epochs} for row in rows}
+    ROWS.write_text(json.dumps(saved() | found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
