@@ -82,7 +82,7 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The row of a method: from its file, or made now."""
     file = options.out / folder(name) / "row.json"
     kept = saved().get(name, {"error": ""})
-    if "error" not in kept and kept["epochs"] == options.epochs and not file.exists():
+    if "error" not in kept and kept.get("settings") == settings(options) and not file.exists():
         return kept
     if file.exists():
         known = json.loads(file.read_text(encoding="utf-8"))
@@ -116,6 +116,12 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def saved() -> dict[str, dict[str, Any]]:
     """The rows that the page was last made of, by name."""
     return json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else {}
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What makes two rows comparable."""
+    names = ("model", "task", "budget", "lora", "epochs", "max_length", "seed")
+    return {name: getattr(options, name) for name in names}
 
 
 def say(text: str) -> None:
@@ -166,8 +172,10 @@ def main() -> None:
         rows = list(pool.map(lambda name: one(name, options), wanted))
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(page(rows, options), encoding="utf-8")
-    found = {row["name"]: {k: v for k, v in row.items() if k != "command"} | {"epochs": options.epochs} for row in rows}
-    ROWS.write_text(json.dumps(saved() | found, indent=1) + "\n", encoding="utf-8")
+    found = {
+        row["name"]: {k: v for k, v in row.items() if k != "command"} | {"settings": settings(options)} for row in rows
+    }
+    ROWS.write_text(json.dumps(saved() | found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

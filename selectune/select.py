@@ -158,9 +158,8 @@ class GlobalCollector:
     def _close_queued(self) -> Rows:
         """The chosen of all devices, on the first one. Here the host waits."""
         home = self.queued[0][0].device
-        near = [self.merged(part) for part in self.by_device()]
-        kept = [tuple(part.to(home) for part in rows) for rows in [*near, *self.kept]]
-        scores, positions, carried = self.merged([(a, b, c) for a, b, c in kept])
+        every = [(a.to(home), b.to(home), c.to(home)) for a, b, c in [*self.queued, *self.kept]]
+        scores, positions, carried = self.merged(every)
         good = scores > float("-inf")
         return scores[good], positions[good], carried[good]
 

@@ -17,20 +17,22 @@ Reveal = Callable[[Any], Any]
 
 _lock = threading.Lock()
 _watching: dict[int, Reveal] = {}  # by whoever has stand-ins in place
-_own = Function.__dict__["apply"]
+_own: Any = None  # what stood there before
 
 
 def watch(who: object, reveal: Reveal) -> None:
     """Arguments of every `apply` go through `reveal`, until `unwatch(who)`."""
+    global _own
     with _lock:
         _watching[id(who)] = reveal
-        Function.apply = _apply  # type: ignore[method-assign, assignment]
+        if Function.__dict__["apply"] is not _apply:
+            _own, Function.apply = Function.__dict__["apply"], _apply  # type: ignore[method-assign, assignment]
 
 
 def unwatch(who: object) -> None:
-    """Ends `watch`; with the last one torch's own `apply` is back."""
+    """Ends `watch`; with the last one the `apply` from before is back, torch's own or somebody's."""
     with _lock:
-        if _watching.pop(id(who), None) is not None and not _watching:
+        if _watching.pop(id(who), None) is not None and not _watching and Function.__dict__["apply"] is _apply:
             Function.apply = _own  # type: ignore[method-assign]
 
 
