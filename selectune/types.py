@@ -155,10 +155,7 @@ class Collector(Protocol):
         ...
 
     def close(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The chosen entries, best first, k <= quota: tensors (k,), flat indices (k,), carried (k,).
-
-        On the CPU, or on the device of what was queued.
-        """
+        """The chosen, best first: tensors, flat indices, carried, each (k <= quota,); on the CPU or where queued."""
         ...
 
 
