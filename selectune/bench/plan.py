@@ -23,7 +23,7 @@ OPTIMIZERS = {"adamw": 8, "adam": 8, "sgd": 0, "momentum": 4}  # bytes of state 
 _FLAT, _SLOT, _COORDINATES, _FREE = 8, 8, 16, 8  # int64 tables of the ledger, for a selected scalar
 _WRITTEN = 4  # its value as the weight got it last
 _PIECE, _SCORING = 1 << 18, 16  # scalars of a tensor scored at once, and bytes that each takes meanwhile
-_TILE, _PITCH, _TURNED = 128, 144, 1 << 22  # tokens turned together, scalars that a row of them takes, at most at once
+_PITCH, _BAND, _DESKS = 80, 768, 1 << 24  # of `ops.cpu.tiles`: a turned column, columns of dy, scalars of x at most
 _GAP, _HEADER, _ENTRY = 2, 700, 85  # of the delta's file: index of a scalar, what is said once, what of each tensor
 
 
@@ -137,12 +137,12 @@ def plan(
 
 
 def _turned(layers: Sequence[torch.Tensor], bench: Bench) -> int:
-    """Bytes of the widest input with its tokens innermost, which the loops on the CPU keep for the next layer's."""
+    """Bytes in which the loops on the CPU hold tiles of the operands, tokens innermost: a desk for each thread."""
     if bench.device != "cpu":
         return 0
-    tiles = -(-bench.batch * bench.length // _TILE)
-    widest = max((weight.shape[1] for weight in layers), default=0) * _PITCH
-    return 4 * widest * min(tiles, max(1, _TURNED // max(1, widest)))
+    widest = max((weight.shape[1] for weight in layers), default=0)
+    workers = max(1, min(torch.get_num_threads(), _DESKS // max(1, widest * _PITCH)))
+    return 4 * workers * (widest + _BAND) * _PITCH
 
 
 def _always_dense(chosen: Method | None) -> bool:

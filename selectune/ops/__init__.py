@@ -21,7 +21,6 @@ The first six are torch.library ops with loops for the CPU (`cpu`) and Triton ke
 """
 
 from selectune.ops.backend import checksum, describe, explain, uniform
-from selectune.ops.cpu import end_pass
 from selectune.ops.declare import (
     adamw_step,
     matmul_score_filter,
@@ -44,7 +43,7 @@ from selectune.ops.reference import (
 from selectune.ops.scratch import release
 
 __all__ = [
-    "adamw_step", "bits", "checksum", "describe", "end_pass", "explain", "gather_entries", "into_scratch",
+    "adamw_step", "bits", "checksum", "describe", "explain", "gather_entries", "into_scratch",
     "matmul_score_filter", "release", "row_sums", "sampled_matmul", "sampled_rows", "sampled_sum", "scatter_entries",
     "scatter_many", "scatter_values", "score_filter", "small_filter", "uniform", "weight_gradient",
 ]  # fmt: skip

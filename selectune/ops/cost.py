@@ -25,16 +25,16 @@ from torch import Tensor
 
 log = logging.getLogger("selectune")
 
-VERSION = 1
+VERSION = 2
 VARIABLE = "SELECTUNE_CALIBRATE"  # 0 = never measure by itself
 FACTOR = 10  # how far a measurement is believed beyond the defaults
 LARGE = 1 << 28  # multiplications of a dense product from which a measurement pays
 
 # nanoseconds of one core per unit of the formulas above; "start" per call
 DEFAULTS: dict[str, dict[str, float]] = {
-    "float32": {"start": 60e3, "gather": 1.8, "turn": 0.7, "dot": 0.1, "dense": 0.013},
-    "float64": {"start": 60e3, "gather": 2.2, "turn": 1.4, "dot": 0.2, "dense": 0.026},
-    "half": {"start": 60e3, "gather": 1e9, "turn": 0.7, "dot": 0.1, "dense": 0.014},
+    "float32": {"start": 60e3, "gather": 1.8, "turn": 0.5, "dot": 0.08, "dense": 0.013},
+    "float64": {"start": 60e3, "gather": 2.2, "turn": 1.0, "dot": 0.16, "dense": 0.026},
+    "half": {"start": 60e3, "gather": 1e9, "turn": 0.5, "dot": 0.08, "dense": 0.014},
     # a GPU by arithmetic: bytes of entries that are read one by one against the matrix units
     "cuda": {"start": 10e3, "gather": 1e9, "turn": 1e-3, "dot": 4e-3, "dense": 5e-6},
 }
@@ -116,8 +116,12 @@ def describe() -> dict[str, Any]:
 
 def path() -> Path:
     """Where the measured model is kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(home) / "selectune" / f"cost-{VERSION}.json"
+    return _path(os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME"))
+
+
+@functools.cache
+def _path(cache: str | None, home: str | None) -> Path:
+    return Path(cache or os.path.join(os.path.expanduser("~"), ".cache")) / "selectune" / f"cost-{VERSION}.json"
 
 
 _memory: dict[str, dict[str, dict[str, float]]] = {}  # where no file can be written

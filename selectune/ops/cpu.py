@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from selectune.errors import ConfigError
 from selectune.ops import reference
@@ -25,8 +25,12 @@ log = logging.getLogger("selectune")
 
 STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # numbers as in `vectors`
 
-TURNED = 1 << 22  # scalars of x turned at once (16 MiB of float32)
-_last = threading.local()  # .turned: backward pass, input, its version and its turned copy, of the last `tiles`
+SHARES = 8  # of the tokens, at most, that are summed apart: by shape alone, so threads change no bit
+DESKS = 1 << 24  # scalars of x that all threads together may have turned at once (64 MiB of float32)
+
+_starts: Any = (
+    WeakIdKeyDictionary()
+)  # by the rows of entries: what they were checked for, where their bands start, cols
 
 _SMALL = 4  # the kind of score in `passes` that is -|w|
 _DRAWN = 256  # fewer numbers than these are drawn by torch
@@ -41,51 +45,26 @@ def tiles(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     if entries is None:
         return _unsorted(tiles, dy, x, rows, cols)
     rows, cols, starts = entries
-    wide = reference.wide(dy.dtype)
-    out = torch.zeros(rows.numel(), dtype=wide)
-    loops = _module("loops")
-    per = max(1, TURNED // (max(1, x.shape[1]) * loops.PITCH)) * loops.TILE  # tokens of x turned at once
-    dots = _loop("loops", "dots", wide)
-    for first in range(0, dy.shape[0] if rows.numel() else 0, per):
-        some_dy = _rows(dy[first : first + per])
-        t, o, i = len(some_dy), dy.shape[1], x.shape[1]
-        turned = _turned(x if t == len(x) else x[first : first + per])
-        launch(
-            dots,
-            [t, o, i, rows.numel(), some_dy.data_ptr(), STORED[dy.dtype], some_dy.stride(0), turned.data_ptr(),
-             rows.data_ptr(), cols.data_ptr(), starts.data_ptr(), out.data_ptr()],
-            -(-o // loops.BAND),
-        )  # fmt: skip
-    return out
-
-
-def _turned(x: Tensor) -> Tensor:
-    """x (t, i) as tiles of tokens, tokens innermost; in one backward pass, layers that share an input turn it once."""
-    task = torch._C._current_graph_task_id()
-    last = getattr(_last, "turned", None)
-    if last is not None and last[0] == task and _same_memory(last[1], x) and last[2] == x._version:
-        return last[3]
-    loops, wide = _module("loops"), reference.wide(x.dtype)
-    tiles, columns = -(-x.shape[0] // loops.TILE), x.shape[1]
-    turned = scratch(f"turned {wide}", (tiles, columns, loops.PITCH), wide)
-    rows = _rows(x)
+    loops, wide, dy, x = _module("loops"), reference.wide(dy.dtype), _rows(dy), _rows(x)
+    (t, o), i, k = dy.shape, x.shape[1], rows.numel()
+    out = torch.zeros(k, dtype=wide)
+    if t == 0 or k == 0:
+        return out
+    workers = max(1, min(torch.get_num_threads(), DESKS // (i * loops.PITCH)))
+    shares = min(-(-t // loops.TILE), SHARES)
+    parts = min(starts.numel() - 1, -(-2 * workers // shares))  # of each share's work: changes no sum
+    x_desks = scratch(f"x desks {wide}", (workers, i, loops.PITCH), wide)
+    dy_desks = scratch(f"dy desks {wide}", (workers, loops.BAND, loops.PITCH), wide)
+    sums = scratch(f"sums {wide}", (shares, k), wide)
     launch(
-        _loop("loops", "pack", wide),
-        [x.shape[0], columns, rows.data_ptr(), STORED[x.dtype], rows.stride(0), turned.data_ptr()],
-        tiles * -(-columns // loops.BAND),
-    )
-    _last.turned = None if task == -1 or x.is_inference() else (task, x, x._version, turned)
-    return turned
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two live tensors show the same scalars; holding the first keeps its memory from another's."""
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-def end_pass() -> None:
-    """A backward pass is over: lets go of the last input that was turned."""
-    _last.turned = None
+        _loop("loops", "dots", wide),
+        [t, o, i, k, dy.data_ptr(), x.data_ptr(), STORED[dy.dtype], dy.stride(0), x.stride(0), rows.data_ptr(),
+         cols.data_ptr(), starts.data_ptr(), workers, x_desks.data_ptr(), dy_desks.data_ptr(), sums.data_ptr(), shares,
+         parts],
+        min(shares * parts, workers),
+    )  # fmt: skip
+    launch(_loop("loops", "merge", wide), [k, sums.data_ptr(), shares, out.data_ptr()], -(-k // loops.SPAN))
+    return out
 
 
 def gather(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -286,14 +265,22 @@ def _generator_is_known() -> bool:
 
 
 def _entries(rows: Tensor, cols: Tensor, o: int, i: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Entries as int32 and where each band of rows starts; None if rows do not ascend."""
+    """Entries as int32 and where each band of rows starts, kept while `rows` lives; None if rows do not ascend."""
+    state = None if rows.is_inference() or cols.is_inference() else (id(cols), rows._version, cols._version, o, i)
+    known = _starts.get(rows)
+    if state is not None and known is not None and known[0] == state:
+        return rows, cols, known[1]
     loops = _module("loops")
     starts = torch.zeros(-(-o // loops.BAND) + 1, dtype=torch.int64)
-    rows, cols = rows.to(torch.int32).contiguous(), cols.to(torch.int32).contiguous()
-    state = _bands()(rows.numpy(), cols.numpy(), o, i, starts.numpy())
-    if state == 2:
+    narrow_rows, narrow_cols = rows.to(torch.int32).contiguous(), cols.to(torch.int32).contiguous()
+    found = _bands()(narrow_rows.numpy(), narrow_cols.numpy(), o, i, starts.numpy())
+    if found == 2:
         raise ConfigError(f"sampled_matmul got an entry out of range: rows must be in [0, {o}), columns in [0, {i}).")
-    return None if state == 1 else (rows, cols, starts)
+    if found == 1:
+        return None
+    if state is not None and narrow_rows is rows and narrow_cols is cols:
+        _starts[rows] = (state, starts, cols)
+    return narrow_rows, narrow_cols, starts
 
 
 def _unsorted(way: Callable[..., Tensor], dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:

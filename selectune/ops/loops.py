@@ -21,9 +21,10 @@ from selectune.ops.vectors import (
     square_float64,
 )
 
-TILE = 128  # tokens that are turned and multiplied at once
+TILE = 64  # tokens that are turned and multiplied at once: few enough that what is turned stays in a core's cache
 PITCH = TILE + 16  # of a turned row: not a power of two, which would fall into few cache sets
-BAND = 32  # output rows a thread takes at once
+BAND = 768  # output rows turned at once: many, so that memory is read along its rows
+SPAN = 1 << 14  # entries whose sums are added up at once
 
 _SUMS = {"contract", "reassoc"}  # fused and vectorised sums; NaN and infinity keep their meaning
 
@@ -80,40 +81,45 @@ def _widen_half(half, stored):  # type: ignore[no-untyped-def]
     return np.uint32(float16_bits_to_float32_bits(half)).view(np.float32)
 
 
-@njit(error_model="numpy")
-def _pack(counter, t, i, x, stored, pitch, turned, dtype):  # type: ignore[no-untyped-def]
-    """x (t, i) -> turned (tiles, i, PITCH): every tile of tokens with tokens innermost."""
+@njit(fastmath=_SUMS, error_model="numpy")
+def _dots(counter, sizes, dy, x, stored, pitches, rows, cols, starts, x_desks, dy_desks, sums, parts, dtype):  # type: ignore[no-untyped-def]
+    """sums (shares, k): dot products of turned columns, per share of the tokens and part of the bands of rows."""
     size = 8 if dtype is np.float64 else (4 if stored == FLOAT32 else 2)
-    wide = 8 if dtype is np.float64 else 4
-    tiles, bands = (t + TILE - 1) // TILE, (i + BAND - 1) // BAND
+    desk = fetch_add(counter + 8, 1)  # this thread's own
+    x_desk, dy_desk = x_desks[desk], dy_desks[desk]
+    (t, o, i), (dy_pitch, x_pitch) = sizes, pitches
+    tiles, bands, shares = (t + TILE - 1) // TILE, starts.size - 1, sums.shape[0]
     while True:
         block = fetch_add(counter, 1)
-        if block >= tiles * bands:
+        if block >= shares * parts:
             return
-        tile, c = block // bands, block % bands * BAND
-        _turn(
-            x + (tile * TILE * pitch + c) * size, stored, pitch, min(TILE, t - tile * TILE), min(BAND, i - c),
-            turned + (tile * i + c) * PITCH * wide, dtype,
-        )  # fmt: skip
-
-
-@njit(fastmath=_SUMS, error_model="numpy")
-def _dots(counter, t, o, dy, stored, pitch, turned, rows, cols, starts, out, dtype):  # type: ignore[no-untyped-def]
-    """out_k += the dot products of turned rows, per band of output rows, per tile of tokens."""
-    size = 8 if dtype is np.float64 else (4 if stored == FLOAT32 else 2)
-    band_rows = np.empty((BAND, PITCH), dtype)
-    while True:
-        band = fetch_add(counter, 1)
-        if band >= starts.size - 1:
-            return
-        first, last, r = starts[band], starts[band + 1], band * BAND
-        if first == last:
+        share, part = block // parts, block % parts
+        begin, end = part * bands // parts, (part + 1) * bands // parts
+        sums[share, starts[begin] : starts[end]] = 0
+        if starts[begin] == starts[end]:
             continue
-        for tile in range((t + TILE - 1) // TILE):
-            where = dy + (tile * TILE * pitch + r) * size
-            tokens = min(TILE, t - tile * TILE)
-            _turn(where, stored, pitch, tokens, min(BAND, o - r), band_rows.ctypes.data, dtype)
-            _dots_of_band(first, last, r, band_rows, turned[tile], rows, cols, out, dtype)
+        for tile in range(share * tiles // shares, (share + 1) * tiles // shares):
+            first, tokens = tile * TILE, min(TILE, t - tile * TILE)
+            _turn(x + first * x_pitch * size, stored, x_pitch, tokens, i, x_desk.ctypes.data, dtype)
+            for band in range(begin, end):
+                k, last, r = starts[band], starts[band + 1], band * BAND
+                if k < last:
+                    where = dy + (first * dy_pitch + r) * size
+                    _turn(where, stored, dy_pitch, tokens, min(BAND, o - r), dy_desk.ctypes.data, dtype)
+                    _dots_of_band(k, last, r, dy_desk, x_desk, rows, cols, sums[share], dtype)
+
+
+@njit(error_model="numpy")
+def _merge(counter, sums, out):  # type: ignore[no-untyped-def]
+    """out_k += the shares' sums, one after the other."""
+    while True:
+        first = fetch_add(counter, 1) * SPAN
+        if first >= out.size:
+            return
+        last = min(out.size, first + SPAN)
+        for share in range(sums.shape[0]):
+            for k in range(first, last):
+                out[k] += sums[share, k]
 
 
 @njit(fastmath=_SUMS, error_model="numpy")
@@ -178,21 +184,22 @@ def bands(rows, cols, o, i, starts):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _run_pack(data, dtype):  # type: ignore[no-untyped-def]
+def _run_dots(data, dtype):  # type: ignore[no-untyped-def]
     a = carray(data, 32, np.int64)
-    _pack(a[0], a[1], a[2], a[3], a[4], a[5], a[6], dtype)
+    t, o, i, k, desks = a[1], a[2], a[3], a[4], a[13]
+    bands = (o + BAND - 1) // BAND
+    _dots(
+        a[0], (t, o, i), a[5], a[6], a[7], (a[8], a[9]), carray(pointer(a[10]), k, np.int32),
+        carray(pointer(a[11]), k, np.int32), carray(pointer(a[12]), bands + 1, np.int64),
+        carray(pointer(a[14]), (desks, i, PITCH), dtype), carray(pointer(a[15]), (desks, BAND, PITCH), dtype),
+        carray(pointer(a[16]), (a[17], k), dtype), a[18], dtype,
+    )  # fmt: skip
 
 
 @njit
-def _run_dots(data, dtype):  # type: ignore[no-untyped-def]
+def _run_merge(data, dtype):  # type: ignore[no-untyped-def]
     a = carray(data, 32, np.int64)
-    t, o, i, k = a[1], a[2], a[3], a[4]
-    tiles, count = (t + TILE - 1) // TILE, (o + BAND - 1) // BAND
-    _dots(
-        a[0], t, o, a[5], a[6], a[7], carray(pointer(a[8]), (tiles, i, PITCH), dtype),
-        carray(pointer(a[9]), k, np.int32), carray(pointer(a[10]), k, np.int32),
-        carray(pointer(a[11]), count + 1, np.int64), carray(pointer(a[12]), k, dtype), dtype,
-    )  # fmt: skip
+    _merge(a[0], carray(pointer(a[2]), (a[3], a[1]), dtype), carray(pointer(a[4]), a[1], dtype))
 
 
 @njit
@@ -206,20 +213,20 @@ def _run_gather(data, dtype):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def pack_float32(data):  # type: ignore[no-untyped-def]
-    _run_pack(data, np.float32)
-
-
-def pack_float64(data):  # type: ignore[no-untyped-def]
-    _run_pack(data, np.float64)
-
-
 def dots_float32(data):  # type: ignore[no-untyped-def]
     _run_dots(data, np.float32)
 
 
 def dots_float64(data):  # type: ignore[no-untyped-def]
     _run_dots(data, np.float64)
+
+
+def merge_float32(data):  # type: ignore[no-untyped-def]
+    _run_merge(data, np.float32)
+
+
+def merge_float64(data):  # type: ignore[no-untyped-def]
+    _run_merge(data, np.float64)
 
 
 def gather_float32(data):  # type: ignore[no-untyped-def]

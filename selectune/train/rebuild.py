@@ -66,7 +66,6 @@ def rebuilt(node: Any) -> Tensor:
 def forget() -> None:
     """Lets go of what one backward pass keeps from layer to layer."""
     _last.made = None
-    ops.end_pass()
 
 
 def _layer_norm(node: Any) -> Tensor:

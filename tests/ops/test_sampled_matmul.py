@@ -11,6 +11,7 @@ from op_kit import check_sampled, products
 from selectune import ops
 from selectune.errors import ConfigError
 from selectune.ops import backend, cpu, reference
+from selectune.ops.threads import launch
 
 WAYS = {"reference": reference.sampled_matmul, "tiles": cpu.tiles, "dense": backend.dense, "chosen": ops.sampled_matmul}
 
@@ -42,8 +43,8 @@ def test_indices_of_either_width_in_any_order(case, width):
 @pytest.mark.parametrize("way", [cpu.tiles, cpu.gather])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_number_of_threads_changes_no_bit(way, dtype):
-    dy, x = torch.randn(300, 200, dtype=dtype), torch.randn(300, 70, dtype=dtype)
-    flat = torch.randperm(200 * 70)[:3000].sort().values
+    dy, x = torch.randn(300, 2000, dtype=dtype), torch.randn(300, 70, dtype=dtype)  # three bands of rows
+    flat = torch.randperm(2000 * 70)[:3000].sort().values
     answers = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -66,10 +67,42 @@ def test_without_torchs_openmp_ordinary_threads_do_the_work(monkeypatch):
         torch.set_num_threads(1)
 
 
-def test_x_is_turned_in_bounded_pieces(monkeypatch):
-    monkeypatch.setattr(cpu, "TURNED", 1)
+def test_what_threads_have_turned_is_bounded(monkeypatch):
     dy, x, flat = torch.randn(700, 40), torch.randn(700, 30), torch.arange(0, 1200, 7)
-    check_sampled(cpu.tiles(dy, x, flat // 30, flat % 30), dy, x, flat)
+    torch.set_num_threads(3)
+    try:
+        wanted, asked = cpu.tiles(dy, x, flat // 30, flat % 30), []
+        monkeypatch.setattr(
+            cpu, "launch", lambda loop, given, blocks: asked.append(blocks) or launch(loop, given, blocks)
+        )
+        monkeypatch.setattr(cpu, "DESKS", 1)
+        assert torch.equal(cpu.tiles(dy, x, flat // 30, flat % 30), wanted)
+    finally:
+        torch.set_num_threads(1)
+    assert asked[0] == 1  # one thread at a time
+    check_sampled(wanted, dy, x, flat)
+
+
+def test_entries_are_looked_at_again_once_they_change():
+    dy, x = torch.randn(90, 8), torch.randn(90, 8)
+    rows, cols = torch.arange(8, dtype=torch.int32), torch.arange(8, dtype=torch.int32)
+    for _ in range(2):
+        check_sampled(cpu.tiles(dy, x, rows, cols), dy, x, 9 * torch.arange(8))
+    check_sampled(cpu.tiles(dy, x, rows, cols.flip(0)), dy, x, 7 * torch.arange(1, 9))
+    rows.copy_(rows.flip(0))  # descending: no longer as they are kept
+    check_sampled(cpu.tiles(dy, x, rows, cols), dy, x, 56 - 7 * torch.arange(8))
+    cols[0] = 8
+    with pytest.raises(ConfigError, match="out of range"):
+        cpu.tiles(dy, x, rows, cols)
+
+
+def test_entries_are_not_kept_longer_than_their_owner_keeps_them():
+    rows = torch.arange(8, dtype=torch.int32)
+    before = len(cpu._starts)
+    cpu.tiles(torch.randn(90, 8), torch.randn(90, 8), rows, rows.clone())
+    assert len(cpu._starts) == before + 1
+    del rows
+    assert len(cpu._starts) == before
 
 
 def test_strided_operands():
