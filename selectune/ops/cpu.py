@@ -33,6 +33,7 @@ _starts: Any = (
 )  # by the rows of entries: what they were checked for, where their bands start, cols
 
 _SMALL = 4  # the kind of score in `passes` that is -|w|
+_STAGED, _FEW = 1 << 20, 1 << 15  # candidates of a tensor that are put down at once; that one thread copies
 _DRAWN = 256  # fewer numbers than these are drawn by torch
 _FLOATS = (torch.float32, torch.float64)
 _PLACE, _STATE = slice(8, 24), slice(24, 24 + 8 * 624)  # of a generator's state: (words left, seeded, used), its words
@@ -104,8 +105,8 @@ def _filtered(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, wide, passes = weight.numel(), reference.wide(weight.dtype), _module("passes")
     blocks = -(-n // passes.BLOCK)
-    room = min(n, max(1 << 14, n // 4))  # only pages that are written to are there
-    stage = torch.empty(room, dtype=torch.int64), torch.empty(room, dtype=wide)
+    room = min(n, max(1 << 14, min(n // 4, _STAGED)))  # candidates beyond it are found a second time
+    stage = scratch("staged positions", (room,), torch.int64), scratch(f"staged scores {wide}", (room,), wide)
     state, counts = torch.zeros(2, dtype=torch.int64), torch.zeros(2, blocks, dtype=torch.int64)
     places = torch.zeros(blocks, dtype=torch.int64)
     real = torch.tensor([exp, eps, cutoff], dtype=torch.float64)
@@ -120,7 +121,8 @@ def _filtered(
     counts[1] = counts[0].cumsum(0) - counts[0]
     positions, scores = torch.empty(found, dtype=torch.int64), torch.empty(found, dtype=wide)
     if found:
-        launch(loop, [*common, found, positions.data_ptr(), scores.data_ptr(), 1], blocks)
+        alone = found <= _FEW and found <= room  # copied from the stage: not worth waking others for
+        launch(loop, [*common, found, positions.data_ptr(), scores.data_ptr(), 1], 1 if alone else blocks)
     return positions, scores, state[1] == 0
 
 

@@ -160,7 +160,10 @@ def score_filter(
            "score_filter", "weight (n,) and gradient (n,)", weight, gradient)  # fmt: skip
     _check_floats("score_filter", weight, gradient)
     _check_cutoff("score_filter", cutoff)
-    return torch.ops.selectune.score_filter(weight, gradient, float(exp), float(eps), float(cutoff))
+    numbers = float(exp), float(eps), float(cutoff)
+    if _nobody_watches(weight, gradient):
+        return backend.run("score_filter", weight.device.type, weight, gradient, *numbers)
+    return torch.ops.selectune.score_filter(weight, gradient, *numbers)
 
 
 def small_filter(weight: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,6 +176,8 @@ def small_filter(weight: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]
     _check(weight.dim() == 1, "small_filter", "a flat weight (n,)", weight)
     _check_floats("small_filter", weight)
     _check_cutoff("small_filter", cutoff)
+    if _nobody_watches(weight):
+        return backend.run("small_filter", weight.device.type, weight, float(cutoff))
     return torch.ops.selectune.small_filter(weight, float(cutoff))
 
 
