@@ -54,7 +54,7 @@ def train(
         float | None,
         typer.Option(
             "--lr",
-            help="Learning rate. Default: 5e-4; 5e-5 for full, 4e-5 for child-tuning-f; peers have their own.",
+            help="Learning rate. Default: 5e-4; 5e-5 for full, 4e-5 for Child-Tuning; peers have their own.",
             show_default=False,
         ),
     ] = None,

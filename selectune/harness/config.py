@@ -21,7 +21,7 @@ from selectune.recipes import RECIPES, Recipe
 from selectune.scope import Scope
 
 SCHEDULES = ("linear", "cosine", "constant")
-LEARNING_RATES = {"full": 5e-5, "child-tuning-f": 4e-5, "spiel-ma": 2e-3}
+LEARNING_RATES = {"full": 5e-5, "child-tuning-d": 4e-5, "child-tuning-f": 4e-5, "spiel-ma": 2e-3}
 DENSE_RATES = {"lt-sft": 5e-5, "diff-pruning": 1e-5}  # the papers' own, of the steps that train everything
 LEARNING_RATE = 5e-4
 _MANY = 1 << 30  # stands for a number of steps that is not known yet
@@ -36,7 +36,7 @@ class RunConfig:
     """What `selectune train` is told. None means the method's, the task's or the checkpoint's own default.
 
     `method`: a recipe, or a dense peer with its options, `lora:r=16`. `on`: a module under a recipe, `pfeiffer`.
-    `budget`: a count (int) or a density (float below 1). `lr` None: 5e-5 for `full`, 4e-5 for `child-tuning-f`, a
+    `budget`: a count (int) or a density (float below 1). `lr` None: 5e-5 for `full`, 4e-5 for Child-Tuning, a
     peer's own in `selectune.adapters.KINDS`, 5e-4 for the others. `dense_lr` is that of steps that train everything
     before selection. `epochs`,
     `eval_every`, `max_length` None: the papers' values for the task. `seed` draws the head, the data order, dropout and

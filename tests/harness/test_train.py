@@ -81,6 +81,7 @@ def test_steps_and_defaults():
     assert dataclasses.replace(config, epochs=0.5, accumulation=4).steps(2490) == 20
     assert config.learning_rate == 5e-4
     assert RunConfig(model="m", task="glue/rte", method="full").learning_rate == 5e-5
+    assert RunConfig(model="m", task="glue/rte", method="child-tuning-d").learning_rate == 4e-5
 
 
 def test_patterns_reach_the_scope():
