@@ -62,7 +62,7 @@ def test_a_generator_of_another_make_is_left_to_torch(monkeypatch, caplog):
     """Were the state laid out in another way, the numbers would not be torch's, and torch would draw them."""
     cpu._generator_is_known.cache_clear()
     monkeypatch.setattr(cpu, "_STATE", slice(32, 32 + 8 * draws.WORDS))
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="selectune"):
         assert not cpu._generator_is_known()
     found = cpu.uniform(torch.empty(3000), torch.Generator().manual_seed(4))
     assert torch.equal(found, torch.rand(3000, generator=torch.Generator().manual_seed(4)))

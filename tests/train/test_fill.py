@@ -130,7 +130,7 @@ def test_an_adapter_whose_up_projection_starts_at_zero(init, score, caplog):
         with pytest.raises(CalibrationError, match="or every score is 0"):
             attach(st.snip(60))
     base = bits(adapted.model)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="selectune"):
         tuner = attach(st.sparse_adapter(60, score))
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in tuner.support} == {"down", "up"}
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
