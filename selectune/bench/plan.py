@@ -15,6 +15,7 @@ from selectune.bench import methods, trace
 from selectune.bench.models import DTYPES, Bench, config_of, is_causal, prepare
 from selectune.errors import ConfigError
 from selectune.method import Method
+from selectune.ops.cpu import DESKS
 from selectune.schedule import resolve_budget
 from selectune.scope import Scope
 from selectune.types import Reads, Schedule
@@ -23,7 +24,7 @@ OPTIMIZERS = {"adamw": 8, "adam": 8, "sgd": 0, "momentum": 4}  # bytes of state 
 _FLAT, _SLOT, _COORDINATES, _FREE = 8, 8, 16, 8  # int64 tables of the ledger, for a selected scalar
 _WRITTEN = 4  # its value as the weight got it last
 _PIECE, _SCORING = 1 << 18, 16  # scalars of a tensor scored at once, and bytes that each takes meanwhile
-_PITCH, _BAND, _DESKS = 80, 768, 1 << 24  # of `ops.cpu.tiles`: a turned column, columns of dy, scalars of x at most
+_PITCH, _BAND = 80, 768  # as in `ops.loops`, which is not imported for it: a turned column, columns of dy at once
 _GAP, _HEADER, _ENTRY = 2, 700, 85  # of the delta's file: index of a scalar, what is said once, what of each tensor
 
 
@@ -141,7 +142,7 @@ def _turned(layers: Sequence[torch.Tensor], bench: Bench) -> int:
     if bench.device != "cpu":
         return 0
     widest = max((weight.shape[1] for weight in layers), default=0)
-    workers = max(1, min(torch.get_num_threads(), _DESKS // max(1, widest * _PITCH)))
+    workers = max(1, min(torch.get_num_threads(), DESKS // max(1, widest * _PITCH)))
     return 4 * workers * (widest + _BAND) * _PITCH
 
 

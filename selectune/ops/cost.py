@@ -121,6 +121,7 @@ def path() -> Path:
 
 @functools.cache
 def _path(cache: str | None, home: str | None) -> Path:
+    del home  # expanduser reads it
     return Path(cache or os.path.join(os.path.expanduser("~"), ".cache")) / "selectune" / f"cost-{VERSION}.json"
 
 

@@ -28,9 +28,7 @@ STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 SHARES = 8  # of the tokens, at most, that are summed apart: by shape alone, so threads change no bit
 DESKS = 1 << 24  # scalars of x that all threads together may have turned at once (64 MiB of float32)
 
-_starts: Any = (
-    WeakIdKeyDictionary()
-)  # by the rows of entries: what they were checked for, where their bands start, cols
+_starts: Any = WeakIdKeyDictionary()  # rows of entries -> what they were checked for, where bands start, columns
 
 _SMALL = 4  # the kind of score in `passes` that is -|w|
 _STAGED, _FEW = 1 << 20, 1 << 15  # candidates of a tensor that are put down at once; that one thread copies

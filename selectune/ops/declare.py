@@ -134,9 +134,7 @@ def sampled_matmul(
     if dy.dtype != x.dtype:
         common = torch.promote_types(dy.dtype, x.dtype)
         dy, x = dy.to(common), x.to(common)
-    if _nobody_watches(dy, x):
-        return backend.run("sampled_matmul", dy.device.type, dy, x, rows, cols)
-    return torch.ops.selectune.sampled_matmul(dy, x, rows, cols)
+    return _call("sampled_matmul", dy, x, rows, cols)
 
 
 def score_filter(
@@ -160,10 +158,7 @@ def score_filter(
            "score_filter", "weight (n,) and gradient (n,)", weight, gradient)  # fmt: skip
     _check_floats("score_filter", weight, gradient)
     _check_cutoff("score_filter", cutoff)
-    numbers = float(exp), float(eps), float(cutoff)
-    if _nobody_watches(weight, gradient):
-        return backend.run("score_filter", weight.device.type, weight, gradient, *numbers)
-    return torch.ops.selectune.score_filter(weight, gradient, *numbers)
+    return _call("score_filter", weight, gradient, float(exp), float(eps), float(cutoff))
 
 
 def small_filter(weight: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,9 +171,7 @@ def small_filter(weight: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]
     _check(weight.dim() == 1, "small_filter", "a flat weight (n,)", weight)
     _check_floats("small_filter", weight)
     _check_cutoff("small_filter", cutoff)
-    if _nobody_watches(weight):
-        return backend.run("small_filter", weight.device.type, weight, float(cutoff))
-    return torch.ops.selectune.small_filter(weight, float(cutoff))
+    return _call("small_filter", weight, float(cutoff))
 
 
 def matmul_score_filter(
@@ -252,6 +245,13 @@ def adamw_step(
     _check(step >= 1, "adamw_step", "a step counted from 1")
     if values.numel():
         torch.ops.selectune.adamw_step(values, gradient, m, v, ages, step, lr, *betas, eps, weight_decay)
+
+
+def _call(op: str, first: Tensor, *rest: Any) -> Any:
+    """The op, straight from its backend where the dispatcher would have nothing to do."""
+    if _nobody_watches(first, *(part for part in rest if isinstance(part, Tensor))):
+        return backend.run(op, first.device.type, first, *rest)
+    return getattr(torch.ops.selectune, op)(first, *rest)
 
 
 def _nobody_watches(*parts: Tensor) -> bool:

@@ -14,6 +14,7 @@ from selectune.bench.models import Bench, config_of, prepare
 from selectune.bench.plan import plan, updates_of
 from selectune.cli import app
 from selectune.errors import BudgetError, ConfigError, SelectuneError
+from selectune.ops import loops
 from selectune.schedule import Increment, OneShot, Repeat
 
 TINY = Bench("tiny", 2, 16)
@@ -96,7 +97,7 @@ def test_methods_and_optimizers_differ_as_they_should():
     assert full.updates == 10 * full.parameters
     assert floor.updates is None
     assert static.gradient == 0
-    assert static.workspace == torch.get_num_threads() * (128 + 768) * 80 * 4  # tiles of both operands
+    assert static.workspace == torch.get_num_threads() * (128 + loops.BAND) * loops.PITCH * 4  # tiles of both operands
     assert static.updates == 10 * static.trained
     assert momentum.optimizer == static.optimizer // 2
     assert plan(TINY, "bitfit", 0.01).trained == 1282
