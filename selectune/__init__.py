@@ -32,7 +32,7 @@ from selectune.recipes import (
     xattn,
 )
 from selectune.scope import Scope
-from selectune.train import SparseAdamW, SparseSM3, Tuner, Verification, attach
+from selectune.train import SparseAdamW, SparseSM3, Tuner, Verification, attach, strip, tuner_of
 from selectune.types import Score, score
 
 __version__ = "0.1.0"
@@ -42,5 +42,5 @@ __all__ = [
     "attach", "bitfit", "child_tuning_d", "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "fish_dip",
     "full", "gallop", "grasp", "id3", "increment_pafi", "load", "lt_sft", "magnitude", "movement", "pafi", "random",
     "repeat_d3", "rigl", "score", "scores", "snip", "sparse_adapter", "sparse_evolution", "spiel_ag", "spiel_ma",
-    "static_d3", "switch", "synflow", "xattn",
+    "static_d3", "strip", "switch", "synflow", "tuner_of", "xattn",
 ]  # fmt: skip

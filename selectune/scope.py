@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from selectune.errors import ScopeError
@@ -90,6 +91,7 @@ class Scope:
         for pattern in self.exclude:
             if pattern not in matched:
                 log.warning("exclude: '%s' matches no parameter, so it keeps nothing out of the selection.", pattern)
+        _tell_left_out(model, names)
         if not scoped and not dense:
             raise ScopeError(
                 f"The scope include={list(self.include)}, exclude={list(self.exclude)} leaves no trainable floating "
@@ -159,6 +161,25 @@ def _some(names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]) -> str:
     return ", ".join(shown) + (f" ... ({len(names)} in all)" if len(names) > 6 else "") or "(none)"
 
 
+def _tell_left_out(model: nn.Module, names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]) -> None:
+    """Says what cannot be selected from for its kind: complex numbers, and weights that a quantised layer packs."""
+    odd = [aliases[0] for parameter, aliases in names if parameter.requires_grad and parameter.is_complex()]
+    if odd:
+        log.warning(
+            "%d complex parameters are left out of the selection and frozen (%s): only real floating tensors are "
+            "selected from.", len(odd), ", ".join(odd[:3]),
+        )  # fmt: skip
+    packed = [name for name, module in model.named_modules() if type(module).__module__.startswith(_QUANTISED)]
+    if packed:
+        log.warning(
+            "%d quantised layers are left out of the selection and frozen (%s): their weights are no floating "
+            "tensors.", len(packed), ", ".join(packed[:3]),
+        )  # fmt: skip
+
+
+_QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torchao.quantization", "bitsandbytes.nn")
+
+
 def _padding(model: nn.Module, parameter: nn.Parameter, names: Sequence[str]) -> range:
     if len(names) != 1 or not names[0].endswith("weight"):
         return range(0)
@@ -183,6 +204,11 @@ def _check(tensor: ScopedTensor) -> None:
         why = "it is not a leaf tensor"
     elif parameter.numel() and 0 in [s for s, d in zip(parameter.stride(), parameter.shape, strict=True) if d > 1]:
         why = "it is expanded: several entries share one memory cell"
+    elif getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        why = (
+            "a hook is registered on it, which would wait for a gradient of all its entries that is never formed; "
+            "remove the hook (a score of your own can keep entries out)"
+        )
     if why:
         raise ScopeError(f'The parameter "{tensor.name}" cannot be trained in place: {why}. Exclude it.')
 
@@ -190,6 +216,11 @@ def _check(tensor: ScopedTensor) -> None:
 def _check_owners(model: nn.Module, tensor: ScopedTensor) -> None:
     for name in tensor.names:
         owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, torch.jit.ScriptModule):
+            raise ScopeError(
+                f'"{name}" belongs to a scripted or traced module, whose code runs outside of Python, so uses of the '
+                "weight cannot be followed. Exclude it, or attach before torch.jit.script or torch.jit.trace."
+            )
         if getattr(owner, "max_norm", None) is not None and isinstance(owner, nn.Embedding | nn.EmbeddingBag):
             raise ScopeError(
                 f'"{name}" belongs to an {type(owner).__name__} with max_norm={owner.max_norm}, which rewrites rows of '

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Generator, Tensor
 
 from selectune.errors import ConfigError
@@ -85,11 +86,32 @@ class Score:
         gradient: Tensor | None = None,  # (n,) same dtype; None unless the score reads it
         generator: Generator | None = None,
     ) -> Tensor:  # (n,)
+        """The scores of n entries. Raises ConfigError for a function that gives anything else, or writes into these."""
+        given = [weight] if gradient is None else [weight, gradient]
+        versions = [0 if part.is_inference() else part._version for part in given]
         if self.reads is Reads.WEIGHT:
-            return self.function(weight, **self.parameters)
-        if self.reads is Reads.NOTHING:
-            return self.function(weight, generator, **self.parameters)
-        return self.function(weight, gradient, **self.parameters)
+            scores = self.function(weight, **self.parameters)
+        elif self.reads is Reads.NOTHING:
+            scores = self.function(weight, generator, **self.parameters)
+        else:
+            scores = self.function(weight, gradient, **self.parameters)
+        if not isinstance(scores, Tensor) or scores.shape != weight.shape or not scores.is_floating_point():
+            got = f"{tuple(scores.shape)} in {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ConfigError(
+                f"The score '{self.name}' has to give one floating number for each entry: it was given weights of "
+                f"shape {tuple(weight.shape)} and gave {got}."
+            )
+        if [0 if part.is_inference() else part._version for part in given] != versions:
+            raise ConfigError(
+                f"The score '{self.name}' wrote into its arguments, which may be the model's own weights. Compute in "
+                "new tensors."
+            )
+        return scores
+
+    def check(self) -> None:
+        """Raises ConfigError for a function that does not keep the contract, tried on numbers that are no model's."""
+        weight, gradient = torch.linspace(-1.0, 1.0, 64), torch.linspace(0.5, 1.5, 64)
+        self(weight, None if self.reads in (Reads.WEIGHT, Reads.NOTHING) else gradient, Generator().manual_seed(0))
 
 
 def score(
@@ -352,11 +374,6 @@ class Places(Protocol):
     @property
     def shape(self) -> tuple[int, int]:
         """How many rows and columns there are."""
-        ...
-
-    @property
-    def base(self) -> Tensor:
-        """(B,) the base value of every entry, 0 in slots not in use."""
         ...
 
 

@@ -67,7 +67,7 @@ VARIANTS = {
         60,
         dense=16,
         first_pass=True,
-        optimizer=functools.partial(st.SparseAdamW, age="entry", decay="base", weight_decay=0.1),
+        optimizer=functools.partial(st.SparseAdamW, age="entry", weight_decay=0.1),
     ),
     "rigl, by the weight": Row(st.rigl(60, 6, every=2, drop="weight", decay="constant"), 60, 60),
     "id3, every 3": Row(st.id3(60, 6, every=3), 0, 60),

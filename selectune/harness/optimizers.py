@@ -18,11 +18,11 @@ def _adamw(groups: Groups, weight_decay: float) -> torch.optim.Optimizer | None:
 
 
 def _entry(groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
-    return st.SparseAdamW(groups, weight_decay=weight_decay, age="entry", decay="base")
+    return st.SparseAdamW(groups, weight_decay=weight_decay, age="entry")
 
 
 def _sm3(groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
-    return st.SparseSM3(groups, weight_decay=weight_decay, decay="base")
+    return st.SparseSM3(groups, weight_decay=weight_decay)
 
 
 # names as in selectune.recipes.Recipe.optimizer

@@ -29,7 +29,7 @@ def spiel_ag(
     Candidates of a tensor: in the window's first backward pass, the entries with the largest |g|, as many as are
     selected; with accumulation that pass is a part of the batch. Every tensor keeps its number of entries.
     Grown entries start at the base, with the window's mean gradient and mean square in
-    `SparseAdamW(age="entry", decay="base")`; other optimizers start them from 0. With accumulation means are over
+    `SparseAdamW(age="entry")`; other optimizers start them from 0. With accumulation means are over
     steps (the released code: over backward passes, which are smaller). Reads one dense gradient a window.
     Source: Ansell et al. (2024), Scaling Sparse Fine-Tuning to Large Language Models, arXiv 2401.16405.
 

@@ -3,19 +3,22 @@
 attach      the door: attach, Tuner
 tracker     follows the run from backward pass to step
 chooser     which entries are trained, decided in between; exchange: by dropping and growing
-taps        how uses of a weight are seen; autograd: the nodes they become
+weights     how every use of a weight is seen; sparse, autograd: the nodes it becomes; taps: the graph these are in
+private     what is used of torch that torch does not document; functions: calls that ask no __torch_function__
 scan        scores of a tensor into a collector; calibrate: scores over single examples
 ledger      which entry is trained in which slot, and what stood there before
-adamw       AdamW over the values in one pass, with an age per entry if wanted; sm3: a number per row and column
-optimizers  torch's step hooks; package: from the ledger to a delta
+adamw       AdamW over the offsets in one pass, with an age per entry if wanted; sm3: a number per row and column
+optimizers  torch's step hooks; package: from the ledger to a delta; copies: what a copied model has of a tuner
 state       a run between two steps, its file, and going on from it
 """
 
 from selectune.train.adamw import SparseAdamW
 from selectune.train.attach import Tuner, Verification, attach
+from selectune.train.copies import strip, tuner_of
 from selectune.train.sm3 import SparseSM3
 from selectune.train.state import STATE_FILE, read_state, write_state
 
 __all__ = [
-    "STATE_FILE", "SparseAdamW", "SparseSM3", "Tuner", "Verification", "attach", "read_state", "write_state",
+    "STATE_FILE", "SparseAdamW", "SparseSM3", "Tuner", "Verification", "attach", "read_state", "strip",
+    "tuner_of", "write_state",
 ]  # fmt: skip

@@ -12,10 +12,9 @@ from selectune import ops
 from selectune.errors import ConfigError
 from selectune.ops import reference
 from selectune.train.stepping import Stepping
-from selectune.types import News, Places
+from selectune.types import News
 
 AGES = ("shared", "entry")
-DECAYS = ("zero", "base")
 
 
 class SparseAdamW(Stepping):
@@ -27,10 +26,11 @@ class SparseAdamW(Stepping):
     for its first gradient that is not 0. State: two floats per entry, and an int32 with `age="entry"`.
     `age="shared"` equals torch.optim.AdamW within rounding.
 
-    `decay="base"`: weight decay pulls an entry towards its base value, not towards 0; tensors trained wholly decay
-    towards 0. (SpIEL's grid of `weight_decay` is 1, 3, 10, 30, at learning rates of about 1e-5.) An entry
-    that takes over a slot starts from moments 0, or, where its gradients were watched before, from their mean and mean
-    square: m = mean (1 - b1^age), v = mean square (1 - b2^age), so that bias correction gives these back.
+    Weight decay pulls a selected scalar towards the weight it had when it was selected (the vector holds offsets from
+    it), and tensors trained wholly towards 0. (SpIEL's grid of `weight_decay` is 1, 3, 10, 30, at learning rates of
+    about 1e-5.) An entry that takes over a slot starts from moments 0, or, where its gradients were watched before,
+    from their mean and mean square: m = mean (1 - b1^age), v = mean square (1 - b2^age), so that bias correction gives
+    these back.
     Raises ConfigError for values that make no sense.
     Source: Loshchilov and Hutter (2019), arXiv 1711.05101; Ansell et al. (2024), arXiv 2401.16405, for watched ones.
 
@@ -53,10 +53,8 @@ class SparseAdamW(Stepping):
         weight_decay: float = 1e-2,
         *,
         age: str = "shared",
-        decay: str = "zero",
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "age": age, "decay": decay}
-        self._bases: dict[int, Tensor] = {}  # of the vectors whose place is known
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "age": age}
         super().__init__(params, defaults)
         for group in self.param_groups:
             _check(group)
@@ -72,16 +70,6 @@ class SparseAdamW(Stepping):
             for name, value in state_dict["state"].get(number, {}).items():
                 kept = value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
                 self.state[parameter][name] = kept
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("decay", "zero")
-
-    def place(self, values: Tensor, places: Places) -> None:
-        """See `selectune.types.Placed`."""
-        if self._group(values)["decay"] == "base":
-            self._bases[id(values)] = places.base
 
     @torch.no_grad()
     def inherit(self, values: Tensor, news: News) -> None:
@@ -124,13 +112,9 @@ class SparseAdamW(Stepping):
         m = state["exp_avg"]
         ages = state["age"] if group["age"] == "entry" else None
         values = parameter.detach().to(m.dtype)  # the parameter itself unless it is a half
-        weight_decay, base = group["weight_decay"], self._bases.get(id(parameter))
-        if base is not None:
-            values.sub_((values - base.to(values)).mul_(float(group["lr"]) * weight_decay))
-            weight_decay = 0.0
         ops.adamw_step(
             values, gradient.to(m.dtype), m, state["exp_avg_sq"], ages, step=int(state["step"]),
-            lr=float(group["lr"]), betas=group["betas"], eps=group["eps"], weight_decay=weight_decay,
+            lr=float(group["lr"]), betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
         )  # fmt: skip
         if values.dtype != parameter.dtype:
             parameter.copy_(values)
@@ -144,7 +128,6 @@ def _check(group: dict[str, Any]) -> None:
         "eps >= 0": group["eps"] >= 0,
         "weight_decay >= 0": group["weight_decay"] >= 0,
         f"age in {', '.join(AGES)}": group["age"] in AGES,
-        f"decay in {', '.join(DECAYS)}": group["decay"] in DECAYS,
     }
     for rule, holds in fine.items():
         if not holds:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from selectune import ops
 from selectune.delta import Delta
-from selectune.errors import AlreadyAttachedError, ConfigError, DetachedError, IntegrityError
+from selectune.errors import ConfigError, DetachedError, IntegrityError
 from selectune.method import Method
-from selectune.scope import OWN, VALUES, Found
-from selectune.train import package, state
+from selectune.scope import VALUES, Found
+from selectune.train import copies, package, ranks, state
 from selectune.train.calibrate import Batches, Loss, again, calibrate, check_rereadable
-from selectune.train.calls import Own
 from selectune.train.dense import Phase
 from selectune.train.ledger import Ledger
 from selectune.train.optimizers import Follower
+from selectune.train.scan import check_range
 from selectune.train.tracker import Tracker
 
 log = logging.getLogger("selectune")
@@ -68,10 +70,8 @@ def attach(
         raise ConfigError(f"attach takes a selectune.Method, which the recipes make, got {type(method).__name__}.")
     if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
         raise ConfigError(f"accumulation_steps= must be an int of at least 1, got {accumulation_steps!r}.")
-    for name, module in model.named_modules():
-        if VALUES in module._parameters:
-            where = f'The submodule "{name}"' if name else "The model"
-            raise AlreadyAttachedError(f"{where} carries a tuner already; call its detach() first.")
+    copies.refuse_attached(model)
+    ranks.refuse_many()
     return Tuner(model, method, seed, accumulation_steps, calibration, loss)
 
 
@@ -117,63 +117,81 @@ class Tuner:
                     'fill="zero" needs the whole budget selected at attach, as OneShot does; '
                     f"{type(schedule).__name__} selects {at_once} of {self.budget} then."
                 )
+        if method.score is not None:
+            method.score.check()
+            check_range(method.score, found.tensors)
         self._model: nn.Module | None = model
         self._all = found if schedule is not None or method.dense is not None else Found((), found.dense)
         self._phase: Phase | None = None
-        self._ledger = Ledger(self._all.tensors, self.budget)
+        with ExitStack() as on:  # what is put on the model comes off with detach, and now if anything fails
+            self._put_on(model, calibration, loss, accumulation_steps, on)
+            self._on = on.pop_all()
+
+    def _put_on(
+        self, model: nn.Module, calibration: Batches | None, loss: Loss | None, accumulation_steps: int, on: ExitStack
+    ) -> None:
+        method, schedule, seed, tensors = self.method, self.schedule, self.seed, self._all.tensors
+        self._ledger = Ledger(tensors, self.budget)
         package.warn_of_zeros(method, self._all, self.budget)
         self._base = package.BaseCopy(model, self._all)
-        self._requires_grad = {p: p.requires_grad for p in model.parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        try:
-            ready = None
-            if method.score is not None and (method.score.reads.calibrated or method.score.drawn):
-                if schedule is not None and not schedule.keeps:
-                    check_rereadable(method.score, calibration)
-                ready = calibrate(model, method.score, self._all.tensors, calibration, loss, seed)
-        except BaseException:
-            self._unfreeze()
-            raise
+        on.enter_context(copies.frozen(model))
+        ready = None
+        if method.score is not None and (method.score.reads.calibrated or method.score.drawn):
+            if schedule is not None and not schedule.keeps:
+                check_rereadable(method.score, calibration)
+            ready = calibrate(model, method.score, tensors, calibration, loss, seed)
         for tensor in self._all.dense:
             tensor.parameter.requires_grad_(True)
-        self._tracker = Tracker(model, method, schedule, self._all.tensors, self._ledger, seed, accumulation_steps)
-        if self._all.tensors:
-            model.register_parameter(VALUES, self._ledger.values)
-        if method.dense is not None and self._all.tensors:
-            self._phase = Phase(model, method.dense, schedule, self._all, self._tracker, self._base)
+        carrier = copies.carrier(model)
+        if tensors:
+            on.callback(carrier._parameters.pop, VALUES, None)
+            carrier.register_parameter(VALUES, self._ledger.offsets)
+        on.callback(self._put_back, model)
+        self._tracker = Tracker(model, method, schedule, tensors, self._ledger, seed, accumulation_steps)
+        on.callback(self._tracker.taps.remove)
+        if method.dense is not None and tensors:
+            self._phase = Phase(carrier, method.dense, schedule, self._all, self._tracker, self._base)
             log.warning(
                 "The dense phase of %s holds %s bytes beside the model: a copy of the base, what is trained, its "
                 "gradients, with AdamW two moments of each, and memory that tensors use in turn.", method.name,
                 f"{self._phase.bytes():,}",
             )  # fmt: skip
-        trained = self.parameters()
-        frozen = [t.parameter for t in self._all.tensors]
-        self._follower = Follower(self._tracker, trained, frozen, self._phase)
+        frozen = [t.parameter for t in tensors]
+        self._follower = Follower(self._tracker, self.parameters(), frozen, self._phase)
         self._tracker.keepalive = self._follower  # training goes on when only the model is kept
-        self._handles = [
-            model.register_state_dict_post_hook(_hide_values),
-            model.register_load_state_dict_post_hook(_expect_no_values),
-            model.register_load_state_dict_post_hook(Own(self._weights_loaded)),
-        ]
+        on.callback(self._follower.remove)
+        for handle in (
+            carrier.register_state_dict_post_hook(copies.hide_vector),
+            carrier.register_load_state_dict_post_hook(copies.expect_no_vector),
+            model.register_load_state_dict_post_hook(copies.OfTuner(self._weights_loaded)),
+        ):
+            on.callback(handle.remove)
         if ready is not None and schedule is not None and schedule.keeps:
             self._tracker.prepare(ready)
         elif ready is not None:
-            self._tracker.chooser.rescore = again(
-                ready, model, method.score, self._all.tensors, calibration, loss, seed
-            )
+            rescore = again(ready, model, method.score, tensors, calibration, loss, seed)
+            self._tracker.chooser.rescore = self._tracker.taps.resting(rescore)
         if schedule is not None and schedule.target(0) == self.budget:
             self._tracker.select_ahead()
         if method.fill == "zero":
             self._base.zero_unselected(model, self._ledger)
 
+    def _put_back(self, model: nn.Module) -> None:
+        self._ledger.write_base()
+        self._base.restore(model)
+        if self.in_dense_phase and self._phase is not None:
+            self._phase.free()
+
     # -- what is trained
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer gets: the values (B,), what a dense phase trains while on, the tensors trained wholly."""
-        values = [self._ledger.values] if self._ledger.values.numel() else []
+        """What an optimizer gets: the offsets (B,), what a dense phase trains while on, the tensors trained wholly.
+
+        An offset is how far a selected scalar went from the weight it had when it was selected; 0 at first.
+        """
+        offsets = [self._ledger.offsets] if self._ledger.offsets.numel() else []
         latents = [] if self._phase is None else self._phase.parameters()
-        return [*values, *latents, *(t.parameter for t in self._all.dense)]
+        return [*offsets, *latents, *(t.parameter for t in self._all.dense)]
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """`parameters()` as an optimizer's groups: one for each learning rate, that of the method where it has one.
@@ -222,6 +240,11 @@ class Tuner:
         return (0 if self.in_dense_phase else self.touched) + sum(t.parameter.numel() for t in self._found.dense)
 
     @property
+    def values(self) -> Tensor:
+        """The selected scalars as they are trained (B,), in order of selection: weight at selection + offset, wide."""
+        return self._ledger.values()
+
+    @property
     def support(self) -> dict[str, Tensor]:
         """{parameter name: sorted flat int64 indices} of the selected entries; tensors without any are left out."""
         pages = zip(self._all.tensors, self._ledger.pages, strict=True)
@@ -261,20 +284,19 @@ class Tuner:
 
     # -- proof, file, end
 
+    @torch.no_grad()
     def verify(self) -> Verification:
         """Proves by bits that only touched scalars differ from the base, at most the budget of them.
 
-        One pass over the weights. Raises IntegrityError naming the tensors that moved.
+        One pass over the weights. Raises IntegrityError naming the tensors that moved, were replaced or joined.
         """
         model = self.model
         if not self.in_dense_phase:
+            strays = self._ledger.strays() if self._tracker.current else []
+            if strays:
+                raise IntegrityError(package.written(strays))
             self._tracker.write_weights()
-        moved = self._base.moved(model, self._ledger)
-        if moved:
-            raise IntegrityError(
-                f"{len(moved)} tensors changed outside the support since attach: {', '.join(moved[:5])}. Something "
-                "besides the tuner wrote into the frozen weights (load_state_dict, an optimizer, weight tying)."
-            )
+        self._base.check(model, self._ledger)
         changed = sum(
             int((ops.bits(ops.gather_entries(t.parameter, p.touched()[0])) != ops.bits(p.touched()[1])).sum())
             for t, p in zip(self._found.tensors, self._ledger.pages, strict=False)
@@ -283,6 +305,7 @@ class Tuner:
         zeroed = sum(base.numel() for base in self._base.filled.values()) - (self.selected if self._base.filled else 0)
         return Verification(changed, self.selected, self.touched, self.budget, dense, len(self.support), zeroed)
 
+    @torch.no_grad()
     def delta(
         self,
         *,
@@ -329,6 +352,7 @@ class Tuner:
         delta = self.delta(base=base, info=info, old_values=old_values, order=order, allow_empty=allow_empty)
         return delta.save(path)
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The run between two steps: {"info": JSON values, "tensors": {key: tensor}}, O(B) but for what trains densely.
 
@@ -343,30 +367,18 @@ class Tuner:
         """
         state.load_into(self, state_dict)
 
+    @torch.no_grad()
     def detach(self) -> None:
         """Takes the tuner off: the model is the base again, bit for bit, and trainable as it was before."""
-        model = self.model
-        self._follower.remove()
-        self._tracker.taps.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._ledger.write_base()
-        self._base.restore(model)
-        if self.in_dense_phase and self._phase is not None:
-            self._phase.free()
-        if VALUES in model._parameters:
-            del model._parameters[VALUES]
-        self._unfreeze()
+        self.model  # noqa: B018  (raises for one that is off)
+        self._on.close()
         self._model = None
 
-    def _unfreeze(self) -> None:
-        for parameter, trainable in self._requires_grad.items():
-            parameter.requires_grad_(trainable)
-            parameter.grad = None
-
+    @torch.no_grad()
     def _weights_loaded(self, module: nn.Module, incompatible: Any) -> None:
         del module, incompatible
-        moved = self._base.moved(self.model, self._ledger)
+        now = dict(self.model.named_parameters(remove_duplicate=False))
+        moved = self._base.replaced(now) + self._base.moved(self.model, self._ledger)
         if moved:
             raise IntegrityError(
                 f"load_state_dict changed {len(moved)} tensors outside the support: {', '.join(moved[:5])}. A tuner is "
@@ -379,19 +391,3 @@ class Tuner:
 
     def __repr__(self) -> str:
         return f"Tuner({self.method.name}, selected {self.selected:,} of {self.budget:,}, step {self.step})"
-
-
-def _hide_values(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """The state dict of an attached model is that of an ordinary tuned model."""
-    del module, metadata
-    for key in [k for k in state if k.startswith(prefix) and _own(k)]:
-        del state[key]
-
-
-def _expect_no_values(module: nn.Module, incompatible: Any) -> None:
-    del module
-    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not _own(k)]
-
-
-def _own(key: str) -> bool:
-    return key.rpartition(".")[2].startswith(OWN)

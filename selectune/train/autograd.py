@@ -1,8 +1,8 @@
 """The nodes of the autograd graph that stand between the weights and the one trainable vector.
 
-    values (B,) --Split--> pieces (n_j,) --SparseLinear | SparseEmbedding | Tap--> the loss
+    offsets (B,) --Split--> pieces (n_j,) --SparseLinear | SparseEmbedding | SparseLayerNorm | Tap--> the loss
 
-Forward, the pieces carry no numbers: the weights hold the values in place. Backward, every node turns
+Forward, the pieces carry no numbers: the weights hold start + offset in place. Backward, every node turns
 its gradient into the gradient of its piece, at the support only, and Split gathers the pieces'
 gradients into one (B,) gradient. Dense gradients are formed only for a listener that wants them, and
 live no longer than its `offer`.
@@ -10,6 +10,7 @@ live no longer than its `offer`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from selectune import ops
 from selectune.train.ledger import Page, Spots
+from selectune.train.private import saves_through_hooks
 from selectune.train.rebuild import forget, rebuilt, source
 
 
@@ -59,13 +61,13 @@ class Link:
 
 
 class Split(torch.autograd.Function):
-    """values (B,) -> one piece (n_j,) per tensor. Its backward runs when every tensor is done."""
+    """offsets (B,) -> one piece (n_j,) per tensor. Its backward runs when every tensor is done."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, pages: Sequence[Page], listener: Listener) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, offsets: Tensor, pages: Sequence[Page], listener: Listener) -> tuple[Tensor, ...]:
         ctx.pages, ctx.listener = pages, listener
         ctx.set_materialize_grads(False)
-        return tuple(values.new_empty(page.flat.numel()) for page in pages)
+        return tuple(offsets.new_empty(page.flat.numel()) for page in pages)
 
     @staticmethod
     @once_differentiable
@@ -75,12 +77,23 @@ class Split(torch.autograd.Function):
 
 
 class Tap(torch.autograd.Function):
-    """Any use of a weight: forward the weight itself, backward a gather from the dense gradient."""
+    """Any use of a weight: forward the weight itself, backward a gather from the dense gradient.
+
+    Not batched by torch.func's vmap, since the weight is the same for all; so it is made outside of the transform.
+    """
 
     @staticmethod
-    def forward(ctx: Any, piece: Tensor, weight: Tensor, link: Link) -> Tensor:
-        ctx.link, ctx.wide, ctx.home = link, piece.dtype, piece.device
+    def forward(piece: Tensor, weight: Tensor, link: Link) -> Tensor:
         return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        piece, _, ctx.link = inputs
+        ctx.wide, ctx.home = piece.dtype, piece.device
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise NotImplementedError("A weight in scope is not batched.")
 
     @staticmethod
     @once_differentiable
@@ -92,7 +105,7 @@ class Tap(torch.autograd.Function):
 
 
 class Reach(torch.autograd.Function):
-    """An output that no selected entry leads to: the same numbers, on a path to the values whose gradient is 0."""
+    """An output that no selected entry leads to: the same numbers, on a path to the offsets whose gradient is 0."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, piece: Tensor) -> Tensor:
@@ -121,7 +134,7 @@ class SparseLinear(torch.autograd.Function):
         ctx.source = None if link is None else source(x)
         ctx.save_for_backward(x if link is not None and ctx.source is None else None, weight)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, weight.to(x.dtype), bias)
+            return _own(F.linear(x, weight.to(x.dtype), bias))
 
     @staticmethod
     @once_differentiable
@@ -129,7 +142,7 @@ class SparseLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = piece = dbias = bias_piece = None
         with torch.autocast(dy.device.type, enabled=False):
-            flat_dy = dy.reshape(-1, dy.shape[-1])
+            flat_dy = _rows(dy)
             if ctx.needs_input_grad[0]:
                 dx = (flat_dy @ weight.to(dy.dtype)).view(ctx.shape)  # of the flat one: a strided dy is copied once
             if ctx.needs_input_grad[4]:
@@ -140,7 +153,7 @@ class SparseLinear(torch.autograd.Function):
                 ).to(ctx.wide)
             if ctx.link is not None:
                 x = rebuilt(ctx.source) if x is None else x
-                flat_x = x.reshape(-1, x.shape[-1])
+                flat_x = _rows(x)
                 piece = _at_support(
                     ctx.link,
                     lambda spots: ops.sampled_matmul(flat_dy, flat_x, *spots.coordinates(flat_x.shape[-1])),
@@ -160,7 +173,8 @@ class SparseLayerNorm(torch.autograd.Function):
         ctx.eps, ctx.link, ctx.bias_link = eps, link, bias_link
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
-        return y
+        ctx.kept_plain = not saves_through_hooks()
+        return _own(y)
 
     @staticmethod
     @once_differentiable
@@ -170,7 +184,7 @@ class SparseLayerNorm(torch.autograd.Function):
         dense = any(link is not None and link.listener.wants_dense(link) for link in links)
         mask = [ctx.needs_input_grad[0], dense, dense]
         dx, *whole = torch.ops.aten.native_layer_norm_backward(dy, x, weight.shape, mean, rstd, weight, bias, mask)
-        flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, dy.shape[-1])
+        flat_dy, flat_x = _rows(dy), _rows(x)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
         def of_weight(spots: Spots) -> Tensor:
@@ -194,13 +208,13 @@ class SparseEmbedding(torch.autograd.Function):
     def forward(ctx: Any, ids: Tensor, piece: Tensor, table: Tensor, padding: int, link: Link) -> Tensor:
         ctx.link, ctx.padding, ctx.wide = link, padding, piece.dtype
         ctx.save_for_backward(ids)
-        return F.embedding(ids, table)
+        return _own(F.embedding(ids, table))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        ids, dy = ids.reshape(-1).long(), dy.reshape(-1, dy.shape[-1])
+        ids, dy = ids.reshape(-1).long(), _rows(dy)
         if ctx.padding >= 0:
             ids = ids.masked_fill(ids == ctx.padding, -1)
         piece = _at_support(ctx.link, lambda spots: ops.sampled_rows(dy, ids, *spots.coordinates(dy.shape[-1])))
@@ -208,6 +222,16 @@ class SparseEmbedding(torch.autograd.Function):
             rows, block = ops.row_sums(dy, ids)
             ctx.link.listener.offer(ctx.link, block, rows)
         return None, piece.to(ctx.wide), None, None, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """All but the last dimension as one; also where one of them is 0."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _own(output: Tensor) -> Tensor:
+    """An output that may be changed in place: torch does not allow that for a view that a Function made."""
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
 def _at_support(link: Link, sample: Callable[[Any], Tensor], dense: Callable[[], Tensor] | None = None) -> Tensor:

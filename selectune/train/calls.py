@@ -1,27 +1,60 @@
-"""Hooks and the calls they tell of: which one is still running, and whose a copied hook is."""
+"""Hooks and the calls they tell of: which one is still running, and whose a copied or pickled hook is."""
 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+from selectune.train.private import never_compiled
+
 
 class Own:
-    """A hook that a deep copy of its module does not take along: the copy's weights are nobody's but the copy's."""
+    """A hook that a copy of its module, deep or pickled, does not take along: its weights are nobody's but its own."""
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self._method = method
 
+    @never_compiled
     def __call__(self, *received: Any) -> Any:
         return self._method(*received)
+
+    @property
+    def owner(self) -> Any:
+        """Whose method it calls."""
+        return getattr(self._method, "__self__", None)
 
     def __deepcopy__(self, memo: Any) -> Callable[..., None]:
         return _nothing
 
+    def __reduce__(self) -> Any:
+        return _give_nothing, ()
+
+
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook of a tensor's that calls a method while its owner lives: held strongly, tensor and owner would never go."""
+    seen = weakref.WeakMethod(method)
+
+    def hook(*received: Any) -> Any:
+        alive = seen()
+        return None if alive is None else alive(*received)
+
+    return hook
+
 
 def _nothing(*received: Any) -> None:
     del received
+
+
+def inert(hook: Any) -> bool:
+    """Whether a hook is what stands in a copy for one of ours."""
+    return hook is _nothing
+
+
+def _give_nothing() -> Callable[..., None]:
+    """What stands for a hook in a pickle."""
+    return _nothing
 
 
 class Call:

@@ -126,7 +126,7 @@ class Chooser:
 
     def clear(self, gradient: Tensor | None, slots: Tensor) -> None:
         """Gradients that belong to entries no longer there are 0."""
-        for stale in (gradient, self.ledger.values.grad):
+        for stale in (gradient, self.ledger.offsets.grad):
             if stale is not None:
                 stale[slots] = 0
                 stale[self.ledger.free] = 0
@@ -165,14 +165,14 @@ class Growing(Chooser):
         return accumulation_steps if self.score.reads is Reads.GRADIENT and self.quota(step) > 0 else 0
 
     def prepare(self, ready: Sequence[Tensor] | None = None) -> None:
-        self._queue = self._rank(self.ledger.values.numel(), ready)
+        self._queue = self._rank(0, self.ledger.offsets.numel(), ready)
 
     def ahead(self, step: int) -> bool:
         quota = 0 if self.score.reads in (Reads.GRADIENT, Reads.CHANGE) else self.quota(step)
         if quota == 0 or self._ahead == step:
             return False
         self._ahead = step
-        self._take(*self._next(quota), None, None)
+        self._take(*self._next(step, quota), None, None)
         return True
 
     def offer(self, step: int, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
@@ -196,7 +196,7 @@ class Growing(Chooser):
         self._collector = None
         if flat.numel() < quota:
             self.events["shortfall"] += quota - flat.numel()
-        before = self.ledger.snapshot(values=isinstance(self, Afresh))
+        before = self.ledger.snapshot(trained=isinstance(self, Afresh))
         self._take(tensors, flat, carried, gradient)
         return before
 
@@ -207,18 +207,23 @@ class Growing(Chooser):
         super().load_state(state)
         self._queue = state.get("queue")
 
-    def _next(self, quota: int) -> tuple[Tensor, Tensor]:
+    def _next(self, step: int, quota: int) -> tuple[Tensor, Tensor]:
         if self._queue is None:
             self.prepare()
-        tensors, flat = self._queue or self._rank(quota)
+        tensors, flat = self._queue or self._rank(step, quota)
         self._queue = (tensors[quota:], flat[quota:])
         return tensors[:quota], flat[:quota]
 
-    def _rank(self, quota: int, ready: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def _seed_of(self, step: int) -> int:
+        """What a score that draws is seeded with: one order for the whole run."""
+        del step
+        return self.seed
+
+    def _rank(self, step: int, quota: int, ready: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if ready is None and self.rescore is not None:
             ready = self.rescore()
         collector = self.collector(quota)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self._seed_of(step))
         for tensor in self.tensors:
             known = None if ready is None else ready[tensor.index]
             if not scan(collector, self.score, tensor, self._taken(tensor.index), generator=generator, ready=known):
@@ -260,8 +265,11 @@ class Afresh(Growing):
         if self.score.reads is Reads.GRADIENT:
             self.news = None
 
-    def _next(self, quota: int) -> tuple[Tensor, Tensor]:
-        return self._rank(quota)
+    def _seed_of(self, step: int) -> int:
+        return seed_of(self.seed, step)
+
+    def _next(self, step: int, quota: int) -> tuple[Tensor, Tensor]:
+        return self._rank(step, quota)
 
     def _taken(self, index: int) -> Tensor | None:
         del index
@@ -274,6 +282,11 @@ class Afresh(Growing):
         self.news = News(slots)
         if gradient is not None and carried is not None:
             gradient[slots] = carried[fresh].to(gradient)
+
+
+def seed_of(seed: int, step: int) -> int:
+    """A seed for one step of a run."""
+    return (seed * 0x9E3779B97F4A7C15 + step) % (1 << 63)
 
 
 def scattered(block: Tensor, rows: Tensor, tensor: ScopedTensor) -> Tensor:

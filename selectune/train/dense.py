@@ -38,7 +38,7 @@ class Phase:
 
     def __init__(
         self,
-        model: nn.Module,
+        carrier: nn.Module,
         kind: DensePhase,
         schedule: Schedule | None,
         found: Found,
@@ -49,7 +49,7 @@ class Phase:
         self.schedule = schedule if isinstance(schedule, Phased) else None
         self.on = False
         self.reached: set[int] = set()  # tensors that ever sent a gradient here
-        self._model, self._base, self._heads, self._total = model, base, found.dense, found.eligible
+        self._carrier, self._base, self._heads, self._total = carrier, base, found.dense, found.eligible
         self._before: list[Tensor] = []  # what the heads were when the phase began
         self._hooks: list[RemovableHandle] = []
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -109,7 +109,7 @@ class Phase:
         self.on, self._pulled = True, False
         self.tracker.taps.asleep = True
         self.tracker.taps.forget()
-        self.tracker.ledger.values.grad = None
+        self.tracker.ledger.offsets.grad = None
         self._base.hold(self.tensors, self.tracker.ledger)
         self._before = [] if self.kind.found else [t.parameter.detach().clone() for t in self._heads]
         for index, (tensor, latents) in enumerate(zip(self.tensors, self.latents, strict=True)):
@@ -118,7 +118,7 @@ class Phase:
                 begun = self.kind.start(_widened(tensor.parameter.detach()))
                 for name, latent, start in zip(self.kind.latents, latents, begun, strict=True):
                     latent.data = start
-                    self._model.register_parameter(f"{OWN}{name}_{index}", latent)
+                    self._carrier.register_parameter(f"{OWN}{name}_{index}", latent)
             hook = functools.partial(self._pull, index)
             self._hooks.append(tensor.parameter.register_post_accumulate_grad_hook(hook))
         self.refresh()
@@ -149,10 +149,10 @@ class Phase:
             tracker.events["shortfall"] += quota - flat.numel()
         slots = ledger.add(tensors, flat)
         if self.kind.found:
-            ledger.values[slots] += found.to(ledger.values)
+            ledger.offsets[slots] = found.to(ledger.offsets)
         tracker.write_weights()
         self._rewind_heads()
-        self._restart(ledger.values)
+        self._restart(ledger.offsets)
         self.free()
 
     def free(self) -> None:
@@ -169,7 +169,7 @@ class Phase:
                     optimizer.state.pop(latent, None)
                 if latent is not tensor.parameter:
                     latent.data = latent.data.new_empty(0)
-                    self._model._parameters.pop(f"{OWN}{name}_{index}", None)
+                    self._carrier._parameters.pop(f"{OWN}{name}_{index}", None)
         self._base.release(self.tensors)
         self._before.clear()
         ops.release()
@@ -191,10 +191,10 @@ class Phase:
 
     # -- forward and backward
 
-    def before_forward(self) -> None:
+    def before_forward(self, inside: bool = True) -> None:
         """Brings the weights up to date before the outermost module runs."""
         if not self.on:
-            self.tracker.before_forward()
+            self.tracker.before_forward(inside)
             self.turn()
             return
         self.tracker.ledger.follow()
@@ -249,7 +249,7 @@ class Phase:
         if self._works_on_a_base(index, tensor.parameter):
             base = _lend(base, "base").copy_(base)
         if page.flat.numel():  # a later round: selected entries began it at their values
-            values = ledger.values.detach()[page.slot].to(base.device, tensor.parameter.dtype)
+            values = ledger.values()[page.slot].to(base.device, tensor.parameter.dtype)
             ops.scatter_entries(base, page.flat, values)
         generator = torch.Generator(base.device).manual_seed(_mixed(self.tracker.seed, self.tracker.step, index))
         latents = tuple(latent.detach() for latent in self.latents[index])
@@ -261,13 +261,13 @@ class Phase:
         """The optimizer is about to step: the phase has its last word on the gradients."""
         mine = {id(p) for p in self.parameters()}
         if not held & mine:
-            if held & (frozen | {id(self.tracker.ledger.values)}):
+            if held & (frozen | {id(self.tracker.ledger.offsets)}):
                 raise OptimizerError(
                     f"This {type(optimizer).__name__} holds nothing that the dense phase trains, which is on. Make the "
                     "optimizer right after attach, over tuner.parameters(): then it holds what all phases train."
                 )
             return
-        if self._leads(held) and self.schedule is not None and id(self.tracker.ledger.values) not in held:
+        if self._leads(held) and self.schedule is not None and id(self.tracker.ledger.offsets) not in held:
             raise OptimizerError(
                 f"This {type(optimizer).__name__} holds the tensors of the dense phase and not the tuner's values, so "
                 "nothing would be trained once the phase is over. Make it after attach, over tuner.parameters()."

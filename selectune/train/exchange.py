@@ -16,7 +16,7 @@ from torch import Tensor
 
 from selectune.errors import OptimizerError
 from selectune.scores import random
-from selectune.train.chooser import Chooser, scattered
+from selectune.train.chooser import Chooser, scattered, seed_of
 from selectune.train.ledger import Snapshot, matrix
 from selectune.train.scan import NOT_ELIGIBLE, PIECE, scan
 from selectune.types import Allocating, Collector, Exchanging, News, Reads
@@ -84,7 +84,7 @@ class Exchange(Chooser):
                 return None  # no window was open: its scores were not finite
             return self._grown_from_window(step)
         collector = self._allocated(self._counts(step))
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + step) % (1 << 63))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, step))
         factors = self.factors
         if self.score.reads is Reads.FACTORS and factors is None:
             raise OptimizerError(
@@ -163,7 +163,7 @@ class Exchange(Chooser):
             return None
         tensors, flat, carried = self._collector.close()
         self._collector = None
-        before = self.ledger.snapshot(values=self._in_backward)
+        before = self.ledger.snapshot(trained=self._in_backward)
         if self._in_backward:
             self._exchange(step, tensors, flat, carried, gradient)
             return before
@@ -173,7 +173,7 @@ class Exchange(Chooser):
             mine = tensors == index
             found, order = torch.sort(flat[mine])
             self.ledger.watch(index, found.to(self.tensors[index].parameter.device))
-            self._pending[index] = carried[mine][order].to(self.ledger.values)
+            self._pending[index] = carried[mine][order].to(self.ledger.offsets)
         return before
 
     def saw(self, pieces: Mapping[int, Tensor]) -> None:
@@ -228,9 +228,7 @@ class Exchange(Chooser):
     def _smallest(self, index: int, count: int) -> Tensor:
         """Positions (count,) in a tensor's page of the entries to drop, smallest first, ties by flat index."""
         page = self.ledger.pages[index]
-        size = self.ledger.values.detach()[page.slot]
-        if self.schedule.drop == "change":
-            size = size - page.base.to(size)
+        size = (self.ledger.offsets.detach() if self.schedule.drop == "change" else self.ledger.values())[page.slot]
         return torch.argsort(size.abs(), stable=True)[:count].to(page.flat.device)
 
     def _taken_in(self, step: int, index: int) -> Tensor:
@@ -270,7 +268,7 @@ class Exchange(Chooser):
     def _news(self, slots: Tensor, tensors: Tensor, flat: Tensor, watched: Mapping[int, Tensor]) -> News:
         if self._steps == 0:
             return News(slots)
-        mean, square = (torch.zeros(slots.shape).to(self.ledger.values) for _ in range(2))
+        mean, square = (torch.zeros(slots.shape).to(self.ledger.offsets) for _ in range(2))
         for index in torch.unique(tensors).tolist():
             mine = tensors == index
             at = torch.searchsorted(watched[index], flat[mine].to(watched[index].device)).to(mean.device)
@@ -288,7 +286,7 @@ class Exchange(Chooser):
     def load_state(self, state: Mapping[str, Any]) -> None:
         super().load_state(state)
         window, factors = state["window"], state["factors"]
-        device = self.ledger.values.device
+        device = self.ledger.offsets.device
         self.factors = None if factors is None else (factors[0].to(device), factors[1].to(device))
         self._end()
         for index, flat in window["watched"].items():

@@ -1,45 +1,74 @@
-"""Autograd functions of others: fused losses and kernels that are given a weight in place of using it.
+"""Calls that ask no `__torch_function__`: autograd functions of others, and functions compiled by TorchScript.
 
-`torch.autograd.Function.apply` asks no `__torch_function__`, so a stand-in for a weight would go in as a tensor
-that needs no gradient, and the gradient would be lost in silence. While weights have stand-ins, and only then,
-`apply` first puts in their place what the engine can follow.
+A weight in scope would go into `torch.autograd.Function.apply` (fused losses and kernels are given weights) or into a
+scripted function as a tensor that needs no gradient, and its gradient would be lost in silence. While a tuner is on,
+and only then, both first put in its place what the engine can follow.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import weakref
 from typing import Any
 
 from torch.autograd import Function
 
-Reveal = Callable[[Any], Any]
+from selectune.train import autograd
+from selectune.train.private import SCRIPTED
+from selectune.train.weights import Weight, tapped
 
-_lock = threading.Lock()
-_watching: dict[int, Reveal] = {}  # by whoever has stand-ins in place
-_own: Any = None  # what stood there before
+_lock = threading.RLock()
+_on: set[int] = set()  # by whoever has weights in scope
+_own: dict[Any, Any] = {}  # what stood there before
 
 
-def watch(who: object, reveal: Reveal) -> None:
-    """Arguments of every `apply` go through `reveal`, until `unwatch(who)`."""
-    global _own
+def watch(who: object) -> None:
+    """Arguments of every such call are revealed, until `unwatch(who)` or until it is no more."""
     with _lock:
-        _watching[id(who)] = reveal
-        if Function.__dict__["apply"] is not _apply:
-            _own, Function.apply = Function.__dict__["apply"], _apply  # type: ignore[method-assign, assignment]
+        _on.add(id(who))
+        weakref.finalize(who, _end, id(who)).atexit = False
+        for kind, name, ours in _OURS:
+            if kind.__dict__[name] is not ours:
+                _own[kind] = kind.__dict__[name]
+                setattr(kind, name, ours)
 
 
 def unwatch(who: object) -> None:
-    """Ends `watch`; with the last one the `apply` from before is back, torch's own or somebody's."""
+    """Ends `watch`; with the last one what was there before is back, torch's own or somebody's."""
+    _end(id(who))
+
+
+def _end(who: int) -> None:
     with _lock:
-        if _watching.pop(id(who), None) is not None and not _watching and Function.__dict__["apply"] is _apply:
-            Function.apply = _own  # type: ignore[method-assign]
+        _on.discard(who)
+        if _on:
+            return
+        for kind, name, ours in _OURS:
+            if kind.__dict__[name] is ours:
+                setattr(kind, name, _own[kind])
 
 
-def _revealing(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    for reveal in tuple(_watching.values()):
-        args, kwargs = tuple(map(reveal, args)), {name: reveal(value) for name, value in kwargs.items()}
-    return _own.__func__(cls, *args, **kwargs)
+def _revealed(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    if any(isinstance(value, Weight) for value in (*args, *kwargs.values())):
+        args, kwargs = tuple(map(tapped, args)), {name: tapped(value) for name, value in kwargs.items()}
+    return args, kwargs
 
 
-_apply: Any = classmethod(_revealing)
+def _applying(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    if cls.__module__ != autograd.__name__:
+        args, kwargs = _revealed(args, kwargs)
+    return _own[Function].__get__(None, cls)(*args, **kwargs)
+
+
+def _calling(kind: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _revealed(args, kwargs)
+        return _own[kind].__get__(self, kind)(*args, **kwargs)
+
+    return call
+
+
+_OURS: tuple[tuple[Any, str, Any], ...] = (
+    (Function, "apply", classmethod(_applying)),
+    *((kind, "__call__", _calling(kind)) for kind in SCRIPTED),
+)

@@ -1,10 +1,11 @@
 """The ledger: which entry of which tensor is trained in which slot, and what stood there before.
 
-One trainable vector `values` (B,) holds the master value of every selected scalar, a slot each, in
-order of selection. Per tensor the ledger keeps the sorted flat indices of its entries, their slots and
-their base values; entries that were trained and then dropped (repeat schedules) stay listed as retired,
-so that the base can be put back and the delta is complete. Index tensors are replaced, never changed in
-place, so a snapshot is a tuple of references.
+One trainable vector `offsets` (B,) holds, for every selected scalar, how far it went from the weight that
+stood there when it was selected; a slot each, in order of selection, 0 at entry and in empty slots. The
+weight is cast(start + offset). Per tensor the ledger keeps the sorted flat indices of its entries, their
+slots and their base values; entries that were trained and then dropped (repeat schedules) stay listed as
+retired, so that the base can be put back and the delta is complete. Index tensors are replaced, never
+changed in place, so a snapshot is a tuple of references.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Page(Spots):
         watched: Spots | None = None,
     ) -> None:
         super().__init__(flat)
-        self.slot = slot  # (n,) int64 into `values`, on its device
+        self.slot = slot  # (n,) int64 into `offsets`, on its device
         self.base = base  # (n,) the weight's dtype
         self.retired = retired  # (r,) int64, ascending, disjoint from flat
         self.retired_base = retired_base  # (r,)
@@ -81,11 +82,12 @@ class Page(Spots):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The ledger at one time: references, and a copy of the values where entries with trained values may go."""
+    """The ledger at one time: references, and copies of offsets and starts where trained entries may go."""
 
     pages: list[Page]
     free: Tensor
-    values: Tensor | None = None
+    offsets: Tensor | None = None
+    start: Tensor | None = None
 
 
 class Places:
@@ -108,17 +110,9 @@ class Places:
     def columns(self) -> Tensor:
         return self._filled(lambda page, width: page.flat % width, 1)
 
-    @property
-    def base(self) -> Tensor:
-        values = self._ledger.values.detach()
-        base = torch.zeros_like(values)
-        for page in self._pages:
-            base[page.slot] = page.base.to(values)
-        return base
-
     def _filled(self, place: Callable[[Page, int], Tensor], side: int) -> Tensor:
         ledger, start = self._ledger, 0
-        found = ledger.values.new_full(ledger.values.shape, self.shape[side] - 1, dtype=torch.int64)
+        found = ledger.free.new_full(ledger.offsets.shape, self.shape[side] - 1)
         for tensor, page in zip(ledger.tensors, self._pages, strict=True):
             form = matrix(tensor.parameter)
             found[page.slot] = start + place(page, form[1]).to(found)
@@ -140,7 +134,8 @@ class Ledger:
         weights = [t.parameter.detach() for t in tensors]
         wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
         home = weights[0].device if weights else torch.device("cpu")
-        self.values = nn.Parameter(torch.zeros(capacity, dtype=wide, device=home))
+        self.offsets = nn.Parameter(torch.zeros(capacity, dtype=wide, device=home))
+        self.start = torch.zeros(capacity, dtype=wide, device=home)  # the weight of each slot at its entry
         self.dtypes = [w.dtype for w in weights]
         self.pages = [Page.empty(w, home) for w in weights]
         self.free = torch.arange(capacity, device=home)  # slots not in use, lowest first
@@ -148,7 +143,7 @@ class Ledger:
 
     @property
     def selected(self) -> int:
-        return self.values.numel() - self.free.numel()
+        return self.offsets.numel() - self.free.numel()
 
     @property
     def touched(self) -> int:
@@ -156,7 +151,8 @@ class Ledger:
 
     def follow(self) -> None:
         """Moves the pages to where the weights went since, and sees that they kept their dtype."""
-        home = self.values.device
+        home = self.offsets.device
+        self.start = self.start.to(home)
         for index, (tensor, page) in enumerate(zip(self.tensors, self.pages, strict=True)):
             weight = tensor.parameter
             if weight.dtype != self.dtypes[index]:
@@ -174,7 +170,7 @@ class Ledger:
     def add(self, tensors: Tensor, flat: Tensor) -> Tensor:
         """Gives the entries (tensors[k], flat[k]) the next free slots, in this order: slots (k,).
 
-        A slot starts at its weight's present value.
+        A slot starts from its weight's present value, at an offset of 0.
         """
         slots, self.free = self.free[: flat.numel()], self.free[flat.numel() :]
         order = torch.argsort(tensors, stable=True)
@@ -220,7 +216,8 @@ class Ledger:
         slots = slots[order.to(slots.device)]
         base = ops.gather_entries(weight, flat)
         with torch.no_grad():
-            self.values[slots] = base.to(self.values)
+            self.start[slots] = base.to(self.start)
+            self.offsets[slots] = 0
         retired, retired_base = page.retired, page.retired_base
         if retired.numel():  # trained before: its base is the one recorded then
             back = torch.isin(retired, flat)
@@ -255,20 +252,28 @@ class Ledger:
 
     # -- undoing a selection whose step was skipped
 
-    def snapshot(self, *, values: bool = False) -> Snapshot:
-        """The ledger as it is. `values`: entries with trained values may be dropped before a `restore`."""
-        return Snapshot(list(self.pages), self.free, self.values.detach().clone() if values else None)
+    def snapshot(self, *, trained: bool = False) -> Snapshot:
+        """The ledger as it is. `trained`: entries with an offset may be dropped before a `restore`."""
+        kept = (self.offsets.detach().clone(), self.start.clone()) if trained else (None, None)
+        return Snapshot(list(self.pages), self.free, *kept)
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
-        """Puts pages back; slots they use again take their weight's present value, or the one in the snapshot."""
+        """Puts pages, offsets and starts back; entries selected since are again what they were before."""
+        for tensor, now, then in zip(self.tensors, self.pages, snapshot.pages, strict=True):
+            if now.flat is not then.flat:
+                new = torch.isin(now.flat, then.flat, invert=True)
+                here = new.to(now.slot.device)
+                flat, start = now.flat[new], self.start[now.slot[here]].to(tensor.parameter)
+                if not _same(start, ops.gather_entries(tensor.parameter, flat)):  # else autograd sees no write
+                    ops.scatter_entries(tensor.parameter, flat, start)
         self.pages, self.free = list(snapshot.pages), snapshot.free
         self.changes += 1
-        if snapshot.values is not None:
-            self.values.copy_(snapshot.values)  # the weights hold them still
-            return
-        self.values[self.free] = 0
-        self.read_weights(only_changed=True)
+        if snapshot.offsets is not None and snapshot.start is not None:
+            self.offsets.copy_(snapshot.offsets)
+            self.start.copy_(snapshot.start)
+        else:
+            self.offsets[self.free] = 0
 
     def joined(self, snapshot: Snapshot) -> list[Page]:
         """Pages for a graph that form the gradients of both supports; slots are those of `gather`."""
@@ -280,12 +285,18 @@ class Ledger:
             for now, then in zip(self.pages, snapshot.pages, strict=True)
         ]  # fmt: skip
 
-    # -- values <-> weights
+    # -- offsets <-> weights
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """start + offset of every slot (B,); an offset of 0 leaves the start's bits."""
+        offsets = self.offsets.detach()
+        return torch.where(offsets == 0, self.start, self.start + offsets)
 
     @torch.no_grad()
     def write_weights(self) -> None:
-        """Casts every slot's value into its weight, in place: O(B)."""
-        values = self.values.detach()
+        """Casts every slot's start + offset into its weight, in place: O(B)."""
+        values = self.values()
         near: list[tuple[Tensor, Tensor, Tensor]] = []
         for tensor, page in zip(self.tensors, self.pages, strict=True):
             weight, slot = tensor.parameter.detach(), page.slot
@@ -299,28 +310,43 @@ class Ledger:
             ops.scatter_many(weights, flats, values, slots)
 
     @torch.no_grad()
-    def read_weights(self, *, only_changed: bool) -> None:
-        """Takes the weights' present values into the slots.
+    def read_weights(self) -> None:
+        """Takes offsets from the weights as they are now; a slot that already gives its weight's bits keeps its own.
 
-        `only_changed`: a slot whose value already casts to the weight's bits keeps its finer master value.
+        The nearest offset is taken, or its neighbour where rounding asks for it. A weight that no offset from the
+        start gives (it was not trained from there) becomes a start itself.
         """
+        values = self.values()
         for tensor, page in zip(self.tensors, self.pages, strict=True):
-            if page.flat.numel():
-                weight = ops.gather_entries(tensor.parameter, page.flat)
-                value = self.values.detach()[page.slot]
-                if only_changed:
-                    same = ops.bits(value.to(weight)) == ops.bits(weight)
-                    weight = torch.where(same.to(value.device), value, weight.to(value))
-                self.values[page.slot] = weight.to(self.values)
+            weight = ops.gather_entries(tensor.parameter, page.flat)
+            wanted = weight.to(values.device, values.dtype)
+            differs = (ops.bits(values[page.slot].to(weight.dtype)) != ops.bits(weight).to(values.device)).nonzero()
+            slot, wanted, weight = (x[differs[:, 0].to(x.device)] for x in (page.slot, wanted, weight))
+            start = self.start[slot]
+            offset, found = wanted - start, torch.zeros_like(slot, dtype=torch.bool)
+            for towards in (0.0, float("inf"), float("-inf")):
+                near = offset if towards == 0 else torch.nextafter(offset, torch.full_like(offset, towards))
+                gives = torch.where(near == 0, start, start + near).to(weight.dtype)
+                fits = (ops.bits(gives) == ops.bits(weight).to(gives.device)) & ~found
+                self.offsets[slot[fits]] = near[fits]
+                found |= fits
+            self.start[slot[~found]] = wanted[~found]
+            self.offsets[slot[~found]] = 0
 
+    @torch.no_grad()
     def agrees(self) -> bool:
-        """Whether every slot's value casts to the bits of its weight: no optimizer moved them since."""
-        for tensor, page in zip(self.tensors, self.pages, strict=True):
-            weight = tensor.parameter
-            value = self.values.detach()[page.slot].to(weight)
-            if not bool((ops.bits(value) == ops.bits(ops.gather_entries(weight, page.flat))).all()):
-                return False
-        return True
+        """Whether every slot gives the bits of its weight: no optimizer moved them since."""
+        return not self.strays()
+
+    @torch.no_grad()
+    def strays(self) -> list[str]:
+        """Names of tensors with selected weights that are not what their slots give."""
+        values = self.values()
+        return [
+            tensor.name
+            for tensor, page in zip(self.tensors, self.pages, strict=True)
+            if not _same(values[page.slot], ops.gather_entries(tensor.parameter, page.flat))
+        ]
 
     @torch.no_grad()
     def write_base(self) -> None:
@@ -330,7 +356,7 @@ class Ledger:
 
     def gather(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
         """One gradient (B,) out of the gradients (n,) of the tensors; slots without one get 0."""
-        gradient = torch.zeros_like(self.values)
+        gradient = torch.zeros_like(self.offsets)
         for page, mine, piece in zip(pages, self.pages, pieces, strict=True):
             if piece is None or not piece.numel():
                 continue
@@ -341,3 +367,7 @@ class Ledger:
                 here = (page.flat[at] == mine.flat).to(mine.slot.device)
                 gradient[mine.slot[here]] = piece.to(gradient)[at.to(mine.slot.device)[here]]
         return gradient
+
+
+def _same(value: Tensor, weight: Tensor) -> bool:
+    return bool((ops.bits(value.to(weight)) == ops.bits(weight)).all())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ class Follower:
     ) -> None:
         self.tracker, self.phase = tracker, phase
         self._placed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._steppers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._looked = False  # for an optimizer that holds the offsets and has not stepped yet
+        tracker.by_hooks = self.by_hooks
         self.trained = {id(p) for p in trained}
         self.frozen = {id(p) for p in frozen}
         _install()
@@ -36,16 +41,19 @@ class Follower:
     def remove(self) -> None:
         _followers.discard(self)
 
-    def before_step(self, optimizer: torch.optim.Optimizer, call: Call) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer, call: Call, closure: bool) -> None:
         tracker, held = self.tracker, _held(optimizer)
         if self.phase is not None and self.phase.on:
             self.phase.before_step(optimizer, call, held, self.frozen)
         elif held & self.trained:
-            if tracker.tensors and id(tracker.ledger.values) not in held:
+            if tracker.tensors and id(tracker.ledger.offsets) not in held:
                 return
             self._check(optimizer)
             scale = getattr(optimizer, "grad_scale", None)  # a scaler's, left to the optimizer's own kernel
+            self._steppers.add(optimizer)
             tracker.before_step(call, 1.0 if scale is None else 1.0 / float(scale))
+            if not closure:
+                tracker.close_short()
             if not _skips(optimizer):
                 self._tell(optimizer)
         elif held & self.frozen:
@@ -54,6 +62,25 @@ class Follower:
                 "the tuner's values, so its step would train nothing. Make the optimizer after attach, over "
                 "tuner.parameters()."
             )
+
+    def after_closure(self, optimizer: torch.optim.Optimizer) -> None:
+        """The closure of a step has run: its backward passes belong to the window that the step ends."""
+        tracker = self.tracker
+        if (self.phase is None or not self.phase.on) and id(tracker.ledger.offsets) in _held(optimizer):
+            tracker.close_short()
+            self._tell(optimizer)
+
+    def by_hooks(self) -> bool:
+        """Whether an optimizer with torch's hooks holds the offsets, so that steps are known and need no guess.
+
+        One that has not stepped yet is looked for once among all objects that live.
+        """
+        if not self._looked and not self._steppers:
+            self._looked, wanted = True, id(self.tracker.ledger.offsets)
+            for found in gc.get_objects():
+                if issubclass(type(found), torch.optim.Optimizer) and wanted in _held(found):
+                    self._steppers.add(found)
+        return bool(self._steppers)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         tracker = self.tracker
@@ -64,10 +91,10 @@ class Follower:
         if skipped:
             tracker.step_call = None
             return
-        wanted = {id(tracker.ledger.values)} if tracker.tensors else self.trained
+        wanted = {id(tracker.ledger.offsets)} if tracker.tensors else self.trained
         if _held(optimizer) & wanted:
             if tracker.chooser.score.reads is Reads.FACTORS and isinstance(optimizer, Factored):
-                tracker.chooser.factors = optimizer.factors(tracker.ledger.values)
+                tracker.chooser.factors = optimizer.factors(tracker.ledger.offsets)
             tracker.commit()
             if self.phase is not None:
                 self.phase.turn()
@@ -85,24 +112,28 @@ class Follower:
         ledger, news = self.tracker.ledger, self.tracker.chooser.news
         if isinstance(optimizer, Placed) and self._placed.get(optimizer) != ledger.changes:
             self._placed[optimizer] = ledger.changes
-            optimizer.place(ledger.values, Places(ledger))
+            optimizer.place(ledger.offsets, Places(ledger))
         if news is None:
             return
         if isinstance(optimizer, Inheriting):
-            optimizer.inherit(ledger.values, news)
+            optimizer.inherit(ledger.offsets, news)
         else:
-            _forget(optimizer, ledger.values, news.slots)
+            _forget(optimizer, ledger.offsets, news.slots)
 
 
 @functools.cache
 def _install() -> None:
     """One pair of hooks for the life of the process; torch cannot remove them while it runs them."""
 
-    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
-        call = Call()
-        for follower in list(_followers):
-            follower.before_step(optimizer, call)
+    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        call, followers = Call(), list(_followers)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        for follower in followers:
+            follower.before_step(optimizer, call, callable(closure))
+        if not followers or not callable(closure):
+            return None
+        watched = _watched(closure, optimizer, followers)
+        return ((args[0], watched, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": watched})
 
     def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
@@ -111,6 +142,19 @@ def _install() -> None:
 
     register_optimizer_step_pre_hook(before)
     register_optimizer_step_post_hook(after)
+
+
+def _watched(closure: Callable[..., Any], optimizer: torch.optim.Optimizer, followers: list[Follower]) -> Any:
+    """The closure of a step, and then what follows from its backward passes."""
+
+    @functools.wraps(closure)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = closure(*args, **kwargs)
+        for follower in followers:
+            follower.after_closure(optimizer)
+        return result
+
+    return run
 
 
 def _skips(optimizer: torch.optim.Optimizer) -> bool:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from selectune import ops
 from selectune.delta import Delta, Dense, Patch, base_info, digest_bits, module_of, versions
-from selectune.errors import ConfigError, NonFiniteError, NothingTrainedError
+from selectune.errors import ConfigError, IntegrityError, NonFiniteError, NothingTrainedError
 from selectune.method import Method
-from selectune.scope import Found, ScopedTensor
+from selectune.scope import OWN, Found, ScopedTensor
 from selectune.train.ledger import Ledger
 from selectune.types import Reads, Schedule
 
@@ -30,6 +30,7 @@ class BaseCopy:
         self.sums = {n: ops.checksum(p) for n, p in model.named_parameters() if id(p) not in whole}
         self.buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         self.filled: dict[str, Tensor] = {}
+        self.objects = dict(model.named_parameters(remove_duplicate=False))
 
     @torch.no_grad()
     def zero_unselected(self, model: nn.Module, ledger: Ledger) -> None:
@@ -60,20 +61,47 @@ class BaseCopy:
         for tensor in tensors:
             self.dense.pop(tensor.name, None)
 
+    def check(self, model: nn.Module, ledger: Ledger) -> None:
+        """Raises IntegrityError where a parameter joined, left or was replaced, or a frozen entry moved."""
+        now = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not _is_own(n)}
+        joined, gone = sorted(now.keys() - self.objects.keys()), sorted(self.objects.keys() - now.keys())
+        replaced = self.replaced(now)
+        if joined:
+            raise IntegrityError(
+                f"{len(joined)} parameters joined the model after attach: {_some(joined)}. The tuner neither follows "
+                "nor saves them, so the delta would be incomplete. Build the whole model first, then attach; "
+                "Scope(train_fully=...) trains a new head wholly."
+            )
+        if replaced or gone:
+            what = "were replaced by other Parameters" if replaced else "left the model"
+            raise IntegrityError(
+                f"{len(replaced or gone)} parameters {what} since attach: {_some(replaced or gone)}. The tuner follows "
+                "those that were there. Change the model first (resize embeddings, add heads), then attach."
+            )
+        moved = self.moved(model, ledger)
+        if moved:
+            raise IntegrityError(
+                f"{len(moved)} tensors changed outside the support since attach: {_some(moved)}. Something besides the "
+                "tuner wrote into the frozen weights: load_state_dict, an optimizer, or the model's own forward "
+                "(tensors that it writes can be kept out: Scope(exclude=...))."
+            )
+
+    def replaced(self, now: Mapping[str, Tensor]) -> list[str]:
+        """Names under which other Parameters stand than at attach."""
+        return [name for name, parameter in self.objects.items() if name in now and now[name] is not parameter]
+
     def moved(self, model: nn.Module, ledger: Ledger) -> list[str]:
         """Names of tensors whose untouched entries are not the base's."""
         moved = []
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for tensor in self.scoped.values():
-            moved += [n for n in tensor.names if parameters.get(n) is not tensor.parameter]  # another one stands there
         for name, before in self.sums.items():
-            if name in self.dense or name in moved:
+            if name in self.dense:
                 continue
-            tensor = self.scoped.get(id(parameters[name]))
-            now = ops.checksum(parameters[name])
+            parameter = self.objects[name]
+            tensor = self.scoped.get(id(parameter))
+            now = ops.checksum(parameter.detach())
             if tensor is not None:
                 flat, base = ledger.pages[tensor.index].touched()
-                now += ops.checksum(base, flat) - ops.checksum(ops.gather_entries(tensor.parameter, flat), flat)
+                now += ops.checksum(base, flat) - ops.checksum(ops.gather_entries(parameter.detach(), flat), flat)
             if (now - before) % (1 << 64):
                 moved.append(name)
         return moved
@@ -210,7 +238,7 @@ def _ranks(ledger: Ledger) -> dict[int, Tensor]:
     ranks = {}
     for index, page in enumerate(ledger.pages):
         flat, _ = page.touched()
-        rank = torch.full(flat.shape, ledger.values.numel(), dtype=torch.int64)
+        rank = torch.full(flat.shape, ledger.offsets.numel(), dtype=torch.int64)
         rank[torch.searchsorted(flat, page.flat).cpu()] = page.slot.cpu()
         ranks[index] = rank
     return ranks
@@ -241,6 +269,23 @@ def _dense(name: str, kind: str, now: Tensor, before: Tensor, old_values: bool) 
         base_digest=digest_bits(before.cpu()),
         base_tensor=before.cpu() if old_values else None,
     )
+
+
+def written(names: Sequence[str]) -> str:
+    """What is said of selected weights that are not what the tuner wrote."""
+    return (
+        f"Selected weights of {len(names)} tensors are not what the tuner wrote: {_some(names)}. Something besides it "
+        "writes them, such as a clamp in the model's own forward, so what is trained is not what the model computes "
+        "with. Keep these tensors out of the scope: Scope(exclude=...)."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+
+
+def _is_own(name: str) -> bool:
+    return name.rpartition(".")[2].startswith(OWN)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -17,36 +17,40 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selectune import ops
+from selectune.train.private import kept_plain, saves_through_hooks
 
 _last = threading.local()  # .made: the node whose output was made last, and that output
 
-# by the name of the node: its output out of what it saved
-OUTPUTS: dict[str, Callable[[Any], Tensor]] = {
-    "GeluBackward0": lambda node: ops.into_scratch(
-        torch.ops.aten.gelu, node._saved_self, approximate=node._saved_approximate
+# by the name of the node: its output out of what it saved, and the names of that
+OUTPUTS: dict[str, tuple[Callable[[Any], Tensor], tuple[str, ...]]] = {
+    "GeluBackward0": (
+        lambda node: ops.into_scratch(torch.ops.aten.gelu, node._saved_self, approximate=node._saved_approximate),
+        ("self",),
     ),
-    "SiluBackward0": lambda node: ops.into_scratch(torch.ops.aten.silu, node._saved_self),
-    "MulBackward0": lambda node: node._saved_self * node._saved_other,
-    "SparseLayerNormBackward": lambda node: _layer_norm(node),
+    "SiluBackward0": (lambda node: ops.into_scratch(torch.ops.aten.silu, node._saved_self), ("self",)),
+    "MulBackward0": (lambda node: node._saved_self * node._saved_other, ("self", "other")),
+    "SparseLayerNormBackward": (lambda node: _layer_norm(node), ()),
 }
 
 
 def source(x: Tensor) -> Any | None:
-    """The node that can give `x` again, or None: then x is to be saved."""
+    """The node that can give `x` again, or None: then x is to be saved.
+
+    Tensors that are saved through somebody's hooks (checkpointing, offloading) may be looked at only once; so neither
+    the node's own nor those of whoever asks are, and x may cross the border of a checkpointed region.
+    """
     node: Any = x.grad_fn
-    if _hooked():
+    if node is None or x._version != 0 or saves_through_hooks():  # changed in place since: no longer its output
         return None
-    if node is None or x._version != 0 or node.name() not in OUTPUTS:  # changed in place since: no longer its output
+    if node.name() not in OUTPUTS or not _kept(node, OUTPUTS[node.name()][1]):
         return None
     if node.name() == "MulBackward0" and (node._saved_self is None or node._saved_other is None):
         return None  # a factor that needs no gradient was not kept, or is a number
     return node
 
 
-def _hooked() -> bool:
-    """Whether saved tensors go through somebody's hooks: under checkpointing they may be looked at only once."""
-    top = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
-    return top(False) is not None
+def _kept(node: Any, names: tuple[str, ...]) -> bool:
+    return kept_plain(node, *names) if names else node.kept_plain
 
 
 def rebuilt(node: Any) -> Tensor:
@@ -58,7 +62,7 @@ def rebuilt(node: Any) -> Tensor:
     if last is not None and last[0] is node:
         return last[1]
     with torch.no_grad():
-        made = OUTPUTS[node.name()](node)
+        made = OUTPUTS[node.name()][0](node)
     _last.made = (node, made)
     return made
 

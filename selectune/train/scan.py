@@ -5,12 +5,15 @@ Exact and streaming: at most one dense gradient and one piece of scores are aliv
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from selectune import ops
+from selectune.errors import ConfigError
 from selectune.scope import ScopedTensor
 from selectune.types import Collector, Queueing, Score
 
@@ -148,6 +151,26 @@ def _has_one_pass(score: Score) -> bool:
 
 def _cutoff(collector: Collector) -> float:
     return getattr(collector, "cutoff", NOT_ELIGIBLE)
+
+
+def check_range(score: Score, tensors: Sequence[ScopedTensor]) -> None:
+    """Raises ConfigError where (|w| + eps)^exp leaves the range of the numbers that scores are made of."""
+    if score.fused != "ratio" or abs(score.parameters["exp"]) <= 8:
+        return
+    exp, eps = float(score.parameters["exp"]), float(score.parameters["eps"])
+    for tensor in tensors:
+        weight = tensor.parameter.detach()
+        if not weight.numel():
+            continue
+        info = torch.finfo(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        ends = [float(weight.abs().min()) + eps, float(weight.abs().max()) + eps]
+        logs = [exp * math.log(end) if end > 0 else -math.copysign(math.inf, exp) for end in ends]
+        if max(logs) >= math.log(info.max) or min(logs) <= math.log(info.tiny):
+            raise ConfigError(
+                f"The score '{score.name}' divides by (|w| + eps)^exp, which with exp={exp:g} and eps={eps:g} leaves "
+                f'the range of {info.dtype} for weights of "{tensor.name}" ({ends[0]:.3g} to {ends[1]:.3g} with '
+                "eps), so scores would be 0 or infinite. Take an exp nearer to 0 (the paper's is 2), or a larger eps."
+            )
 
 
 def _flat(tensor: Tensor | None, rows: Tensor | None = None) -> Any:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from selectune.errors import ConfigError
 from selectune.ops import reference
-from selectune.train.adamw import DECAYS
 from selectune.train.ledger import matrix
 from selectune.train.stepping import Stepping
 from selectune.types import News, Places
@@ -24,7 +23,8 @@ class SparseSM3(Stepping):
     of the parameter. A tensor of more dimensions counts as a matrix of its first by the others, a vector as one row.
     State: one float for every row and column, nothing per entry; new entries start from min(r_i, c_j).
 
-    `decay="base"`: weight decay pulls entries towards their base values; tensors trained wholly decay towards 0.
+    Weight decay pulls a selected scalar towards the weight it had when it was selected, and tensors trained wholly
+    towards 0.
     SpIEL-MA takes learning rates from 4e-4 to 2e-3. Raises ConfigError for values that make no sense.
     Source: Anil, Gupta, Koren, Singer (2019), Memory-Efficient Adaptive Optimization, arXiv 1901.11150, SM3-II;
     Ansell et al. (2024), arXiv 2401.16405, for sparse entries.
@@ -44,21 +44,17 @@ class SparseSM3(Stepping):
         lr: float = 1e-3,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
-        decay: str = "base",
     ) -> None:
-        self._places: dict[int, tuple[Tensor, Tensor, tuple[int, int], Tensor]] = {}
-        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay, "decay": decay})
+        self._places: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = {}
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             for name in ("lr", "eps", "weight_decay"):
                 if not float(group[name]) >= 0:
                     raise ConfigError(f"SparseSM3 takes {name} >= 0, and got {name}={group[name]!r}.")
-            if group["decay"] not in DECAYS:
-                raise ConfigError(f"SparseSM3 takes decay in {', '.join(DECAYS)}, and got decay={group['decay']!r}.")
 
     def place(self, values: Tensor, places: Places) -> None:
         """See `selectune.types.Placed`."""
-        self._places[id(values)] = (places.rows, places.columns, places.shape, places.base)
+        self._places[id(values)] = (places.rows, places.columns, places.shape)
 
     def inherit(self, values: Tensor, news: News) -> None:
         """See `selectune.types.Inheriting`: there is no state per entry that a new one could find stale."""
@@ -86,14 +82,13 @@ class SparseSM3(Stepping):
                 r.copy_(v.amax(1))
                 c.copy_(v.amax(0))
         else:
-            rows, columns, _, _ = places
+            rows, columns, _ = places
             v = torch.minimum(r[rows], c[columns]).addcmul(g, g)
             r.scatter_reduce_(0, rows, v, "amax")
             c.scatter_reduce_(0, columns, v, "amax")
         values = parameter.detach().to(wide)
         pull = float(group["lr"]) * float(group["weight_decay"])
         if pull:
-            towards = places[3].to(values) if places is not None and group["decay"] == "base" else 0.0
-            values = values - pull * (values - towards)
+            values = values - pull * values
         change = torch.where(g == 0, 0.0, g / (v + group["eps"]).sqrt()).reshape(parameter.shape)
         parameter.copy_(values - float(group["lr"]) * change)

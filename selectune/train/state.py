@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STATE_FILE = "tuner.safetensors"
 """Name of a state's file in a checkpoint."""
 
-VERSION = 1
+VERSION = 2
 _HEADER = "selectune_state"
 _PAGE = ("flat", "slot", "base", "retired", "retired_base")
 
@@ -41,7 +41,8 @@ def state_of(tuner: Tuner) -> dict[str, Any]:
         )
     if not tuner.in_dense_phase:
         tracker.write_weights()
-    tensors: dict[str, Tensor] = {"values": _own(ledger.values), "free": _own(ledger.free)}
+    tensors: dict[str, Tensor] = {"offsets": _own(ledger.offsets), "start": _own(ledger.start)}
+    tensors["free"] = _own(ledger.free)
     for tensor, page in zip(ledger.tensors, ledger.pages, strict=True):
         for part in _PAGE:
             tensors[f"page.{tensor.index}.{part}"] = _own(getattr(page, part))
@@ -107,12 +108,13 @@ def load_into(tuner: Tuner, state: Mapping[str, Any]) -> None:
     ledger.write_base()
     for tensor in ledger.tensors:
         flat, slot, base, *retired = (_own(tensors[f"page.{tensor.index}.{part}"]) for part in _PAGE)
-        page = Page(flat, slot, base, retired[0], retired[1]).to(tensor.parameter.device, ledger.values.device)
+        page = Page(flat, slot, base, retired[0], retired[1]).to(tensor.parameter.device, ledger.offsets.device)
         ledger.pages[tensor.index] = page
         now = tensors[f"page.{tensor.index}.retired_now"]
         ops.scatter_entries(tensor.parameter, page.retired, now.to(tensor.parameter.device))
-    ledger.values.copy_(tensors["values"])
-    ledger.free = tensors["free"].to(ledger.values.device, copy=True)
+    ledger.offsets.copy_(tensors["offsets"])
+    ledger.start.copy_(tensors["start"])
+    ledger.free = tensors["free"].to(ledger.offsets.device, copy=True)
     for tensor in tuner._all.dense:
         tensor.parameter.copy_(tensors[f"whole.{tensor.name}"])
     for name, buffer in tuner.model.named_buffers():
@@ -128,7 +130,7 @@ def load_into(tuner: Tuner, state: Mapping[str, Any]) -> None:
         tuner._phase.load_state(_unpacked(info["phase"], tensors))
     if not tuner.in_dense_phase:
         ledger.write_weights()
-    tracker._version = ledger.values._version
+    tracker._version = ledger.offsets._version
 
 
 def _run(tuner: Tuner) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def _checked(tuner: Tuner, state: Mapping[str, Any]) -> tuple[dict[str, Any], di
             f"The state was taken on another base: {len(moved)} tensors differ ({', '.join(moved[:5])}). Attach to the "
             "base model that the run began with, then load the state."
         )
-    expected = {"values": tuner._ledger.values.shape}
+    expected: dict[str, Any] = dict.fromkeys(("offsets", "start"), tuner._ledger.offsets.shape)
     for tensor in tuner._ledger.tensors:
         keys = [f"page.{tensor.index}.{part}" for part in (*_PAGE, "retired_now")]
         expected |= dict.fromkeys(keys, None)

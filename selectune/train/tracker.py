@@ -2,23 +2,20 @@
 
 A *window* is what makes one optimizer step: `accumulation_steps` backward passes, then `step()`.
 
-    forward    values moved since? write them into the weights; weight-only selections happen here
+    forward    offsets moved since? write the weights; weight-only selections happen here
     backward   on a selecting window every tensor's gradient is scored and dropped as it appears
     close      after the last backward of the window: select, give slots, add their gradient
-    step       commit: the step counts, the values are written into the weights
+    step       commit: the step counts, the weights follow the offsets
 
-A window whose step never comes (a gradient scaler skipped it) is undone: support, quota and step
-number are as before. The selection is exact over the sum of the window's gradients.
+A window whose gradient is thrown away (a scaler skipped its step, zero_grad() was called within it) is undone:
+support, quota and step number are as before. The selection is exact over the sum of the window's gradients.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,28 +23,18 @@ from torch import Tensor, nn
 from selectune.errors import AccumulationError
 from selectune.method import Method
 from selectune.scope import ScopedTensor
+from selectune.train import ranks
 from selectune.train.autograd import Link
-from selectune.train.calls import Call
+from selectune.train.calls import Call, weakly
 from selectune.train.chooser import Afresh, Chooser, Growing, scattered
 from selectune.train.exchange import Exchange
-from selectune.train.ledger import Ledger, Page, Snapshot
+from selectune.train.ledger import Ledger, Page
+from selectune.train.private import at_end_of_backward, backward_pass, comes_to
 from selectune.train.taps import Taps
+from selectune.train.window import Window, scale_between
 from selectune.types import Exchanging, Schedule
 
 log = logging.getLogger("selectune")
-
-
-@dataclass
-class Window:
-    """What is known of the present step, from its first backward pass to its commit."""
-
-    backwards: int = 0
-    reads: int = 0  # backward passes, from the first on, whose dense gradients are wanted
-    closed: bool = False  # the selection of this window is done
-    held: dict[int, Tensor] = field(default_factory=dict)  # dense sums, while more is to come for them
-    before: Snapshot | None = None  # the ledger before this window's selection
-    gradient: Tensor | None = None  # (B,) what the window gave so far, kept under accumulation only
-    expected: Tensor | None = None  # (B,) what the optimizer will find, unless it is scaled; kept while watching
 
 
 class Tracker:
@@ -78,23 +65,19 @@ class Tracker:
         self._window = Window()
         self._in_backward = False
         self._deferred = False
+        self._by_hand = False  # a backward pass came without a forward of a module
         self._task = -1  # the backward pass that is going on
         self._closed_in = -1  # the last backward pass that was closed
         self._opened: tuple[int, int, bool] | None = None  # when the present graph was
         self._watched: dict[int, Tensor] = {}  # gradients of watched entries in this backward pass
         self._scale = 1.0  # what clipping and unscaling made of this window's gradient
-        self._version = ledger.values._version
-        self._written: Tensor | None = None  # the values as the weights got them last
-        self.taps = Taps(model, tensors, ledger.values, self, self.before_forward, self.open_graph, self.recompute)
-
-    @property
-    def schedule(self) -> Schedule | None:
-        """When the chooser chooses, and how many."""
-        return self.chooser.schedule
-
-    @schedule.setter
-    def schedule(self, schedule: Schedule | None) -> None:
-        self.chooser.schedule = schedule
+        self._version = ledger.offsets._version
+        self._written: Tensor | None = None  # the offsets as the weights got them last
+        self.by_hooks: Callable[[], bool] = lambda: False  # whether an optimizer with torch's hooks holds the offsets
+        ledger.offsets.register_post_accumulate_grad_hook(weakly(self.accumulated))
+        self.taps = Taps(
+            model, tensors, ledger.offsets, self, self.before_forward, self.open_graph, self.recompute, self._stale
+        )
 
     @property
     def quota(self) -> int:
@@ -108,20 +91,31 @@ class Tracker:
 
     # -- forward
 
-    def before_forward(self) -> None:
-        """Brings weights and support up to date before the outermost module runs."""
-        self.ledger.follow()
-        self._deferred = False
-        if self._in_backward:
-            self._broke_off()
-        if self._window.backwards >= self.accumulation_steps and not self.in_step and self._moved():
-            self.commit()  # an optimizer without torch's hooks has stepped
-        elif self.ledger.values._version != self._version or (not torch.is_grad_enabled() and self._swapped()):
-            self.write_weights()
-        if torch.is_grad_enabled() and self._window.backwards == 0:
-            self.select_ahead()
-        if self._opened != self._now():  # a graph that never saw its backward pass, of another step or support
-            self.taps.forget()
+    def before_forward(self, inside: bool = True) -> None:
+        """Brings weights and support up to date before the outermost module runs, or before a use outside of any.
+
+        A use outside may be a look, which shall change nothing; so selections of the coming step wait, unless it has
+        been seen that the model is trained like that.
+        """
+        training = torch.is_grad_enabled()
+        with torch.no_grad():
+            ranks.refuse_many()
+            self.ledger.follow()
+            self._deferred = False
+            if self._in_backward:
+                self._broke_off()
+            full = self._window.backwards >= self.accumulation_steps
+            if full and not self.in_step and self._moved() and not self.by_hooks():
+                self.commit()  # an optimizer without torch's hooks has stepped
+            elif training and not self.in_step and self._thrown_away():
+                self._undo()
+                self.write_weights()
+            elif self.ledger.offsets._version != self._version or (not training and self._swapped()):
+                self.write_weights()
+            if training and self._window.backwards == 0 and (inside or self._by_hand):
+                self.select_ahead()
+            if self._stale():  # a graph that never saw its backward pass
+                self.taps.forget()
 
     def open_graph(self) -> list[tuple[Page, bool]]:
         """The pages of a new graph, and whether each tensor needs a gradient in it."""
@@ -138,16 +132,20 @@ class Tracker:
         """What the pages of a graph, and which of them need gradients, depend on."""
         return self.step, self.ledger.changes, self._window.before is None
 
+    def _stale(self) -> bool:
+        """Whether the present graph is of another step or support."""
+        return self._opened != self._now()
+
     def recompute(self) -> None:
         """A forward is repeated inside a backward pass: with reentrant checkpointing, close after all of it."""
         if self.taps.grad_was_off and not self._deferred:
             self._deferred = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._close_deferred)
+            at_end_of_backward(self._close_deferred)
 
     # -- backward (Listener)
 
     def wants_dense(self, link: Link) -> bool:
-        if not _reaches(link.split):
+        if not comes_to(link.split):
             return False
         self._begin()
         return self._window.reads > 0 and not self._window.closed
@@ -167,12 +165,12 @@ class Tracker:
 
     def watch(self, link: Link, piece: Tensor) -> None:
         index = link.index
-        if not _reaches(link.split):
+        if not comes_to(link.split):
             return
         self._begin()
         if self.ledger.pages[index].watched is not link.page.watched:
             return  # a graph from before they were, or of a window that was undone
-        piece = piece.to(self.ledger.values)
+        piece = piece.to(self.ledger.offsets)
         self._watched[index] = self._watched[index] + piece if index in self._watched else piece
 
     def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
@@ -187,15 +185,24 @@ class Tracker:
 
     def _close_deferred(self) -> None:
         self._deferred = False
-        values = self.ledger.values
-        if values.grad is None:
-            values.grad = torch.zeros_like(values)
-        values.grad.add_(self._close(torch.zeros_like(values)))
+        offsets = self.ledger.offsets
+        if offsets.grad is None:
+            offsets.grad = torch.zeros_like(offsets)
+        offsets.grad.add_(self._close(torch.zeros_like(offsets)))
+        self.accumulated(offsets)
+
+    def accumulated(self, offsets: Tensor) -> None:
+        """Autograd added the gradient of a backward pass: what it left there is known."""
+        self._window.keep_track(offsets.grad)
+
+    def _thrown_away(self) -> bool:
+        """Whether the gradient of this window's backward passes is gone: zero_grad() was called, and no step."""
+        return self._window.lost(self.ledger.offsets.grad, self.ledger.selected)
 
     def _close(self, gradient: Tensor) -> Tensor:
         window = self._window
         window.backwards += 1
-        self._in_backward, self._closed_in = False, torch._C._current_graph_task_id()
+        self._in_backward, self._closed_in = False, backward_pass()
         self.taps.forget()
         if window.reads > 0 and not window.closed:
             if window.backwards == window.reads:
@@ -207,13 +214,13 @@ class Tracker:
         if self.chooser.watching:
             self.chooser.saw(self._watched)
             self._watched = {}
-            grad = self.ledger.values.grad
+            grad = self.ledger.offsets.grad
             window.expected = gradient if grad is None else grad + gradient
         return gradient
 
     def _begin(self) -> None:
         """The first sign of a new backward pass."""
-        task = torch._C._current_graph_task_id()
+        task = backward_pass()
         if self._in_backward and (task == self._task or self._deferred or self.taps.grad_was_off):
             return
         if self._in_backward:
@@ -226,8 +233,11 @@ class Tracker:
                 "these forwards again, or none of them before the other backward pass."
             )
         self._in_backward, self._task = True, task
+        if not self.in_step and self._thrown_away():
+            self._undo()
+            window = self._window
         if window.backwards >= self.accumulation_steps and not self.in_step:
-            grad = self.ledger.values.grad
+            grad = self.ledger.offsets.grad
             if grad is None or not bool(grad.any()):
                 self._undo()
                 window = self._window
@@ -239,6 +249,9 @@ class Tracker:
                     "passes between two optimizer steps."
                 )
         if window.backwards == 0:
+            version = self.ledger.changes
+            self.select_ahead()  # done before forward, but where no module's ran
+            self._by_hand = self._by_hand or version != self.ledger.changes
             window.reads = self.chooser.passes(self.step, self.accumulation_steps)
 
     def _broke_off(self) -> None:
@@ -247,7 +260,7 @@ class Tracker:
         self._watched.clear()
         self.chooser.forget()
         self.taps.forget()
-        if window.backwards and self.ledger.values.grad is None:
+        if window.backwards and self.ledger.offsets.grad is None:
             self._undo()  # the user starts the window anew
         elif window.backwards and window.reads > 0 and not window.closed:
             window.closed = True  # part of it is in the sums over the window
@@ -258,21 +271,22 @@ class Tracker:
             )
         window.held.clear()
 
+    @torch.no_grad()
     def settle(self) -> None:
         """A window whose passes are done is committed or undone now, if its step is known to be taken or skipped."""
         if self._in_backward or self.in_step or not 0 < self.accumulation_steps <= self._window.backwards:
             return
-        grad = self.ledger.values.grad
-        if self._moved():
+        grad = self.ledger.offsets.grad
+        if self._moved() and not self.by_hooks():
             self.commit()
         elif grad is None or not bool(grad.any()):
             self._undo()
 
     def _undo(self) -> None:
-        """The window's step was skipped: nothing of it stays."""
+        """The window's step was skipped, or its gradient thrown away: nothing of it stays."""
         if self._window.before is not None:
             self.ledger.restore(self._window.before)
-            self._version = self.ledger.values._version
+            self._version = self.ledger.offsets._version
         self.chooser.undo()
         self._scale = 1.0
         self._window = Window()
@@ -280,14 +294,16 @@ class Tracker:
 
     # -- selection
 
+    @torch.no_grad()
     def prepare(self, ready: Sequence[Tensor] | None = None) -> None:
         """Ranks the whole budget beforehand, by weights or by scores that are `ready`."""
         self.chooser.prepare(ready)
 
+    @torch.no_grad()
     def select_ahead(self) -> None:
         """Selections that read no gradient of the step: before forward, so that no dense gradient is needed."""
         if self.chooser.ahead(self.step):
-            self._version = self.ledger.values._version
+            self._version = self.ledger.offsets._version
 
     def _select(self, gradient: Tensor) -> Tensor:
         """Closes the window's selection; returns its gradient with that of the new entries."""
@@ -297,7 +313,7 @@ class Tracker:
         window.closed = True
         window.before = self.chooser.close(self.step, gradient)
         if window.before is not None:
-            self._version = self.ledger.values._version
+            self._version = self.ledger.offsets._version
         return gradient
 
     def _hold(self, index: int, gradient: Tensor, rows: Tensor | None) -> None:
@@ -316,22 +332,29 @@ class Tracker:
     # -- the optimizer's step
 
     def before_step(self, call: Call, scale: float = 1.0) -> None:
-        """The optimizer is about to step; a window that ends short (last batches of an epoch) closes here.
+        """The optimizer is about to step; `close_short` follows, after the closure if there is one.
 
         `scale`: what the optimizer itself will multiply its gradient by.
         """
         self.step_call = call
-        window, values = self._window, self.ledger.values
-        if window.expected is not None and values.grad is not None:
-            self._scale = scale * _scale(values.grad, window.expected)
+        ranks.refuse_many()
+        window, offsets = self._window, self.ledger.offsets
+        if window.expected is not None and offsets.grad is not None:
+            self._scale = scale * scale_between(window.expected, offsets.grad)
+
+    @torch.no_grad()
+    def close_short(self) -> None:
+        """No backward pass comes any more: a window that ends short (last batches of an epoch) closes here."""
+        window, offsets = self._window, self.ledger.offsets
         if window.reads > 0 and not window.closed and 0 < window.backwards < self.accumulation_steps:
-            if values.grad is None:
-                values.grad = torch.zeros_like(values)
-            scale = _scale(values.grad, window.gradient)
-            fresh = self._select(torch.zeros_like(values))
-            values.grad.add_(fresh, alpha=scale)
+            if offsets.grad is None:
+                offsets.grad = torch.zeros_like(offsets)
+            scale = scale_between(window.gradient, offsets.grad)
+            fresh = self._select(torch.zeros_like(offsets))
+            offsets.grad.add_(fresh, alpha=scale)
             self.events["short_windows"] += 1
 
+    @torch.no_grad()
     def commit(self) -> None:
         """The optimizer has stepped: the window counts, the weights follow the values."""
         self.step_call = None
@@ -346,33 +369,24 @@ class Tracker:
 
     def write_weights(self) -> None:
         self.ledger.write_weights()
-        self._version = self.ledger.values._version
-        self._written = self.ledger.values.detach().clone()
+        self._version = self.ledger.offsets._version
+        self._written = self.ledger.offsets.detach().clone()
 
     def _swapped(self) -> bool:
-        """Whether values were written through `.data`, which no version tells: an average's, for an evaluation."""
-        values, written = self.ledger.values.detach(), self._written
-        return written is not None and (written.device != values.device or not torch.equal(written, values))
+        """Whether offsets were written through `.data`, which no version tells: an average's, for an evaluation."""
+        offsets, written = self.ledger.offsets.detach(), self._written
+        return written is not None and (written.device != offsets.device or not torch.equal(written, offsets))
 
     def weights_changed(self) -> None:
-        """Somebody loaded weights into the model: the values follow them."""
+        """Somebody loaded weights into the model: the offsets follow them."""
         self.ledger.follow()
-        self.ledger.read_weights(only_changed=True)
-        self._version = self.ledger.values._version
+        self.ledger.read_weights()
+        self._version = self.ledger.offsets._version
+
+    @property
+    def current(self) -> bool:
+        """Whether the weights were written since the offsets moved last."""
+        return self._version == self.ledger.offsets._version and not self._swapped()
 
     def _moved(self) -> bool:
-        return self.ledger.values._version != self._version or not self.ledger.agrees()
-
-
-def _reaches(node: Any) -> bool:
-    """Whether this backward pass comes to the node: it does not where only gradients of inputs are asked for."""
-    return torch._C._will_engine_execute_node(node)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _scale(now: Tensor, then: Tensor | None) -> float:
-    """What clipping or unscaling multiplied the gradient by since backward; 1 where that cannot be seen."""
-    if then is None or not bool(then.any()):
-        return 1.0
-    at = int(then.abs().argmax())
-    scale = float(now[at] / then[at])
-    return scale if math.isfinite(scale) else 1.0
+        return self.ledger.offsets._version != self._version or not self.ledger.agrees()

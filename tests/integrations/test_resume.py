@@ -79,7 +79,7 @@ def losses(trainer):
 
 
 def age(parameters, lr):
-    return st.SparseAdamW(parameters, lr=lr, age="entry", decay="base")
+    return st.SparseAdamW(parameters, lr=lr, age="entry")
 
 
 CASES = {

@@ -29,14 +29,14 @@ def plant(tuner, flat, changes):
     ledger.settle()
     slots = ledger.add(torch.zeros(len(flat), dtype=torch.int64), torch.tensor(flat))
     with torch.no_grad():
-        ledger.values[slots] += torch.tensor(changes)
+        ledger.offsets[slots] = torch.tensor(changes)
     tuner._tracker.write_weights()
 
 
 def changes(tuner):
     """{flat index: value - base} of the first tensor."""
-    page, values = tuner._ledger.pages[0], tuner._ledger.values.detach()
-    moved = values[page.slot] - page.base
+    page = tuner._ledger.pages[0]
+    moved = tuner._ledger.values()[page.slot] - page.base
     return dict(zip(page.flat.tolist(), moved.tolist(), strict=True))
 
 
@@ -48,7 +48,7 @@ class Oracle:
     """Drop and grow on dense float64 gradients, an entry at a time; AdamW with an age per entry, or SM3."""
 
     def __init__(self, model, support, schedule, lr, decay, kind):
-        self.weights = [p for n, p in model.named_parameters() if not n.startswith("selectune")]
+        self.weights = [p for n, p in model.named_parameters() if "selectune" not in n]
         self.base = [p.detach().flatten().numpy().copy() for p in self.weights]
         self.active = support
         self.schedule, self.lr, self.decay, self.kind = schedule, lr, decay, kind

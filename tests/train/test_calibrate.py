@@ -247,8 +247,8 @@ def test_scores_are_read_again_at_the_weights_of_the_step():
         with torch.no_grad():
             for w, part in zip(weights, g.split([w.numel() for w in weights]), strict=True):
                 w -= 0.5 * part.view(w.shape)
-        here = [p for n, p in model.named_parameters() if n != "selectune_values"]
-        assert all(torch.equal(a, b) for a, b in zip(here, weights, strict=True))
+        here = [p for n, p in model.named_parameters() if "selectune_values" not in n]
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(here, weights, strict=True))
     assert not torch.equal(masks[0], masks[1])  # the mask changed
     assert tuner.touched == int((sum(masks) > 0).sum()) > 7
 

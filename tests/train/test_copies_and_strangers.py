@@ -75,22 +75,22 @@ def test_averaged_values_that_are_swapped_in_for_an_evaluation():
     model = Tied()
     tuner = st.attach(model, st.random(budget=20))
     optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
-    (values,) = tuner.parameters()
+    (offsets,) = tuner.parameters()
     seen = []
     for step in range(3):
         loss(model(X[step])).backward()
         optimizer.step()
         optimizer.zero_grad()
-        seen.append(values.detach().clone())
+        seen.append(offsets.detach().clone())
     weights = copy.deepcopy(model).state_dict()
     average, last = torch.stack(seen).mean(0), seen[-1]
-    values.data.copy_(average)
+    offsets.data.copy_(average)
     with torch.no_grad():
         model(X[0])
     assert not torch.equal(model.a.weight, weights["a.weight"])
     held = torch.cat([dict(model.named_parameters())[n].view(-1)[f] for n, f in tuner.support.items()])
-    assert torch.equal(held.sort().values, average.sort().values)
-    values.data.copy_(last)
+    assert torch.equal(held.sort().values, tuner.values.sort().values)
+    offsets.data.copy_(last)
     with torch.no_grad():
         model(X[0])
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())

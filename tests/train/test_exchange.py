@@ -15,7 +15,7 @@ D3 = st.scores.d3(exp=0.0)
 
 
 def adamw(tuner, **arguments):
-    return st.SparseAdamW(tuner.parameters(), **({"age": "entry", "decay": "base", "weight_decay": 0.0} | arguments))
+    return st.SparseAdamW(tuner.parameters(), **({"age": "entry", "weight_decay": 0.0} | arguments))
 
 
 def supports(tuner):
@@ -192,7 +192,7 @@ def test_a_step_that_the_scaler_skips_leaves_no_trace(name, dtype):
     skipping, _ = train(name, [n for i in range(10) for n in (-20 - i, -30 - i, i)], dtype, scaler(), late=True)
     clean, _ = train(name, range(10), dtype, scaler(), late=True)
     assert same(bits(skipping.model), bits(clean.model))
-    assert torch.equal(skipping._ledger.values, clean._ledger.values)
+    assert torch.equal(skipping._ledger.offsets, clean._ledger.offsets)
     assert supports(skipping) == supports(clean)
     assert skipping.events["skipped_steps"] == 20
 

@@ -46,7 +46,7 @@ def test_any_run(kind, data):
     if kind == "factors":
         optimizer = st.SparseSM3(tuner.parameters(), lr=0.05, weight_decay=decay)
     else:
-        optimizer = st.SparseAdamW(tuner.parameters(), lr=0.05, weight_decay=decay, age="entry", decay="base")
+        optimizer = st.SparseAdamW(tuner.parameters(), lr=0.05, weight_decay=decay, age="entry")
     names = [n for n, _ in dense.named_parameters()]
     support = [tuner.support.get(n, torch.empty(0)).tolist() for n in names]
     oracle = Oracle(dense, support, tuner.schedule, 0.05, decay, kind)

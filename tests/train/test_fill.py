@@ -30,13 +30,13 @@ def test_zeros_stay_zero_under_decay_and_momentum(dtype):
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in steps(model, optimizer, 5):
         for name, weight in model.named_parameters():
-            if name != "selectune_values":
+            if "selectune_values" not in name:
                 listed = tuner.support.get(name, torch.empty(0, dtype=torch.int64))
                 rest = torch.ones(weight.numel(), dtype=torch.bool)
                 rest[listed] = False
                 assert not bool(bits(model)[name][rest].any())
     found = tuner.verify()
-    assert 50 < found.changed <= found.selected == 60
+    assert 40 < found.changed <= found.selected == 60
     assert found.zeroed == sum(p.numel() for p in mixed().parameters()) - 60
     assert tuner.delta().info["method"]["fill"] == "zero"
     tuner.detach()

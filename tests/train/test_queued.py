@@ -97,12 +97,12 @@ def test_the_same_run_bit_for_bit(method, dtype, accumulation_steps, request):
     plain = trained(method, dtype, accumulation_steps)
     assert plain.selected == plain.budget
     expected = {name: flat.clone() for name, flat in plain.support.items()}
-    values = plain.state_dict()["tensors"]["values"]
+    values = plain.state_dict()["tensors"]["offsets"]
     scanned = request.getfixturevalue("queued")
     tuner = trained(method, dtype, accumulation_steps)
     assert scanned
     assert {n: f.tolist() for n, f in tuner.support.items()} == {n: f.tolist() for n, f in expected.items()}
-    assert torch.equal(tuner.state_dict()["tensors"]["values"], values)
+    assert torch.equal(tuner.state_dict()["tensors"]["offsets"], values)
 
 
 def test_scores_that_are_not_finite_void_the_selection_and_are_named(queued, caplog):

@@ -1,0 +1,49 @@
+"""A window: what makes one optimizer step, and what has become of its gradient since."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from selectune.train.ledger import Snapshot
+
+
+@dataclass
+class Window:
+    """What is known of the present step, from its first backward pass to its commit."""
+
+    backwards: int = 0
+    reads: int = 0  # backward passes, from the first on, whose dense gradients are wanted
+    closed: bool = False  # the selection of this window is done
+    held: dict[int, Tensor] = field(default_factory=dict)  # dense sums, while more is to come for them
+    before: Snapshot | None = None  # the ledger before this window's selection
+    gradient: Tensor | None = None  # (B,) what the window gave so far, kept under accumulation only
+    expected: Tensor | None = None  # (B,) what the optimizer will find, unless it is scaled; kept while watching
+    left: tuple[int, int] | None = None  # where the gradient lies, and its version, as autograd left it
+
+    def keep_track(self, gradient: Tensor | None) -> None:
+        """Autograd has added to the gradient (B,) that the optimizer will find."""
+        if gradient is not None:
+            self.left = (gradient.data_ptr(), gradient._version)
+
+    def lost(self, gradient: Tensor | None, selected: int) -> bool:
+        """Whether what autograd left there is gone: set to None, or to 0.
+
+        A gradient that is 0 because nothing was selected yet looks like one set to 0, and is taken for the former.
+        """
+        if self.left is None or self.backwards == 0:
+            return False
+        if gradient is None:
+            return True
+        return (gradient.data_ptr(), gradient._version) != self.left and selected > 0 and not bool(gradient.any())
+
+
+def scale_between(then: Tensor | None, now: Tensor) -> float:
+    """What clipping or unscaling multiplied the gradient by since backward; 1 where that cannot be seen."""
+    if then is None or not bool(then.any()):
+        return 1.0
+    at = int(then.abs().argmax())
+    scale = float(now[at] / then[at])
+    return scale if math.isfinite(scale) else 1.0
