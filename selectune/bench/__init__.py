@@ -1,5 +1,6 @@
 """Measuring: what a step costs beside other methods (`run`), what a run will cost (`plan`), what works (`doctor`).
 
+configs   the models' configs
 models    models from configs, random weights, and batches for them
 methods   how every method is set up: ours by recipe, peers by their own packages
 worker    the process in which one method is measured

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from selectune.bench import doctor, trace
 from selectune.bench.models import Bench, config_of, prepare
 from selectune.bench.plan import plan, updates_of
-from selectune.cli import app
+from selectune.cli.app import app
 from selectune.errors import BudgetError, ConfigError, SelectuneError
 from selectune.ops import loops
 from selectune.schedule import Increment, OneShot, Repeat
