@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import selectune as st
 from selectune import ops
+from selectune.bench.checks import attempt
 from selectune.errors import SelectuneError
 from selectune.harness.models import load_model
 from selectune.train import Tuner
@@ -20,7 +21,7 @@ NAMED = 3  # tensors named in a summary
 
 
 def look(name: str) -> dict[str, Any]:
-    """What selectune would do with this model, as plain values. Raises where it could not be loaded or attached to."""
+    """What selectune would do with this model, as plain values. Raises where it cannot be loaded."""
     model = load_model(name, None, 6).model
     return inspect(model)
 
@@ -28,9 +29,12 @@ def look(name: str) -> dict[str, Any]:
 def inspect(model: nn.Module) -> dict[str, Any]:
     """The same of a model that is there. Its bits are what they were afterwards."""
     out = left_out(model)
-    found = st.Scope().find(model) if len(out) < len(_tensors(model)) else None
+    found, problem = attempt(lambda: st.Scope().find(model))
     scoped = () if found is None else found.tensors
-    dtypes = Counter({})
+    said = None
+    if problem is None:
+        said, problem = attempt(lambda: attached(model, sum(t.eligible for t in scoped)))
+    dtypes: Counter[str] = Counter()
     for tensor in scoped:
         dtypes[str(tensor.parameter.dtype).removeprefix("torch.")] += tensor.parameter.numel()
     tied = {tensor.name: list(tensor.names[1:]) for tensor in scoped if len(tensor.names) > 1}
@@ -39,7 +43,7 @@ def inspect(model: nn.Module) -> dict[str, Any]:
     return {
         "class": type(model).__name__,
         "in_scope": {
-            "summary": f"{len(scoped)} tensors: {shares}" if scoped else "nothing: no floating tensor is trainable",
+            "summary": f"{len(scoped)} tensors: {shares}" if scoped else "nothing",
             "dtypes": dict(dtypes),
             "tensors": {t.name: {"shape": list(t.parameter.shape), "padding": len(t.padding)} for t in scoped},
         },
@@ -52,17 +56,13 @@ def inspect(model: nn.Module) -> dict[str, Any]:
             or "nothing",
             "tensors": out,
         },
-        "attach": attached(model, sum(t.eligible for t in scoped)),
+        "attach": {"works": problem is None, "summary": problem or said},
     }
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
     """The parameters that no selection would choose from, each with the reason in a word or two."""
-    return {name: why for name, tensor in _tensors(model).items() if (why := _why_not(tensor))}
-
-
-def _tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters())
+    return {name: why for name, tensor in model.named_parameters() if (why := _why_not(tensor))}
 
 
 def _why_not(tensor: Tensor) -> str | None:
@@ -73,10 +73,8 @@ def _why_not(tensor: Tensor) -> str | None:
     return None if tensor.requires_grad else "frozen"
 
 
-def attached(model: nn.Module, eligible: int) -> dict[str, Any]:
+def attached(model: nn.Module, eligible: int) -> str:
     """Attach and detach, with what can be checked in between; raises where it does not work or leaves a trace."""
-    if not eligible:
-        return {"works": False, "summary": "there is nothing to attach to"}
     before = _checksums(model)
     tuner = st.attach(model, st.random(budget=min(BUDGET, eligible)))
     try:
@@ -86,7 +84,7 @@ def attached(model: nn.Module, eligible: int) -> dict[str, Any]:
     moved = [name for name, sum_ in _checksums(model).items() if before[name] != sum_]
     if moved:
         raise SelectuneError(f"After attach and detach, {_some(moved)} are not what they were, bit for bit.")
-    return {"works": True, "summary": f"works and leaves no trace{seen}"}
+    return f"works and leaves no trace{seen}"
 
 
 def uses(tuner: Tuner, model: nn.Module) -> str:

@@ -25,6 +25,9 @@ _LABEL = 11
 def examine(model: str | None = None, patience: float = PATIENCE) -> dict[str, Any]:
     """Everything `selectune doctor` says, as plain JSON values; "problems" names each part that is ill and why."""
     found, problems, said = ask(list(checks.parts(model)), model, patience)
+    looked = found.get(f"model {model}") or {}
+    if looked and not looked["attach"]["works"]:
+        problems.append({"part": f"model {model}", "problem": f"attach does not work: {looked['attach']['summary']}"})
     check, gpu = found.get("self-check"), found.get("self-check on the GPU")
     return {
         "ok": not problems,
@@ -39,7 +42,7 @@ def examine(model: str | None = None, patience: float = PATIENCE) -> dict[str, A
         "caches": _environment((*checks.CACHES, "TMPDIR")),
         "self_check": {"ok": check is not None, "changed": None, "seconds": None, **(check or {})},
         "self_check_gpu": gpu,
-        "model": None if model is None else {"path": model, **(found.get(f"model {model}") or {})},
+        "model": None if model is None else {"path": model, **looked},
         "printed": said,
     }
 

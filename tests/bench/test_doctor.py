@@ -211,7 +211,7 @@ def test_what_is_in_scope_tied_and_left_out():
     found = candidate.inspect(Odd())
     assert found["in_scope"]["dtypes"] == {"float32": 32, "bfloat16": 16}
     assert found["in_scope"]["summary"] == "2 tensors: 32 float32, 16 bfloat16"
-    assert found["in_scope"]["tensors"]["table.weight"] == {"shape": [8, 4], "padding": 4}
+    assert found["in_scope"]["tensors"]["table.weight"] == {"shape": [8, 4], "padding": 0}  # the head trains that row
     assert found["tied"]["table.weight"] == ["head.weight"]
     assert found["left_out"]["tensors"] == {
         "cold": "frozen",
@@ -224,14 +224,28 @@ def test_what_is_in_scope_tied_and_left_out():
 def test_a_model_without_anything_to_train():
     model = nn.Linear(2, 2).requires_grad_(False)
     found = candidate.inspect(model)
-    assert found["in_scope"]["summary"].startswith("nothing")
+    assert found["in_scope"]["summary"] == "nothing"
+    assert found["left_out"]["summary"] == "2 frozen (weight, bias)"
     assert found["attach"]["works"] is False
+    assert "leaves no trainable floating tensor" in found["attach"]["summary"]
 
 
 def test_a_model_that_cannot_be_attached_to():
     model = nn.Linear(2, 2)
     model.weight = nn.Parameter(torch.zeros(1, 2).expand(2, 2))
-    assert "cannot be trained in place" in (checks.attempt(lambda: candidate.inspect(model))[1] or "")
+    found = candidate.inspect(model)
+    assert found["attach"]["works"] is False
+    assert "cannot be trained in place" in found["attach"]["summary"]
+
+
+def test_a_model_that_attach_refuses_is_a_problem(monkeypatch):
+    looked = candidate.inspect(nn.Linear(2, 2).requires_grad_(False))
+    monkeypatch.setattr(doctor, "ask", lambda *args: ({"model x": looked}, [], ""))
+    found = CliRunner().invoke(app, ["doctor", "--model", "x"])
+    assert found.exit_code == 1
+    assert "problem    model x: attach does not work: ScopeError: The scope include=" in found.stdout
+    assert "left out   2 frozen (weight, bias)" in found.stdout
+    assert fits(found.stdout)
 
 
 def test_a_trace_is_seen(monkeypatch):
@@ -243,7 +257,7 @@ def test_a_trace_is_seen(monkeypatch):
         return ""
 
     monkeypatch.setattr(candidate, "uses", spoil)
-    assert "weight are not what they were" in (checks.attempt(lambda: candidate.inspect(model))[1] or "")
+    assert "After attach and detach, weight are not what they were" in candidate.inspect(model)["attach"]["summary"]
 
 
 def test_a_model_by_its_folder(tmp_path, tiny):
