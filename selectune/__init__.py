@@ -1,39 +1,47 @@
-"""selectune: train the few scalars of a model that are worth training, in place, and ship them as a delta."""
+"""selectune: train the few scalars of a model that are worth training, in place, and ship them as a delta.
 
-from selectune import errors, scores
-from selectune.delta import Delta, Shelf, algebra, diff, load, switch
-from selectune.method import Method
-from selectune.recipes import (
-    bitfit,
-    child_tuning_d,
-    child_tuning_f,
-    diff_pruning,
-    fish,
-    fish_dip,
-    full,
-    gallop,
-    grasp,
-    id3,
-    increment_pafi,
-    lt_sft,
-    magnitude,
-    movement,
-    pafi,
-    random,
-    repeat_d3,
-    rigl,
-    snip,
-    sparse_adapter,
-    sparse_evolution,
-    spiel_ag,
-    spiel_ma,
-    static_d3,
-    synflow,
-    xattn,
-)
-from selectune.scope import Scope
-from selectune.train import SparseAdamW, SparseSM3, Tuner, Verification, attach, strip, tuner_of
-from selectune.types import Score, score
+Importing the package loads nothing: a public name is fetched when it is first used, and torch with it, so that
+`selectune --help` answers at once. A new name is a line in the imports below and its place in `__all__`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for readers, pyright and IDEs; `__getattr__` finds the same things in the same places
+    from selectune import errors, scores
+    from selectune.delta import Delta, Shelf, algebra, diff, load, switch
+    from selectune.method import Method
+    from selectune.recipes import (
+        bitfit,
+        child_tuning_d,
+        child_tuning_f,
+        diff_pruning,
+        fish,
+        fish_dip,
+        full,
+        gallop,
+        grasp,
+        id3,
+        increment_pafi,
+        lt_sft,
+        magnitude,
+        movement,
+        pafi,
+        random,
+        repeat_d3,
+        rigl,
+        snip,
+        sparse_adapter,
+        sparse_evolution,
+        spiel_ag,
+        spiel_ma,
+        static_d3,
+        synflow,
+        xattn,
+    )
+    from selectune.scope import Scope
+    from selectune.train import SparseAdamW, SparseSM3, Tuner, Verification, attach, strip, tuner_of
+    from selectune.types import Score, score
 
 __version__ = "0.1.0"
 
@@ -44,3 +52,22 @@ __all__ = [
     "repeat_d3", "rigl", "score", "scores", "snip", "sparse_adapter", "sparse_evolution", "spiel_ag", "spiel_ma",
     "static_d3", "strip", "switch", "synflow", "tuner_of", "xattn",
 ]  # fmt: skip
+
+_HOMES = ("delta", "method", "recipes", "scope", "train", "types")  # where public names are looked for, in this order
+_MODULES = (*_HOMES, "dense", "errors", "ops", "schedule", "scores", "select")  # what `import selectune` gives too
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"selectune.{name}")
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f"selectune.{home}")
+            if hasattr(module, name):
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module 'selectune' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -20,9 +20,15 @@ SelectuneError
 │   └── NonFiniteError       NaN or infinity among the trained values
 ├── ModelError               a model that cannot be found or loaded
 └── TaskError                a task, split or data file that cannot be found or read
+    └── UnknownTaskError     a name that is no task's                               (also ConfigError)
 
 A message says what was asked, why it cannot be, what was received and what is allowed.
 """
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class SelectuneError(Exception):
@@ -103,3 +109,17 @@ class ModelError(SelectuneError):
 
 class TaskError(SelectuneError):
     """A task, a split or a data file cannot be found or read."""
+
+
+class UnknownTaskError(TaskError, ConfigError):
+    """A name that is no task's."""
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known one that is most like it, or nothing.
+
+    >>> did_you_mean("lroa", ("lora", "dora")), did_you_mean("what", ("lora", "dora"))
+    (' Did you mean lora?', '')
+    """
+    near = difflib.get_close_matches(given, list(known), 1)
+    return f" Did you mean {near[0]}?" if near else ""

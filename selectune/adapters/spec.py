@@ -9,7 +9,7 @@ from typing import Any
 
 from selectune.adapters import bottleneck
 from selectune.adapters.roles import LINEAR
-from selectune.errors import ConfigError
+from selectune.errors import ConfigError, did_you_mean
 
 Value = int | float | bool | str
 LINEARS = "linears"  # targets=: every linear layer but the head, by its class and without a role map
@@ -75,11 +75,13 @@ def parse(text: str) -> Spec:
 def make(kind: str, given: Mapping[str, Any]) -> Spec:
     """A Spec with defaults for what is not given, each option checked; raises ConfigError."""
     if kind not in KINDS:
-        raise ConfigError(f"Unknown module '{kind}'. Known: {', '.join(KINDS)}.")
+        raise ConfigError(f"Unknown module '{kind}'. Known: {', '.join(KINDS)}.{did_you_mean(kind.lower(), KINDS)}")
     options = KINDS[kind].options
     for name in given:
         if name not in options:
-            raise ConfigError(f"{kind} takes no option {name}. It takes: {', '.join(options) or 'none'}.")
+            raise ConfigError(
+                f"{kind} takes no option {name}. It takes: {', '.join(options) or 'none'}.{did_you_mean(name, options)}"
+            )
     full: dict[str, Any] = {}
     for name, option in options.items():
         value = given.get(name, option.default(full) if callable(option.default) else option.default)

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune.adapters import KINDS, LINEARS, Spec, linears, make, parse, put_on, two_rates
-from selectune.errors import ConfigError, ModelError
+from selectune.errors import ConfigError, ModelError, did_you_mean
 from selectune.harness.calibration import calibration
 from selectune.harness.modules import peer, spec_of
 from selectune.harness.optimizers import OPTIMIZERS
@@ -100,11 +101,25 @@ def check(name: str) -> None:
             raise ConfigError(f"--methods {name}: '@k' selects at every k-th step, which {base} does not take.")
         return
     if peer(name) is None and name not in PEERS:
-        ours = [r for r in RECIPES if r != DENSE]
+        known = [*PEERS, *KINDS, *(r for r in RECIPES if r != DENSE)]
         raise ConfigError(
-            f"--methods {name}: unknown. Known: {', '.join([*PEERS, *KINDS, *ours])}; id3@10 selects at every 10th "
-            "step, id3+lora:r=8 selects from a module."
+            f"--methods {name}: unknown. Known: {', '.join(known)}; id3@10 selects at every 10th "
+            f"step, id3+lora:r=8 selects from a module.{_meant(name, known)}"
         )
+
+
+def plannable(name: str) -> None:
+    """Raises ConfigError for a method whose memory cannot be predicted."""
+    if name not in (DENSE, FLOOR) and not is_ours(name):
+        known = [*RECIPES, FLOOR]
+        raise ConfigError(
+            f"--method {name}: only selectune's methods, {DENSE} and {FLOOR} can be planned. "
+            f"Known: {', '.join(known)}.{_meant(name, known)}"
+        )
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    return did_you_mean(re.split("[@+:]", name)[0].lower().replace("_", "-"), known)
 
 
 def needs(name: str) -> str | None:

@@ -68,8 +68,7 @@ def plan(
     """
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZERS)}.")
-    if method not in (methods.DENSE, methods.FLOOR) and not methods.is_ours(method):
-        raise ConfigError(f"--method {method}: only selectune's methods, full and frozen can be planned.")
+    methods.plannable(method)
     methods.check(method)
     if methods.parts(method)[2]:
         raise ConfigError(

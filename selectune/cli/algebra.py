@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import nn
 
-import selectune as st
 from selectune.cli.options import Dtype, Json, Revision, Trust
 from selectune.cli.output import result, working
-from selectune.delta import Delta, algebra
 from selectune.errors import ConfigError
-from selectune.harness.restore import Source, load_base
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from selectune.delta import Delta, algebra
+    from selectune.harness.restore import Source
 
 Paths = Annotated[
     list[str], typer.Argument(help="Deltas of one base: folders that hold delta.safetensors, or .safetensors files.")
@@ -59,6 +61,8 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Sum deltas: base + w1 d1 + w2 d2 + ...; where they do not overlap, that is applying one after another."""
+    from selectune.delta import algebra
+
     factors = _numbers(weights)
     source = _source(model, revision, dtype, trust_remote_code)
     _run(deltas, source, out, as_json, lambda found, base: algebra.add(found, weights=factors, base=base))
@@ -75,6 +79,8 @@ def scale(
     as_json: Json = False,
 ) -> None:
     """Make a delta stronger or weaker: base + factor x difference, where the delta writes."""
+    from selectune.delta import algebra
+
     source = _source(model, revision, dtype, trust_remote_code)
     _run([delta], source, out, as_json, lambda found, base: algebra.scale(found[0], by, base=base))
 
@@ -92,6 +98,8 @@ def ties(
     as_json: Json = False,
 ) -> None:
     """Merge by TIES: trim small differences, elect a sign for each scalar, average those that have it."""
+    from selectune.delta import algebra
+
     factors = _numbers(weights)
     source = _source(model, revision, dtype, trust_remote_code)
     _run(
@@ -113,6 +121,8 @@ def dare(
     as_json: Json = False,
 ) -> None:
     """Merge by DARE: drop differences at random, grow the rest by 1 / (1 - drop), sum."""
+    from selectune.delta import algebra
+
     factors = _numbers(weights)
     source = _source(model, revision, dtype, trust_remote_code)
     _run(
@@ -127,7 +137,9 @@ def overlap(
     as_json: Json = False,
 ) -> None:
     """Say how much of the first delta's support lies in the second's. Needs no model; bases may differ."""
-    found = algebra.overlap(st.load(first), st.load(second))
+    from selectune.delta import algebra, load
+
+    found = algebra.overlap(load(first), load(second))
     value = {**_overlap(found), "tensors": {name: _overlap(row) for name, row in found.tensors.items()}}
     lines = [
         f"{found.shared:,} of {found.first:,} scalars ({found.ratio:.2%}) are among the {found.second:,} of the other; "
@@ -145,8 +157,11 @@ def _run(
     as_json: bool,
     merge: Callable[[list[Delta], nn.Module | None], Delta],
 ) -> None:
+    from selectune.delta import algebra, load
+    from selectune.harness.restore import load_base
+
     with working():
-        deltas = [st.load(path) for path in paths]
+        deltas = [load(path) for path in paths]
         base = None if source is None else load_base(source, deltas[0], None).model
         made = merge(deltas, base)
         report = algebra.conflicts(deltas, base=base)
@@ -168,6 +183,8 @@ def _run(
 
 
 def _source(model: str | None, revision: str | None, dtype: str | None, trust: bool) -> Source | None:
+    from selectune.harness.restore import Source
+
     return None if model is None else Source(model, revision, dtype, trust)
 
 

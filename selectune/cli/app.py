@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import errno
+from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import selectune
 from selectune.cli import algebra, deltas, lists, measure, runs
-from selectune.cli.output import code_of, fail, log_to_stderr
+from selectune.cli.mistakes import UsageError, explained
+from selectune.cli.output import code_of, fail, log_to_stderr, refuse
 from selectune.errors import SelectuneError
 
 
 class Guarded(TyperGroup):
     """A group of commands whose errors are one line and an exit code, not a traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:
+            return super().parse_args(ctx, args)  # which shows the help
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            refuse(explained(error))
+            raise typer.Exit(2) from None
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # of a group that was named without a command
+                raise
+            refuse(explained(error))
+            raise typer.Exit(2) from None
         except SelectuneError as error:
             fail(error)
             raise typer.Exit(code_of(error)) from None
@@ -40,9 +57,24 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if not asked:
+        return
+    try:
+        torch = metadata.version("torch")  # read from its files, which costs no import
+    except metadata.PackageNotFoundError:
+        torch = "is not installed"
+    typer.echo(f"selectune {selectune.__version__}, torch {torch}")
+    raise typer.Exit
+
+
 @app.callback()
 def root(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also log what is going on, to stderr.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the versions of selectune and torch."),
+    ] = False,
 ) -> None:
     """Selective fine-tuning: train the few scalars of a model that are worth training, ship them as a delta."""
     log_to_stderr(verbose)

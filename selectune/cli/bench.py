@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from selectune.bench.models import CONFIGS
+from selectune.bench.configs import CONFIGS
 from selectune.cli import values
 from selectune.cli.output import stderr, working
 from selectune.errors import ConfigError

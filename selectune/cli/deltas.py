@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import selectune as st
 from selectune import tasks
-from selectune.adapters import Spec
 from selectune.cli.options import DeltaPath, Dtype, Json, Model, Revision, Trust
 from selectune.cli.output import fail, result, working
-from selectune.delta import Delta
-from selectune.delta.bits import dtype_name
 from selectune.errors import ConfigError, DeltaError, IntegrityError, ModelError, TaskError
-from selectune.harness.restore import Source, diff_models, merge_delta, verify_delta
+
+if TYPE_CHECKING:
+    from selectune.delta import Delta
 
 VERIFY_EXAMPLES = (
     "Example:  selectune verify --model demo --delta runs/rte\n\n"
@@ -43,6 +41,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Prove that a model is a delta's base and that the delta changes at most its budget: by bits, then reverted."""
+    from selectune.harness.restore import Source, verify_delta
+
     try:
         with working():
             if not Path(delta).exists():
@@ -75,12 +75,16 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Say what a delta holds: method, budget, base, and where its scalars are. Needs no model."""
-    delta = st.load(path)
+    from selectune.delta import load
+
+    delta = load(path)
     value = _described(delta)
     result(as_json, value, _shown(value))
 
 
 def _described(delta: Delta) -> dict[str, Any]:
+    from selectune.delta.bits import dtype_name
+
     patches = [
         {
             "name": p.name,
@@ -103,6 +107,8 @@ def _described(delta: Delta) -> dict[str, Any]:
 
 
 def _shown(value: dict[str, Any]) -> str:
+    from selectune.adapters import Spec
+
     base, method = value["base"], value["method"]
     scalars = sum(patch["count"] for patch in value["patches"])
     module = value.get("module")
@@ -140,6 +146,8 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Make a delta out of two models of one shape: all scalars whose bits differ."""
+    from selectune.harness.restore import Source, diff_models
+
     with working():
         delta, path = diff_models(Source(base, revision, dtype, trust_remote_code), tuned, out, seed)
     value = {"delta": str(path), "scalars": delta.selected, "tensors": len(delta.patches), "bytes": delta.nbytes}
@@ -158,6 +166,8 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Write base + delta as an ordinary model folder, to be loaded without selectune."""
+    from selectune.harness.restore import Source, merge_delta
+
     with working():
         source = Source(model, revision, dtype, trust_remote_code)
         value = merge_delta(source, delta, out, None if task is None else tasks.get(task))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selectune.adapters import KINDS
-from selectune.cli import values
+from selectune.cli import catalogue, values
 from selectune.cli.options import Data, Json
 from selectune.cli.output import Bar, result, working
 from selectune.cli.runs import train
-from selectune.harness.demo import BUDGET, DemoResult
-from selectune.harness.demo import demo as run_demo
-from selectune.recipes import RECIPES
 from selectune.tasks import TASKS
+
+if TYPE_CHECKING:
+    from selectune.harness.demo import DemoResult
 
 DEMO_EXAMPLES = "Examples:  selectune demo\n\nselectune demo --data DIR --out runs/demo --json"
 
@@ -40,34 +39,9 @@ def tasks(as_json: Json = False) -> None:
 
 def methods(as_json: Json = False) -> None:
     """List the methods: what each does, what selection reads, what it costs, source; then the dense peers."""
-    found = [
-        {
-            "name": recipe.name,
-            "summary": recipe.summary,
-            "reads": recipe.reads,
-            "passes": recipe.passes,
-            "bytes": recipe.bytes,
-            "source": recipe.source,
-            "takes": [name for name in inspect.signature(recipe.function).parameters if name != "steps"],
-        }
-        for recipe in RECIPES.values()
-    ]
-    peers = [
-        {
-            "name": kind.name,
-            "summary": kind.summary,
-            "reads": "nothing",
-            "passes": "none",
-            "bytes": "16 a scalar of the module",
-            "source": kind.source,
-            "takes": list(kind.options),
-            "through": "peft" if kind.peft else "selectune",
-            "on": kind.on,
-            "lr": kind.lr,
-            "lr_source": kind.lr_source,
-        }
-        for kind in KINDS.values()
-    ]
+    everything = catalogue.methods()
+    found = [m for m in everything if "through" not in m]
+    peers = [m for m in everything if "through" in m]
     lines = [
         f"{m['name']}: {m['summary']}\n"
         f"    reads {m['reads']}; passes over the weights: {m['passes']}; bytes: {m['bytes']}\n"
@@ -81,7 +55,7 @@ def methods(as_json: Json = False) -> None:
             "16 bytes a scalar of the module"
         )
         lines += [_peer(m) for m in peers if m["through"] == through]
-    result(as_json, [*found, *peers], "\n".join(lines))
+    result(as_json, everything, "\n".join(lines))
 
 
 def _options(takes: list[str]) -> str:
@@ -116,15 +90,25 @@ def demo(
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps of each method. Default: 240, or 320 for generated sentences.")
     ] = None,
-    budget: Annotated[str, typer.Option("--budget", "-b", help="Scalars that ID3 and the random mask may change.")] = (
-        f"{BUDGET:.2%}"
-    ),
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            help="Scalars that ID3 and the random mask may change. Default: 0.17%.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws the head, the order of the data, dropout, the random mask.")] = 6,
     as_json: Json = False,
 ) -> None:
     """Show the point in minutes: base, ID3, a random mask and full fine-tuning of one small model, and the revert."""
+    share = None if budget is None else values.budget(budget)
+    from selectune.harness import demo as demos
+
     with working():
-        found = run_demo(data, out, model, task, steps, values.budget(budget), seed, Bar())
+        scalars = demos.BUDGET if share is None else share
+        found = demos.demo(data, out, model, task, steps, scalars, seed, Bar())
     result(as_json, found.as_json(), _table(found))
 
 

@@ -11,15 +11,18 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from selectune.errors import ConfigError, SelectuneError
-from selectune.harness.train import Update
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from selectune.harness.train import Update
 
 TRACEBACK = "SELECTUNE_TRACEBACK"
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C stopped
@@ -35,8 +38,12 @@ def fail(error: SelectuneError | OSError) -> None:
     """Prints an error as one red line; with SELECTUNE_TRACEBACK=1 raises it instead."""
     if os.environ.get(TRACEBACK, "") not in ("", "0"):
         raise error
-    text = " ".join(str(error).split())
-    stderr().print(f"[bold red]error:[/] [red]{escape(text)}[/]")
+    refuse(str(error))
+
+
+def refuse(text: str) -> None:
+    """Prints why not, as one red line."""
+    stderr().print(f"[bold red]error:[/] [red]{escape(' '.join(text.split()))}[/]")
 
 
 def code_of(error: SelectuneError) -> int:
@@ -107,6 +114,8 @@ class Bar:
         if not self._console.is_terminal:
             self._title = title
             return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -138,6 +147,7 @@ class Bar:
 def state_line(update: Update, rate: float) -> str:
     """What stands beside the bar.
 
+    >>> from selectune.harness.train import Update
     >>> state_line(Update(10, 100, 0.5, 40, 400, None), 2.5)
     'loss 0.5000  40/400 selected  2.5 steps/s'
     """

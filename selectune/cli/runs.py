@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from selectune import tasks
 from selectune.cli import values
 from selectune.cli.options import Data, Dtype, Json, MaxLength, Model, Revision, Trust
 from selectune.cli.output import INTERRUPTED, Bar, result, stderr, working
-from selectune.harness.config import RunConfig, patterns
-from selectune.harness.restore import Source, evaluate_delta
-from selectune.harness.resume import newest
-from selectune.harness.train import RunResult, run
+
+if TYPE_CHECKING:
+    from selectune.harness.config import RunConfig
+    from selectune.harness.train import RunResult
 
 TRAIN_EXAMPLES = (
     "Examples:\n\nselectune train --model demo --task glue/rte --budget 103k --epochs 3 --out runs/rte\n\n"
@@ -199,12 +198,16 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a few scalars of a model on a task, save them as a delta, and measure what was saved."""
+    amount = None if budget is None else values.budget(budget)
+    from selectune.harness.config import RunConfig, patterns
+    from selectune.harness.train import run
+
     config = RunConfig(
         model=model,
         task=task,
         method=method,
         on=on,
-        budget=None if budget is None else values.budget(budget),
+        budget=amount,
         lr=lr,
         epochs=epochs,
         max_steps=max_steps,
@@ -257,6 +260,8 @@ def train(
 
 
 def _stopped(config: RunConfig) -> str:
+    from selectune.harness.resume import newest
+
     found = newest(config)
     if found is None:
         return "stopped; there is no checkpoint to go on from. --save-every K writes one at every K-th step."
@@ -294,6 +299,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model with a delta on a task's validation split; the same number as training printed."""
+    from selectune import tasks
+    from selectune.harness.restore import Source, evaluate_delta
+
     with working():
         source = Source(model, revision, dtype, trust_remote_code)
         found = evaluate_delta(source, delta, tasks.get(task), data, max_length, seed)

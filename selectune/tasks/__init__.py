@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selectune.errors import TaskError
+from selectune.errors import UnknownTaskError, did_you_mean
 from selectune.tasks.common import DATA, Example, Hub, Split, Task, load
 from selectune.tasks.demo.grammaticality import GRAMMATICALITY
 from selectune.tasks.glue.cola import COLA
@@ -32,9 +32,11 @@ TASKS: dict[str, Task] = {
 
 
 def get(name: str) -> Task:
-    """The task of that name; raises TaskError that lists the known ones."""
+    """The task of that name; raises UnknownTaskError, a TaskError, that lists the known ones."""
     if name not in TASKS:
-        raise TaskError(f"Unknown task '{name}'. Known: {', '.join(TASKS)}.")
+        short = {known.rpartition("/")[2]: known for known in TASKS}  # `rte` is glue/rte
+        hint = f" Did you mean {short[name]}?" if name in short else did_you_mean(name.lower(), TASKS)
+        raise UnknownTaskError(f"Unknown task '{name}'. Known: {', '.join(TASKS)}.{hint}")
     return TASKS[name]
 
 

@@ -33,7 +33,7 @@ class Own:
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook of a tensor's that calls a method while its owner lives: held strongly, tensor and owner would never go."""
+    """A hook of a tensor that calls a method while its owner lives; held strongly, neither would ever go."""
     seen = weakref.WeakMethod(method)
 
     def hook(*received: Any) -> Any:

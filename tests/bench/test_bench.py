@@ -17,7 +17,7 @@ from selectune.adapters import linears
 from selectune.bench import bars, methods, rounds, rows, table, worker
 from selectune.bench.models import CONFIGS, Bench, batches, build, config_of, loss_of, prepare
 from selectune.bench.rounds import Samples, Settings
-from selectune.cli import app
+from selectune.cli.app import app
 from selectune.errors import ConfigError, ModelError
 
 TINY = Bench("tiny", 2, 16)

@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from selectune.cli import app
+from selectune.cli.app import app
 
 runner = CliRunner()
 

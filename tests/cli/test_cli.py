@@ -13,7 +13,7 @@ from tiny_kit import make_model
 
 import selectune as st
 from selectune.adapters import KINDS
-from selectune.cli import app
+from selectune.cli.app import app
 from selectune.cli.lists import _table
 from selectune.harness.demo import DemoResult, Revert, Row
 from selectune.recipes import RECIPES
@@ -193,7 +193,7 @@ TRAIN = ("train", "--task", "glue/rte", "--max-steps", "2")
         (("--budget", "10", "--method", "id4"), 2, "Unknown method 'id4'"),
         (("--budget", "10", "--method", "bitfit"), 2, "takes no budget"),
         (("--method", "bitfit", "--exp", "1"), 2, "takes no exp"),
-        (("--budget", "10", "--task", "glue/none"), 1, "Unknown task 'glue/none'"),
+        (("--budget", "10", "--task", "glue/none"), 2, "Unknown task 'glue/none'"),
         (("--budget", "10", "--model", "./nowhere"), 1, "'./nowhere' does not exist"),
         (("--budget", "10", "--data", "./nowhere"), 1, "The data folder nowhere does not exist"),
         (("--budget", "10", "--task", "glue/qqp"), 1, "has no train split of glue/qqp"),
@@ -270,13 +270,14 @@ def test_real_data_is_reproduced(tiny, real_data, tmp_path):
 
 def test_progress_in_a_pipe_is_a_line_now_and_then(capsys, monkeypatch):
     from selectune.cli import output
+    from selectune.harness.train import Update
 
     clock = iter([0.0, 1.0, 31.0, 40.0, 62.0])
     monkeypatch.setattr(output.time, "perf_counter", lambda: next(clock))
     bar = output.Bar()
     bar.start("id3 on glue/rte", 100)
     for step in (1, 10, 20, 30):
-        bar.update(output.Update(step, 100, 0.5, step, 400, None))
+        bar.update(Update(step, 100, 0.5, step, 400, None))
     bar.stop()
     said = capsys.readouterr()
     assert said.out == ""

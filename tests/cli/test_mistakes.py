@@ -8,7 +8,8 @@ import pytest
 from tiny_kit import make_model
 from typer.testing import CliRunner
 
-from selectune.cli import app, values
+from selectune.cli import values
+from selectune.cli.app import app
 from selectune.cli.output import fitted
 from selectune.errors import BudgetError
 from selectune.harness.models import DTYPES

@@ -1,0 +1,25 @@
+"""What is said about a command line that cannot be understood: one line, with the nearest known name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from selectune.errors import did_you_mean
+
+# Typer brings its own copy of click from 0.2x on; what it raises for wrong usage is a base of this public class.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def explained(error: Any) -> str:
+    """The message of a usage error, and where to read on."""
+    context = error.ctx
+    name = getattr(error, "option_name", None)
+    if type(error).__name__ == "NoSuchOption" and name is not None:
+        known = [] if context is None else [o for parameter in context.command.params for o in parameter.opts]
+        text = f"There is no option {name}.{did_you_mean(name, [o for o in known if o.startswith('--')])}"
+    else:
+        text = error.format_message()
+        text = text if text.endswith((".", "?")) else f"{text}."
+    return text if context is None else f"{text} See {context.command_path} --help."
