@@ -1,13 +1,12 @@
 """The contract: what a score, a selection and a schedule are, and what a score may read.
 
-A method is four values (`selectune.method.Method`):
+A method is these values (`selectune.method.Method`):
 
     scope     which tensors may be selected                    selectune/scope.py
     score     one number per entry, higher = more worth it     selectune/scores/
     select    scores x quota -> exactly that many entries      selectune/select.py
     schedule  is it time to select, and how many by then       selectune/schedule.py
-
-and, where steps are dense, of a fifth: dense, what is trained while every entry is (selectune/dense.py).
+    dense     what is trained while every entry is, if ever    selectune/dense.py
 
 Letters used beside tensors: N entries in scope, B the budget, n entries of one tensor, q a quota.
 """
@@ -22,7 +21,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Generator, Tensor
 
 from selectune.errors import ConfigError
@@ -32,8 +30,7 @@ class Reads(enum.StrEnum):
     """What a score must be shown; the engine computes only that.
 
     The last five are *calibrated*: scored from data at fixed weights, through `attach(..., calibration=batches,
-    loss=callable)`. They keep one float32 per entry in scope while they run (CURVATURE two, and the graph of a double
-    backward pass). Parameters of a score that the engine reads itself are in `Score`.
+    loss=callable)`. They keep one float32 per entry in scope while they run (CURVATURE two, and a graph).
     """
 
     NOTHING = "nothing"  # f(weight, generator): the shape and a seeded generator
@@ -60,16 +57,14 @@ FUSED = {"ratio": "|g| / (|w| + eps)^exp", "small": "-|w|"}
 class Score:
     """One number per entry, float32 (float64 for float64 weights); higher means more worth training.
 
-    `function` gets flat pieces of a tensor of any length, so it must be elementwise. `above`: an
-    entry is eligible only if it scores strictly above this; a gradient score with `above=0`
-    promises to be 0 wherever the gradient is 0, so entries without gradient are never selected.
-    NaN or infinity abort the selection of that step.
+    `function` gets flat pieces of a tensor of any length, so it must be elementwise. `above`: an entry is eligible only
+    if it scores strictly above this; a gradient score with `above=0` promises to be 0 wherever the gradient is 0, so
+    entries without gradient are never selected. NaN or infinity abort the selection of that step.
 
-    Parameters that the engine of a calibrated score reads: `examples`, `batches` (how many; absent or None:
-    all that calibration gives), `labels` ("data", "model"), `clip` (each tensor's gradient is scaled down to
-    this norm first), `train_mode` (the model in training mode meanwhile; else in eval mode), `temperature`
-    (passed on as `loss(model, batch, temperature=T)`, unless it is 1), `hardest` (only the n examples with
-    the largest loss count).
+    Parameters that the engine of a calibrated score reads: `examples`, `batches` (how many; absent or None: all),
+    `labels` ("data", "model"), `clip` (each tensor's gradient is scaled down to this norm first), `train_mode` (the
+    model trains meanwhile; else eval), `temperature` (passed on as `loss(model, batch, temperature=T)`, unless it is
+    1), `hardest` (only the n examples with the largest loss count).
     """
 
     name: str
@@ -87,31 +82,23 @@ class Score:
         generator: Generator | None = None,
     ) -> Tensor:  # (n,)
         """The scores of n entries. Raises ConfigError for a function that gives anything else, or writes into these."""
-        given = [weight] if gradient is None else [weight, gradient]
-        versions = [0 if part.is_inference() else part._version for part in given]
+        given = [part for part in (weight, gradient) if part is not None and not part.is_inference()]
+        versions = [part._version for part in given]
         if self.reads is Reads.WEIGHT:
             scores = self.function(weight, **self.parameters)
         elif self.reads is Reads.NOTHING:
             scores = self.function(weight, generator, **self.parameters)
         else:
             scores = self.function(weight, gradient, **self.parameters)
-        if not isinstance(scores, Tensor) or scores.shape != weight.shape or not scores.is_floating_point():
-            got = f"{tuple(scores.shape)} in {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+        wrote = [part._version for part in given] != versions
+        if wrote or not isinstance(scores, Tensor) or scores.shape != weight.shape or not scores.is_floating_point():
+            got = f"{tuple(scores.shape)}, {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+            did = "wrote into its arguments" if wrote else f"gave {got}"
             raise ConfigError(
-                f"The score '{self.name}' has to give one floating number for each entry: it was given weights of "
-                f"shape {tuple(weight.shape)} and gave {got}."
-            )
-        if [0 if part.is_inference() else part._version for part in given] != versions:
-            raise ConfigError(
-                f"The score '{self.name}' wrote into its arguments, which may be the model's own weights. Compute in "
-                "new tensors."
+                f"The score '{self.name}' has to give one floating number for each entry, and to leave what it is "
+                f"given alone: given weights of shape {tuple(weight.shape)}, it {did}."
             )
         return scores
-
-    def check(self) -> None:
-        """Raises ConfigError for a function that does not keep the contract, tried on numbers that are no model's."""
-        weight, gradient = torch.linspace(-1.0, 1.0, 64), torch.linspace(0.5, 1.5, 64)
-        self(weight, None if self.reads in (Reads.WEIGHT, Reads.NOTHING) else gradient, Generator().manual_seed(0))
 
 
 def score(
@@ -355,10 +342,9 @@ class Exchanging(Schedule, Protocol):
 
 
 class Places(Protocol):
-    """Where the entries of the trained vector stand. An entry's row and column are those of its tensor seen as a matrix
+    """Where the entries of the trained vector stand: row and column in their tensors, seen as matrices.
 
-    of its first dimension by the others (a vector is one row); rows and columns of all tensors are counted through,
-    and slots not in use have the last of each.
+    A matrix is the first dimension by the others, a vector one row. They are counted through; free slots have the last.
     """
 
     @property

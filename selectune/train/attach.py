@@ -23,7 +23,7 @@ from selectune.train.calibrate import Batches, Loss, again, calibrate, check_rer
 from selectune.train.dense import Phase
 from selectune.train.ledger import Ledger
 from selectune.train.optimizers import Follower
-from selectune.train.scan import check_range
+from selectune.train.scan import check_score
 from selectune.train.tracker import Tracker
 
 log = logging.getLogger("selectune")
@@ -118,8 +118,7 @@ class Tuner:
                     f"{type(schedule).__name__} selects {at_once} of {self.budget} then."
                 )
         if method.score is not None:
-            method.score.check()
-            check_range(method.score, found.tensors)
+            check_score(method.score, found.tensors)
         self._model: nn.Module | None = model
         self._all = found if schedule is not None or method.dense is not None else Found((), found.dense)
         self._phase: Phase | None = None

@@ -15,7 +15,7 @@ from torch import Tensor
 from selectune import ops
 from selectune.errors import ConfigError
 from selectune.scope import ScopedTensor
-from selectune.types import Collector, Queueing, Score
+from selectune.types import Collector, Queueing, Reads, Score
 
 PIECE = 1 << 20  # scalars scored at once: small enough for the caches, large enough to be cheap
 QUEUED_PIECE = 1 << 22  # on a GPU: a few launches for each, 12 bytes of temporary memory a scalar
@@ -153,8 +153,10 @@ def _cutoff(collector: Collector) -> float:
     return getattr(collector, "cutoff", NOT_ELIGIBLE)
 
 
-def check_range(score: Score, tensors: Sequence[ScopedTensor]) -> None:
-    """Raises ConfigError where (|w| + eps)^exp leaves the range of the numbers that scores are made of."""
+def check_score(score: Score, tensors: Sequence[ScopedTensor]) -> None:
+    """Raises ConfigError for a score that breaks its contract, or whose (|w| + eps)^exp leaves the range of floats."""
+    gradient = None if score.reads in (Reads.WEIGHT, Reads.NOTHING) else torch.linspace(0.5, 1.5, 64)
+    score(torch.linspace(-1.0, 1.0, 64), gradient, torch.Generator().manual_seed(0))  # tried on numbers of no model
     if score.fused != "ratio" or abs(score.parameters["exp"]) <= 8:
         return
     exp, eps = float(score.parameters["exp"]), float(score.parameters["eps"])
