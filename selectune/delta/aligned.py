@@ -74,6 +74,13 @@ def align(deltas: Sequence[Delta], base: nn.Module | None = None) -> list[Rows]:
     The base's values are those of `base` (looked at under applied deltas), or the old values that the deltas carry.
     Raises BaseMismatchError for deltas of different bases or shapes, DeltaError where the base is unknown.
     """
+    if base is None:
+        return _align(deltas, None)
+    with live.exclusive(base, "reading the base of a sum of deltas"):
+        return _align(deltas, base)
+
+
+def _align(deltas: Sequence[Delta], base: nn.Module | None) -> list[Rows]:
     check_shapes(deltas)
     found, stack = None, []
     if base is not None:
