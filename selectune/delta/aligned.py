@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune.delta import apply as live
+from selectune.delta import door
 from selectune.delta import bits
 from selectune.delta.bits import dtype_name, int_view
 from selectune.delta.delta import Delta
@@ -76,7 +77,7 @@ def align(deltas: Sequence[Delta], base: nn.Module | None = None) -> list[Rows]:
     """
     if base is None:
         return _align(deltas, None)
-    with live.exclusive(base, "reading the base of a sum of deltas"):
+    with door.beside(door.claim_of(live.unwrapped(base)), "reading the base of a sum of deltas"):
         return _align(deltas, base)
 
 
@@ -84,8 +85,7 @@ def _align(deltas: Sequence[Delta], base: nn.Module | None) -> list[Rows]:
     check_shapes(deltas)
     found, stack = None, []
     if base is not None:
-        found, stack = live.ready(base), live.stack_of(base)
-        live.forget_undone(stack, found)
+        found, stack = live.ready(base), list(live.stack_of(base))
     check_one_base(deltas, checked=found is not None)
     for number, delta in enumerate(deltas):
         if found is not None:
