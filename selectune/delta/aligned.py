@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune.delta import apply as live
-from selectune.delta import door
-from selectune.delta import bits
+from selectune.delta import bits, door
 from selectune.delta.bits import dtype_name, int_view
 from selectune.delta.delta import Delta
 from selectune.delta.fingerprint import Inventory
