@@ -16,6 +16,7 @@ from torch import nn
 
 import selectune
 from selectune.delta import Delta, Shelf, bits, switch
+from selectune.delta.writing import Write, write_all
 from selectune.errors import BaseMismatchError, ConfigError, DeltaStateError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2, torch.float64]
@@ -240,6 +241,19 @@ def test_a_switch_is_all_or_nothing(monkeypatch, error):
                 assert (snapshot(model), shelf.active) == (before, "d0")
     assert k == 8  # three patches off, three patches and two whole tensors on
     assert shelf.active == "d1"
+
+
+def test_an_interrupt_after_the_last_write_undoes_the_record_too():
+    class Record(list):
+        def __setitem__(self, where, what):
+            super().__setitem__(where, what)
+            if what:
+                raise KeyboardInterrupt
+
+    record, weights = Record(), torch.zeros(3)
+    with pytest.raises(KeyboardInterrupt):
+        write_all([Write("w", weights, None, torch.ones(3), torch.zeros(3))], record, ["applied"])
+    assert (record, weights.sum()) == ([], 0.0)
 
 
 def test_a_switch_writes_what_the_deltas_write_and_no_more(monkeypatch):
