@@ -17,6 +17,7 @@ SelectuneError
 │   ├── DeltaFormatError     a file that is not a delta, is damaged, or is of a later version
 │   ├── BaseMismatchError    the model is not the base this delta was made on
 │   ├── DeltaStateError      applied twice, reverted out of order, applied under a tuner
+│   │   └── DeltaTimeoutError other threads used the model for longer than the timeout      (also TimeoutError)
 │   └── NonFiniteError       NaN or infinity among the trained values
 ├── ModelError               a model that cannot be found or loaded
 └── TaskError                a task, split or data file that cannot be found or read
@@ -97,6 +98,10 @@ class BaseMismatchError(DeltaError):
 
 class DeltaStateError(DeltaError):
     """A delta was applied twice, reverted out of order, or applied under a tuner."""
+
+
+class DeltaTimeoutError(DeltaStateError, TimeoutError):
+    """Other threads used the model for longer than the timeout that was given."""
 
 
 class NonFiniteError(DeltaError):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune.delta import apply as live
-from selectune.delta import bits
+from selectune.delta import bits, door
 from selectune.delta.bits import dtype_name, int_view
 from selectune.delta.delta import Delta
 from selectune.delta.fingerprint import Inventory
@@ -74,11 +74,17 @@ def align(deltas: Sequence[Delta], base: nn.Module | None = None) -> list[Rows]:
     The base's values are those of `base` (looked at under applied deltas), or the old values that the deltas carry.
     Raises BaseMismatchError for deltas of different bases or shapes, DeltaError where the base is unknown.
     """
+    if base is None:
+        return _align(deltas, None)
+    with door.beside(door.claim_of(live.unwrapped(base)), "reading the base of a sum of deltas"):
+        return _align(deltas, base)
+
+
+def _align(deltas: Sequence[Delta], base: nn.Module | None) -> list[Rows]:
     check_shapes(deltas)
     found, stack = None, []
     if base is not None:
-        found, stack = live.ready(base), live.stack_of(base)
-        live.forget_undone(stack, found)
+        found, stack = live.ready(base), list(live.stack_of(base))
     check_one_base(deltas, checked=found is not None)
     for number, delta in enumerate(deltas):
         if found is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -12,35 +14,16 @@ from torch import Tensor, nn
 
 from selectune.delta import bits
 from selectune.delta.bits import dtype_name, same_bits
+from selectune.delta.door import Claim, Hold, alone, claim_of
 from selectune.delta.fingerprint import Entry, Inventory, _structure, _weights, digest_bits, inventory
 from selectune.delta.modules import module_digest
 from selectune.delta.parts import Dense, Patch
 from selectune.delta.schema import WRAPPERS
+from selectune.delta.writing import SHOWN, Write
 from selectune.errors import BaseMismatchError, DeltaStateError
 
 if TYPE_CHECKING:
     from selectune.delta.delta import Delta
-
-SHOWN = 5
-"""How many offending tensors a message names."""
-
-
-@dataclass(frozen=True, eq=False)
-class Write:
-    """One write: where, what, and what was there before."""
-
-    name: str
-    tensor: Tensor
-    indices: Tensor | None  # None: the whole tensor
-    new: Tensor
-    old: Tensor
-
-    def do(self, values: Tensor) -> None:
-        """Put `values` there."""
-        if self.indices is None:
-            bits.overwrite(self.tensor, values)
-        else:
-            bits.scatter(self.tensor, self.indices, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +34,12 @@ class Layer:
     label: str
     olds: dict[str, tuple[Tensor | None, Tensor]]  # name: (indices or None for all, old values)
     changes: bool  # whether any bit differed
+    claim: Claim  # of the model, as it was when the delta was applied
+    name: str = ""  # what the shelf that put it there calls it
 
 
 _STACKS: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()
+_STACKS_LOCK = RLock()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -68,7 +54,44 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def stack_of(model: nn.Module) -> list[Layer]:
     """The deltas applied to a model, oldest first; the list itself."""
-    return _STACKS.setdefault(unwrapped(model), [])
+    with _STACKS_LOCK:
+        return _STACKS.setdefault(unwrapped(model), [])
+
+
+def exclusive(model: nn.Module, what: str, timeout: float | None = None) -> AbstractContextManager[Hold]:
+    """A block in which no other thread reads through a shelf's door or writes weights of the model; may be nested.
+
+    That holds for a part of the model, for a whole that it is a part of, and for models that share a weight with it,
+    as they are made when the block is entered. Raises as `door.enter` does.
+    """
+    return alone(claim_of(unwrapped(model)), what, timeout)
+
+
+def besides(model: nn.Module, claim: Claim) -> tuple[nn.Module, list[Layer]] | None:
+    """Another model that shares weights with this one and has a delta applied, with its stack; or None."""
+    model = unwrapped(model)
+    with _STACKS_LOCK:
+        others = [(other, stack) for other, stack in _STACKS.items() if stack and other is not model]
+    for other, stack in others:
+        # what the delta saw may be out of date, so that it has to be true of the other model as it is now as well
+        if any(layer.claim.meets(claim) for layer in stack[-1:]) and claim_of(other).meets(claim):
+            return other, stack
+    return None
+
+
+def check_besides(model: nn.Module, claim: Claim) -> None:
+    """Raise DeltaStateError if a delta is applied to another model that shares weights with this one."""
+    found = besides(model, claim)
+    if found is None:
+        return
+    other, stack = found
+    forget_undone(stack, inventory(other))
+    if stack:
+        raise DeltaStateError(
+            f"{stack[-1].label} is applied to a model that shares weights with this one (a part of it, a whole that it "
+            f"belongs to, or one with tied weights); revert it there first, or switch its shelf to None"
+        )
+    check_besides(model, claim)
 
 
 def ready(model: nn.Module) -> Inventory:
@@ -144,13 +167,10 @@ def check_structure(delta: Delta, found: Inventory) -> None:
     _refuse(problems, hints)
 
 
-def check_base(delta: Delta, found: Inventory, under: Sequence[Layer] = ()) -> None:
-    """Raise BaseMismatchError unless the model holds the base's bits wherever the delta writes.
-
-    `under` are layers to look through: their covered values count as the model's.
-    """
-    base = delta.info["base"]
-    fresh = {row["name"]: row["digest"] for row in base["initialised"]}
+def drawn(
+    fresh: Mapping[str, str], module: Mapping[str, Any] | None, found: Inventory, under: Sequence[Layer]
+) -> tuple[list[str], list[str]]:
+    """What is wrong with the tensors that no checkpoint holds, and with the module on the model."""
     problems = []
     for name, digest in fresh.items():
         entry = found.find.get(name)
@@ -158,12 +178,22 @@ def check_base(delta: Delta, found: Inventory, under: Sequence[Layer] = ()) -> N
             problems.append(f'"{name}" is missing')
         elif digest_bits(_dense_base(entry, under)) != digest:
             problems.append(f'"{name}" was initialised otherwise')
-    bad_fresh = bool(problems)
-    module = delta.info.get("module")
-    if module is not None and module["digest"] != module_digest(
+    if module is None or module["digest"] == module_digest(
         module["kind"], found, lambda entry: _dense_base(entry, under)
     ):
-        problems.append(f"the {module['kind']} on the model was initialised otherwise")
+        return problems, []
+    return problems, [f"the {module['kind']} on the model was initialised otherwise"]
+
+
+def check_base(delta: Delta, found: Inventory, under: Sequence[Layer] = ()) -> None:
+    """Raise BaseMismatchError unless the model holds the base's bits wherever the delta writes.
+
+    `under` are layers to look through: their covered values count as the model's.
+    """
+    base, module = delta.info["base"], delta.info.get("module")
+    fresh = {row["name"]: row["digest"] for row in base["initialised"]}
+    bad_fresh, bad_module = drawn(fresh, module, found, under)
+    problems = [*bad_fresh, *bad_module]
     for patch in delta.patches:
         entry = found.find[patch.name]
         if patch.zeroed:
@@ -285,23 +315,11 @@ def _write_whole(entry: Entry, new: Tensor, under: Sequence[Layer]) -> Write:
     return Write(entry.name, entry.tensor, None, new, old)
 
 
-def write_all(made: Sequence[Write]) -> None:
-    """Do all writes, or, if one fails, none: what was written is put back and the error goes on."""
-    begun: list[Write] = []
-    try:
-        for write in made:
-            begun.append(write)
-            write.do(write.new)
-    except BaseException:
-        for write in reversed(begun):
-            write.do(write.old)
-        raise
-
-
-def layer_of(delta: Delta, made: Sequence[Write]) -> Layer:
+def layer_of(delta: Delta, made: Sequence[Write], claim: Claim, name: str = "") -> Layer:
     """What to remember of an applied delta."""
     changes = any(not same_bits(write.old, write.new) for write in made)
-    return Layer(delta.digest, delta.label, {write.name: (write.indices, write.old) for write in made}, changes)
+    olds = {write.name: (write.indices, write.old) for write in made}
+    return Layer(delta.digest, delta.label, olds, changes, claim, name)
 
 
 def undo(delta: Delta, found: Inventory, olds: dict[str, tuple[Any, Tensor]]) -> list[Write]:
@@ -313,17 +331,21 @@ def undo(delta: Delta, found: Inventory, olds: dict[str, tuple[Any, Tensor]]) ->
     return made
 
 
-def check_moved(delta: Delta, found: Inventory) -> None:
-    """Raise DeltaStateError unless the model still holds the delta's values."""
+def moved(delta: Delta, found: Inventory) -> list[str]:
+    """Where the model does not hold the delta's values any more."""
     problems = []
     for part, shape, dtype in _parts(delta):
         entry = found.find.get(part.name)
         if entry is None or tuple(entry.tensor.shape) != shape or entry.tensor.dtype != dtype:
             problems.append(f'"{part.name}" has another shape or dtype, or is gone')
-    if not problems:
-        problems = [
-            f'"{write.name}" has other values' for write in writes(delta, found) if not same_bits(write.old, write.new)
-        ]
+    return problems or [
+        f'"{write.name}" has other values' for write in writes(delta, found) if not same_bits(write.old, write.new)
+    ]
+
+
+def check_moved(delta: Delta, found: Inventory) -> None:
+    """Raise DeltaStateError unless the model still holds the delta's values."""
+    problems = moved(delta, found)
     if problems:
         raise DeltaStateError(
             f"the model changed since the delta was applied, so it cannot be reverted exactly: "

@@ -79,6 +79,11 @@ def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
         bits[torch.unravel_index(where, bits.shape)] = new
 
 
+def put(flat: Tensor, indices: Tensor, values: Tensor) -> None:
+    """`scatter` where the work is done beforehand: a flat integer view, indices and integers, all on one device."""
+    flat.index_copy_(0, indices, values)
+
+
 def overwrite(tensor: Tensor, values: Tensor) -> None:
     """Write a whole tensor of the same shape and dtype, bit by bit, whatever the strides."""
     int_view(tensor).copy_(int_view(values))

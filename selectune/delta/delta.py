@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,11 @@ from selectune.delta import apply as live
 from selectune.delta import format as layout
 from selectune.delta import parts
 from selectune.delta.bits import raw, same_bits
-from selectune.delta.fingerprint import delta_fingerprint, digest_bits
+from selectune.delta.fingerprint import Inventory, delta_fingerprint, digest_bits
 from selectune.delta.io import read_owned, write_durably
 from selectune.delta.parts import Dense, Patch
 from selectune.delta.schema import canonical_json, check_info, parse_json
+from selectune.delta.writing import write_all
 from selectune.errors import DeltaError, DeltaFormatError, DeltaStateError
 
 if TYPE_CHECKING:
@@ -170,17 +172,20 @@ class Delta:
         as it stands.
 
         Raises BaseMismatchError for another model, DeltaStateError if a tuner is attached, this delta is
-        applied already, or another one is and `stack` is False.
+        applied already, or another one is (to the model, or to one that shares weights with it: a part, a whole, tied
+        weights) and `stack` is False, or if this thread is inside a shelf's `using` block. Other threads take turns.
         """
-        found = live.ready(model)
-        stack_now = live.stack_of(model)
-        live.forget_undone(stack_now, found)
-        self._check_not_applied(stack_now, stack)
-        self._check_fits(found, stack_now, full)
-        made = live.writes(self, found)
-        layer = live.layer_of(self, made)
-        live.write_all(made)
-        stack_now.append(layer)
+        with live.exclusive(model, "apply") as hold:
+            found = live.ready(model)
+            stack_now = live.stack_of(model)
+            live.forget_undone(stack_now, found)
+            self._check_not_applied(stack_now, stack)
+            if not stack:
+                live.check_besides(model, hold.claim)
+            self._check_fits(found, stack_now, full)
+            made = live.writes(self, found)
+            layer = live.layer_of(self, made, hold.claim)
+            write_all(made, stack_now, [*stack_now, layer])
 
     def revert(self, model: nn.Module) -> None:
         """Take the delta off again: every bit is what it was before `apply`.
@@ -190,11 +195,12 @@ class Delta:
 
         Raises DeltaStateError if it is not applied, is not the last one, or the model changed meanwhile.
         """
-        found = live.ready(model)
-        stack = live.stack_of(model)
+        with live.exclusive(model, "revert"):
+            self._revert(live.ready(model), live.stack_of(model))
+
+    def _revert(self, found: Inventory, stack: list[live.Layer]) -> None:
         if stack and stack[-1].digest == self.digest:
-            live.write_all(live.undo(self, found, stack[-1].olds))
-            stack.pop()
+            write_all(live.undo(self, found, stack[-1].olds), stack, stack[:-1])
             return
         if stack:
             below = any(layer.digest == self.digest for layer in stack)
@@ -215,28 +221,35 @@ class Delta:
 
         Raises as `apply` does, and DeltaStateError where other deltas are applied.
         """
-        stack = live.stack_of(model)
-        if [layer.digest for layer in stack] == [self.digest]:
-            found = live.ready(model)
-            live.check_moved(self, found)
-            stack.clear()
-            return
-        if stack:
-            raise DeltaStateError(
-                f"cannot merge {self.label} while other deltas are applied: "
-                f"{', '.join(layer.label for layer in stack)}; revert them first"
-            )
-        self.apply(model)
-        live.stack_of(model).clear()
+        with live.exclusive(model, "merge"):
+            stack = live.stack_of(model)
+            if [layer.digest for layer in stack] == [self.digest]:
+                found = live.ready(model)
+                live.check_moved(self, found)
+                stack.clear()
+                return
+            if stack:
+                raise DeltaStateError(
+                    f"cannot merge {self.label} while other deltas are applied: "
+                    f"{', '.join(layer.label for layer in stack)}; revert them first"
+                )
+            self.apply(model)
+            live.stack_of(model).clear()
 
     @contextmanager
     def applied(self, model: nn.Module, stack: bool = False) -> Iterator[nn.Module]:
-        """Apply for the length of a `with` block, and revert after it, also when the block raises."""
-        self.apply(model, stack=stack)
-        try:
-            yield model
-        finally:
-            self.revert(model)
+        """Apply for the length of a `with` block, and revert after it, also when the block raises.
+
+        Other threads that want to change the model or to read it through a shelf's door wait until the block ends, so
+        what the block computes is this delta's. Raises as `apply` and `revert` do.
+        """
+        with live.exclusive(model, "applied()") as hold:
+            self.apply(model, stack=stack)
+            try:
+                yield model
+            finally:
+                hold.thread = get_ident()  # a block may end in another thread than it began in
+                self.revert(model)
 
     def verify(self, model: nn.Module, full: bool = False) -> Report:
         """Prove, on a bare base model, what the delta does to it, and leave it as it was.
@@ -282,7 +295,7 @@ class Delta:
             raise DeltaStateError(
                 f"cannot revert {self.label}: it is not applied to this model, which does not hold its values"
             )
-        live.write_all(live.undo(self, found, olds))
+        write_all(live.undo(self, found, olds), [], [])
 
     def _with_old(self) -> Iterator[tuple[str, Tensor | None, Tensor, Tensor]]:
         for patch in self._patches:

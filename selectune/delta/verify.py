@@ -49,6 +49,11 @@ def verify(delta: Delta, model: nn.Module, full: bool = False) -> Report:
     without that digest; IntegrityError if the model could not be put back. A wrong base is reported, not
     raised.
     """
+    with live.exclusive(model, "verify"):
+        return _verify(delta, model, full)
+
+
+def _verify(delta: Delta, model: nn.Module, full: bool) -> Report:
     found = live.ready(model)
     if live.stack_of(model):
         raise DeltaStateError(f"{live.stack_of(model)[-1].label} is applied to the model; revert it before verifying")

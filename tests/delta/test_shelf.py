@@ -16,6 +16,7 @@ from torch import nn
 
 import selectune
 from selectune.delta import Delta, Shelf, bits, switch
+from selectune.delta.writing import Write, write_all
 from selectune.errors import BaseMismatchError, ConfigError, DeltaStateError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2, torch.float64]
@@ -156,10 +157,13 @@ def test_a_delta_that_was_applied_already():
     assert (shelf.active, shelf.names) == ("b", ("a", "b"))
 
 
+@pytest.mark.parametrize("planned", [0, 1], ids=["first", "planned"])
 @pytest.mark.parametrize("at", [0, 1], ids=["where a writes alone", "where both write"])
-def test_a_value_of_the_delta_in_place_that_moved(at):
+def test_a_value_of_the_delta_in_place_that_moved(at, planned):
     model, deltas = line()
     Shelf(model, deltas)
+    for name in ("b", "a") * planned:
+        switch(model, name)
     switch(model, "a")
     with torch.no_grad():
         model.w[at] = -7.0
@@ -170,9 +174,12 @@ def test_a_value_of_the_delta_in_place_that_moved(at):
     assert snapshot(model) == before
 
 
-def test_a_base_that_changed_where_the_coming_delta_writes():
+@pytest.mark.parametrize("planned", [0, 1], ids=["first", "planned"])
+def test_a_base_that_changed_where_the_coming_delta_writes(planned):
     model, deltas = line()
     shelf = Shelf(model, deltas)
+    for name in ("b", "a") * planned:
+        switch(model, name)
     switch(model, "a")
     with torch.no_grad():
         model.w[2] = -7.0
@@ -187,11 +194,17 @@ def test_a_base_that_changed_where_the_coming_delta_writes():
     assert model.w.tolist() == [0.0, 1.0, -7.0, 3.0, 4.0, 5.0]
 
 
-def test_weights_loaded_meanwhile_are_the_base_again():
+@pytest.mark.parametrize("planned", [0, 1], ids=["first", "planned"])
+def test_weights_loaded_meanwhile_are_the_base_again(planned):
     model, deltas = line()
     state = copy.deepcopy(model.state_dict())
     shelf = Shelf(model, deltas)
+    for name in ("b", "a") * planned:
+        switch(model, name)
     switch(model, "a")
+    model.load_state_dict(state)
+    with shelf.using("a"):
+        assert model.w.tolist()[:2] == [10.0, 11.0]
     model.load_state_dict(state)
     switch(model, "b")
     assert shelf.active == "b"
@@ -219,8 +232,8 @@ def test_a_switch_is_all_or_nothing(monkeypatch, error):
             return write
 
         with monkeypatch.context() as patched:
-            patched.setattr(bits, "scatter", failing(bits.scatter))
-            patched.setattr(bits, "overwrite", failing(bits.overwrite))
+            for name in ("put", "scatter", "overwrite"):
+                patched.setattr(bits, name, failing(getattr(bits, name)))
             try:
                 switch(model, "d1")
                 break
@@ -230,17 +243,32 @@ def test_a_switch_is_all_or_nothing(monkeypatch, error):
     assert shelf.active == "d1"
 
 
+def test_an_interrupt_after_the_last_write_undoes_the_record_too():
+    class Record(list):
+        def __setitem__(self, where, what):
+            super().__setitem__(where, what)
+            if what:
+                raise KeyboardInterrupt
+
+    record, weights = Record(), torch.zeros(3)
+    with pytest.raises(KeyboardInterrupt):
+        write_all([Write("w", weights, None, torch.ones(3), torch.zeros(3))], record, ["applied"])
+    assert (record, weights.sum()) == ([], 0.0)
+
+
 def test_a_switch_writes_what_the_deltas_write_and_no_more(monkeypatch):
     model, deltas = line()
     Shelf(model, deltas)
     written = []
-    real = bits.scatter
-    monkeypatch.setattr(
-        bits, "scatter", lambda tensor, where, new: (written.append(len(where)), real(tensor, where, new))
-    )
-    for name in ("a", "b", None):
-        switch(model, name)
-    assert written == [2, 2, 2, 2]
+    for way in ("scatter", "put"):
+        real = getattr(bits, way)
+        monkeypatch.setattr(
+            bits, way, lambda tensor, where, new, real=real: (written.append(len(where)), real(tensor, where, new))
+        )
+    for _ in range(2):  # the second time as planned
+        for name in ("a", "b", None):
+            switch(model, name)
+    assert written == [2, 2, 2, 2] * 2
 
 
 def test_the_shelf_does_not_keep_its_model():
