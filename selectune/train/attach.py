@@ -20,6 +20,7 @@ from selectune.method import Method
 from selectune.scope import VALUES, Found
 from selectune.train import copies, package, ranks, state
 from selectune.train.calibrate import Batches, Loss, again, calibrate, check_rereadable
+from selectune.train.check import Check, check
 from selectune.train.dense import Phase
 from selectune.train.ledger import Ledger
 from selectune.train.optimizers import Follower
@@ -134,6 +135,7 @@ class Tuner:
         package.warn_of_zeros(method, self._all, self.budget)
         self._base = package.BaseCopy(model, self._all)
         on.enter_context(copies.frozen(model))
+        on.callback(copies.sweep, model)  # nothing is left, wherever it is interrupted
         ready = None
         if method.score is not None and (method.score.reads.calibrated or method.score.drawn):
             if schedule is not None and not schedule.keeps:
@@ -303,6 +305,13 @@ class Tuner:
         dense = sum(t.parameter.numel() for t in self._found.dense)
         zeroed = sum(base.numel() for base in self._base.filled.values()) - (self.selected if self._base.filled else 0)
         return Verification(changed, self.selected, self.touched, self.budget, dense, len(self.support), zeroed)
+
+    def check(self, batch: Any, loss: Loss | None = None) -> Check:
+        """Holds all gradients against plain autograd's on one small batch: whether every use of a weight is seen.
+
+        `loss(model, batch)` gives a scalar; without it `model(**batch).loss`. Three passes, one dense gradient at a
+        time; nothing is changed. Raises IntegrityError that names tensors, ConfigError for a loss that is no scalar."""
+        return check(self, batch, loss)
 
     @torch.no_grad()
     def delta(

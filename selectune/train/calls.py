@@ -47,9 +47,9 @@ def _nothing(*received: Any) -> None:
     del received
 
 
-def inert(hook: Any) -> bool:
-    """Whether a hook is what stands in a copy for one of ours."""
-    return hook is _nothing
+def ours(hook: Any) -> bool:
+    """Whether a hook is one of ours, or what stands for it in a copy."""
+    return isinstance(hook, Own) or hook is _nothing
 
 
 def _give_nothing() -> Callable[..., None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Chooser:
         self.rescore: Callable[[], Sequence[Tensor]] | None = None  # calibrated scores at the weights of now
         self.news: News | None = None  # entries that took over slots: the optimizer's state of these is stale
         self.factors: tuple[Tensor, Tensor] | None = None  # what the optimizer holds for rows and columns
+        self.whole: set[int] = set()  # tensors of which more than looked-up rows is used: padding gets a gradient
         self.watching = False  # entries beside the selected ones are watched
         self._ahead = -1  # the step of the last choice before forward
         self._collector: Collector | None = None
@@ -124,6 +126,11 @@ class Chooser:
         """Flat indices of a tensor that may not be chosen."""
         return self.ledger.pages[index].flat
 
+    def tensor(self, index: int) -> ScopedTensor:
+        """A tensor and what of it may be chosen by its gradient: a row of padding too, where it gets one."""
+        tensor = self.tensors[index]
+        return replace(tensor, padding=range(0)) if tensor.padding and index in self.whole else tensor
+
     def clear(self, gradient: Tensor | None, slots: Tensor) -> None:
         """Gradients that belong to entries no longer there are 0."""
         for stale in (gradient, self.ledger.offsets.grad):
@@ -178,7 +185,7 @@ class Growing(Chooser):
     def offer(self, step: int, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
         if self._collector is None:
             self._collector = self.collector(self.quota(step))
-        tensor = self.tensors[index]
+        tensor = self.tensor(index)
         if rows is not None and self.score.above is None:
             gradient, rows = scattered(gradient, rows, tensor), None  # zeros may be chosen
         taken = self._taken(index)

@@ -11,8 +11,8 @@ from torch import nn
 
 from selectune.errors import AlreadyAttachedError, TunerError
 from selectune.scope import OWN, VALUES
-from selectune.train.calls import Own, inert
-from selectune.train.weights import Weight
+from selectune.train.calls import Own, ours
+from selectune.train.weights import Weight, let_go
 
 if TYPE_CHECKING:
     from selectune.train.attach import Tuner
@@ -109,14 +109,25 @@ def strip(model: nn.Module) -> nn.Module:
             parameter = dict(root.named_parameters()).get(name)
             if parameter is not None:
                 parameter.requires_grad_(True)
-    for module in model.modules():
-        for name in [name for name in module._parameters if name.startswith(OWN)]:
-            del module._parameters[name]
-        hooks = module._state_dict_hooks, module._load_state_dict_post_hooks
-        for own in (module._forward_pre_hooks, module._forward_hooks, *hooks):
-            for key in [key for key, hook in own.items() if inert(hook) or hook in (hide_vector, expect_no_vector)]:
-                del own[key]
+    sweep(model)
     return model
+
+
+def sweep(model: nn.Module) -> None:
+    """Takes off whatever of a tuner is on a model: vector, hooks, and weights that are followed."""
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, parameter in list(module._parameters.items()):
+            if name.startswith(OWN):
+                del module._parameters[name]
+            elif parameter is not None:
+                let_go(parameter)
+        hooks = module._state_dict_hooks, module._load_state_dict_post_hooks
+        for held in (module._forward_pre_hooks, module._forward_hooks, *hooks):
+            for key in [key for key, hook in held.items() if ours(hook) or hook in (hide_vector, expect_no_vector)]:
+                del held[key]
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def hide_vector(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

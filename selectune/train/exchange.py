@@ -151,7 +151,7 @@ class Exchange(Chooser):
         if self._collector is None:
             held = [page.flat.numel() for page in self.ledger.pages]
             self._collector = self._allocated(self._counts(step) if self._in_backward else held)
-        tensor = self.tensors[index]
+        tensor = self.tensor(index)
         if rows is not None and self.score.above is None:
             gradient, rows = scattered(gradient, rows, tensor), None  # zeros may be chosen
         taken = self._taken_in(step, index) if self._in_backward else None  # selected entries may be candidates

@@ -81,7 +81,7 @@ def embedding(
     if use is None or max_norm is not None or scale_grad_by_freq or in_transform():
         return NotImplemented
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-    use.count()
+    use.count(rows=padding >= 0)
     return SparseEmbedding.apply(input, use.piece.to(input.device), use.weight, padding, use.link)
 
 

@@ -34,6 +34,7 @@ class _Running(threading.local):
         self.entered: list[tuple[nn.Module, Any]] = []  # with what compiled code before it
         self.call: Call | None = None  # of the outermost
         self.with_gradients = False  # whether it began with gradients on
+        self.busy = False  # the engine works, and does not use weights
 
 
 class Taps:
@@ -60,6 +61,7 @@ class Taps:
         self.uses = [0] * len(tensors)  # gradients expected per tensor in the next backward pass through this graph
         self.grad_was_off = False  # part of a forward ran without gradients: reentrant checkpointing, perhaps
         self.asleep = False  # weights are trained as torch does it
+        self.whole: set[int] = set()  # tensors of which more than looked-up rows was ever used
         self.skip_unneeded = True  # until then: reentrant checkpointing needs inputs that require gradients
         self._running = _Running()
         self._told = False  # that compiled code is run as it is written
@@ -113,16 +115,26 @@ class Taps:
         if in_backward():
             self.recompute()
         elif not self._running.entered and (self._graph is None or self.stale()):
-            self.before_forward(False)
+            self._prepare(False)
         return self._open()[index]
 
-    def in_training(self) -> bool:
-        return self._running.with_gradients and bool(self._running.entered) and not self.asleep
+    def in_forward(self) -> bool:
+        return bool(self._running.entered) and not self.asleep
 
     def used_without_gradients(self) -> None:
-        if self.in_training():
-            self.grad_was_off = True
+        running = self._running
+        if running.busy or self.asleep:
+            return  # the engine's own
+        self.grad_was_off = True
+        if running.with_gradients and running.entered:
             self.skip_unneeded = False
+
+    def _prepare(self, inside: bool) -> None:
+        self._running.busy = True
+        try:
+            self.before_forward(inside)
+        finally:
+            self._running.busy = False
 
     def _open(self) -> list[Use | None]:
         graph = self._graph
@@ -136,7 +148,7 @@ class Taps:
         pieces = Split.apply(self.offsets, [page for page, _ in pages], self.listener)
         self._spare = pieces[0] if pieces else None
         return [
-            Use(Link(t.index, page, self.listener, self.uses, piece.grad_fn), t.parameter.detach(), piece)
+            Use(Link(t.index, page, self.listener, self.uses, piece.grad_fn), t.parameter.detach(), piece, self.whole)
             if needed or not self.skip_unneeded
             else None
             for t, piece, (page, needed) in zip(self.tensors, pieces, pages, strict=True)
@@ -165,12 +177,15 @@ class Taps:
         if len(running.entered) > 1:
             return
         running.call = Call(above=2)  # torch's, above the hook
-        running.with_gradients = False  # what the engine does is no use of a weight
+        running.with_gradients = torch.is_grad_enabled()
         if in_backward():
             self.recompute()
         else:
-            self.before_forward(True)
-        running.with_gradients = torch.is_grad_enabled()
+            self._prepare(True)
+            if running.with_gradients:
+                self.grad_was_off = False  # an evaluation's uses, if any
+        if running.with_gradients and not self.asleep and self.offsets.requires_grad:
+            self._open()  # before any transform of torch.func begins
 
     @never_compiled
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -78,6 +78,7 @@ class Tracker:
         self.taps = Taps(
             model, tensors, ledger.offsets, self, self.before_forward, self.open_graph, self.recompute, self._stale
         )
+        self.chooser.whole = self.taps.whole
 
     @property
     def quota(self) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from selectune.errors import TunerError
+from selectune.errors import IntegrityError, TunerError
 from selectune.train.autograd import Link, Tap
 from selectune.train.private import in_backward, plain_parameter, without_dispatch
 
@@ -32,7 +32,7 @@ class Weight(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _REQUIRES_GRAD:
-            if args[0]._place.user.in_training():
+            if args[0]._place.user.in_forward():
                 return True  # as in training without a tuner, for models whose forward asks
         elif func in FORM or _writes(func, args, kwargs):
             pass
@@ -51,8 +51,7 @@ class Weight(nn.Parameter):
         else:
             for value in (*args, *kwargs.values()):
                 for one in value if isinstance(value, list | tuple) else (value,):
-                    if isinstance(one, Weight):
-                        one._place.user.used_without_gradients()
+                    use_of(one)
         with without_dispatch():
             return func(*args, **kwargs)
 
@@ -77,8 +76,8 @@ class User(Protocol):
         """What stands for the weight in the present graph; None where it needs no gradient."""
         ...
 
-    def in_training(self) -> bool:
-        """Whether a module's forward runs, with gradients on."""
+    def in_forward(self) -> bool:
+        """Whether a module's forward runs."""
         ...
 
     def used_without_gradients(self) -> None:
@@ -96,8 +95,8 @@ class Place:
 class Use:
     """A weight in one graph: its link, and the piece of the offsets that stands for it."""
 
-    def __init__(self, link: Link, weight: Tensor, piece: Tensor) -> None:
-        self.link, self.weight, self.piece = link, weight, piece
+    def __init__(self, link: Link, weight: Tensor, piece: Tensor, whole: set[int]) -> None:
+        self.link, self.weight, self.piece, self.whole = link, weight, piece, whole
         self._dense: Tensor | None = None
         self._version = 0  # of the weight, when it was tapped
 
@@ -109,8 +108,13 @@ class Use:
             self._dense = cast(Tensor, Tap.apply(self.piece, self.weight, self.link))
         return self._dense
 
-    def count(self) -> None:
-        """One more gradient to expect; recomputed forwards (checkpointing) are not counted again."""
+    def count(self, rows: bool = False) -> None:
+        """One more gradient to expect; recomputed forwards (checkpointing) are not counted again.
+
+        `rows`: of looked-up rows only, so that a row of padding gets none.
+        """
+        if not rows:
+            self.whole.add(self.link.index)
         if not in_backward():
             self.link.uses[self.link.index] += 1
 
@@ -137,7 +141,17 @@ def use_of(value: Any) -> Use | None:
     if not isinstance(value, Weight):
         return None
     place = value._place
-    return place.user.use(place.index)
+    if not torch.is_grad_enabled():
+        place.user.used_without_gradients()
+        return None
+    use = place.user.use(place.index)
+    if use is not None and use.weight.dtype != value.dtype:
+        raise IntegrityError(
+            f"A weight in scope (of shape {tuple(use.weight.shape)}) was cast from {use.weight.dtype} to {value.dtype} "
+            "in the midst of a forward pass, so its base could not be restored. Cast the model before attach, or keep "
+            "the weight out: Scope(exclude=...)."
+        )
+    return use
 
 
 def tapped(value: Any) -> Any:

@@ -1,0 +1,204 @@
+"""check: whether the engine sees every use of every weight, held against plain autograd on one small batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from selectune import ops
+from selectune.errors import ConfigError, IntegrityError
+from selectune.scope import VALUES, ScopedTensor
+from selectune.train.autograd import Link
+from selectune.train.ledger import Ledger, Page
+from selectune.train.private import comes_to
+from selectune.train.weights import follow, let_go
+
+if TYPE_CHECKING:
+    from selectune.train.attach import Tuner
+
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}  # of a tensor's gradient, relative to its norm; halves: 0.1
+NOTHING = 1e-6  # of the norm of all gradients: below that a tensor's is rounding
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `Tuner.check` compared: tensors in scope that got a gradient, and those that got none from either."""
+
+    tensors: int
+    without_gradient: tuple[str, ...]
+
+
+class Projected:
+    """Each tensor's gradient as one number, <g, r> with a seeded r, so that a sum of gradients is one of numbers."""
+
+    def __init__(self, tensors: Sequence[ScopedTensor]) -> None:
+        self.tensors = tensors
+        self.sums, self.squares = [0.0] * len(tensors), [0.0] * len(tensors)
+
+    def add(self, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
+        weight = self.tensors[index].parameter
+        draw = torch.rand(weight.shape, generator=torch.Generator().manual_seed(index)).to(weight.device) - 0.5
+        if rows is not None:
+            draw = draw[rows]
+        wide = gradient.detach().double()
+        self.sums[index] += float((wide * draw).sum())
+        self.squares[index] += float(wide.square().sum())
+
+
+class _Recorder:
+    """Listens in the tracker's place (`autograd.Listener`)."""
+
+    def __init__(self, ledger: Ledger, dense: bool) -> None:
+        self.dense, self.seen = dense, Projected(ledger.tensors)
+        self.at_support = torch.zeros_like(ledger.offsets)
+        self.vector = False  # the loss depends on the vector itself
+        self._ledger = ledger
+
+    def wants_dense(self, link: Link) -> bool:
+        return self.dense and comes_to(link.split)
+
+    def offer(self, link: Link, gradient: Tensor, rows: Tensor | None = None) -> None:
+        self.seen.add(link.index, gradient, rows)
+
+    def watch(self, link: Link, piece: Tensor) -> None:
+        del link, piece
+
+    def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
+        self.at_support += self._ledger.gather(pages, pieces)
+        return torch.zeros_like(self.at_support)
+
+
+def check(tuner: Tuner, batch: Any, loss: Callable[[nn.Module, Any], Tensor] | None) -> Check:
+    """See `Tuner.check`."""
+    model, tensors, ledger = tuner.model, tuner._all.tensors, tuner._ledger
+    if tuner.in_dense_phase or not tensors:
+        return Check(0, ())
+    run = partial(_run, loss or _model_s_own, model, batch)
+    tuner._tracker.write_weights()
+    plain, support = _plain(tuner, run)
+    dense, sampled = (_engine(tuner, dense, run) for dense in (True, False))
+    whole = sum(plain.squares) ** 0.5
+    wrong, nothing = [], []
+    for tensor, page in zip(tensors, ledger.pages, strict=True):
+        index, norm = tensor.index, plain.squares[tensor.index] ** 0.5
+        limit = TOLERANCES.get(tensor.parameter.dtype, 0.1) * norm + NOTHING * whole
+        if norm == 0:
+            nothing.append(tensor.name)
+        apart = abs(plain.sums[index] - dense.seen.sums[index])
+        here = float((support[page.slot] - sampled.at_support[page.slot]).norm()) if page.flat.numel() else 0.0
+        if not max(apart, here) <= limit:
+            wrong.append(f'"{tensor.name}"' + (" (never seen)" if dense.seen.squares[index] == 0 else ""))
+    if dense.vector or sampled.vector:
+        raise IntegrityError(
+            "The loss depends on the tuner's own vector, which is the last of the model's parameters(): a penalty over "
+            "them, perhaps. Its gradient would be added to that of the weights. Leave it out of the loss."
+        )
+    if wrong:
+        raise IntegrityError(
+            f"The gradients of {len(wrong)} of the {len(tensors)} tensors in scope are not what plain autograd gives "
+            f"on this batch: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}. They are used where a tuner "
+            "does not see it, in native code perhaps. Keep these tensors out: Scope(exclude=...)."
+        )
+    return Check(len(tensors) - len(nothing), tuple(nothing))
+
+
+def _model_s_own(model: nn.Module, batch: Any) -> Tensor:
+    output = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    found = getattr(output, "loss", None)
+    if not isinstance(found, Tensor):
+        raise ConfigError("The model gave no .loss for this batch: say what the loss is, check(batch, loss=callable).")
+    return found
+
+
+def _run(loss: Callable[[nn.Module, Any], Tensor], model: nn.Module, batch: Any) -> None:
+    result = loss(model, batch)
+    if not isinstance(result, Tensor) or result.numel() != 1:
+        raise ConfigError(f"loss(model, batch) has to give a scalar tensor, and gave {type(result).__name__}.")
+    if result.requires_grad:
+        result.backward()
+
+
+def _engine(tuner: Tuner, dense: bool, run: Callable[[], None]) -> _Recorder:
+    """One pass with the weights followed, told to somebody else than the tracker."""
+    taps, ledger = tuner._tracker.taps, tuner._ledger
+    recorder = _Recorder(ledger, dense)
+    with _untouched(tuner):
+        taps.listener = recorder
+        taps.pages = lambda: [(page, True) for page in ledger.pages]
+        run()
+        straight = ledger.offsets.grad  # what came through weights went to the recorder
+        recorder.vector = straight is not None and bool(straight.any())
+    return recorder
+
+
+def _plain(tuner: Tuner, run: Callable[[], None]) -> tuple[Projected, Tensor]:
+    """One pass as torch makes it, of a model without tuner: projections, and the gradient at the support (B,)."""
+    tensors, ledger, taps = tuner._all.tensors, tuner._ledger, tuner._tracker.taps
+    seen, support = Projected(tensors), torch.zeros_like(ledger.offsets)
+    carrier = next(m for m in tuner.model.modules() if VALUES in m._parameters)
+
+    def took(tensor: ScopedTensor) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            gradient, weight.grad = weight.grad, None
+            if gradient is not None:
+                gradient = gradient.to_dense() if gradient.is_sparse else gradient
+                page = ledger.pages[tensor.index]
+                seen.add(tensor.index, gradient)
+                support[page.slot] += ops.gather_entries(gradient, page.flat).to(support)
+
+        return hook
+
+    hooks = []
+    with _untouched(tuner):
+        vector = carrier._parameters.pop(VALUES)
+        taps.asleep = True
+        try:
+            for tensor in tensors:
+                let_go(tensor.parameter)
+                tensor.parameter.requires_grad_(True)
+                hooks.append(tensor.parameter.register_post_accumulate_grad_hook(took(tensor)))
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for tensor in tensors:
+                tensor.parameter.requires_grad_(False)
+                tensor.parameter.grad = None
+                follow(tensor.parameter, taps, tensor.index)
+            carrier._parameters[VALUES] = vector
+            taps.asleep = False
+    return seen, support
+
+
+@contextmanager
+def _untouched(tuner: Tuner) -> Iterator[None]:
+    """Gradients, buffers and random states are afterwards what they were, and the tracker has seen nothing."""
+    parameters, taps = tuner.parameters(), tuner._tracker.taps
+    told = taps.listener, taps.before_forward, taps.pages, taps.recompute, taps.stale
+    grads, buffers = [p.grad for p in parameters], [(b, b.detach().clone()) for b in tuner.model.buffers()]
+    states = random.getstate(), np.random.get_state()
+    for parameter in parameters:
+        parameter.grad = None
+    taps.forget()
+    taps.before_forward, taps.recompute, taps.stale = (lambda inside: None), (lambda: None), (lambda: False)
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            yield
+    finally:
+        taps.listener, taps.before_forward, taps.pages, taps.recompute, taps.stale = told
+        taps.forget()
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        with torch.no_grad():
+            for buffer, old in buffers:
+                buffer.copy_(old)
