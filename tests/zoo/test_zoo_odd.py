@@ -1,0 +1,22 @@
+"""The zoo's odd modules: every way to use a weight is seen, or refused with a sentence."""
+
+from __future__ import annotations
+
+import pytest
+import zoo_habits
+import zoo_layers
+import zoo_strange
+from zoo_kit import check
+
+SETTINGS = ("plain", "accumulated", "whole", "reentrant", "nonreentrant", "bf16")
+ROWS = [*zoo_layers.ROWS, *zoo_habits.ROWS, *zoo_strange.ROWS]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_odd_module(row, setting, record_property):
+    check(row, setting, record_property)
+
+
+def test_the_zoo_holds_forty_odd_modules():
+    assert len({row.name for row in ROWS}) == len(ROWS) >= 40
