@@ -1,4 +1,4 @@
-"""The zoo's odd modules: every way to use a weight is seen, or refused with a sentence."""
+"""The zoo's odd modules: every way to use a weight is seen, or refused with a sentence. ZOO=all: in every setting."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import pytest
 import zoo_habits
 import zoo_layers
 import zoo_strange
-from zoo_kit import check
+from zoo_kit import cases, check
 
-SETTINGS = ("plain", "accumulated", "whole", "reentrant", "nonreentrant", "bf16")
 ROWS = [*zoo_layers.ROWS, *zoo_habits.ROWS, *zoo_strange.ROWS]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row, setting", cases(ROWS))
 def test_odd_module(row, setting, record_property):
     check(row, setting, record_property)
 

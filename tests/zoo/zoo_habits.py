@@ -1,5 +1,7 @@
 """Odd modules, third part: what models do to their own weights and modules; and the rows of `zoo_uses`."""
 
+# ruff: noqa: E501 - a row a line
+
 from __future__ import annotations
 
 from typing import Any
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from zoo_kit import Call, score
+from zoo_kit import Call, impossible, score
 from zoo_layers import Words, floats, ids, row
 from zoo_uses import (
     Backdoor,
@@ -131,7 +133,7 @@ class Out(nn.Module):
         h *= self.gain
         h += self.lin.bias
         h.addmm_(x, self.lin.weight)
-        h[:, :3] = h[:, :3] * self.gain[:3]
+        h[:, :3] = x[:, 3:] * self.gain[:3]
         return h
 
 
@@ -193,7 +195,7 @@ ROWS = [
     row("functional_call with computed weights", lambda: Hyper(False), floats(4, 6)),
     row("reparametrized inside forward", lambda: Hyper(True), floats(4, 6)),
     row("autograd function given a weight", Custom, floats(4, 6)),
-    row("scripted function given a weight", Scripted, floats(4, 6)),
+    row("scripted function given a weight", Scripted, floats(4, 6), expects={"nonreentrant": impossible("TorchScript")}),
     row("scripted submodule", ScriptedPart, floats(4, 6)),
     row("einsum and baddbmm", Sums, floats(4, 6)),
     row("read through _parameters", lambda: Backdoor("_parameters"), floats(4, 6)),
@@ -211,16 +213,16 @@ ROWS = [
     row("vmap", lambda: Mapped("vmap"), floats(4, 6)),
     row("vmap of a layer", lambda: Mapped("vmap of a layer"), floats(4, 6)),
     row("vmap over a weight", lambda: Mapped("vmap over weights"), floats(4, 6)),
-    row("torch.func.grad inside forward", lambda: Mapped("grad"), floats(4, 6)),
-    row("gradient by the input inside forward", lambda: Mapped("create_graph"), floats(4, 6)),
-    row("gradient penalty in the loss", mlp, floats(4, 6), loss=regularised),
+    row("torch.func.grad inside forward", lambda: Mapped("grad"), floats(4, 6), expects={"nonreentrant": impossible("saved tensor hooks")}),
+    row("gradient by the input inside forward", lambda: Mapped("create_graph"), floats(4, 6), expects={"reentrant": impossible("does not require grad")}),
+    row("gradient penalty in the loss", mlp, floats(4, 6), loss=regularised, expects={"reentrant": impossible("incompatible with .grad()")}),
     row("indexed parameter", Picks, ids(3, 5)),
     row("ParameterList and ParameterDict", Lists, floats(4, 6)),
     row("LoRA by hand", lambda: Low(False), floats(4, 6)),
     row("LoRA by hand, merged", lambda: Low(True), floats(4, 6)),
-    row("returns a dict", lambda: Structured("dict"), floats(4, 6)),
-    row("returns a dataclass", lambda: Structured("dataclass"), floats(4, 6), loss=of_answer),
-    row("returns a tuple", lambda: Structured("tuple"), floats(4, 6)),
+    row("returns a dict", lambda: Structured("dict"), floats(4, 6), expects={"reentrant": impossible("does not require grad")}),
+    row("returns a dataclass", lambda: Structured("dataclass"), floats(4, 6), loss=of_answer, expects={"reentrant": impossible("does not require grad")}),
+    row("returns a tuple", lambda: Structured("tuple"), floats(4, 6), expects={"reentrant": impossible("not that of the plain run")}),
     row("weight-dropped lstm", Dropped, floats(3, 2, 6)),
     row("tied to a module outside the attached part", Pair, ids(3, 5), part="enc"),
     row("writes its own parameter", Clamped, floats(4, 6)),

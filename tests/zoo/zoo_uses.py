@@ -258,7 +258,7 @@ class Mapped(nn.Module):
         if self.way == "vmap of a layer":
             return torch.func.vmap(self.lin)(x) @ self.raw
         if self.way == "vmap over weights":
-            return torch.func.vmap(lambda w: x @ w)(self.raw) + self.lin(x)
+            return torch.func.vmap(lambda w: x @ w)(self.raw).mT + self.lin(x)
         if self.way == "create_graph":
             h = self.lin(x).tanh()
             return torch.autograd.grad(h.square().sum(), x, create_graph=True)[0] @ self.raw
