@@ -10,8 +10,8 @@ from zoo_models import TEXT, causal, hf, masked
 
 GROUPED = {**TEXT, "num_key_value_heads": 1, "head_dim": 8}
 OLD = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-EXPERTS = {**GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "output_router_logits": False}
-LATENT = {**TEXT, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 12, "n_shared_experts": 1}  # fmt: skip
+EXPERTS = {**GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "output_router_logits": False}
+LATENT = {**TEXT, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 16, "n_shared_experts": 1}  # fmt: skip
 STATES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}  # fmt: skip
 
 
@@ -56,7 +56,7 @@ ATTENTION = [
 
 ROUTED = [
     llama_like("mixtral", "Mixtral", {**EXPERTS, "num_local_experts": 4}, short=True),
-    llama_like("qwen2-moe", "Qwen2Moe", {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 12, "decoder_sparse_step": 1}),
+    llama_like("qwen2-moe", "Qwen2Moe", {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1}),
     llama_like("qwen3-moe", "Qwen3Moe", {**EXPERTS, "num_experts": 4, "norm_topk_prob": True}),
     llama_like("olmoe", "Olmoe", {**EXPERTS, "num_experts": 4}),
     llama_like("deepseek-v2", "DeepseekV2", {**LATENT, "topk_method": "group_limited_greedy"}),
@@ -76,7 +76,7 @@ RECURRENT = [
     hf("jamba", "JambaConfig", "JambaForCausalLM", {**GROUPED, "num_experts": 2, "num_experts_per_tok": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}, causal),
     hf("bamba", "BambaConfig", "BambaForCausalLM", {**GROUPED, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_chunk_size": 4}, causal),
     hf("recurrent gemma", "RecurrentGemmaConfig", "RecurrentGemmaForCausalLM", {**GROUPED, "lru_width": 16, "attention_window_size": 4, "block_types": ["recurrent", "attention"]}, causal),
-    hf("qwen3-next", "Qwen3NextConfig", "Qwen3NextForCausalLM", {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 12, "linear_num_value_heads": 2, "linear_num_key_heads": 1, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}, causal),
+    hf("qwen3-next", "Qwen3NextConfig", "Qwen3NextForCausalLM", {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16, "linear_num_value_heads": 2, "linear_num_key_heads": 1, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}, causal),
     hf("lfm2", "Lfm2Config", "Lfm2ForCausalLM", {**GROUPED, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, causal),
 ]  # fmt: skip
 

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from zoo_models import SIZE, TEXT, VOCABULARY, classes, hf, masked, plain_ids, tokens, unlabelled
+from zoo_kit import impossible
+from zoo_models import TEXT, VOCABULARY, classes, hf, masked, plain_ids, tokens, unlabelled
 
 RELATIVE = {"relative_attention": True, "max_relative_positions": 8, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}  # fmt: skip
+
+TWICE = {"reentrant": impossible("second time")}  # its layers share the relative positions, a graph of their own
 
 
 def layout(draw: torch.Generator) -> dict[str, Tensor]:
@@ -45,7 +48,7 @@ ROWS = [
         masked,
     ),
     hf("deberta", "DebertaConfig", "DebertaForMaskedLM", {**TEXT, **RELATIVE}, masked, short=True),
-    hf("deberta-v2", "DebertaV2Config", "DebertaV2ForMaskedLM", {**TEXT, **RELATIVE, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True}, masked),
+    hf("deberta-v2", "DebertaV2Config", "DebertaV2ForMaskedLM", {**TEXT, **RELATIVE, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True}, masked, expects=TWICE),
     hf("albert", "AlbertConfig", "AlbertForMaskedLM", {**TEXT, "embedding_size": 12}, masked),
     hf("mpnet", "MPNetConfig", "MPNetForMaskedLM", TEXT, masked),
     hf("modernbert", "ModernBertConfig", "ModernBertForMaskedLM", {**TEXT, "cls_token_id": 2, "sep_token_id": 3, "global_attn_every_n_layers": 2, "local_attention": 4}, masked, short=True),
@@ -56,8 +59,8 @@ ROWS = [
     hf("rembert", "RemBertConfig", "RemBertForMaskedLM", {**TEXT, "input_embedding_size": 8, "output_embedding_size": 12}, masked),
     hf("roformer", "RoFormerConfig", "RoFormerForMaskedLM", {**TEXT, "embedding_size": 16}, masked),
     hf("funnel", "FunnelConfig", "FunnelForMaskedLM", {"vocab_size": 64, "block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24}, masked),
-    hf("fnet", "FNetConfig", "FNetForMaskedLM", {**TEXT, "use_tpu_fourier_optimizations": False}, plain_ids, output="logits"),
-    hf("nystromformer", "NystromformerConfig", "NystromformerForMaskedLM", {**TEXT, "num_landmarks": 4, "segment_means_seq_len": 16}, long),
+    hf("fnet", "FNetConfig", "FNetForMaskedLM", {**TEXT, "use_tpu_fourier_optimizations": False}, plain_ids, output="logits", expects={"bf16": impossible("BFloat16")}),
+    hf("nystromformer", "NystromformerConfig", "NystromformerForMaskedLM", {**TEXT, "num_landmarks": 4, "segment_means_seq_len": 16}, long, expects={"bf16": impossible("expected scalar type")}),
     hf("longformer", "LongformerConfig", "LongformerForMaskedLM", {**TEXT, "attention_window": 4}, long, short=True),
     hf("big bird, full", "BigBirdConfig", "BigBirdForMaskedLM", big("original_full"), masked),
     hf("big bird, sparse", "BigBirdConfig", "BigBirdForMaskedLM", big("block_sparse"), lambda d: {"input_ids": tokens(d, 1, 32), "labels": tokens(d, 1, 32)}),
@@ -67,7 +70,6 @@ ROWS = [
     hf("layoutlm", "LayoutLMConfig", "LayoutLMForMaskedLM", {**TEXT, "max_2d_position_embeddings": 64}, layout),
     hf("lilt", "LiltConfig", "LiltForTokenClassification", {**TEXT, "hidden_size": 24, "max_2d_position_embeddings": 64, "num_labels": 64}, layout),
     hf("esm", "EsmConfig", "EsmForMaskedLM", {**TEXT, "mask_token_id": 4, "position_embedding_type": "rotary"}, masked),
-    hf("canine", "CanineConfig", "CanineForTokenClassification", {**SIZE, "num_hash_functions": 2, "num_hash_buckets": 32, "local_transformer_stride": 4, "upsampling_kernel_size": 3, "downsampling_rate": 4, "max_position_embeddings": 64, "num_labels": 64, "pad_token_id": 0}, long),
     hf("perceiver", "PerceiverConfig", "PerceiverForMaskedLM", {"num_latents": 4, "d_latents": 16, "d_model": 16, "num_blocks": 1, "num_self_attends_per_block": 2, "num_self_attention_heads": 2, "num_cross_attention_heads": 2, "vocab_size": 64, "max_position_embeddings": 16, "qk_channels": 16, "v_channels": 16}, lambda d: {"inputs": tokens(d, 2, 16), "labels": tokens(d, 2, 16)}),
     hf("reformer", "ReformerConfig", "ReformerForMaskedLM", {"vocab_size": 64, "hidden_size": 16, "attention_head_size": 8, "num_attention_heads": 2, "feed_forward_size": 24, "attn_layers": ["local", "lsh"], "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_hashes": 1, "num_buckets": 2, "axial_pos_embds_dim": [8, 8], "axial_pos_shape": [4, 4], "max_position_embeddings": 16, "hash_seed": 0, "is_decoder": False}, long),
     hf("t5 encoder", "T5Config", "T5EncoderModel", {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}, unlabelled, output="last_hidden_state"),

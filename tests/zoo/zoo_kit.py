@@ -244,7 +244,7 @@ def difference(row: Row, setting: str, ours: Run, dense: Run, line: Line) -> str
         if len(apart):
             assert true.scores is not None
             gap = (true.scores[apart] - true.cutoff).abs() / max(true.cutoff, 1e-300)
-            noise = true.scores[apart].abs() < NOISE * true.scores.max()
+            noise = true.scores[apart] < NOISE * true.scores.max()
             excused = torch.cat([excused, apart])
             if not bool(noise.all()) and float(gap[~noise].max()) > (0.05 if narrow else row.tie):
                 missing, extra = (line.counts(apart[torch.isin(apart, side)]) for side in (true.support, mine.support))

@@ -97,7 +97,8 @@ def enter(model: Any, setting: str) -> Call:
         if now != "sdpa":
             raise DoesNotApplyError(f"the model has one kind of attention here, {now}")
         model.set_attn_implementation("eager")
-        assert model.config._attn_implementation == "eager"
+        if model.config._attn_implementation != "eager":
+            raise DoesNotApplyError(f"the model stays with {model.config._attn_implementation} once it is made")
     elif setting == "bf16" and model._can_set_experts_implementation():
         model.set_experts_implementation("grouped_mm")
     return _call
