@@ -34,7 +34,7 @@ Loss = Callable[[nn.Module, Any, Call], Tensor]  # (model, batch, run): run(func
 SETTINGS = ("plain", "accumulated", "whole", "reentrant", "nonreentrant", "bf16", "attention")
 SHORT = os.environ.get("ZOO") != "all"  # the form that `make test` runs; `make test-zoo` runs everything
 SHORT_SETTINGS = ("plain", "whole", "nonreentrant", "bf16")
-EQUAL, REFUSED, IMPOSSIBLE = "equal", "refused", "impossible"
+EQUAL, REFUSED, IMPOSSIBLE, ENDLESS = "equal", "refused", "impossible", "endless"
 TIE = 1e-9  # scores closer than this, relatively, are a tie that rounding may decide
 NOISE = 1e-12  # scores below this share of the largest are rounding, or 0
 
@@ -54,6 +54,11 @@ def refused(words: str) -> Expected:
 def impossible(words: str) -> Expected:
     """Plain autograd, without a tuner, does not do it either."""
     return Expected(IMPOSSIBLE, words)
+
+
+def endless(why: str) -> Expected:
+    """Plain autograd never comes back, so this is not run; the summary names it."""
+    return Expected(ENDLESS, why)
 
 
 @dataclass(frozen=True)
@@ -281,6 +286,9 @@ def quietly():
 
 def outcome(row: Row, setting: str) -> Outcome:
     """Runs a row in a setting: EQUAL, REFUSED, IMPOSSIBLE, or "raised", "wrong"."""
+    wanted = row.expects.get(setting)
+    if wanted is not None and wanted.kind == ENDLESS:
+        return Outcome(ENDLESS, wanted.words)
     with quietly():
         try:
             dense = oracle(row, setting)
@@ -288,7 +296,6 @@ def outcome(row: Row, setting: str) -> Outcome:
             return Outcome("without", str(no))
         except Exception as error:  # noqa: BLE001 - without an oracle the row says nothing, or that there is none
             return Outcome(IMPOSSIBLE, f"{type(error).__name__}: {error}")
-        wanted = row.expects.get(setting)
         if wanted is not None and wanted.kind == IMPOSSIBLE:
             return _control(row, setting, dense) or Outcome("possible", "without a tuner there is nothing wrong")
         try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from zoo_kit import endless
 from zoo_models import SIZE, TEXT, VOCABULARY, hf, images, plain_ids, together, tokens, unlabelled, waves
 
 PATCHES = {**SIZE, "image_size": 16, "patch_size": 8, "num_labels": 2}
@@ -22,6 +23,8 @@ WAVES = {**SIZE, "vocab_size": 32, "conv_dim": (8, 8), "conv_stride": (5, 4), "c
 BART = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}  # fmt: skip
 CLIP_TEXT = {**TEXT, "projection_dim": 8, "max_position_embeddings": 16}
 CLIP_VISION = {**SIZE, "image_size": 16, "patch_size": 8, "projection_dim": 8}
+
+ENDLESS = {"reentrant": endless("the first layer's position bias is an input of all others")}
 
 
 def features(draw: torch.Generator) -> dict[str, Tensor]:
@@ -86,7 +89,7 @@ SPEECH = [
     hf("whisper", "WhisperConfig", "WhisperForConditionalGeneration", {**BART, "vocab_size": 64, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 16, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2, "suppress_tokens": None, "begin_suppress_tokens": None}, features, short=True),
     hf("wav2vec2", "Wav2Vec2Config", "Wav2Vec2ForCTC", WAVES, ctc, short=True),
     hf("hubert", "HubertConfig", "HubertForCTC", WAVES, ctc),
-    hf("wavlm", "WavLMConfig", "WavLMForCTC", {**WAVES, "num_buckets": 8, "max_bucket_distance": 16}, ctc),
+    hf("wavlm", "WavLMConfig", "WavLMForCTC", {**WAVES, "num_buckets": 8, "max_bucket_distance": 16}, ctc, expects=ENDLESS),
     hf("unispeech-sat", "UniSpeechSatConfig", "UniSpeechSatForCTC", WAVES, ctc),
     hf("sew", "SEWConfig", "SEWForCTC", {**WAVES, "squeeze_factor": 2}, ctc),
     hf("wav2vec2-conformer", "Wav2Vec2ConformerConfig", "Wav2Vec2ConformerForCTC", {**WAVES, "conv_depthwise_kernel_size": 3}, ctc),
