@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 ROWS = [*zoo_encoders.ROWS, *zoo_decoders.ROWS, *zoo_seq2seq.ROWS, *zoo_senses.ROWS]
 
 
-@pytest.mark.parametrize("row, setting", cases(ROWS))
+@pytest.mark.parametrize("row, setting", cases(ROWS, ("whole", "nonreentrant", "bf16")))
 def test_model(row, setting, record_property):
     check(row, setting, record_property)
 

@@ -11,7 +11,7 @@ from zoo_kit import cases, check
 ROWS = [*zoo_layers.ROWS, *zoo_habits.ROWS, *zoo_strange.ROWS]
 
 
-@pytest.mark.parametrize("row, setting", cases(ROWS))
+@pytest.mark.parametrize("row, setting", cases(ROWS, ("plain", "nonreentrant")))
 def test_odd_module(row, setting, record_property):
     check(row, setting, record_property)
 

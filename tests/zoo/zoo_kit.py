@@ -33,7 +33,6 @@ Loss = Callable[[nn.Module, Any, Call], Tensor]  # (model, batch, run): run(func
 # "whole": the budget is nearly all there is, so that small gradients are compared too, in every tensor
 SETTINGS = ("plain", "accumulated", "whole", "reentrant", "nonreentrant", "bf16", "attention")
 SHORT = os.environ.get("ZOO") != "all"  # the form that `make test` runs; `make test-zoo` runs everything
-SHORT_SETTINGS = ("plain", "whole", "nonreentrant", "bf16")
 EQUAL, REFUSED, IMPOSSIBLE, ENDLESS = "equal", "refused", "impossible", "endless"
 TIE = 1e-9  # scores closer than this, relatively, are a tie that rounding may decide
 NOISE = 1e-12  # scores below this share of the largest are rounding, or 0
@@ -148,9 +147,13 @@ def _narrow(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.bfloat16).requires_grad_(tensor.requires_grad)
 
 
-def budget_of(row: Row, setting: str, part: nn.Module) -> int:
-    share = 0.9 if alike(setting) == "whole" else row.share
-    return max(SELECTING, int(share * sum(p.numel() for p in in_scope(part).values())))
+def budget_of(row: Row, setting: str) -> int:
+    """A share of the scalars in scope; "whole": nine tenths of those that have a gradient at the first step."""
+    made = prepare(row, setting)
+    if setting != "whole":
+        return max(SELECTING, int(row.share * sum(p.numel() for p in in_scope(made.part).values())))
+    sizes = dense_gradient(made.part, made.losses, 0, made.micros)[1].abs()
+    return max(SELECTING, int(0.9 * int((sizes > NOISE * sizes.max()).sum())))
 
 
 def alike(setting: str) -> str:
@@ -167,7 +170,7 @@ def oracle(row: Row, setting: str) -> Run:
     if (row.name, plain) not in _oracles:
         made = prepare(row, plain)
         steps = 1 if setting == "bf16" else STEPS
-        run = dense_run(made.part, made.losses, budget_of(row, setting, made.part), made.micros, steps)
+        run = dense_run(made.part, made.losses, budget_of(row, plain), made.micros, steps)
         finite = all(bool(s.gradient.isfinite().all()) for s in run.steps) and bool(run.weights.isfinite().all())
         assert finite, "the dense run is not finite, so it shows nothing"
         assert len(run.steps[0].support), "the dense run has no gradient, so it shows nothing"
@@ -175,12 +178,12 @@ def oracle(row: Row, setting: str) -> Run:
     return _oracles[row.name, plain]
 
 
-def engine(row: Row, setting: str, steps: int = STEPS) -> tuple[Run, str]:
+def engine(row: Row, setting: str, budget: int, steps: int = STEPS) -> tuple[Run, str]:
     """The same by selectune, and what was wrong after detach ("" if nothing)."""
     made = prepare(row, setting)
     line, before, flags = Line.of(made.part), _bits(made.part), _flags(made.model)
     base = line_of(list(in_scope(made.part).values()))
-    method = st.id3(budget=budget_of(row, setting, made.part), steps=SELECTING)
+    method = st.id3(budget=budget, steps=SELECTING)
     tuner = st.attach(made.part, method, accumulation_steps=made.micros)
     try:
         optimizer = torch.optim.SGD(tuner.parameters(), lr=RATE)
@@ -210,7 +213,7 @@ def engine(row: Row, setting: str, steps: int = STEPS) -> tuple[Run, str]:
         tuner.detach()
     wrong = "" if _bits(made.part) == before else "after detach the model is not the base again"
     wrong = wrong or ("" if _flags(made.model) == flags else "after detach other parameters are trainable than before")
-    return Run(done, weights), wrong
+    return Run(done, weights, budget), wrong
 
 
 def _slots(tuner: st.Tuner, line: Line) -> Tensor:
@@ -299,7 +302,7 @@ def outcome(row: Row, setting: str) -> Outcome:
         if wanted is not None and wanted.kind == IMPOSSIBLE:
             return _control(row, setting, dense) or Outcome("possible", "without a tuner there is nothing wrong")
         try:
-            ours, after = engine(row, setting)
+            ours, after = engine(row, setting, dense.budget)
         except DoesNotApplyError as no:
             return Outcome("without", str(no))
         except SelectuneError as error:
@@ -330,9 +333,9 @@ def _control(row: Row, setting: str, dense: Run) -> Outcome | None:
     return None
 
 
-def cases(rows: Sequence[Row]) -> list[Any]:
-    """Rows and settings to test, in the short form or in full, settings within a row."""
-    settings = [s for s in SETTINGS if not SHORT or s in SHORT_SETTINGS]
+def cases(rows: Sequence[Row], short: Sequence[str]) -> list[Any]:
+    """Rows and settings to test, in the short form (in the settings `short`) or in full."""
+    settings = [s for s in SETTINGS if not SHORT or s in short]
     return [
         pytest.param(row, setting, id=f"{row.name}-{setting}")
         for row in rows

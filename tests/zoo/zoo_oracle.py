@@ -68,6 +68,7 @@ class Step:
 class Run:
     steps: list[Step]
     weights: Tensor  # of the whole line, at the end
+    budget: int
 
 
 def in_scope(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -112,7 +113,7 @@ def dense_run(model: nn.Module, losses: Losses, budget: int, micros: int, steps:
         done.append(Step(loss, support, gradient[support], scores, cutoff))
         weights[support] -= RATE * gradient[support]
         _write(parameters, weights)
-    return Run(done, line_of(parameters))
+    return Run(done, line_of(parameters), budget)
 
 
 def _write(parameters: list[nn.Parameter], weights: Tensor) -> None:
