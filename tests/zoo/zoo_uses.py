@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,20 +78,26 @@ class Closure(nn.Module):
         return self.head(checkpoint(lambda y: y + self.gamma * self.f(y), h, use_reentrant=self.reentrant))
 
 
-class PostNorm(nn.Module):
-    """Blocks that end in a layer norm, each checkpointed: what a block saves lies in the one before."""
+class Ends(nn.Module):
+    """Checkpointed blocks, each with a plain layer behind it: what that layer saves is made within the block."""
 
-    def __init__(self, reentrant: bool) -> None:
+    def __init__(self, reentrant: bool, last: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.first = nn.Linear(6, 6)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6)) for _ in range(3))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), last()) for _ in range(2))
+        self.between = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
         self.reentrant = reentrant
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
-        for block in self.blocks:
-            h = checkpoint(block, h, use_reentrant=self.reentrant)
+        for block, layer in zip(self.blocks, self.between, strict=True):
+            h = layer(checkpoint(block, h, use_reentrant=self.reentrant))
         return h
+
+
+class Gated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() * x
 
 
 class Hyper(nn.Module):
