@@ -202,7 +202,7 @@ ROWS = [
     row("reparametrized inside forward", lambda: Hyper(True), floats(4, 6)),
     row("autograd function given a weight", Custom, floats(4, 6)),
     row("scripted function given a weight", Scripted, floats(4, 6), expects={"nonreentrant": impossible("TorchScript")}),
-    row("scripted submodule", ScriptedPart, floats(4, 6)),
+    row("scripted submodule", ScriptedPart, floats(4, 6), expects=dict.fromkeys(SETTINGS, refused("scripted"))),
     row("einsum and baddbmm", Sums, floats(4, 6)),
     row("read through _parameters", lambda: Backdoor("_parameters"), floats(4, 6)),
     row("read through parameters()", lambda: Backdoor("parameters()"), floats(4, 6)),

@@ -275,7 +275,8 @@ def after_no_grad(model: nn.Module, batch: Any, run: Call) -> Tensor:
 
 
 MOVED = dict.fromkeys(SETTINGS, refused("outside the support"))  # by forward, and seen by verify
-INNER = {"reentrant": impossible("does not require grad")}  # the first pass runs without gradients
+INNER = dict.fromkeys(SETTINGS, refused("torch.autograd.grad"))
+INNER["reentrant"] = impossible("does not require grad")  # the first pass runs without gradients
 NORMED = {s: refused("max_norm") for s in SETTINGS if s != "reentrant"}  # it rewrites rows that are not selected
 
 ROWS = [
@@ -301,10 +302,10 @@ ROWS = [
     row("one layer under two names", TwoNames, floats(4, 6)),
     row("packed sequences", Packed, floats(2, 4, 6)),
     row("adaptive softmax", Adaptive, ids(3, 5)),
-    row("traced submodule", traced, floats(4, 6)),
+    row("traced submodule", traced, floats(4, 6), expects=dict.fromkeys(SETTINGS, refused("traced"))),
     row("compiled submodule", compiled, floats(4, 6), short=False),
     row("backward hooks on modules", backward_hooks, floats(4, 6)),
-    row("hook on a parameter", parameter_hook, floats(4, 6)),
+    row("hook on a parameter", parameter_hook, floats(4, 6), expects=dict.fromkeys(SETTINGS, refused("a hook"))),
     row("passes without gradients between", Base, floats(4, 6), loss=after_no_grad),
     row("embedding with max_norm", lambda: nn.Embedding(12, 8, max_norm=1.0), ids(3, 5), expects=NORMED),
 ]
