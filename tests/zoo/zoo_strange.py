@@ -275,6 +275,7 @@ def after_no_grad(model: nn.Module, batch: Any, run: Call) -> Tensor:
 
 
 MOVED = dict.fromkeys(SETTINGS, refused("outside the support"))  # by forward, and seen by verify
+MOVED |= dict.fromkeys(("reentrant", "nonreentrant"), impossible("the gradient is not that of the plain run"))
 INNER = dict.fromkeys(SETTINGS, refused("torch.autograd.grad"))
 INNER["reentrant"] = impossible("does not require grad")  # the first pass runs without gradients
 NORMED = {s: refused("max_norm") for s in SETTINGS if s != "reentrant"}  # it rewrites rows that are not selected
