@@ -16,10 +16,10 @@ export SELECTUNE_DATA := $(abspath $(SELECTUNE_DATA))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock clean
+.PHONY: help setup demo test test-zoo lint format lock clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
 
 setup: $(STAMP) ## make .venv and install everything, pinned
 
@@ -38,6 +38,10 @@ demo: setup ## train, save, verify and revert a delta of a real model, in minute
 test: setup ## all tests, offline
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-zoo: setup ## tiny models and odd modules against a dense oracle, in every setting (a short form is in `test`)
+	ZOO=all HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/zoo $(PYTEST_ARGS)
 
 lint: setup ## ruff, format check, types
 	$(BIN)/ruff check .
