@@ -24,6 +24,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from the rows above its own and from its own name, never from below or beside.
 ORDER = (
     ("errors",),
+    ("internals",),
     ("types",),
     ("scope", "schedule", "select", "scores", "dense"),
     ("method",),

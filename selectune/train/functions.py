@@ -39,7 +39,7 @@ def unwatch(who: object) -> None:
 def _revealing(cls: Any, *args: Any, **kwargs: Any) -> Any:
     for reveal in tuple(_watching.values()):
         args, kwargs = tuple(map(reveal, args)), {name: reveal(value) for name, value in kwargs.items()}
-    return _own.__func__(cls, *args, **kwargs)
+    return _own.__get__(None, cls)(*args, **kwargs)
 
 
 _apply: Any = classmethod(_revealing)
