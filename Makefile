@@ -16,10 +16,10 @@ export SELECTUNE_DATA := $(abspath $(SELECTUNE_DATA))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock clean
+.PHONY: help setup demo test test-torch test-cpus lint format lock clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
 
 setup: $(STAMP) ## make .venv and install everything, pinned
 
@@ -38,6 +38,24 @@ demo: setup ## train, save, verify and revert a delta of a real model, in minute
 test: setup ## all tests, offline
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# What depends on torch itself. The rest adds nothing there: it is arithmetic that the core's tests do not need torch's
+# version for (tasks, bench), or needs packages whose newest versions are pinned in lock.txt (adapters, harness,
+# integrations, cli).
+CORE_TESTS := tests/test_internals.py tests/test_equality.py tests/test_readme.py tests/train tests/delta tests/ops
+
+test-torch: ## core tests on the oldest and the newest torch, each in a venv that is kept
+	PYTHON="$(PYTHON)" WORKERS="$(WORKERS)" PYTEST_ARGS="$(PYTEST_ARGS)" CORE_TESTS="$(CORE_TESTS)" \
+		.ci/test-torch oldest newest
+
+# torch, its two libraries of products and numba choose their loops by the processor, so sums are rounded otherwise on
+# another. Each line stands for a kind of processor: none of today's, and one with AVX2 but without AVX-512 and AMX.
+PLAIN := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=x86-64
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 NUMBA_CPU_NAME=haswell
+
+test-cpus: ## all tests, as processors without AVX and with AVX2 only would round
+	env $(PLAIN) $(MAKE) test
+	env $(AVX2) $(MAKE) test
 
 lint: setup ## ruff, format check, types
 	$(BIN)/ruff check .

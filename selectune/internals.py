@@ -20,6 +20,7 @@ __all__ = [
     "backward_id",
     "data_is_all_there",
     "dispatch_modes",
+    "forget",
     "own_apply",
     "saved_tensors_are_hooked",
     "tree_iter",
@@ -82,3 +83,14 @@ def own_apply() -> Any:
     """What stands as `torch.autograd.Function.apply`, not yet bound: a classmethod up to torch 2.13, a
     descriptor in C from 2.14 on. `own_apply().__get__(None, cls)` is `cls.apply` with either."""
     return Function.__dict__["apply"]
+
+
+def forget(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
+    """The optimizer's state of a parameter is again what it was before the first step.
+
+    Any optimizer makes a state that is missing; but Adagrad made it in its constructor only, up to torch 2.12 at most.
+    """
+    state = optimizer.state.pop(parameter, None)
+    if state and isinstance(optimizer, torch.optim.Adagrad) and torch.__version__ < "2.13":
+        start = optimizer.defaults["initial_accumulator_value"]
+        optimizer.state[parameter] = {"step": state["step"] * 0, "sum": torch.full_like(state["sum"], start)}

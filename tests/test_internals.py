@@ -153,6 +153,21 @@ def test_a_module_keeps_its_parts_where_we_look():
     assert list(module[0]._buffers) == ["running_mean", "running_var", "num_batches_tracked"], ON
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_forgets_a_parameter(kind):
+    first, second, arguments = one(), one(), {"initial_accumulator_value": 0.5} if kind is torch.optim.Adagrad else {}
+    optimizer, fresh = kind([first], lr=0.1, **arguments), kind([second], lr=0.1, **arguments)
+    (first * 3).sum().backward()
+    optimizer.step()
+    internals.forget(optimizer, first)
+    with torch.no_grad():
+        first.copy_(second)
+    second.grad = first.grad
+    optimizer.step()
+    fresh.step()
+    assert torch.equal(first, second), ON
+
+
 def test_a_name_that_torch_lacks_is_told_with_the_version():
     with pytest.raises(ImportError, match=re.escape(f"torch._C._gone, which torch {torch.__version__} does not have")):
         internals._name("_C._gone")
