@@ -49,9 +49,10 @@ test-torch: ## core tests on the oldest and the newest torch, each in a venv tha
 		.ci/test-torch oldest newest
 
 # torch, its two libraries of products and numba choose their loops by the processor, so sums are rounded otherwise on
-# another. Each line stands for a kind of processor: none of today's, and one with AVX2 but without AVX-512 and AMX.
-PLAIN := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=x86-64
-AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 NUMBA_CPU_NAME=haswell
+# another. Each line stands for a kind of x86 processor: one without AVX, and one with AVX2 but without AVX-512 and AMX.
+PLAIN := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 NUMBA_CPU_NAME=haswell \
+	NUMBA_CPU_FEATURES=+avx2,+fma
 
 test-cpus: ## all tests, as processors without AVX and with AVX2 only would round
 	env $(PLAIN) $(MAKE) test
