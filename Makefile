@@ -48,10 +48,10 @@ test-torch: ## core tests on the oldest and the newest torch, each in a venv tha
 	PYTHON="$(PYTHON)" WORKERS="$(WORKERS)" PYTEST_ARGS="$(PYTEST_ARGS)" CORE_TESTS="$(CORE_TESTS)" \
 		.ci/test-torch oldest newest
 
-# torch, its two libraries of products and numba choose their loops by the processor, so sums are rounded otherwise on
+# torch, its library of products and numba choose their loops by the processor, so sums are rounded otherwise on
 # another. Each line stands for a kind of x86 processor: one without AVX, and one with AVX2 but without AVX-512 and AMX.
-PLAIN := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic
-AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 NUMBA_CPU_NAME=haswell \
+PLAIN := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 NUMBA_CPU_NAME=haswell \
 	NUMBA_CPU_FEATURES=+avx2,+fma
 
 test-cpus: ## all tests, as processors without AVX and with AVX2 only would round
