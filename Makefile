@@ -16,7 +16,7 @@ export SELECTUNE_DATA := $(abspath $(SELECTUNE_DATA))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-zoo lint format lock clean
+.PHONY: help setup demo test test-zoo test-torch test-cpus lint format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -42,6 +42,25 @@ test: setup ## all tests, offline
 test-zoo: setup ## tiny models and odd modules against a dense oracle, in every setting (a short form is in `test`)
 	ZOO=all HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/zoo $(PYTEST_ARGS)
+
+# What depends on torch itself. The rest adds nothing there: it is arithmetic that the core's tests do not need torch's
+# version for (tasks, bench), or needs packages whose newest versions are pinned in lock.txt (adapters, harness,
+# integrations, cli).
+CORE_TESTS := tests/test_internals.py tests/test_equality.py tests/test_readme.py tests/train tests/delta tests/ops
+
+test-torch: ## core tests on the oldest and the newest torch, each in a venv that is kept
+	PYTHON="$(PYTHON)" WORKERS="$(WORKERS)" PYTEST_ARGS="$(PYTEST_ARGS)" CORE_TESTS="$(CORE_TESTS)" \
+		.ci/test-torch oldest newest
+
+# torch, its library of products and numba choose their loops by the processor, so sums are rounded otherwise on
+# another. Each line stands for a kind of x86 processor: one without AVX, and one with AVX2 but without AVX-512 and AMX.
+PLAIN := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 NUMBA_CPU_NAME=haswell \
+	NUMBA_CPU_FEATURES=+avx2,+fma
+
+test-cpus: ## all tests, as processors without AVX and with AVX2 only would round
+	env $(PLAIN) $(MAKE) test
+	env $(AVX2) $(MAKE) test
 
 lint: setup ## ruff, format check, types
 	$(BIN)/ruff check .

@@ -204,14 +204,16 @@ def test_accumulation_is_one_larger_batch(row):
             for part in tokens(i, n=4).chunk(chunks):
                 (mixed_loss(model, part) / chunks).backward()
             optimizer.step()
-        return model, {n: f.tolist() for n, f in tuner.support.items()}
+        # By name and position: which of two almost equal scores got the lower slot is decided by rounding.
+        return model.state_dict(), {n: sorted(f.tolist()) for n, f in tuner.support.items()}
 
     (whole, support), (parts, other) = train(1), train(2)
     if row.first_pass:
         assert {n: len(f) for n, f in support.items()} == {n: len(f) for n, f in other.items()}
         return
     assert support == other
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+    assert whole.keys() == parts.keys()
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-12) for name in whole)
 
 
 @every_row

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from the rows above its own and from its own name, never from below or beside.
 ORDER = (
     ("errors",),
+    ("internals",),
     ("types",),
     ("scope", "schedule", "select", "scores", "dense"),
     ("method",),
@@ -190,6 +192,20 @@ def test_import_is_light(tmp_path, note):
     assert not seen["written"]
     assert seen["threads"][0] == seen["threads"][1]
     note(f"import selectune and use it: {seen['took']:.2f} s over torch (goal: 0.3 s)")
+
+
+def test_the_oldest_versions_that_are_tested_are_the_lower_bounds():
+    """What pyproject.toml promises of the core's packages is what `make test-torch` installs; README.md says so."""
+    bounds = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    lowest = dict(bound.split(">=") for bound in bounds if bound.partition(">=")[0] in CORE_NEEDS)
+    oldest, newest = (
+        dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements" / f"torch-{which}.txt").read_text("utf-8"), re.M))
+        for which in ("oldest", "newest")
+    )
+    assert set(lowest) == CORE_NEEDS
+    assert {name: oldest[name].removesuffix(".0") for name in CORE_NEEDS} == lowest
+    assert f"on torch {oldest['torch']}, the oldest" in (readme := (ROOT / "README.md").read_text("utf-8"))
+    assert f"on torch {newest['torch']}, the newest" in readme
 
 
 def test_no_file_is_too_long():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from selectune.adapters.spec import KINDS, LINEARS, Spec, targets_of
 from selectune.errors import ConfigError, ModelError
 
 ADAPTER = "default"  # the name that peft gives an adapter
+LAST_WITHOUT_CACHE = (0, 21, 2)  # peft up to here asks transformers for `past_key_values` only
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS", "ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
@@ -271,10 +273,21 @@ def _wrapped(peft: Any, model: nn.Module, config: Any) -> Put:
     return Put(around, lambda: None)
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
 def _check_virtual(spec: Spec, model: nn.Module) -> None:
     """Prefixes are keys and values given to the trunk; peft would find out in the first forward pass only."""
     trunk = getattr(model, "base_model", model)
-    if spec.kind == "prefix" and "past_key_values" not in inspect.signature(trunk.forward).parameters:
+    takes = inspect.signature(trunk.forward).parameters
+    renamed = "cache" in takes and "past_key_values" not in takes  # transformers 5.24
+    if spec.kind == "prefix" and renamed and _numbers(version := str(package().__version__)) <= LAST_WITHOUT_CACHE:
+        raise ConfigError(
+            f"peft {version} hands a prefix over as past_key_values, which transformers 5.24 renamed to cache. Install "
+            "transformers<5.24 or a newer peft; prompt and ptuning put virtual tokens before the input instead."
+        )
+    if spec.kind == "prefix" and not renamed and "past_key_values" not in takes:
         raise ConfigError(
             f"prefix gives every layer keys and values from outside, which {type(trunk).__name__} does not take. "
             "prompt and ptuning put virtual tokens before the input instead."

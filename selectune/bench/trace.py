@@ -16,13 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.fx.experimental import _config as fx_config
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from selectune.bench.models import DTYPES, Bench
+from selectune.internals import TorchDispatchMode, data_is_all_there, tree_iter
 from selectune.train.autograd import SparseLayerNorm
 from selectune.train.rebuild import rebuilt, source
 
@@ -199,9 +197,7 @@ def step(model: nn.Module, batch: dict[str, Tensor], bench: Bench, kind: Kind) -
     low = None if bench.autocast is None else DTYPES[bench.autocast]
     storages, engine = Storages(known), Engine(kind, low, fused=bench.device == "cuda")
     # what depends on data (labels that count, say) is taken to be all there
-    patch: Any = cast(Any, fx_config).patch
-    nonzero = patch(meta_nonzero_assume_all_nonzero=True)
-    with nonzero, _dropping(model, kind), _input_gradients(model, kind):
+    with data_is_all_there(), _dropping(model, kind), _input_gradients(model, kind):
         with storages, _inside(model, engine):
             loss = model(**batch).loss
             saved = storages.now

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selectune import internals
 from selectune.errors import ConfigError
 from selectune.ops import backend, reference
 
@@ -259,7 +260,7 @@ def _nobody_watches(*parts: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and internals.dispatch_modes() == 0
         and all(type(part) is Tensor and part.device.type in ("cpu", "cuda") for part in parts)
         and not torch.is_inference_mode_enabled()
     )

@@ -4,7 +4,7 @@ attach      the door: attach, Tuner
 tracker     follows the run from backward pass to step
 chooser     which entries are trained, decided in between; exchange: by dropping and growing
 weights     how every use of a weight is seen; sparse, autograd: the nodes it becomes; taps: the graph these are in
-private     what is used of torch that torch does not document; functions: calls that ask no __torch_function__
+functions   calls that ask no __torch_function__; check: the engine's gradients held against plain autograd's
 scan        scores of a tensor into a collector; calibrate: scores over single examples
 ledger      which entry is trained in which slot, and what stood there before
 adamw       AdamW over the offsets in one pass, with an age per entry if wanted; sm3: a number per row and column

@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from selectune import ops
+from selectune.internals import saved_tensors_are_hooked
 from selectune.train.ledger import Page, Spots
-from selectune.train.private import saves_through_hooks
 from selectune.train.rebuild import forget, rebuilt, source
 
 
@@ -173,7 +173,7 @@ class SparseLayerNorm(torch.autograd.Function):
         ctx.eps, ctx.link, ctx.bias_link = eps, link, bias_link
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
-        ctx.kept_plain = not saves_through_hooks()
+        ctx.kept_plain = not saved_tensors_are_hooked()
         return _own(y)
 
     @staticmethod

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from selectune.train.private import never_compiled
+from selectune.internals import never_compiled
 
 
 class Own:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from selectune import ops
 from selectune.errors import ConfigError, IntegrityError
+from selectune.internals import will_reach
 from selectune.scope import VALUES, ScopedTensor
 from selectune.train.autograd import Link
 from selectune.train.ledger import Ledger, Page
-from selectune.train.private import comes_to
 from selectune.train.weights import follow, let_go
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class _Recorder:
         self._ledger = ledger
 
     def wants_dense(self, link: Link) -> bool:
-        return self.dense and comes_to(link.split)
+        return self.dense and will_reach(link.split)
 
     def offer(self, link: Link, gradient: Tensor, rows: Tensor | None = None) -> None:
         self.seen.add(link.index, gradient, rows)

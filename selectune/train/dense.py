@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from selectune import ops
+from selectune import internals, ops
 from selectune.errors import ConfigError, IntegrityError, NonFiniteError, OptimizerError
 from selectune.ops.scratch import scratch
 from selectune.scope import OWN, Found
@@ -166,7 +166,7 @@ class Phase:
             for name, latent in zip(self.kind.latents, latents, strict=True):
                 latent.grad = None
                 for optimizer in self._optimizers:
-                    optimizer.state.pop(latent, None)
+                    internals.forget(optimizer, latent)
                 if latent is not tensor.parameter:
                     latent.data = latent.data.new_empty(0)
                     self._carrier._parameters.pop(f"{OWN}{name}_{index}", None)
@@ -187,7 +187,7 @@ class Phase:
         """A tensor that goes on from its old value starts with a fresh optimizer state."""
         parameter.grad = None
         for optimizer in self._optimizers:
-            optimizer.state.pop(parameter, None)
+            internals.forget(optimizer, parameter)
 
     # -- forward and backward
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.autograd import Function
 
+from selectune.internals import SCRIPTED
 from selectune.train import autograd
-from selectune.train.private import SCRIPTED
 from selectune.train.weights import Weight, tapped
 
 _lock = threading.RLock()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selectune import ops
-from selectune.train.private import kept_plain, saves_through_hooks
+from selectune.internals import kept_plain, saved_tensors_are_hooked
 
 _last = threading.local()  # .made: the node whose output was made last, and that output
 
@@ -40,7 +40,7 @@ def source(x: Tensor) -> Any | None:
     the node's own nor those of whoever asks are, and x may cross the border of a checkpointed region.
     """
     node: Any = x.grad_fn
-    if node is None or x._version != 0 or saves_through_hooks():  # changed in place since: no longer its output
+    if node is None or x._version != 0 or saved_tensors_are_hooked():  # changed in place since: no longer its output
         return None
     if node.name() not in OUTPUTS or not _kept(node, OUTPUTS[node.name()][1]):
         return None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selectune.internals import in_transform
 from selectune.train.autograd import Link, SparseEmbedding, SparseLayerNorm, SparseLinear
-from selectune.train.private import in_transform
 from selectune.train.weights import SPARSE, Use, Weight, tapped, use_of
 
 

@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from selectune import ops
+from selectune import internals, ops
+from selectune.internals import go_on_compiling, in_backward, never_compiled, stop_compiling
 from selectune.scope import ScopedTensor
 from selectune.train import functions, sparse
 from selectune.train.autograd import Link, Listener, Reach, Split
 from selectune.train.calls import Call, Own
 from selectune.train.ledger import Page
-from selectune.train.private import go_on_compiling, in_backward, never_compiled, stop_compiling
 from selectune.train.weights import Use, follow, let_go
 
 log = logging.getLogger("selectune")
@@ -206,11 +205,11 @@ class Taps:
         """The output, if backward() would otherwise fail because no selected entry took part in it; else None."""
         if self.asleep or not self.offsets.requires_grad or not torch.is_grad_enabled() or in_backward():
             return None
-        tensors = [part for part in pytree.tree_leaves(output) if isinstance(part, Tensor)]
+        tensors = [part for part in internals.tree_leaves(output) if isinstance(part, Tensor)]
         if any(part.requires_grad for part in tensors) or not any(part.is_floating_point() for part in tensors):
             return None
         self._open()
         spare = self._spare
         if spare is None:
             return None
-        return pytree.tree_map_only(Tensor, lambda t: Reach.apply(t, spare) if t.is_floating_point() else t, output)
+        return internals.tree_map_only(Tensor, lambda t: Reach.apply(t, spare) if t.is_floating_point() else t, output)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune.errors import AccumulationError
+from selectune.internals import after_backward, backward_id, will_reach
 from selectune.method import Method
 from selectune.scope import ScopedTensor
 from selectune.train import ranks
@@ -29,7 +30,6 @@ from selectune.train.calls import Call, weakly
 from selectune.train.chooser import Afresh, Chooser, Growing, scattered
 from selectune.train.exchange import Exchange
 from selectune.train.ledger import Ledger, Page
-from selectune.train.private import at_end_of_backward, backward_pass, comes_to
 from selectune.train.taps import Taps
 from selectune.train.window import Window, scale_between
 from selectune.types import Exchanging, Schedule
@@ -141,12 +141,12 @@ class Tracker:
         """A forward is repeated inside a backward pass: with reentrant checkpointing, close after all of it."""
         if self.taps.grad_was_off and not self._deferred:
             self._deferred = True
-            at_end_of_backward(self._close_deferred)
+            after_backward(self._close_deferred)
 
     # -- backward (Listener)
 
     def wants_dense(self, link: Link) -> bool:
-        if not comes_to(link.split):
+        if not will_reach(link.split):
             return False
         self._begin()
         return self._window.reads > 0 and not self._window.closed
@@ -166,7 +166,7 @@ class Tracker:
 
     def watch(self, link: Link, piece: Tensor) -> None:
         index = link.index
-        if not comes_to(link.split):
+        if not will_reach(link.split):
             return
         self._begin()
         if self.ledger.pages[index].watched is not link.page.watched:
@@ -203,7 +203,7 @@ class Tracker:
     def _close(self, gradient: Tensor) -> Tensor:
         window = self._window
         window.backwards += 1
-        self._in_backward, self._closed_in = False, backward_pass()
+        self._in_backward, self._closed_in = False, backward_id()
         self.taps.forget()
         if window.reads > 0 and not window.closed:
             if window.backwards == window.reads:
@@ -221,7 +221,7 @@ class Tracker:
 
     def _begin(self) -> None:
         """The first sign of a new backward pass."""
-        task = backward_pass()
+        task = backward_id()
         if self._in_backward and (task == self._task or self._deferred or self.taps.grad_was_off):
             return
         if self._in_backward:

@@ -14,11 +14,11 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from selectune import internals
 from selectune.errors import IntegrityError, TunerError
+from selectune.internals import in_backward, plain_parameter, without_dispatch
 from selectune.train.autograd import Link, Tap
-from selectune.train.private import in_backward, plain_parameter, without_dispatch
 
 SPARSE: dict[Any, Callable[..., Any]] = {}  # by torch's function: ours, which may return NotImplemented
 
@@ -47,7 +47,7 @@ class Weight(nn.Parameter):
                 result = sparse(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
-            args, kwargs = pytree.tree_map(tapped, (args, kwargs))
+            args, kwargs = internals.tree_map(tapped, (args, kwargs))
         else:
             for value in (*args, *kwargs.values()):
                 for one in value if isinstance(value, list | tuple) else (value,):

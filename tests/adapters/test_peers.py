@@ -31,6 +31,15 @@ def logits(model: nn.Module, name: str = "bert") -> torch.Tensor:
         return model(**bound(name)).logits
 
 
+def test_a_prefix_is_refused_where_peft_is_older_than_the_name_that_transformers_uses(monkeypatch):
+    """transformers 5.24 calls `past_key_values` `cache`; peft 0.21.2 would find out in the first forward pass."""
+    model, peft = classifier("gpt2"), pytest.importorskip("peft")
+    monkeypatch.setattr(type(model.base_model), "forward", lambda self, input_ids=None, cache=None: None)
+    monkeypatch.setattr(peft, "__version__", "0.21.2")
+    with pytest.raises(ConfigError, match=r"peft 0\.21\.2 hands a prefix over .* transformers<5\.24 or a newer"):
+        put_on(model, "prefix")
+
+
 @pytest.mark.parametrize("name", ["bert", "deberta-v2", "llama", "gpt2", "distilbert"])
 @pytest.mark.parametrize("kind", PEFT)
 def test_on_and_off(kind, name):

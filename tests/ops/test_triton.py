@@ -19,7 +19,7 @@ def test_kernels_under_the_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1", "SELECTUNE_BACKEND": "triton"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-         "-W", "ignore::RuntimeWarning", "interpreted.py"],
+         "-W", "ignore::RuntimeWarning", "-W", "ignore:Conversion of an array:DeprecationWarning", "interpreted.py"],
         capture_output=True, text=True, env=env, cwd=HERE, timeout=500, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

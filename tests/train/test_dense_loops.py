@@ -244,7 +244,7 @@ def test_a_saved_phase_goes_on_to_the_bit(make, at, dtype):
 
     again, second = attached(make, dtype, seed=4)
     later = torch.optim.AdamW(second.parameters(), lr=1e-2)
-    second._tracker.step = at
+    second._tracker.step, second._tracker.reached = at, set(tuner._tracker.reached)  # which tensors are tapped
     second._ledger.pages, second._ledger.free = list(ledger[0]), ledger[1]
     with torch.no_grad():
         second._ledger.offsets.copy_(ledger[2])

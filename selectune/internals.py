@@ -1,0 +1,131 @@
+"""What selectune uses of torch that torch does not promise to keep: every private name, in this one file.
+
+`tests/test_internals.py` says what each must do, and runs on the oldest and on the newest torch (`make test-torch`).
+A torch that has a name no longer is told by its version here, at import, and not by a wrong gradient later.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "SCRIPTED", "TorchDispatchMode", "after_backward", "backward_id", "data_is_all_there", "dispatch_modes", "forget",
+    "go_on_compiling", "in_backward", "in_transform", "kept_plain", "never_compiled", "plain_parameter",
+    "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves", "tree_map", "tree_map_only", "will_reach",
+    "without_dispatch",
+]  # fmt: skip
+
+
+def _name(path: str) -> Any:
+    """torch.`path`, or an error that says which torch lacks it."""
+    try:
+        return functools.reduce(getattr, path.split("."), torch)
+    except AttributeError:
+        raise ImportError(
+            f"selectune uses torch.{path}, which torch {torch.__version__} does not have. README.md says which "
+            "versions of torch are tested; install one of these."
+        ) from None
+
+
+# The number of the backward pass that this thread is in, or -1.
+backward_id: Callable[[], int] = _name("_C._current_graph_task_id")
+
+# Whether the backward pass that this thread is in will come to a node.
+will_reach: Callable[[Any], bool] = _name("_C._will_engine_execute_node")
+
+# How many dispatch modes are in place.
+dispatch_modes: Callable[[], int] = _name("_C._len_torch_dispatch_stack")
+
+# The hooks that saved tensors go through, or None; the argument: also while tracing.
+_saved_tensor_hooks: Callable[[bool], Any] = _name("_C._autograd._top_saved_tensors_default_hooks")
+
+# Tensor subclasses are taken for plain tensors while this context is entered.
+without_dispatch: Callable[[], AbstractContextManager[None]] = _name("_C.DisableTorchFunctionSubclass")
+
+# Whether the calling code runs inside vmap, grad or another transform of torch.func.
+in_transform: Callable[[], bool] = _name("_C._are_functorch_transforms_active")
+
+# What TorchScript makes of functions and methods: their calls ask no __torch_function__.
+SCRIPTED: tuple[Any, ...] = (_name("_C.ScriptFunction"), _name("_C.ScriptMethod"))
+
+# How torch.compile decides about a frame of code.
+_frames: Any = _name("_C._dynamo.eval_frame")
+
+# Functions over nested tuples, lists and dicts.
+tree_map: Callable[..., Any] = _name("utils._pytree.tree_map")
+tree_map_only: Callable[..., Any] = _name("utils._pytree.tree_map_only")
+tree_leaves: Callable[..., list[Any]] = _name("utils._pytree.tree_leaves")
+tree_iter: Callable[..., Any] = _name("utils._pytree.tree_iter")
+
+
+def in_backward() -> bool:
+    """Whether the calling code runs inside a backward pass."""
+    return backward_id() != -1
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Calls `call` when the backward pass that this thread is in is over."""
+    _name("autograd.Variable")._execution_engine.queue_callback(call)
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether what autograd saves goes through somebody's hooks."""
+    return _saved_tensor_hooks(False) is not None
+
+
+def kept_plain(node: Any, *names: str) -> bool:
+    """Whether a node of torch keeps all of these as they were, not through hooks that allow one look only."""
+    raw: list[Any] = [getattr(node, f"_raw_saved_{name}", None) for name in names]
+    return all(hasattr(one, "unpack_hook") and one.unpack_hook is None for one in raw)
+
+
+def plain_parameter(data: torch.Tensor, trainable: bool) -> Any:
+    """What stands for a parameter in a pickle, as torch's own parameters say it."""
+    return _name("_utils._rebuild_parameter"), (data, trainable, OrderedDict())
+
+
+def never_compiled(function: Any) -> Any:
+    """The function itself, which torch.compile neither traces nor inlines: it breaks the graph there."""
+    skip, default = _frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT
+    _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, default))
+    function._torchdynamo_disable = True
+    return function
+
+
+@never_compiled
+def stop_compiling() -> Any:
+    """From here on code of this thread runs as it is written; what `go_on_compiling` takes, None if it did anyway."""
+    return _frames.set_eval_frame(None)
+
+
+@never_compiled
+def go_on_compiling(before: Any) -> None:
+    """Takes back `stop_compiling`."""
+    if before is not None:
+        _frames.set_eval_frame(before)
+
+
+def data_is_all_there() -> Any:
+    """A context in which a tensor without memory (`meta`) is taken to hold no zeros where a count depends on them."""
+    from torch.fx.experimental import _config
+
+    patch: Any = cast(Any, _config).patch
+    return patch(meta_nonzero_assume_all_nonzero=True)
+
+
+def forget(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
+    """The optimizer's state of a parameter is again what it was before the first step.
+
+    Any optimizer makes a state that is missing; but Adagrad made it in its constructor only, up to torch 2.12 at most.
+    """
+    state = optimizer.state.pop(parameter, None)
+    if state and isinstance(optimizer, torch.optim.Adagrad) and torch.__version__ < "2.13":
+        start = optimizer.defaults["initial_accumulator_value"]
+        optimizer.state[parameter] = {"step": state["step"] * 0, "sum": torch.full_like(state["sum"], start)}
