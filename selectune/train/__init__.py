@@ -8,7 +8,7 @@ scan        scores of a tensor into a collector; calibrate: scores over single e
 ledger      which entry is trained in which slot, and what stood there before
 adamw       AdamW over the values in one pass, with an age per entry if wanted; sm3: a number per row and column
 optimizers  torch's step hooks; package: from the ledger to a delta
-state       a run between two steps, its file, and going on from it
+state       a run between two steps, its file, and going on from it; checked: what of it is looked at first
 """
 
 from selectune.train.adamw import SparseAdamW

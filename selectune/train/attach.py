@@ -337,9 +337,12 @@ class Tuner:
         return state.state_of(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict()`: a fresh base, attached alike; an optimizer made then loads its own after it.
+        """Goes on from `state_dict()`, bit for bit: on a fresh base attached alike, or back to an earlier step of this run.
 
-        Raises ConfigError for another run's state, BaseMismatchError for another base, with nothing changed.
+        The optimizer loads its own state of that step beside it. A window that was begun is dropped with its gradients.
+
+        Raises ConfigError for another run's state or one whose parts do not fit, BaseMismatchError for another base,
+        TunerError inside optimizer.step(); each with nothing changed.
         """
         state.load_into(self, state_dict)
 

@@ -268,6 +268,14 @@ class Tracker:
         elif grad is None or not bool(grad.any()):
             self._undo()
 
+    def restart(self) -> None:
+        """Forgets the present window and all that was kept for it: the ledger is about to be another."""
+        self.chooser.forget()
+        self.taps.forget()
+        self._window, self._watched, self._scale = Window(), {}, 1.0
+        self._in_backward = self._deferred = False
+        self._closed_in, self._opened, self._written = -1, None, None
+
     def _undo(self) -> None:
         """The window's step was skipped: nothing of it stays."""
         if self._window.before is not None:
