@@ -58,7 +58,7 @@ class DetachedError(TunerError):
 
 
 class OptimizerError(TunerError):
-    """An optimizer holds the frozen weights and not the tuner's values, or state of steps that the tuner never took."""
+    """An optimizer holds the frozen weights and not the values, or steps that the tuner never took."""
 
 
 class AccumulationError(TunerError):

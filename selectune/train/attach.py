@@ -337,12 +337,10 @@ class Tuner:
         return state.state_of(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict()`, bit for bit: on a fresh base attached alike, or back to an earlier step of this run.
+        """Goes on from `state_dict()`: on a fresh base attached alike, or back to another step of this run.
 
-        The optimizer loads its own state of that step beside it. A window that was begun is dropped with its gradients.
-
-        Raises ConfigError for another run's state or one whose parts do not fit, BaseMismatchError for another base,
-        TunerError inside optimizer.step(); each with nothing changed.
+        Bit for bit, if the optimizer loads its own. Raises ConfigError for the state of another run, or one
+        whose parts do not fit, BaseMismatchError for another base, TunerError within a step; nothing is changed then.
         """
         state.load_into(self, state_dict)
 
@@ -372,8 +370,9 @@ class Tuner:
         moved = self._base.moved(self.model, self._ledger)
         if moved:
             raise IntegrityError(
-                f"load_state_dict changed {len(moved)} tensors outside the support: {', '.join(moved[:5])}. A tuner is "
-                "attached, so only checkpoints of this very run can be loaded. Detach first, or load before attach."
+                f"load_state_dict changed {len(moved)} tensors outside the support: {', '.join(moved[:5])}. To go on "
+                "with a run, load the tuner's state before its weights (selectune.integrations does, for accelerate, "
+                "Lightning and the Trainer); other weights are loaded before attach, or after detach."
             )
         if self.in_dense_phase and self._phase is not None:
             self._phase.weights_changed()
