@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from lightning.pytorch import Callback
+    from lightning.pytorch import Callback  # pyright: ignore[reportMissingImports]
 except ImportError:
     from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
 
