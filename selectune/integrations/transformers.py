@@ -28,6 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selectune.delta import digest_bits
 from selectune.errors import ConfigError, DetachedError, IntegrityError
+from selectune.integrations.reference import pair_up
 from selectune.train import STATE_FILE, Tuner, read_state, write_state
 
 log = logging.getLogger("selectune")
@@ -47,6 +48,7 @@ class SelectuneCallback(TrainerCallback):
     the base; the state puts them there, and both must agree by bits. Batches, random state, optimizer and learning rate
     are the Trainer's to restore, but for the random state that an epoch's order was drawn from, which it does not keep.
 
+    TRL's `sync_ref_model` mixes the tuned weights into the reference, the tuner's values aside.
     Wherever it stands among the Trainer's callbacks, it goes before the others, so that every tracker gets the counts.
 
     `tuner`: or a callable that gives the present one, for `model_init`, which attaches anew for every run of a search.
@@ -158,6 +160,8 @@ class SelectuneCallback(TrainerCallback):
             if handler is not None and handler.callbacks[0] is not self:
                 # a new list: the one that stood there is being gone through
                 handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
+            if handler is not None:
+                pair_up(handler.callbacks)
             return
 
     def _begin(self, state: Any, optimizer: Any) -> None:

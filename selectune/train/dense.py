@@ -339,17 +339,9 @@ class Phase:
         return {"on": self.on, "latents": latents, "before": [t.clone() for t in self._before]}
 
     @torch.no_grad()
-    def rewind(self, *, on: bool) -> None:
-        """Before a state of another step is taken, in which the phase is `on` or not: ends it if it is over there."""
-        self._pulled, self._step_call = False, None
-        if self.on and not on:
-            for tensor in self.tensors:
-                tensor.parameter.copy_(self._base.dense[tensor.name])
-            self.free()
-
-    @torch.no_grad()
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes a `state`, on a fresh base, after step and ledger: an optimizer made before still holds its tensors."""
+        """Takes a `state`, after step and ledger: an optimizer made before still holds its tensors."""
+        self._pulled = False
         if not state["on"]:
             if self.on:
                 for tensor in self.tensors:

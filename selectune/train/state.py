@@ -102,10 +102,7 @@ def load_into(tuner: Tuner, state: Mapping[str, Any]) -> None:
     if tracker.in_step:
         raise TunerError("A state is loaded between steps; optimizer.step() is running. Load it before or after.")
     info, tensors = checked(tuner, state, _run(tuner))
-    rewind = tracker.step > 0 or tracker._window.backwards > 0
     unread = tracker.chooser.rescore is not None and not ledger.touched  # scores known from attach wait for a selection
-    if rewind and tuner._phase is not None:
-        tuner._phase.rewind(on=info["phase"]["on"])
     tracker.restart()
     ledger.write_base()
     for tensor in ledger.tensors:

@@ -151,6 +151,22 @@ def test_from_within_a_window(case):
         assert run.tuner.events == straight.tuner.events
 
 
+@pytest.mark.parametrize("case", ["lt-sft", "diff-pruning"])
+def test_a_gradient_of_the_dense_phase_is_dropped(case):
+    """An optimizer that steps after it takes no step of the run."""
+    run = Run(*CASES[case])
+    run.go(0, 1)
+    saved = run.saved()
+    run.backward(900)
+    run.put_back(saved)
+    run.optimizer.step()
+    assert run.tuner.step == 1
+    run.go(1, STEPS)
+    straight = Run(*CASES[case])
+    straight.go(0, STEPS)
+    assert same(bits(run.model), bits(straight.model))
+
+
 def test_not_within_a_step():
     run = Run(*CASES["pafi"])
     state = run.tuner.state_dict()
