@@ -8,7 +8,7 @@ SelectuneError
 ├── TunerError               attach, train, detach                                      (also RuntimeError)
 │   ├── AlreadyAttachedError the model carries a tuner already
 │   ├── DetachedError        the tuner was taken off the model
-│   ├── OptimizerError       an optimizer made over the frozen weights
+│   ├── OptimizerError       an optimizer over the frozen weights, or one whose state is of another step
 │   ├── AccumulationError    more backward passes in a step than `accumulation_steps` said
 │   ├── CalibrationError     a method that needs examples got none, or unusable ones
 │   ├── IntegrityError       a weight outside the support is not the base's any more
@@ -65,7 +65,7 @@ class DetachedError(TunerError):
 
 
 class OptimizerError(TunerError):
-    """An optimizer holds the frozen weights and not the tuner's values."""
+    """An optimizer holds the frozen weights and not the values, or steps that the tuner never took."""
 
 
 class AccumulationError(TunerError):

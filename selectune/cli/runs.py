@@ -195,6 +195,12 @@ def train(
         bool,
         typer.Option("--group-by-length", help="Batches of rows of like length: less padding, another order."),
     ] = False,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--report-to", help="Send the log to a tracker, such as tensorboard, trackio or wandb; repeatable."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a few scalars of a model on a task, save them as a delta, and measure what was saved."""
@@ -249,6 +255,7 @@ def train(
         schedule=schedule,
         weight_decay=weight_decay,
         group_by_length=group_by_length,
+        report_to=() if report_to is None or report_to == ["none"] else tuple(report_to),
     )
     with working():
         try:

@@ -16,6 +16,7 @@ from selectune.adapters import KINDS, Spec
 from selectune.errors import BudgetError, ConfigError
 from selectune.harness.models import DTYPES
 from selectune.harness.modules import method_of, peer, spec_of
+from selectune.harness.trackers import check_trackers
 from selectune.method import Method
 from selectune.recipes import RECIPES, Recipe
 from selectune.scope import Scope
@@ -42,6 +43,7 @@ class RunConfig:
     `eval_every`, `max_length` None: the papers' values for the task. `seed` draws the head, the data order, dropout and
     the method's choices. `batch_size` rows make one backward pass, `accumulation` of these one step.
     `group_by_length`: batches of rows of like length, so less padding (on STS-B half the tokens), in another order.
+    `report_to`: trackers of transformers that get the log, such as tensorboard, beside run.json.
 
     >>> RunConfig(model="demo", task="glue/rte", budget=1000).learning_rate
     0.0005
@@ -94,6 +96,7 @@ class RunConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     group_by_length: bool = False
+    report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         tasks.get(self.task)
@@ -120,6 +123,8 @@ class RunConfig:
         if self.out is not None and Path(self.out).exists() and not Path(self.out).is_dir():
             raise ConfigError(f"out={self.out} is a file; it must be a folder, which is made if it is missing.")
         build_method(self, steps=self.max_steps or _MANY)
+        if self.report_to:
+            check_trackers(self.report_to)
 
     @property
     def learning_rate(self) -> float:

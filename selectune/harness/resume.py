@@ -26,7 +26,7 @@ NEWEST = True
 
 _PREFIX = "checkpoint-"
 _FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE, RUN_FILE)
-_FREE = ("out", "data", "eval_every", "save_every")  # may differ between a run and its rest: no bit depends on them
+_FREE = ("out", "data", "eval_every", "save_every", "report_to")  # no bit depends on these
 
 
 @dataclass(frozen=True)

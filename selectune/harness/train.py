@@ -120,7 +120,7 @@ def run(config: RunConfig, progress: Progress | None = None, resume: bool | str 
 
     The same config gives the same delta, byte for byte, on the same machine, thread count and versions (on a CPU).
     `resume`: a checkpoint that `save_every` wrote, or True for the newest in `out`; the delta is the same bytes as
-    without a stop. Only `out`, `data`, `eval_every` and `save_every` may differ then.
+    without a stop. Only `out`, `data`, `eval_every`, `save_every` and `report_to` may differ.
 
     Raises ModelError, TaskError, ConfigError before training, the last before anything is loaded for a checkpoint that
     is missing, incomplete or of another run; NonFiniteError if the loss is not finite and NothingTrainedError if no
@@ -321,7 +321,7 @@ def _arguments(config: RunConfig, steps: int) -> Any:
         logging_steps=max(1, min(20, steps // 20)),
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
-        report_to="none",
+        report_to=list(config.report_to) or "none",
         disable_tqdm=True,
         **_sampling(config.group_by_length),
     )

@@ -11,10 +11,12 @@ with the bits of a run that was not.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selectune.delta import digest_bits
 from selectune.errors import ConfigError, DetachedError, IntegrityError
+from selectune.integrations.reference import pair_up
 from selectune.train import STATE_FILE, Tuner, read_state, write_state
 
 log = logging.getLogger("selectune")
@@ -45,23 +48,39 @@ class SelectuneCallback(TrainerCallback):
     the base; the state puts them there, and both must agree by bits. Batches, random state, optimizer and learning rate
     are the Trainer's to restore, but for the random state that an epoch's order was drawn from, which it does not keep.
 
-    Raises ConfigError as training starts, if `gradient_accumulation_steps` is not the tuner's `accumulation_steps`, if
+    TRL's `sync_ref_model` mixes the tuned weights into the reference, the tuner's values aside.
+    Wherever it stands among the Trainer's callbacks, it goes before the others, so that every tracker gets the counts.
+
+    `tuner`: or a callable that gives the present one, for `model_init`, which attaches anew for every run of a search.
+    `auto_find_batch_size`: where memory runs out, the tuner and the optimizer go back to where training began.
+    `accumulation_steps` may be a multiple of `gradient_accumulation_steps`, where a loss runs backward several times a
+    batch (cached contrastive losses); the callback says so, and whether the passes came.
+
+    Raises ConfigError as training starts, if `gradient_accumulation_steps` does not fit `accumulation_steps`, if
     the Trainer's model is not the tuner's, if weights were loaded into it without a resume, or if the checkpoint has no
     state, one of another run, or nothing left to train. BaseMismatchError for another base; IntegrityError, naming
     tensors, for weights that are not those of base and state.
     """
 
-    def __init__(self, tuner: Tuner, base: Mapping[str, Any] | None = None) -> None:
-        self.tuner = tuner
+    def __init__(self, tuner: Tuner | Callable[[], Tuner], base: Mapping[str, Any] | None = None) -> None:
+        self._tuner = tuner
         self.base = base
+        self._began: _Beginning | None = None
+        self._passes = 1  # backward passes that a batch is said to have
         self._guards: list[Any] = []
         self._kept_out: dict[str, str | None] = {}  # {name: digest} of weights that were to be loaded before training
         self._prefixes: dict[str, str] = {}
         self._order: Tensor | None = None  # torch's random state as this epoch began, from which a sampler may draw it
         self._resumed_order: Tensor | None = None
 
+    @property
+    def tuner(self) -> Tuner:
+        """The tuner of the present run."""
+        return self._tuner if isinstance(self._tuner, Tuner) else self._tuner()
+
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here to the start of training, no weights get into the attached model."""
+        self._go_first()
         self._release()
         self._kept_out = {}
         for name, module in self.tuner.model.named_modules():  # all of them: peft loads virtual tokens by a submodule
@@ -70,21 +89,19 @@ class SelectuneCallback(TrainerCallback):
             self._guards.append(module.register_load_state_dict_post_hook(none_missing))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._go_first()
         self._release()
         kept_out, self._kept_out = self._kept_out, {}
         tuner = self.tuner
-        if args.gradient_accumulation_steps != tuner.accumulation_steps:
-            raise ConfigError(
-                f"The Trainer makes a step of gradient_accumulation_steps={args.gradient_accumulation_steps} backward "
-                f"passes, the tuner was attached with accumulation_steps={tuner.accumulation_steps}. The selection is "
-                f"exact over one step's passes, so both must be the same: attach(..., accumulation_steps="
-                f"{args.gradient_accumulation_steps})."
-            )
+        self._passes = _passes(args.gradient_accumulation_steps, tuner.accumulation_steps)
         if model is not None and tuner.model not in list(model.modules()):
             raise ConfigError(
                 f"The Trainer trains a {type(model).__name__} that is not the model of this tuner. Give the "
-                "attached model to the Trainer, and attach anew if it was reloaded (model_init)."
+                "attached model to the Trainer. With model_init, attach in it and give the callback a callable that "
+                "gives the tuner of the model made last."
             )
+        if args.auto_find_batch_size:
+            self._begin(state, kwargs.get("optimizer"))
         if tuner.steps is not None and tuner.steps != state.max_steps:
             log.warning(
                 "The method was told steps=%d, the Trainer will take %d: %s.",
@@ -108,7 +125,7 @@ class SelectuneCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            folder = _saved_to(args, state)
             now = self.tuner.state_dict()
             within = self._order is not None and not float(state.epoch or 0).is_integer()
             now["tensors"][_ORDER] = self._order if within else torch.get_rng_state()
@@ -123,18 +140,48 @@ class SelectuneCallback(TrainerCallback):
             if record is not None:
                 record.update(counts)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._passes > 1 and self.tuner.events["short_windows"]:
+            log.warning(
+                "Step %d had fewer than the %d backward passes that accumulation_steps=%d announced: the loss does not "
+                "run backward %d times a batch, or its last batch was small.", state.global_step,
+                self.tuner.accumulation_steps, self.tuner.accumulation_steps, self._passes,
+            )  # fmt: skip
+            self._passes = 1  # once is enough
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = None
         self._release()
+
+    def _go_first(self) -> None:
+        """Trackers stand before the callbacks that users give; what they log has to be complete when they see it."""
+        for variables in _trainers():
+            handler = getattr(variables["self"], "callback_handler", None)
+            if handler is not None and handler.callbacks[0] is not self:
+                # a new list: the one that stood there is being gone through
+                handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
+            if handler is not None:
+                pair_up(handler.callbacks)
+            return
+
+    def _begin(self, state: Any, optimizer: Any) -> None:
+        """Keeps what training begins with, or puts it back where the Trainer begins again with smaller batches."""
+        tuner, began, size = self.tuner, self._began, int(state.train_batch_size or 0)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        if began is not None and began.tuner is tuner and size < began.batch_size:
+            tuner.load_state_dict(began.state)
+            if optimizer is not None and state.global_step == 0:  # else the Trainer has loaded the checkpoint's
+                optimizer.load_state_dict(copy.deepcopy(began.optimizer))
+            log.info("Memory ran out at %d rows a batch; training begins anew with %d.", began.batch_size, size)
+            self._began = replace(began, batch_size=size)
+        else:
+            moments = {} if optimizer is None else copy.deepcopy(optimizer.state_dict())
+            self._began = _Beginning(tuner, size, tuner.state_dict(), moments)
 
     def _resume(self, args: Any, state: Any, kept_out: Mapping[str, str | None]) -> None:
         """The tuner's state from the checkpoint; optimizer and scheduler have theirs already."""
         tuner, folder = self.tuner, _checkpoint(args, state)
         file = folder / STATE_FILE
-        if tuner.step:
-            raise ConfigError(
-                f"{folder} cannot be resumed with a tuner that has trained: this one is at step {tuner.step}. Detach "
-                "it and attach anew, alike."
-            )
         if not file.is_file():
             raise ConfigError(
                 f"The checkpoint {folder} has no {STATE_FILE}, so the support and its order cannot be restored: it was "
@@ -197,6 +244,43 @@ class SelectuneCallback(TrainerCallback):
         for guard in self._guards:
             guard.remove()
         self._guards = []
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What training began with."""
+
+    tuner: Tuner
+    batch_size: int
+    state: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+
+
+def _passes(batches: int, wanted: int) -> int:
+    """How many backward passes a batch must have; raises ConfigError where no whole number fits."""
+    if wanted % batches:
+        raise ConfigError(
+            f"The Trainer makes a step of gradient_accumulation_steps={batches} batches, the tuner was attached with "
+            f"accumulation_steps={wanted}. The selection is exact over one step's backward passes, so both must be the "
+            f"same, or the latter a multiple where a loss runs backward several times a batch: attach(..., "
+            f"accumulation_steps={batches})."
+        )
+    if wanted > batches:
+        log.warning(
+            "The Trainer makes a step of %d batches and the tuner waits for %d backward passes, so the loss must run "
+            "backward %d times a batch, as cached contrastive losses do.", batches, wanted, wanted // batches,
+        )  # fmt: skip
+    return wanted // batches
+
+
+def _saved_to(args: Any, state: Any) -> Path:
+    """The folder of the checkpoint that was just written: under that of its trial in a search."""
+    folder = Path(args.output_dir)
+    for variables in _trainers():
+        if "trial" in variables:
+            folder = Path(variables["self"]._get_output_dir(trial=variables["trial"]))
+            break
+    return folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

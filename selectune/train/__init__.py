@@ -9,12 +9,13 @@ scan        scores of a tensor into a collector; calibrate: scores over single e
 ledger      which entry is trained in which slot, and what stood there before
 adamw       AdamW over the offsets in one pass, with an age per entry if wanted; sm3: a number per row and column
 optimizers  torch's step hooks; package: from the ledger to a delta; copies: what a copied model has of a tuner
-state       a run between two steps, its file, and going on from it
+state       a run between two steps, its file, and going on from it; checked: what of it is looked at first
 """
 
 from selectune.train.adamw import SparseAdamW
-from selectune.train.attach import Tuner, Verification, attach
+from selectune.train.attach import Tuner, attach
 from selectune.train.copies import strip, tuner_of
+from selectune.train.package import Verification
 from selectune.train.sm3 import SparseSM3
 from selectune.train.state import STATE_FILE, read_state, write_state
 

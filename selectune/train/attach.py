@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from selectune.train.check import Check, check
 from selectune.train.dense import Phase
 from selectune.train.ledger import Ledger
 from selectune.train.optimizers import Follower
+from selectune.train.package import Verification
 from selectune.train.scan import check_score
 from selectune.train.tracker import Tracker
 
@@ -74,19 +74,6 @@ def attach(
     copies.refuse_attached(model)
     ranks.refuse_many()
     return Tuner(model, method, seed, accumulation_steps, calibration, loss)
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What `Tuner.verify` found: scalars that differ from the base, counted by their bits."""
-
-    changed: int
-    selected: int
-    touched: int
-    budget: int
-    dense: int
-    tensors: int
-    zeroed: int = 0  # entries outside the support that the method's fill set to 0
 
 
 class Tuner:
@@ -369,9 +356,10 @@ class Tuner:
         return state.state_of(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict()`: a fresh base, attached alike; an optimizer made then loads its own after it.
+        """Goes on from `state_dict()`: on a fresh base attached alike, or back to another step of this run.
 
-        Raises ConfigError for another run's state, BaseMismatchError for another base, with nothing changed.
+        Bit for bit, if the optimizer loads its own. Raises ConfigError for the state of another run, or one
+        whose parts do not fit, BaseMismatchError for another base, TunerError within a step; nothing is changed then.
         """
         state.load_into(self, state_dict)
 
@@ -389,8 +377,9 @@ class Tuner:
         moved = self._base.replaced(now) + self._base.moved(self.model, self._ledger)
         if moved:
             raise IntegrityError(
-                f"load_state_dict changed {len(moved)} tensors outside the support: {', '.join(moved[:5])}. A tuner is "
-                "attached, so only checkpoints of this very run can be loaded. Detach first, or load before attach."
+                f"load_state_dict changed {len(moved)} tensors outside the support: {', '.join(moved[:5])}. To go on "
+                "with a run, load the tuner's state before its weights (selectune.integrations does, for accelerate, "
+                "Lightning and the Trainer); other weights are loaded before attach, or after detach."
             )
         if self.in_dense_phase and self._phase is not None:
             self._phase.weights_changed()

@@ -340,7 +340,8 @@ class Phase:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes a `state`, on a fresh base, after step and ledger: an optimizer made before still holds its tensors."""
+        """Takes a `state`, after step and ledger: an optimizer made before still holds its tensors."""
+        self._pulled = False
         if not state["on"]:
             if self.on:
                 for tensor in self.tensors:

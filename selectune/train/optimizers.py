@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,14 +35,21 @@ class Follower:
         tracker.by_hooks = self.by_hooks
         self.trained = {id(p) for p in trained}
         self.frozen = {id(p) for p in frozen}
+        self._met: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those that stepped under this run
         _install()
         _followers.add(self)
 
     def remove(self) -> None:
         _followers.discard(self)
 
+    def strangers(self) -> None:
+        """The run is at another step: what optimizers did before belongs to another."""
+        self._met.clear()
+
     def before_step(self, optimizer: torch.optim.Optimizer, call: Call, closure: bool) -> None:
         tracker, held = self.tracker, _held(optimizer)
+        if optimizer not in self._met and held & self.trained:
+            self._meet(optimizer)
         if self.phase is not None and self.phase.on:
             self.phase.before_step(optimizer, call, held, self.frozen)
         elif held & self.trained:
@@ -98,6 +105,27 @@ class Follower:
             tracker.commit()
             if self.phase is not None:
                 self.phase.turn()
+
+    def _meet(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer steps for the first time: what it holds for the run's own parameters must be of this run.
+
+        A weight that is its own latent counts only beside the values: an optimizer may have trained it before attach.
+        """
+        values = self.tracker.ledger.values
+        own = {id(values)} | {id(p) for p in ([] if self.phase is None else self.phase.parameters())}
+        for group in optimizer.param_groups:
+            beside = any(p is values for p in group["params"])
+            for parameter in group["params"]:
+                if id(parameter) in own and (beside or id(parameter) not in self.frozen):
+                    taken = _taken(optimizer.state.get(parameter, {}), parameter.detach())
+                    if self.tracker.step == 0 and taken:
+                        raise OptimizerError(
+                            f"This {type(optimizer).__name__} has {taken} behind it with the tuner's values, and the "
+                            "tuner is at step 0: the optimizer's state was loaded and the tuner's was not. Call "
+                            "tuner.load_state_dict with the state saved beside it (SelectuneCallback does, see "
+                            "selectune.integrations), or make a new optimizer to start anew."
+                        )
+        self._met.add(optimizer)
 
     def _check(self, optimizer: torch.optim.Optimizer) -> None:
         score = self.tracker.chooser.score
@@ -165,6 +193,15 @@ def _skips(optimizer: torch.optim.Optimizer) -> bool:
 
 def _held(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _taken(state: Mapping[str, Any], parameter: Tensor) -> str:
+    """What an optimizer did with a parameter, in words, as far as its state tells; "" for nothing."""
+    if "step" in state:
+        steps = int(torch.as_tensor(state["step"]).max())
+        return f"{steps} step{'s' if steps != 1 else ''}" if steps > 0 else ""
+    held = [tensor for tensor in state.values() if isinstance(tensor, Tensor) and bool(tensor.any())]
+    return "steps" if any(t.shape != parameter.shape or not torch.equal(t, parameter) for t in held) else ""
 
 
 def _forget(optimizer: torch.optim.Optimizer, values: Tensor, slots: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,19 @@ from selectune.train.ledger import Ledger
 from selectune.types import Reads, Schedule
 
 log = logging.getLogger("selectune")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `Tuner.verify` found: scalars that differ from the base, counted by their bits."""
+
+    changed: int
+    selected: int
+    touched: int
+    budget: int
+    dense: int
+    tensors: int
+    zeroed: int = 0  # entries outside the support that the method's fill set to 0
 
 
 class BaseCopy:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from selectune import ops
 from selectune.delta import digest_bits, read_owned, write_durably
-from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError, TunerError
+from selectune.errors import DeltaFormatError, TunerError
+from selectune.train.checked import PAGE, VERSION, checked
 from selectune.train.ledger import Page
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 STATE_FILE = "tuner.safetensors"
 """Name of a state's file in a checkpoint."""
 
-VERSION = 2
 _HEADER = "selectune_state"
-_PAGE = ("flat", "slot", "base", "retired", "retired_base")
 
 
 def state_of(tuner: Tuner) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def state_of(tuner: Tuner) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {"offsets": _own(ledger.offsets), "start": _own(ledger.start)}
     tensors["free"] = _own(ledger.free)
     for tensor, page in zip(ledger.tensors, ledger.pages, strict=True):
-        for part in _PAGE:
+        for part in PAGE:
             tensors[f"page.{tensor.index}.{part}"] = _own(getattr(page, part))
         now = ops.gather_entries(tensor.parameter, page.retired)
         tensors[f"page.{tensor.index}.retired_now"] = _own(now)
@@ -101,17 +100,19 @@ def _digest(info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 def load_into(tuner: Tuner, state: Mapping[str, Any]) -> None:
     """See `Tuner.load_state_dict`."""
     tracker, ledger = tuner._tracker, tuner._ledger
-    if tracker.step or tracker._window.backwards:
-        raise TunerError(f"A state is loaded before training; this tuner is at step {tracker.step}. Attach anew.")
-    info, tensors = _checked(tuner, state)
+    if tracker.in_step:
+        raise TunerError("A state is loaded between steps; optimizer.step() is running. Load it before or after.")
+    info, tensors = checked(tuner, state, _run(tuner))
     unread = tracker.chooser.rescore is not None and not ledger.touched  # scores known from attach wait for a selection
+    tracker.restart()
     ledger.write_base()
     for tensor in ledger.tensors:
-        flat, slot, base, *retired = (_own(tensors[f"page.{tensor.index}.{part}"]) for part in _PAGE)
+        flat, slot, base, *retired = (_own(tensors[f"page.{tensor.index}.{part}"]) for part in PAGE)
         page = Page(flat, slot, base, retired[0], retired[1]).to(tensor.parameter.device, ledger.offsets.device)
         ledger.pages[tensor.index] = page
         now = tensors[f"page.{tensor.index}.retired_now"]
         ops.scatter_entries(tensor.parameter, page.retired, now.to(tensor.parameter.device))
+    ledger.changes += 1  # whoever keeps what it made of the pages makes it anew
     ledger.offsets.copy_(tensors["offsets"])
     ledger.start.copy_(tensors["start"])
     ledger.free = tensors["free"].to(ledger.offsets.device, copy=True)
@@ -126,11 +127,16 @@ def load_into(tuner: Tuner, state: Mapping[str, Any]) -> None:
     tracker.chooser.load_state(_unpacked(info["chooser"], tensors))
     if unread and tracker.chooser.rescore is not None and ledger.touched:
         tracker.chooser.rescore()  # they were used up before the state was taken
+    if not tuner.in_dense_phase:
+        ledger.write_weights()
     if tuner._phase is not None:
         tuner._phase.load_state(_unpacked(info["phase"], tensors))
     if not tuner.in_dense_phase:
         ledger.write_weights()
     tracker._version = ledger.offsets._version
+    for parameter in tuner.parameters():
+        parameter.grad = None  # of a step that was not
+    tuner._follower.strangers()
 
 
 def _run(tuner: Tuner) -> dict[str, Any]:
@@ -144,43 +150,6 @@ def _run(tuner: Tuner) -> dict[str, Any]:
         "budget": tuner.budget,
         "base": {**base, **heads},
     }
-
-
-def _checked(tuner: Tuner, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The state's two halves, if it is one of this run; nothing is changed yet."""
-    if not isinstance(state, Mapping) or set(state) != {"info", "tensors"} or not isinstance(state["info"], Mapping):
-        raise ConfigError('A state has the keys "info" and "tensors", as Tuner.state_dict gives them.')
-    info, tensors = dict(state["info"]), dict(state["tensors"])
-    if info.get("version") != VERSION:
-        raise ConfigError(f"The state has version {info.get('version')!r}; this selectune reads version {VERSION}.")
-    mine, theirs = json.loads(json.dumps(_run(tuner))), info["run"]
-    for key in ("method", "seed", "accumulation_steps", "budget"):
-        if mine[key] != theirs[key]:
-            raise ConfigError(f"The state is of another run: its {key} is {theirs[key]}, this tuner's is {mine[key]}.")
-    moved = sorted(
-        n for n in mine["base"].keys() | theirs["base"].keys() if mine["base"].get(n) != theirs["base"].get(n)
-    )
-    if moved:
-        raise BaseMismatchError(
-            f"The state was taken on another base: {len(moved)} tensors differ ({', '.join(moved[:5])}). Attach to the "
-            "base model that the run began with, then load the state."
-        )
-    expected: dict[str, Any] = dict.fromkeys(("offsets", "start"), tuner._ledger.offsets.shape)
-    for tensor in tuner._ledger.tensors:
-        keys = [f"page.{tensor.index}.{part}" for part in (*_PAGE, "retired_now")]
-        expected |= dict.fromkeys(keys, None)
-    expected |= {f"whole.{t.name}": t.parameter.shape for t in tuner._all.dense}
-    for key, shape in expected.items():
-        if key not in tensors or (shape is not None and tensors[key].shape != shape):
-            raise ConfigError(f'The state\'s tensor "{key}" is missing or has another shape.')
-    for tensor in tuner._ledger.tensors:
-        flat, slot, base, retired, retired_base = (tensors[f"page.{tensor.index}.{part}"] for part in _PAGE)
-        for where in (flat, retired):
-            if where.numel() and not (0 <= int(where.min()) and int(where.max()) < tensor.parameter.numel()):
-                raise ConfigError(f'The state\'s indices of "{tensor.name}" leave the tensor.')
-        if flat.shape != slot.shape or flat.shape != base.shape or retired.shape != retired_base.shape:
-            raise ConfigError(f'The state\'s page of "{tensor.name}" has parts of different lengths.')
-    return info, tensors
 
 
 def _own(tensor: Tensor) -> Tensor:

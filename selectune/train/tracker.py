@@ -115,8 +115,8 @@ class Tracker:
                 self.write_weights()
             if training and self._window.backwards == 0 and (inside or self._by_hand):
                 self.select_ahead()
-            if self._stale():  # a graph that never saw its backward pass
-                self.taps.forget()
+            if self._stale():
+                self.taps.forget()  # a graph that never saw its backward pass
 
     def open_graph(self) -> list[tuple[Page, bool]]:
         """The pages of a new graph, and whether each tensor needs a gradient in it."""
@@ -283,6 +283,14 @@ class Tracker:
         elif grad is None or not bool(grad.any()):
             self._undo()
 
+    def restart(self) -> None:
+        """Forgets the present window and all that was kept for it: the ledger is about to be another."""
+        self.chooser.forget()
+        self.taps.forget()
+        self._window, self._watched, self._scale = Window(), {}, 1.0
+        self._in_backward = self._deferred = False
+        self._closed_in, self._opened, self._written = -1, None, None
+
     def _undo(self) -> None:
         """The window's step was skipped, or its gradient thrown away: nothing of it stays."""
         if self._window.before is not None:
@@ -360,8 +368,7 @@ class Tracker:
         """The optimizer has stepped: the window counts, the weights follow the values."""
         self.step_call = None
         if self._window.backwards == 0 and self.tensors:
-            self.write_weights()  # momentum alone may have moved them
-            return
+            return self.write_weights()  # momentum alone may have moved them
         self.step += 1
         self._window = Window()
         self.chooser.commit(self.step, self._scale)

@@ -285,12 +285,14 @@ def test_a_damaged_state(runs, stopped):
         assert weights_digest(trainer.model) == runs.base
 
 
-def test_a_tuner_that_has_trained(runs):
-    trainer, _ = runs.trainer(lambda: st.id3(60, STEPS))
+def test_a_tuner_that_has_trained_goes_back(runs):
+    trainer, tuner = runs.trainer(lambda: st.id3(60, STEPS))
     with quiet():
         trainer.train()
-        with pytest.raises(ConfigError, match="this one is at step 6"):
-            trainer.train(resume_from_checkpoint=str(runs.folder / "checkpoint-4"))
+        delta, log = tuner.delta().to_bytes(), losses(trainer)
+        trainer.train(resume_from_checkpoint=str(runs.folder / "checkpoint-2"))
+    assert tuner.delta().to_bytes() == delta
+    assert losses(trainer) == log
 
 
 def test_the_end_of_a_run(runs):

@@ -63,12 +63,6 @@ def test_within_a_window_it_is_refused():
     tuner.state_dict()
 
 
-def test_a_tuner_that_has_trained_takes_no_state():
-    _, tuner, _ = after(2)
-    with pytest.raises(TunerError, match=r"at step 2\. Attach anew"):
-        tuner.load_state_dict(tuner.state_dict())
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

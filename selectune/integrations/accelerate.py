@@ -1,0 +1,126 @@
+"""A loop of one's own over `accelerate.Accelerator`: its checkpoints hold the tuner, and go back into it exactly.
+
+tuner = st.attach(model, st.id3(budget=103_000, steps=steps), accumulation_steps=4)
+optimizer = torch.optim.AdamW(tuner.parameters(), lr=5e-4)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+register(accelerator, tuner)
+...
+accelerator.save_state("runs/step-100")             # later, in a new process: accelerator.load_state(...)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from selectune.errors import ConfigError, IntegrityError, TunerError
+from selectune.integrations.loading import KeptOut
+from selectune.train import STATE_FILE, Tuner, read_state, write_state
+
+log = logging.getLogger("selectune")
+
+
+class Registration:
+    """What `register` put on an Accelerator; `remove` takes it off."""
+
+    def __init__(self, accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None) -> None:
+        self.accelerator, self.tuner, self.base = accelerator, tuner, base
+        self._guard: KeptOut | None = None
+        self._handles = [
+            accelerator.register_save_state_pre_hook(self._save),
+            accelerator.register_load_state_pre_hook(self._load),
+        ]
+
+    def remove(self) -> None:
+        """From here on `save_state` and `load_state` know nothing of the tuner."""
+        for handle in self._handles:
+            handle.remove()
+        self._release()
+
+    def _save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        del weights
+        self._prepared(models, "saved")
+        state = self.tuner.state_dict()
+        if self.accelerator.is_main_process:
+            self.tuner.save(folder, base=self.base, allow_empty=True)
+            write_state(Path(folder) / STATE_FILE, state)
+
+    def _load(self, models: list[nn.Module], folder: str) -> None:
+        """The tuner's state first; then the accelerator's weights, which must be the same bits, come to nothing."""
+        self._prepared(models, "loaded")
+        self._release()
+        tuner, file = self.tuner, Path(folder) / STATE_FILE
+        if not file.is_file():
+            raise ConfigError(
+                f"{folder} has no {STATE_FILE}, so the support and its order cannot be restored: it was saved before "
+                "register(accelerator, tuner), or by an older selectune. Load another, or start anew."
+            )
+        saved = read_state(file)
+        try:
+            before = tuner.state_dict()
+        except TunerError:  # within a window, whose gradient the loaded state drops
+            before = None
+        tuner.load_state_dict(saved)
+
+        def then() -> None:
+            guard = self._release()
+            try:
+                if guard is not None:
+                    guard.agree(folder)
+            except IntegrityError:
+                if before is not None:
+                    tuner.load_state_dict(before)
+                raise
+            log.info("Goes on from %s: step %d, %d scalars selected.", folder, tuner.step, tuner.selected)
+
+        self._guard = KeptOut(tuner, then)
+
+    def _release(self) -> KeptOut | None:
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.release()
+        return guard
+
+    def _prepared(self, models: list[nn.Module], what: str) -> None:
+        model = self.tuner.model
+        if not any(model is part for outer in models for part in outer.modules()):
+            raise ConfigError(
+                f"The model of this tuner is not among the {len(models)} that the accelerator prepared, so its weights "
+                f"would not be {what}. Give the attached model to accelerator.prepare, and attach anew where a model "
+                "is made anew."
+            )
+
+
+def register(accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None = None) -> Registration:
+    """Makes `save_state` write the tuner's state and its delta, and `load_state` read the state before any weights.
+
+    Both files lie in the folder beside accelerate's own: `tuner.safetensors` and `delta.safetensors`; `base` is what
+    the delta records of its base, see `Tuner.save`. `load_state` takes a fresh tuner, attached alike to the same base,
+    or one that has stepped, which goes back. The folder's weights are not loaded, they are compared: both must agree by
+    bits. Call it after `accelerator.prepare`, in both processes.
+
+    Raises ConfigError if the tuner's model was not prepared by this accelerator, if `gradient_accumulation_steps` is
+    above 1 and not the tuner's `accumulation_steps`, or under more than one process. `save_state` raises TunerError
+    within an accumulation window; `load_state` raises ConfigError for a folder without a state or with one of another
+    run, BaseMismatchError for another base, and IntegrityError, naming tensors, for weights that are not those of base
+    and state. What is refused has changed nothing.
+    """
+    passes = accelerator.gradient_accumulation_steps
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"This accelerator runs {accelerator.num_processes} processes, and each would select other scalars. Train "
+            "in one process."
+        )
+    if passes > 1 and tuner.accumulation_steps % passes:
+        raise ConfigError(
+            f"The accelerator accumulates gradient_accumulation_steps={passes} backward passes, the tuner was attached "
+            f"with accumulation_steps={tuner.accumulation_steps}. Both must be the same: attach(..., "
+            f"accumulation_steps={passes})."
+        )
+    registration = Registration(accelerator, tuner, base)
+    registration._prepared(accelerator._models, "saved")
+    return registration

@@ -1,0 +1,155 @@
+"""`lightning.pytorch.Trainer` with an attached model: one callback.
+
+    class Task(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = make_model()
+            self.tuner = st.attach(self.model, st.id3(budget=103_000, steps=steps), accumulation_steps=4)
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.tuner.parameters(), lr=5e-4)
+
+    task = Task()
+    trainer = L.Trainer(accumulate_grad_batches=4, callbacks=[SelectuneCallback(task.tuner)])
+    trainer.fit(task, loader)                           # later, in a new process: fit(task, loader, ckpt_path=...)
+
+Works with `pytorch_lightning`, the same package under its older name, where `lightning` is not installed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback  # pyright: ignore[reportMissingImports]
+except ImportError:
+    from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
+
+from selectune.errors import ConfigError, IntegrityError, TunerError
+from selectune.integrations.loading import KeptOut
+from selectune.train import Tuner
+
+log = logging.getLogger("selectune")
+
+DELTA_SUFFIX = ".delta.safetensors"
+"""`epoch=3.ckpt` has its delta beside it as `epoch=3.delta.safetensors`."""
+
+
+class SelectuneCallback(Callback):
+    """Puts the tuner's state into every checkpoint and its delta beside it, resumes from one, logs selected and quota.
+
+    `trainer.fit(..., ckpt_path=)`: with a fresh tuner, attached as the first one was to the same base, or with one that
+    has stepped, which goes back. The checkpoint's weights are kept out of the model, which stays the base; the state
+    puts them there, and both must agree by bits. Batches, optimizers and learning rates are Lightning's to restore.
+    `base`: what a delta records of its base, see `Tuner.save`. A delta whose checkpoint Lightning removed goes as well;
+    beside a checkpoint that is no local file (`s3://...`) none is written.
+
+    Raises ConfigError as fitting or an epoch starts, if `accumulate_grad_batches` does not fit the tuner's
+    `accumulation_steps`, if the tuner's model is not part of the module, or if the checkpoint has no state or that of
+    another run. BaseMismatchError for another base; IntegrityError, naming tensors, for weights that are not
+    those of base and state. The model is then as it was. TunerError for a checkpoint within an accumulation window.
+    """
+
+    def __init__(self, tuner: Tuner, base: Mapping[str, Any] | None = None) -> None:
+        self.tuner, self.base = tuner, base
+        self._guard: KeptOut | None = None
+        self._deltas: dict[Path, Path] = {}  # {checkpoint: its delta} of this process
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """From here to the start of fitting, no weights get into the attached model."""
+        if stage != "fit":
+            return
+        if not any(module is self.tuner.model for module in pl_module.modules()):
+            raise ConfigError(
+                f"The model of this tuner is not part of the {type(pl_module).__name__} that is to be fitted. Attach "
+                "to the module or to a part of it, and give the callback that tuner."
+            )
+        self._windows(trainer)
+        self._release()
+        self._guard = KeptOut(self.tuner)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.tuner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        guard = self._release()
+        try:
+            before = self.tuner.state_dict()
+        except TunerError:  # within a window, whose gradient the loaded state drops
+            before = None
+        self.tuner.load_state_dict(state_dict)
+        try:
+            if guard is not None:
+                guard.agree("the checkpoint")
+        except IntegrityError:
+            if before is not None:
+                self.tuner.load_state_dict(before)
+            raise
+        log.info("Goes on from step %d, %d scalars selected.", self.tuner.step, self.tuner.selected)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        guard = self._release()
+        if guard is not None and len(guard):
+            raise ConfigError(
+                f"{len(guard)} tensors were to be loaded into the attached model, and were kept out of it: the "
+                "checkpoint has no state of a tuner, since it was made without SelectuneCallback. Resume from another, "
+                "or load weights before attach."
+            )
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._windows(trainer)  # Lightning's GradientAccumulationScheduler changes them between epochs
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
+        tuner = self.tuner
+        pl_module.log_dict({"selected": float(tuner.selected), "quota": float(tuner.quota)})
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._forget_removed()
+        file = _file_of(trainer)
+        if file is not None and trainer.is_global_zero:
+            delta = file.with_name(file.stem + DELTA_SUFFIX)
+            self.tuner.save(delta, base=self.base, allow_empty=True)
+            self._deltas[file] = delta
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self._forget_removed()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._release()
+
+    def _windows(self, trainer: Any) -> None:
+        passes = trainer.accumulate_grad_batches
+        if self.tuner.accumulation_steps % passes:
+            raise ConfigError(
+                f"Lightning makes a step of accumulate_grad_batches={passes} backward passes, the tuner was attached "
+                f"with accumulation_steps={self.tuner.accumulation_steps}. The selection is exact over one step's "
+                f"passes, so both must be the same: attach(..., accumulation_steps={passes})."
+            )
+
+    def _forget_removed(self) -> None:
+        """The deltas of checkpoints that `save_top_k` removed go after them."""
+        for checkpoint, delta in list(self._deltas.items()):
+            if not checkpoint.exists():
+                delta.unlink(missing_ok=True)
+                del self._deltas[checkpoint]
+
+    def _release(self) -> KeptOut | None:
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.release()
+        return guard
+
+
+def _file_of(trainer: Any) -> Path | None:
+    """The local file that is being saved. Callbacks are not told, so it is read off the Trainer that is calling."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        variables = frame.f_locals
+        if variables.get("self") is trainer and frame.f_code.co_name == "save_checkpoint":
+            path = str(variables.get("filepath"))
+            return None if "://" in path else Path(path)
+        frame = frame.f_back
+    return None
