@@ -88,19 +88,13 @@ def attached(model: nn.Module, eligible: int) -> str:
 
 
 def uses(tuner: Tuner, model: nn.Module) -> str:
-    """What a trial step says of the uses of the model's tensors, as the end of a sentence.
-
-    The one place for `Tuner.check(batch, loss)`, which compares the engine's gradients with autograd's on a small batch
-    and names tensors whose uses are not seen: call it here, on the model's `dummy_inputs` and the loss below, and let
-    what it raises pass. Until then one backward pass shows that a gradient reaches what is selected.
-    """
+    """What `Tuner.check` says of the uses of the model's tensors, on its `dummy_inputs`, as the end of a sentence."""
     batch = getattr(model, "dummy_inputs", None)
     if not isinstance(batch, dict):
         return ""
-    _loss(model, batch).backward()
-    reached = any(values.grad is not None for values in tuner.parameters())
-    model.zero_grad(set_to_none=True)
-    return "; a gradient reaches what is selected" if reached else "; no gradient reached what was selected"
+    found = tuner.check(batch, _loss)
+    none = f", {len(found.without_gradient)} get none" if found.without_gradient else ""
+    return f"; the gradients of {found.tensors} tensors are those of plain autograd{none}"
 
 
 def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:

@@ -28,6 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selectune.delta import digest_bits
 from selectune.errors import ConfigError, DetachedError, IntegrityError
+from selectune.integrations.first_rows import check_first_rows
 from selectune.integrations.reference import pair_up
 from selectune.train import STATE_FILE, Tuner, read_state, write_state
 
@@ -48,7 +49,9 @@ class SelectuneCallback(TrainerCallback):
     the base; the state puts them there, and both must agree by bits. Batches, random state, optimizer and learning rate
     are the Trainer's to restore, but for the random state that an epoch's order was drawn from, which it does not keep.
 
-    TRL's `sync_ref_model` mixes the tuned weights into the reference, the tuner's values aside.
+    `check`: as training begins, `Tuner.check` looks at the first two rows. None: where that takes about a second and
+    the Trainer's own loss is used; True: always. TRL's `sync_ref_model` mixes the tuned weights into the reference,
+    the tuner's values aside.
     Wherever it stands among the Trainer's callbacks, it goes before the others, so that every tracker gets the counts.
 
     `tuner`: or a callable that gives the present one, for `model_init`, which attaches anew for every run of a search.
@@ -62,8 +65,13 @@ class SelectuneCallback(TrainerCallback):
     tensors, for weights that are not those of base and state.
     """
 
-    def __init__(self, tuner: Tuner | Callable[[], Tuner], base: Mapping[str, Any] | None = None) -> None:
-        self._tuner = tuner
+    def __init__(
+        self,
+        tuner: Tuner | Callable[[], Tuner],
+        base: Mapping[str, Any] | None = None,
+        check: bool | None = None,
+    ) -> None:
+        self._tuner, self._check = tuner, check
         self.base = base
         self._began: _Beginning | None = None
         self._passes = 1  # backward passes that a batch is said to have
@@ -116,6 +124,9 @@ class SelectuneCallback(TrainerCallback):
                 f"{len(kept_out)} tensors were to be loaded into the attached model before training, and were kept out "
                 "of it. Load weights before attach, or resume with trainer.train(resume_from_checkpoint=...)."
             )
+        else:
+            trainer = next((variables["self"] for variables in _trainers()), None)
+            check_first_rows(tuner, trainer, kwargs.get("train_dataloader"), self._check)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A sampler without a generator of its own, that by length for one, draws an epoch's order right after this."""

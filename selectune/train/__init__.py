@@ -14,12 +14,13 @@ state       a run between two steps, its file, and going on from it; checked: wh
 
 from selectune.train.adamw import SparseAdamW
 from selectune.train.attach import Tuner, attach
+from selectune.train.check import Check, same_chance
 from selectune.train.copies import strip, tuner_of
 from selectune.train.package import Verification
 from selectune.train.sm3 import SparseSM3
 from selectune.train.state import STATE_FILE, read_state, write_state
 
 __all__ = [
-    "STATE_FILE", "SparseAdamW", "SparseSM3", "Tuner", "Verification", "attach", "read_state", "strip",
-    "tuner_of", "write_state",
+    "STATE_FILE", "Check", "SparseAdamW", "SparseSM3", "Tuner", "Verification", "attach", "read_state", "same_chance",
+    "strip", "tuner_of", "write_state",
 ]  # fmt: skip

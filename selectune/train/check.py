@@ -179,24 +179,33 @@ def _plain(tuner: Tuner, run: Callable[[], None]) -> tuple[Projected, Tensor]:
 
 
 @contextmanager
+def same_chance() -> Iterator[None]:
+    """The random states of torch, NumPy and Python are afterwards what they were."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextmanager
 def _untouched(tuner: Tuner) -> Iterator[None]:
     """Gradients, buffers and random states are afterwards what they were, and the tracker has seen nothing."""
     parameters, taps = tuner.parameters(), tuner._tracker.taps
     told = taps.listener, taps.before_forward, taps.pages, taps.recompute, taps.stale
     grads, buffers = [p.grad for p in parameters], [(b, b.detach().clone()) for b in tuner.model.buffers()]
-    states = random.getstate(), np.random.get_state()
     for parameter in parameters:
         parameter.grad = None
     taps.forget()
     taps.before_forward, taps.recompute, taps.stale = (lambda inside: None), (lambda: None), (lambda: False)
     try:
-        with torch.random.fork_rng(), torch.enable_grad():
+        with same_chance(), torch.enable_grad():
             yield
     finally:
         taps.listener, taps.before_forward, taps.pages, taps.recompute, taps.stale = told
         taps.forget()
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
         with torch.no_grad():
