@@ -14,7 +14,7 @@ from tiny_kit import make_model
 import selectune as st
 from selectune.adapters import KINDS
 from selectune.cli.app import app
-from selectune.cli.lists import _table
+from selectune.cli.demo import page
 from selectune.harness.demo import DemoResult, Revert, Row
 from selectune.recipes import RECIPES
 from selectune.tasks import TASKS
@@ -103,7 +103,7 @@ def test_verify_flipped_and_truncated_files(trained, tiny, tmp_path):
         found = call("verify", "--model", tiny, "--delta", file, "--json", code=1)
         assert data_of(found)["ok"] is False
         assert found.stderr.startswith("error: ")
-        call("eval", "--model", tiny, "--delta", file, "--task", "demo/grammaticality", code=1)
+        call("eval", "--model", tiny, "--delta", file, "--task", "demo/similarity", code=1)
 
 
 def test_verify_that_cannot_be_done(trained, tiny, tmp_path):
@@ -164,18 +164,39 @@ def test_tasks_and_methods():
 def test_demo(tiny, data, tmp_path):
     args = ("--model", tiny, "--data", data, "--steps", 2, "--budget", "100", "--out", tmp_path / "demo")
     found = data_of(call("demo", *args, "--json"))
-    assert [row["name"] for row in found["rows"]] == ["base", "id3", "random", "full"]
+    assert [row["name"] for row in found["rows"]] == ["base", "random mask", "LoRA, r=8", "ID3", "full fine-tuning"]
     assert found["revert"]["same_bits"]
     assert st.load(found["delta"]).selected == 100
 
 
-def test_demo_table():
-    rows = [Row("base", 0.1, 0, 0, 1.0), Row("id3", 0.8, 38_612, 240_176, 60.0)]
+def test_the_page_of_the_demo_fits_and_ends_with_what_to_try_next(monkeypatch):
+    rows = [
+        Row("base", -0.1, 0, 0.0, 0.0, 0, 1.0),
+        Row("ID3", 0.8, 38_612, 0.0017, 0.1234, 240_176, 60.0),
+        Row("full fine-tuning", 0.9, 22_713_601, 1.0, 0.2, 90_882_924, 60.0),
+    ]
     revert = Revert(104, 38_600, 0.8, True)
-    result = DemoResult("demo", "glue/stsb", "a folder", "a mean", 0.0, 300, rows, revert, 90.0, "")
-    text = _table(result)
-    assert "id3        0.8000       38,612      240,176       60" in text
-    assert "all 104 tensors have the bits they had before" in text
+    where = "generated (500 rows)"
+    mean = "mean of Pearson and Spearman"
+    result = DemoResult("demo", 22_713_601, "demo/similarity", where, mean, 0.0, 200, rows, revert, 90.0, "")
+    monkeypatch.setattr(sys, "argv", [".venv/bin/selectune"])
+    lines = page(result).splitlines()
+    assert "ID3                  0.800       38,612    0.17%     0.123    0.24 MB" in lines
+    assert "Reverted: taken off again, all 104 tensors have the bits they had before." in lines
+    assert lines[-1] == "Next: .venv/bin/selectune train -m demo -t demo/similarity -b 1% -o runs/1"
+    assert max(len(line) for line in lines[:-1]) <= 80
+    assert page(result, "my-data").splitlines()[-1].endswith(" --data my-data")
+
+
+def test_the_demo_says_something_before_torch_is_there():
+    """What it says first comes before the imports that take seconds."""
+    code = (
+        "import sys\nfrom selectune.cli import demo\n"
+        "def say(line):\n    sys.exit('torch' if 'torch' in sys.modules else 'a line first')\n"
+        "demo.say = say\ndemo.demo()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert run.stderr.strip() == "a line first"
 
 
 TRAIN = ("train", "--task", "glue/rte", "--max-steps", "2")

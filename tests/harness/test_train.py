@@ -273,21 +273,29 @@ def test_the_demo(tiny, data):
 
     found = demo(data=str(data), model=str(tiny), steps=4, budget=100)
     assert found.task == "glue/stsb"
-    assert [row.name for row in found.rows] == ["base", "id3", "random", "full"]
-    assert found.rows[1].trained == found.rows[2].trained == 100
-    assert found.rows[1].delta_bytes < found.rows[3].delta_bytes
+    base, random, lora, id3, full = found.rows
+    assert [row.name for row in found.rows] == ["base", "random mask", "LoRA, r=8", "ID3", "full fine-tuning"]
+    assert id3.trained == random.trained == 100
+    assert (base.trained, full.trained, full.share) == (0, found.weights, 1.0)
+    assert id3.delta_bytes < lora.delta_bytes < full.delta_bytes
+    assert all(0 < row.step_seconds < row.seconds for row in found.rows[1:])
     assert found.revert.same_bits
-    assert found.revert.value_applied == found.rows[1].value
+    assert found.revert.value_applied == id3.value
     json.dumps(found.as_json(), allow_nan=False)
 
 
-def test_the_demo_without_data_uses_generated_sentences(tiny, monkeypatch, tmp_path):
-    from selectune.harness.demo import demo
+def test_the_demo_without_data_makes_its_own_and_without_peft_says_so(tiny, monkeypatch, tmp_path):
+    from selectune.harness import demo as demos
 
     monkeypatch.delenv("SELECTUNE_DATA", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    found = demo(model=str(tiny), steps=2, budget=100)
-    assert (found.task, found.origin) == ("demo/grammaticality", "generated (1,000 rows)")
+    monkeypatch.setattr(demos, "find_spec", lambda name: None)
+    said: list[str] = []
+    found = demos.demo(model=str(tiny), steps=2, budget=100, say=said.append)
+    assert (found.task, found.origin) == ("demo/similarity", "generated (500 rows)")
+    assert [row.name for row in found.rows] == ["base", "random mask", "ID3", "full fine-tuning"]
+    assert "peft is not installed" in said[0]
+    assert [sentence.startswith("The score of ") for sentence in said[1:]] == [True] * 4
 
 
 def test_real_data(tiny, real_data, tmp_path):

@@ -4,66 +4,64 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PARTS = ("who", "did", "what", "where")
+Meaning = tuple[str, ...]  # words that may stand for each other
+
 
 @dataclass(frozen=True)
 class Words:
-    """The open-class words of one split. Nouns take -s, verbs -s and -ed (or -d after e)."""
+    """The open-class words of one split, by the part of a sentence that they fill. Each meaning has two words."""
 
-    people: tuple[str, ...]
-    men: tuple[str, ...]
-    women: tuple[str, ...]
-    things: tuple[str, ...]
-    verbs: tuple[str, ...]  # transitive: they need an object
-    adjectives: tuple[str, ...]
-    her_names: tuple[str, ...]
-    his_names: tuple[str, ...]
+    who: tuple[Meaning, ...]
+    did: tuple[Meaning, ...]
+    what: tuple[Meaning, ...]
+    where: tuple[Meaning, ...]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.her_names + self.his_names
+    def of(self, part: str) -> tuple[Meaning, ...]:
+        """The meanings that a part of a sentence can have."""
+        return {"who": self.who, "did": self.did, "what": self.what, "where": self.where}[part]
 
-    def all(self) -> frozenset[str]:
-        """Every word of the split, as it is listed."""
-        groups = (self.people, self.men, self.women, self.things, self.verbs, self.adjectives, self.names)
-        return frozenset(word for group in groups for word in group)
+    def all(self) -> tuple[str, ...]:
+        """Every word, as it is listed."""
+        return tuple(word for part in PARTS for meaning in self.of(part) for word in meaning)
+
+
+def _meanings(text: str) -> tuple[Meaning, ...]:
+    return tuple(tuple(pair.split("/")) for pair in text.split())
 
 
 TRAIN = Words(
-    people=tuple(
-        "doctor teacher student lawyer pilot farmer baker singer painter writer driver banker dancer soldier "
-        "sailor tailor clerk guard judge nurse engineer gardener plumber senator customer visitor neighbor "
-        "officer manager scientist".split()
+    who=_meanings(
+        "doctor/physician lawyer/attorney author/writer boy/lad teacher/instructor soldier/trooper thief/robber "
+        "singer/vocalist king/monarch pilot/aviator guest/visitor sailor/mariner baby/infant worker/laborer"
     ),
-    men=tuple("boy king uncle brother grandfather duke waiter son".split()),
-    women=tuple("girl queen aunt sister grandmother princess waitress daughter".split()),
-    things=tuple(
-        "key cabinet book table letter picture window door lamp car truck boat garden river mountain bridge "
-        "house school hospital museum painting report movie song story chair basket bottle blanket coat".split()
+    did=_meanings(
+        "bought/purchased fixed/repaired hid/concealed found/discovered washed/cleaned wanted/desired "
+        "admired/adored broke/smashed carried/transported threw/tossed watched/observed"
     ),
-    verbs=tuple(
-        "admire visit help follow watch clean repair discover describe remember notice mention paint "
-        "defend criticize question inspect push pull remove".split()
+    what=_meanings(
+        "car/automobile sofa/couch stone/rock cup/mug hat/cap coat/jacket boat/ship rug/carpet gift/present "
+        "bag/sack novel/book dog/hound cash/money axe/hatchet"
     ),
-    adjectives=tuple(
-        "old new famous expensive strange beautiful heavy small large red green quiet popular dangerous "
-        "wonderful boring".split()
+    where=_meanings(
+        "shop/store forest/woods street/road garden/yard prison/jail attic/loft town/city church/chapel "
+        "office/workplace swamp/marsh"
     ),
-    her_names=tuple("Mary Susan Linda Karen Nancy Helen Sandra Carol Ruth Laura".split()),
-    his_names=tuple("John Robert Michael David Richard Thomas Charles Daniel Mark Paul".split()),
 )
 
 VALIDATION = Words(
-    people=tuple(
-        "actor author butcher carpenter chef coach dentist editor janitor journalist librarian mechanic "
-        "musician surgeon tourist".split()
+    who=_meanings(
+        "woman/lady cook/chef policeman/cop child/kid manager/boss priest/clergyman clown/jester student/pupil"
     ),
-    men=tuple("prince nephew stepfather monk".split()),
-    women=tuple("actress niece stepmother nun".split()),
-    things=tuple(
-        "mirror carpet ladder candle pencil camera train tower market garage statue poem novel guitar jacket".split()
+    did=_meanings(
+        "built/constructed stole/swiped ruined/wrecked lifted/raised obtained/acquired sketched/drew "
+        "pulled/dragged inspected/examined"
     ),
-    verbs=tuple("praise ignore contact observe examine restore destroy purchase select avoid".split()),
-    adjectives=tuple("ancient modern cheap ugly bright narrow yellow rare".split()),
-    her_names=tuple("Alice Diane Julia Martha Rachel".split()),
-    his_names=tuple("Arthur Brian Eric George Victor".split()),
+    what=_meanings(
+        "bicycle/bike picture/photograph letter/note bottle/flask lamp/lantern trousers/pants hammer/mallet "
+        "pig/hog rabbit/bunny computer/laptop"
+    ),
+    where=_meanings(
+        "house/home harbor/port station/depot cellar/basement hospital/clinic hotel/inn field/meadow hallway/corridor"
+    ),
 )
