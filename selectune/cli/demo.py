@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from selectune.harness.demo import DemoResult, Row
 
 EXAMPLES = "Examples:  selectune demo\n\nselectune demo --data DIR --out runs/demo --json"
-LEARNT = {"glue/stsb": "how similar two sentences are", "demo/similarity": "how much two sentences say the same"}
+LEARNT = {"glue/stsb": "how similar two sentences are", "demo/topic": "what a sentence is about, one of 12 topics"}
 
 
 def demo(
@@ -28,10 +28,10 @@ def demo(
     model: Annotated[str, typer.Option("--model", "-m", help="A folder, a hub id, or 'demo'.")] = "demo",
     task: Annotated[
         str | None,
-        typer.Option("--task", "-t", help="Default: STS-B where it can be had, else demo/similarity, made here."),
+        typer.Option("--task", "-t", help="Default: STS-B where it can be had, else demo/topic, made here."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps of each method. Default: 240, or 200 for demo/similarity.")
+        int | None, typer.Option(help="Optimizer steps of each method. Default: 240, or 120 for demo/topic.")
     ] = None,
     budget: Annotated[
         str | None,

@@ -103,7 +103,7 @@ def test_verify_flipped_and_truncated_files(trained, tiny, tmp_path):
         found = call("verify", "--model", tiny, "--delta", file, "--json", code=1)
         assert data_of(found)["ok"] is False
         assert found.stderr.startswith("error: ")
-        call("eval", "--model", tiny, "--delta", file, "--task", "demo/similarity", code=1)
+        call("eval", "--model", tiny, "--delta", file, "--task", "demo/topic", code=1)
 
 
 def test_verify_that_cannot_be_done(trained, tiny, tmp_path):
@@ -176,14 +176,14 @@ def test_the_page_of_the_demo_fits_and_ends_with_what_to_try_next(monkeypatch):
         Row("full fine-tuning", 0.9, 22_713_601, 1.0, 0.2, 90_882_924, 60.0),
     ]
     revert = Revert(104, 38_600, 0.8, True)
-    where = "generated (500 rows)"
-    mean = "mean of Pearson and Spearman"
-    result = DemoResult("demo", 22_713_601, "demo/similarity", where, mean, 0.0, 200, rows, revert, 90.0, "")
+    where = "generated (480 rows)"
+    mean = "accuracy"
+    result = DemoResult("demo", 22_713_601, "demo/topic", where, mean, 0.083, 120, rows, revert, 90.0, "")
     monkeypatch.setattr(sys, "argv", [".venv/bin/selectune"])
     lines = page(result).splitlines()
     assert "ID3                  0.800       38,612    0.17%     0.123    0.24 MB" in lines
     assert "Reverted: taken off again, all 104 tensors have the bits they had before." in lines
-    assert lines[-1] == "Next: .venv/bin/selectune train -m demo -t demo/similarity -b 1% -o runs/1"
+    assert lines[-1] == "Next: .venv/bin/selectune train -m demo -t demo/topic -b 1% -o runs/1"
     assert max(len(line) for line in lines[:-1]) <= 80
     assert page(result, "my-data").splitlines()[-1].endswith(" --data my-data")
 

@@ -292,7 +292,7 @@ def test_the_demo_without_data_makes_its_own_and_without_peft_says_so(tiny, monk
     monkeypatch.setattr(demos, "find_spec", lambda name: None)
     said: list[str] = []
     found = demos.demo(model=str(tiny), steps=2, budget=100, say=said.append)
-    assert (found.task, found.origin) == ("demo/similarity", "generated (500 rows)")
+    assert (found.task, found.origin) == ("demo/topic", "generated (480 rows)")
     assert [row.name for row in found.rows] == ["base", "random mask", "ID3", "full fine-tuning"]
     assert "peft is not installed" in said[0]
     assert [sentence.startswith("The score of ") for sentence in said[1:]] == [True] * 4

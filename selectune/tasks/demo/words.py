@@ -2,66 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-PARTS = ("who", "did", "what", "where")
-Meaning = tuple[str, ...]  # words that may stand for each other
-
-
-@dataclass(frozen=True)
-class Words:
-    """The open-class words of one split, by the part of a sentence that they fill. Each meaning has two words."""
-
-    who: tuple[Meaning, ...]
-    did: tuple[Meaning, ...]
-    what: tuple[Meaning, ...]
-    where: tuple[Meaning, ...]
-
-    def of(self, part: str) -> tuple[Meaning, ...]:
-        """The meanings that a part of a sentence can have."""
-        return {"who": self.who, "did": self.did, "what": self.what, "where": self.where}[part]
-
-    def all(self) -> tuple[str, ...]:
-        """Every word, as it is listed."""
-        return tuple(word for part in PARTS for meaning in self.of(part) for word in meaning)
+Topics = Mapping[str, tuple[str, ...]]
 
 
-def _meanings(text: str) -> tuple[Meaning, ...]:
-    return tuple(tuple(pair.split("/")) for pair in text.split())
+def _topics(**words: str) -> Topics:
+    return {name: tuple(text.split()) for name, text in words.items()}
 
 
-TRAIN = Words(
-    who=_meanings(
-        "doctor/physician lawyer/attorney author/writer boy/lad teacher/instructor soldier/trooper thief/robber "
-        "singer/vocalist king/monarch pilot/aviator guest/visitor sailor/mariner baby/infant worker/laborer"
-    ),
-    did=_meanings(
-        "bought/purchased fixed/repaired hid/concealed found/discovered washed/cleaned wanted/desired "
-        "admired/adored broke/smashed carried/transported threw/tossed watched/observed"
-    ),
-    what=_meanings(
-        "car/automobile sofa/couch stone/rock cup/mug hat/cap coat/jacket boat/ship rug/carpet gift/present "
-        "bag/sack novel/book dog/hound cash/money axe/hatchet"
-    ),
-    where=_meanings(
-        "shop/store forest/woods street/road garden/yard prison/jail attic/loft town/city church/chapel "
-        "office/workplace swamp/marsh"
-    ),
+TRAIN = _topics(
+    animals="dog horse lion cow mouse wolf goat elephant kitten deer camel squirrel",
+    birds="eagle parrot finch owl pigeon swan crow penguin robin heron peacock falcon",
+    food="bread soup cheese salad pancake sausage noodle sandwich omelet porridge stew biscuit",
+    drinks="coffee wine lemonade beer milk whiskey cocoa cider champagne soda vodka smoothie",
+    plants="tree rose grass fern tulip moss oak ivy shrub daisy pine seedling",
+    clothes="shirt coat hat glove skirt boot scarf sock sweater belt apron tie",
+    furniture="table sofa bed shelf stool cupboard wardrobe bench cradle bookcase nightstand armchair",
+    vehicles="car train ship truck airplane tram motorcycle ferry wagon submarine scooter canoe",
+    tools="hammer saw drill wrench shovel nail axe screw sandpaper crowbar clamp hoe",
+    weather="rain snow storm fog wind thunder sunshine frost monsoon rainbow blizzard breeze",
+    music="piano guitar song drum choir melody violin concert harp lullaby rhythm trombone",
+    illness="fever flu wound asthma cancer allergy rash toothache diabetes pneumonia migraine infection",
 )
-
-VALIDATION = Words(
-    who=_meanings(
-        "woman/lady cook/chef policeman/cop child/kid manager/boss priest/clergyman clown/jester student/pupil"
-    ),
-    did=_meanings(
-        "built/constructed stole/swiped ruined/wrecked lifted/raised obtained/acquired sketched/drew "
-        "pulled/dragged inspected/examined"
-    ),
-    what=_meanings(
-        "bicycle/bike picture/photograph letter/note bottle/flask lamp/lantern trousers/pants hammer/mallet "
-        "pig/hog rabbit/bunny computer/laptop"
-    ),
-    where=_meanings(
-        "house/home harbor/port station/depot cellar/basement hospital/clinic hotel/inn field/meadow hallway/corridor"
-    ),
+VALIDATION = _topics(
+    animals="cat pig tiger sheep bear fox donkey giraffe",
+    birds="duck sparrow goose hawk seagull ostrich raven stork",
+    food="rice pizza cake steak pasta burger pie bacon",
+    drinks="tea juice brandy rum cocktail gin espresso milkshake",
+    plants="flower bush lily cactus willow orchid birch weed",
+    clothes="jacket dress shoe cap trousers blouse mitten vest",
+    furniture="chair desk couch drawer cabinet mattress dresser sideboard",
+    vehicles="bus bicycle boat van helicopter taxi tractor sled",
+    tools="screwdriver pliers chisel rake bolt file spade toolbox",
+    weather="hail cloud hurricane drizzle heatwave tornado lightning mist",
+    music="trumpet flute symphony opera banjo orchestra tune cello",
+    illness="cough headache measles injury stroke nausea malaria burn",
 )
+PEOPLE = ("My neighbor", "The teacher", "Her brother", "A stranger", "The old man", "Our guest")
+VERBS = ("talked about", "dreamed of", "asked about", "kept thinking of", "told us about", "wrote a page about")
