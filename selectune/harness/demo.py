@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -28,7 +29,7 @@ METHODS = {"random": "random mask", LORA: "LoRA, r=8", "id3": "ID3", "full": "fu
 DENSE = (LORA, "full")  # they take no budget
 BUDGET = 0.0017  # of the weights, about 39,000 of 22.7 million
 STEPS = {PREFERRED: 240, FALLBACK: 120}
-RATES = {LORA: 2e-3, "full": 1e-4}  # their defaults are for thousands of steps: after 200 LoRA had not begun to learn
+RATES = {FALLBACK: {LORA: 2e-3, "full": 1e-4}}  # the defaults of these two are for thousands of steps
 
 
 @dataclass(frozen=True)
@@ -118,17 +119,17 @@ def demo(
 ) -> DemoResult:
     """Trains and measures the base, a random mask, LoRA, ID3 and full fine-tuning, reverts ID3's delta and proves it.
 
-    STS-B where `data`, SELECTUNE_DATA or the hub has it, otherwise sentences that are generated here. LoRA is
-    left out where peft is not installed. Deltas are kept under `out` if it is given. `say` is told what is done next
-    and what was found, a sentence at a time. Raises IntegrityError if the revert left a trace.
+    STS-B where `data` or SELECTUNE_DATA has it, otherwise sentences that are generated here; the hub is not asked
+    unless `task` says so. LoRA's row is for the latter, where peft is installed. Deltas are kept under `out` if it is
+    given. `say` is told what was found, a sentence at a time. Raises IntegrityError if the revert left a trace.
     """
     began = time.perf_counter()
     say = say or (lambda sentence: None)
     chosen = _choose(data, task)
     steps = steps or STEPS.get(chosen.name, max(STEPS.values()))
-    methods = [name for name in METHODS if name != LORA or find_spec("peft") is not None]
-    if LORA not in methods:
-        say("LoRA is left out, since the package peft is not installed (pip install 'selectune[peft]').")
+    methods, why = _methods(chosen)
+    if why:
+        say(why)
     with tempfile.TemporaryDirectory(prefix="selectune-demo-") as scratch:
         folder = Path(out or scratch)
         base, weights = _base(chosen, data, model, seed)
@@ -141,7 +142,7 @@ def demo(
                 task=chosen.name,
                 method=method,
                 budget=None if method in DENSE else budget,
-                lr=RATES.get(method),
+                lr=RATES.get(chosen.name, {}).get(method),
                 max_steps=steps,
                 eval_every=steps,
                 seed=seed,
@@ -171,17 +172,30 @@ def demo(
     )
 
 
+def _methods(task: Task) -> tuple[list[str], str]:
+    """What is trained on a task, and why LoRA is not, if it is not."""
+    if task.name != FALLBACK:
+        why = f"LoRA is left out: so few steps of {task.name} are too few for it, and its row would say nothing."
+    elif find_spec("peft") is None:
+        why = "LoRA is left out, since the package peft is not installed (pip install 'selectune[peft]')."
+    else:
+        return list(METHODS), ""
+    return [name for name in METHODS if name != LORA], why
+
+
 def _found(row: Row) -> str:
-    return f"The score of {'the base' if row.name == 'base' else row.name} is {row.value:.3f}."
+    return f"{row.name[0].upper()}{row.name[1:]}: the score is {row.value:.3f}."
 
 
 def _choose(data: str | None, name: str | None) -> Task:
     if name is not None:
         return tasks.get(name)
-    preferred = tasks.get(PREFERRED)
+    preferred, folder = tasks.get(PREFERRED), data or os.environ.get(tasks.DATA)
+    if not folder:
+        return tasks.get(FALLBACK)
     try:
         for split in ("train", "validation"):
-            tasks.load(preferred, split, data, limit=1)
+            tasks.load(preferred, split, folder, limit=1)
     except TaskError:
         if data is not None:
             raise  # a folder was named, so its lack is an error and not a reason to do something else
