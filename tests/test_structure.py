@@ -301,7 +301,7 @@ def test_names_and_modules_are_found_as_ever():
     for code in (
         "import selectune as st; assert callable(st.attach) and st.Tuner.__name__ == 'Tuner' and st.scores.d3\n"
         "assert {'attach', 'score', 'train', '__version__'} <= set(dir(st)) and not hasattr(st, 'atach')",
-        "from selectune import *; assert callable(attach) and errors.ConfigError and random.__module__[:9] == 'selectune'",
+        "from selectune import *; assert callable(attach) and errors.ConfigError and 'recipes' in random.__module__",
         "import selectune as st; assert st.ops.bits and st.train.attach is st.attach and st.select.GlobalTopK\n"
         "from selectune import id3, tasks; assert id3(budget=1, steps=1) and tasks.TASKS",
     ):
@@ -319,7 +319,7 @@ def _heavy_tops() -> set[str]:
 
 def test_commands_import_what_they_work_with_when_they_run():
     """`selectune --help` must not wait for torch, so modules of the command line import nothing heavy at their top."""
-    light = {"selectune.bench.configs", "selectune.bench.doctor"}
+    light = {"selectune.bench", "selectune.bench.configs"}  # and what it takes from there: checks, doctor
     wrong = []
     for path in FILES:
         if top(path) not in ("cli", "__main__"):

@@ -8,5 +8,5 @@ rounds    all methods, round by round, and the ratios within a round
 table     rows as text
 bars      what was promised, and whether a run kept it
 plan      peak memory, delta size and update counts before a run
-doctor    versions, devices, backends and a self-check
+doctor    versions, devices, backends and a self-check; checks: its parts; candidate: a model before it is tuned
 """

@@ -1,4 +1,4 @@
-"""`selectune plan` against numbers counted by hand, `selectune doctor` against a broken engine."""
+"""`selectune plan` against numbers counted by hand."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from selectune.bench import doctor, trace
+from selectune.bench import trace
 from selectune.bench.models import Bench, config_of, prepare
 from selectune.bench.plan import plan, updates_of
 from selectune.cli.app import app
-from selectune.errors import BudgetError, ConfigError, SelectuneError
+from selectune.errors import BudgetError, ConfigError
 from selectune.ops import loops
 from selectune.schedule import Increment, OneShot, Repeat
 
@@ -159,24 +159,3 @@ def test_the_command_plans():
 def test_a_folder_with_a_config_can_be_planned(tmp_path):
     config_of("tiny").save_pretrained(tmp_path)
     assert plan(Bench(str(tmp_path), 2, 16), "id3", 0.01, 10).parameters == 112_450
-
-
-def test_the_doctor_finds_this_installation_well():
-    run = CliRunner().invoke(app, ["doctor", "--json"])
-    assert run.exit_code == 0, run.output
-    value = json.loads(run.stdout)
-    assert value["ok"]
-    assert value["self_check"]["changed"] == 40
-    assert value["packages"]["torch"] == torch.__version__
-    assert value["devices"][0]["device"] == "cpu"
-    assert value["backend"]
-
-
-def test_the_doctor_sees_an_engine_that_is_ill(monkeypatch):
-    def ill(*args, **kwargs):
-        raise SelectuneError("the weights moved")
-
-    monkeypatch.setattr(doctor, "attach", ill)
-    run = CliRunner().invoke(app, ["doctor"])
-    assert run.exit_code == 1
-    assert "the weights moved" in run.stdout
