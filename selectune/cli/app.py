@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import selectune
-from selectune.cli import algebra, deltas, lists, measure, runs
+from selectune.cli import algebra, deltas, demo, lists, measure, runs
 from selectune.cli.mistakes import UsageError, explained
 from selectune.cli.output import code_of, fail, log_to_stderr, refuse
 from selectune.errors import SelectuneError
@@ -87,5 +87,5 @@ algebra.register(deltas.app)
 app.add_typer(deltas.app, name="delta")
 app.command("tasks")(lists.tasks)
 app.command("methods")(lists.methods)
-app.command("demo", epilog=lists.DEMO_EXAMPLES)(lists.demo)
+app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 measure.register(app)

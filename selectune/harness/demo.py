@@ -1,11 +1,14 @@
-"""The demo: one small pretrained model, one task, the base against ID3, a random mask and full fine-tuning."""
+"""The demo: one small pretrained model, one task; base, random mask, LoRA, ID3 and full fine-tuning side by side."""
 
 from __future__ import annotations
 
+import os
+import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +19,28 @@ from selectune.errors import IntegrityError, TaskError
 from selectune.harness.config import RunConfig
 from selectune.harness.evaluate import encode, evaluate
 from selectune.harness.models import DEMO, device, load_model, longest
-from selectune.harness.train import Progress, RunResult, run
+from selectune.harness.train import Progress, RunResult, Update, run
 from selectune.tasks import Task
 
 PREFERRED = "glue/stsb"
-FALLBACK = "demo/grammaticality"
-METHODS = ("id3", "random", "full")
+FALLBACK = "demo/topic"
+LORA = "lora:r=8"
+METHODS = {"random": "random mask", LORA: "LoRA, r=8", "id3": "ID3", "full": "full fine-tuning"}
+DENSE = (LORA, "full")  # they take no budget
 BUDGET = 0.0017  # of the weights, about 39,000 of 22.7 million
-STEPS = 240
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a task needs to be learnt in a few hundred steps. None: the command line's default."""
-
-    lr: float | None = None
-    full_lr: float | None = None
-    batch_size: int = 16
-    steps: int = STEPS
-
-
-SETTINGS = {FALLBACK: Settings(lr=2e-3, full_lr=2e-4, batch_size=32, steps=320)}
+STEPS = {PREFERRED: 240, FALLBACK: 120}
+RATES = {FALLBACK: {LORA: 2e-3, "full": 1e-4}}  # the defaults of these two are for thousands of steps
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """A line of the table. `share` is that of `trained` in the base's weights; `step_seconds` is a step's median."""
 
     name: str
     value: float
     trained: int
+    share: float
+    step_seconds: float
     delta_bytes: int
     seconds: float
 
@@ -65,6 +60,7 @@ class DemoResult:
     """What the demo found."""
 
     model: str
+    weights: int
     task: str
     origin: str
     metric: str
@@ -76,10 +72,38 @@ class DemoResult:
     delta: str
 
     def as_json(self) -> dict[str, Any]:
-        plain = {
-            k: getattr(self, k) for k in ("model", "task", "origin", "metric", "chance", "steps", "delta", "seconds")
-        }
-        return {**plain, "rows": [vars(row) for row in self.rows], "revert": vars(self.revert)}
+        return {**vars(self), "rows": [vars(row) for row in self.rows], "revert": vars(self.revert)}
+
+
+class Stopwatch:
+    """A run's progress, passed on to whoever shows it, and how long its steps took."""
+
+    def __init__(self, shown: Progress | None, title: str) -> None:
+        self._shown, self._title = shown, title
+        self._step, self._at = 0, 0.0
+        self._took: list[float] = []
+
+    def start(self, title: str, steps: int) -> None:
+        self._at = time.perf_counter()
+        if self._shown is not None:
+            self._shown.start(self._title, steps)
+
+    def update(self, update: Update) -> None:
+        if update.step > self._step:
+            now = time.perf_counter()
+            self._took.append((now - self._at) / (update.step - self._step))
+            self._step, self._at = update.step, now
+        if self._shown is not None:
+            self._shown.update(update)
+
+    def stop(self) -> None:
+        if self._shown is not None:
+            self._shown.stop()
+
+    @property
+    def step_seconds(self) -> float:
+        """The median, so that what the first steps compile does not count."""
+        return statistics.median(self._took) if self._took else 0.0
 
 
 def demo(
@@ -91,39 +115,51 @@ def demo(
     budget: int | float = BUDGET,
     seed: int = 6,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> DemoResult:
-    """Trains and measures the base, ID3, a random mask and full fine-tuning, reverts the delta and proves it.
+    """Trains and measures the base, a random mask, LoRA, ID3 and full fine-tuning, reverts ID3's delta and proves it.
 
-    STS-B where `data`, SELECTUNE_DATA or the hub has it, otherwise sentences that are generated here. Deltas are kept
-    under `out` if it is given. About 3 minutes on 2 idle cores. Raises IntegrityError if the revert left a trace.
+    STS-B where `data` or SELECTUNE_DATA has it, otherwise sentences that are generated here; the hub is not asked
+    unless `task` says so. LoRA's row is for the latter, where peft is installed. Deltas are kept under `out` if it is
+    given. `say` is told what was found, a sentence at a time. Raises IntegrityError if the revert left a trace.
     """
     began = time.perf_counter()
+    say = say or (lambda sentence: None)
     chosen = _choose(data, task)
-    settings = SETTINGS.get(chosen.name, Settings())
-    steps = steps or settings.steps
+    steps = steps or STEPS.get(chosen.name, max(STEPS.values()))
+    methods, why = _methods(chosen)
+    if why:
+        say(why)
     with tempfile.TemporaryDirectory(prefix="selectune-demo-") as scratch:
         folder = Path(out or scratch)
-        rows = [_base(chosen, data, model, seed)]
+        base, weights = _base(chosen, data, model, seed)
+        rows = [base]
+        say(_found(base))
         results: dict[str, RunResult] = {}
-        for method in METHODS:
+        for method in methods:
             config = RunConfig(
                 model=model,
                 task=chosen.name,
                 method=method,
-                budget=None if method == "full" else budget,
-                lr=settings.full_lr if method == "full" else settings.lr,
-                batch_size=settings.batch_size,
+                budget=None if method in DENSE else budget,
+                lr=RATES.get(chosen.name, {}).get(method),
                 max_steps=steps,
                 eval_every=steps,
                 seed=seed,
                 data=data,
-                out=str(folder / method),
+                out=str(folder / method.partition(":")[0]),
             )
-            results[method] = found = run(config, progress)
-            rows.append(Row(method, found.value, found.trained, found.delta_bytes, found.seconds))
+            watch = Stopwatch(progress, METHODS[method])
+            results[method] = found = run(config, watch)
+            share, seconds = found.trained / weights, watch.step_seconds
+            rows.append(
+                Row(METHODS[method], found.value, found.trained, share, seconds, found.delta_bytes, found.seconds)
+            )
+            say(_found(rows[-1]))
         revert = _revert(chosen, results["id3"], data)
     return DemoResult(
         model=model,
+        weights=weights,
         task=chosen.name,
         origin=results["id3"].origins["validation"],
         metric=chosen.metric_name,
@@ -136,13 +172,30 @@ def demo(
     )
 
 
+def _methods(task: Task) -> tuple[list[str], str]:
+    """What is trained on a task, and why LoRA is not, if it is not."""
+    if task.name != FALLBACK:
+        why = f"LoRA is left out: so few steps of {task.name} are too few for it, and its row would say nothing."
+    elif find_spec("peft") is None:
+        why = "LoRA is left out, since the package peft is not installed (pip install 'selectune[peft]')."
+    else:
+        return list(METHODS), ""
+    return [name for name in METHODS if name != LORA], why
+
+
+def _found(row: Row) -> str:
+    return f"{row.name[0].upper()}{row.name[1:]}: the score is {row.value:.3f}."
+
+
 def _choose(data: str | None, name: str | None) -> Task:
     if name is not None:
         return tasks.get(name)
-    preferred = tasks.get(PREFERRED)
+    preferred, folder = tasks.get(PREFERRED), data or os.environ.get(tasks.DATA)
+    if not folder:
+        return tasks.get(FALLBACK)
     try:
         for split in ("train", "validation"):
-            tasks.load(preferred, split, data, limit=1)
+            tasks.load(preferred, split, folder, limit=1)
     except TaskError:
         if data is not None:
             raise  # a folder was named, so its lack is an error and not a reason to do something else
@@ -150,14 +203,16 @@ def _choose(data: str | None, name: str | None) -> Task:
     return preferred
 
 
-def _base(task: Task, data: str | None, model: str, seed: int) -> Row:
+def _base(task: Task, data: str | None, model: str, seed: int) -> tuple[Row, int]:
+    """The base with a fresh head, measured, and how many weights it has."""
     began = time.perf_counter()
     loaded = load_model(model, task, seed)
     split = tasks.load(task, "validation", data)
     length = longest(loaded.model, loaded.tokenizer, None, task.max_length)
     loaded.model.to(device())
     found = evaluate(loaded.model, loaded.tokenizer, task, encode(loaded.tokenizer, split.examples, length))
-    return Row("base", found.value, 0, 0, time.perf_counter() - began)
+    weights = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return Row("base", found.value, 0, 0.0, 0.0, 0, time.perf_counter() - began), weights
 
 
 def _revert(task: Task, result: RunResult, data: str | None) -> Revert:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from selectune.errors import UnknownTaskError, did_you_mean
 from selectune.tasks.common import DATA, Example, Hub, Split, Task, load
-from selectune.tasks.demo.grammaticality import GRAMMATICALITY
+from selectune.tasks.demo.topic import TOPIC
 from selectune.tasks.glue.cola import COLA
 from selectune.tasks.glue.mnli import MNLI, MNLI_MM
 from selectune.tasks.glue.mrpc import MRPC
@@ -26,7 +26,7 @@ TASKS: dict[str, Task] = {
         QQP,
         MNLI,
         MNLI_MM,
-        GRAMMATICALITY,
+        TOPIC,
     )
 }
 

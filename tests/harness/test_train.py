@@ -271,23 +271,39 @@ def test_measuring_leaves_model_and_random_state_alone(tiny, data):
 def test_the_demo(tiny, data):
     from selectune.harness.demo import demo
 
-    found = demo(data=str(data), model=str(tiny), steps=4, budget=100)
+    said: list[str] = []
+    found = demo(data=str(data), model=str(tiny), steps=4, budget=100, say=said.append)
     assert found.task == "glue/stsb"
-    assert [row.name for row in found.rows] == ["base", "id3", "random", "full"]
-    assert found.rows[1].trained == found.rows[2].trained == 100
-    assert found.rows[1].delta_bytes < found.rows[3].delta_bytes
+    base, random, id3, full = found.rows
+    assert [row.name for row in found.rows] == ["base", "random mask", "ID3", "full fine-tuning"]
+    assert id3.trained == random.trained == 100
+    assert (base.trained, full.trained, full.share) == (0, found.weights, 1.0)
+    assert id3.delta_bytes < full.delta_bytes
+    assert all(0 < row.step_seconds < row.seconds for row in found.rows[1:])
     assert found.revert.same_bits
-    assert found.revert.value_applied == found.rows[1].value
+    assert found.revert.value_applied == id3.value
+    assert said[0].startswith("LoRA is left out: so few steps of glue/stsb")
+    assert [sentence.partition(": the score is ")[0] for sentence in said[1:]] == [
+        "Base", "Random mask", "ID3", "Full fine-tuning"
+    ]  # fmt: skip
     json.dumps(found.as_json(), allow_nan=False)
 
 
-def test_the_demo_without_data_uses_generated_sentences(tiny, monkeypatch, tmp_path):
-    from selectune.harness.demo import demo
+@pytest.mark.parametrize("peft", [True, False])
+def test_the_demo_without_data_makes_its_own(tiny, peft, monkeypatch, tmp_path):
+    from selectune.harness import demo as demos
 
-    monkeypatch.delenv("SELECTUNE_DATA", raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    found = demo(model=str(tiny), steps=2, budget=100)
-    assert (found.task, found.origin) == ("demo/grammaticality", "generated (1,000 rows)")
+    monkeypatch.setenv("SELECTUNE_DATA", str(tmp_path))  # a folder without STS-B; the hub is not asked
+    monkeypatch.setattr("selectune.tasks.common._from_hub", None)
+    if not peft:
+        monkeypatch.setattr(demos, "find_spec", lambda name: None)
+    said: list[str] = []
+    found = demos.demo(model=str(tiny), steps=2, budget=100, say=said.append)
+    assert (found.task, found.origin) == ("demo/topic", "generated (480 rows)")
+    lora = [row for row in found.rows if row.name == "LoRA, r=8"]
+    assert len(lora) == peft
+    assert all(100 < row.trained < found.weights for row in lora)
+    assert peft or "peft is not installed" in said[0]
 
 
 def test_real_data(tiny, real_data, tmp_path):

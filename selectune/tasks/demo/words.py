@@ -2,68 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+
+Topics = Mapping[str, tuple[str, ...]]
 
 
-@dataclass(frozen=True)
-class Words:
-    """The open-class words of one split. Nouns take -s, verbs -s and -ed (or -d after e)."""
-
-    people: tuple[str, ...]
-    men: tuple[str, ...]
-    women: tuple[str, ...]
-    things: tuple[str, ...]
-    verbs: tuple[str, ...]  # transitive: they need an object
-    adjectives: tuple[str, ...]
-    her_names: tuple[str, ...]
-    his_names: tuple[str, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.her_names + self.his_names
-
-    def all(self) -> frozenset[str]:
-        """Every word of the split, as it is listed."""
-        groups = (self.people, self.men, self.women, self.things, self.verbs, self.adjectives, self.names)
-        return frozenset(word for group in groups for word in group)
+def _topics(**words: str) -> Topics:
+    return {name: tuple(text.split()) for name, text in words.items()}
 
 
-TRAIN = Words(
-    people=tuple(
-        "doctor teacher student lawyer pilot farmer baker singer painter writer driver banker dancer soldier "
-        "sailor tailor clerk guard judge nurse engineer gardener plumber senator customer visitor neighbor "
-        "officer manager scientist".split()
-    ),
-    men=tuple("boy king uncle brother grandfather duke waiter son".split()),
-    women=tuple("girl queen aunt sister grandmother princess waitress daughter".split()),
-    things=tuple(
-        "key cabinet book table letter picture window door lamp car truck boat garden river mountain bridge "
-        "house school hospital museum painting report movie song story chair basket bottle blanket coat".split()
-    ),
-    verbs=tuple(
-        "admire visit help follow watch clean repair discover describe remember notice mention paint "
-        "defend criticize question inspect push pull remove".split()
-    ),
-    adjectives=tuple(
-        "old new famous expensive strange beautiful heavy small large red green quiet popular dangerous "
-        "wonderful boring".split()
-    ),
-    her_names=tuple("Mary Susan Linda Karen Nancy Helen Sandra Carol Ruth Laura".split()),
-    his_names=tuple("John Robert Michael David Richard Thomas Charles Daniel Mark Paul".split()),
+TRAIN = _topics(
+    animals="dog horse lion cow mouse wolf goat elephant kitten deer camel squirrel",
+    birds="eagle parrot finch owl pigeon swan crow penguin robin heron peacock falcon",
+    food="bread soup cheese salad pancake sausage noodle sandwich omelet porridge stew biscuit",
+    drinks="coffee wine lemonade beer milk whiskey cocoa cider champagne soda vodka smoothie",
+    plants="tree rose grass fern tulip moss oak ivy shrub daisy pine seedling",
+    clothes="shirt coat hat glove skirt boot scarf sock sweater belt apron tie",
+    furniture="table sofa bed shelf stool cupboard wardrobe bench cradle bookcase nightstand armchair",
+    vehicles="car train ship truck airplane tram motorcycle ferry wagon submarine scooter canoe",
+    tools="hammer saw drill wrench shovel nail axe screw sandpaper crowbar clamp hoe",
+    weather="rain snow storm fog wind thunder sunshine frost monsoon rainbow blizzard breeze",
+    music="piano guitar song drum choir melody violin concert harp lullaby rhythm trombone",
+    illness="fever flu wound asthma cancer allergy rash toothache diabetes pneumonia migraine infection",
 )
-
-VALIDATION = Words(
-    people=tuple(
-        "actor author butcher carpenter chef coach dentist editor janitor journalist librarian mechanic "
-        "musician surgeon tourist".split()
-    ),
-    men=tuple("prince nephew stepfather monk".split()),
-    women=tuple("actress niece stepmother nun".split()),
-    things=tuple(
-        "mirror carpet ladder candle pencil camera train tower market garage statue poem novel guitar jacket".split()
-    ),
-    verbs=tuple("praise ignore contact observe examine restore destroy purchase select avoid".split()),
-    adjectives=tuple("ancient modern cheap ugly bright narrow yellow rare".split()),
-    her_names=tuple("Alice Diane Julia Martha Rachel".split()),
-    his_names=tuple("Arthur Brian Eric George Victor".split()),
+VALIDATION = _topics(
+    animals="cat pig tiger sheep bear fox donkey giraffe",
+    birds="duck sparrow goose hawk seagull ostrich raven stork",
+    food="rice pizza cake steak pasta burger pie bacon",
+    drinks="tea juice brandy rum cocktail gin espresso milkshake",
+    plants="flower bush lily cactus willow orchid birch weed",
+    clothes="jacket dress shoe cap trousers blouse mitten vest",
+    furniture="chair desk couch drawer cabinet mattress dresser sideboard",
+    vehicles="bus bicycle boat van helicopter taxi tractor sled",
+    tools="screwdriver pliers chisel rake bolt file spade toolbox",
+    weather="hail cloud hurricane drizzle heatwave tornado lightning mist",
+    music="trumpet flute symphony opera banjo orchestra tune cello",
+    illness="cough headache measles injury stroke nausea malaria burn",
 )
+PEOPLE = ("My neighbor", "The teacher", "Her brother", "A stranger", "The old man", "Our guest")
+VERBS = ("talked about", "dreamed of", "asked about", "kept thinking of", "told us about", "wrote a page about")
