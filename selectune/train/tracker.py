@@ -14,6 +14,7 @@ support, quota and step number are as before. The selection is exact over the su
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -86,8 +87,7 @@ class Tracker:
         return self.chooser.quota(self.step)
 
     @property
-    def in_step(self) -> bool:
-        """Whether optimizer.step() is running."""
+    def in_step(self) -> bool:  # whether optimizer.step() is running
         return self.step_call is not None and not self.step_call.over()
 
     # -- forward
@@ -116,13 +116,13 @@ class Tracker:
             if training and self._window.backwards == 0 and (inside or self._by_hand):
                 self.select_ahead()
             if self._stale():
-                self.taps.forget()  # a graph that never saw its backward pass
+                self.taps.forget()
 
     def open_graph(self) -> list[tuple[Page, bool]]:
         """The pages of a new graph, and whether each tensor needs a gradient in it."""
         self._opened = self._now()
         pages = self.ledger.pages
-        if self._window.before is not None:  # the step may yet turn out to be skipped: both supports get gradients
+        if self._window.before is not None:  # the step may yet be skipped: both supports get gradients
             pages = self.ledger.joined(self._window.before)
         dense = self._window.before is not None or self.chooser.passes(self.step, self.accumulation_steps) > 0
         if not any(pages[i].flat.numel() for i in self.reached):
@@ -317,9 +317,9 @@ class Tracker:
     def _select(self, gradient: Tensor) -> Tensor:
         """Closes the window's selection; returns its gradient with that of the new entries."""
         window = self._window
+        window.closed = True
         for index in list(window.held):
             self.chooser.offer(self.step, index, window.held.pop(index))
-        window.closed = True
         window.before = self.chooser.close(self.step, gradient)
         if window.before is not None:
             self._version = self.ledger.offsets._version
@@ -346,6 +346,7 @@ class Tracker:
         `scale`: what the optimizer itself will multiply its gradient by.
         """
         self.step_call = call
+        self.taps.thread = threading.get_ident()
         ranks.refuse_many()
         window, offsets = self._window, self.ledger.offsets
         if window.expected is not None and offsets.grad is not None:
@@ -393,7 +394,7 @@ class Tracker:
 
     @property
     def current(self) -> bool:
-        """Whether the weights were written since the offsets moved last."""
+        """Whether weights were written since the offsets moved last."""
         return self._version == self.ledger.offsets._version and not self._swapped()
 
     def _moved(self) -> bool:
