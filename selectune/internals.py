@@ -16,8 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "SCRIPTED", "TorchDispatchMode", "after_backward", "backward_id", "data_is_all_there", "dispatch_modes", "forget",
-    "go_on_compiling", "in_backward", "in_transform", "kept_plain", "never_compiled", "plain_parameter",
+    "SCRIPTED", "TorchDispatchMode", "after_backward", "backward_id", "can_share", "data_is_all_there",
+    "dispatch_modes", "forget", "go_on_compiling", "in_backward", "in_transform", "kept_plain", "never_compiled", "plain_parameter",
     "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves", "tree_map", "tree_map_only", "will_reach",
     "without_dispatch",
 ]  # fmt: skip
@@ -57,6 +57,9 @@ SCRIPTED: tuple[Any, ...] = (_name("_C.ScriptFunction"), _name("_C.ScriptMethod"
 
 # How torch.compile decides about a frame of code.
 _frames: Any = _name("_C._dynamo.eval_frame")
+
+# Whether a tensor can take another's place in memory: modules ask it of parameters that are moved or cast.
+can_share: Callable[..., bool] = _name("_has_compatible_shallow_copy_type")
 
 # Functions over nested tuples, lists and dicts.
 tree_map: Callable[..., Any] = _name("utils._pytree.tree_map")

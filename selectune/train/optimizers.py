@@ -111,7 +111,7 @@ class Follower:
 
         A weight that is its own latent counts only beside the values: an optimizer may have trained it before attach.
         """
-        values = self.tracker.ledger.values
+        values = self.tracker.ledger.offsets
         own = {id(values)} | {id(p) for p in ([] if self.phase is None else self.phase.parameters())}
         for group in optimizer.param_groups:
             beside = any(p is values for p in group["params"])

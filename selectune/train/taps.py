@@ -64,7 +64,6 @@ class Taps:
         self.skip_unneeded = True  # until then: reentrant checkpointing needs inputs that require gradients
         self._running = _Running()
         self.thread: int | None = None  # the one that trains; others may look on
-        self._seen = False  # that another thread looks on with gradients on
         self._told = False  # that compiled code is run as it is written
         self._graph: list[Use | None] | None = None
         self._making = threading.RLock()
@@ -123,19 +122,9 @@ class Taps:
             return None
         if in_backward():
             self.recompute()
-        elif not self.trains_here():
-            return self._look()
-        elif not self._running.entered and (self._graph is None or self.stale()):
+        elif not self._running.entered and self.trains_here() and (self._graph is None or self.stale()):
             self._prepare(False)
         return self._open()[index]
-
-    def _look(self) -> None:
-        if not self._seen:
-            self._seen = True
-            log.warning(
-                "The attached model is used with gradients on in the thread %s, while another thread trains it: its "
-                "weights get no gradient here.", threading.current_thread().name,
-            )  # fmt: skip
 
     def in_forward(self) -> bool:
         return bool(self._running.entered) and not self.asleep
@@ -205,8 +194,7 @@ class Taps:
             self._prepare(True)
             if running.with_gradients:
                 self.grad_was_off = False  # an evaluation's uses, if any
-        ours = in_backward() or self.trains_here()
-        if ours and running.with_gradients and not self.asleep and self.offsets.requires_grad:
+        if running.with_gradients and not self.asleep and self.offsets.requires_grad:
             self._open()  # before any transform of torch.func begins
 
     @never_compiled
@@ -227,8 +215,6 @@ class Taps:
     def _reached(self, output: Any) -> Any:
         """The output, if backward() would otherwise fail because no selected entry took part in it; else None."""
         if self.asleep or not self.offsets.requires_grad or not torch.is_grad_enabled() or in_backward():
-            return None
-        if not self.trains_here():
             return None
         tensors = [part for part in internals.tree_leaves(output) if isinstance(part, Tensor)]
         if any(part.requires_grad for part in tensors) or not any(part.is_floating_point() for part in tensors):

@@ -52,8 +52,7 @@ class Tracker:
         accumulation_steps: int,
     ) -> None:
         self.method, self.tensors, self.ledger = method, tensors, ledger
-        self.seed, self.accumulation_steps = seed, accumulation_steps
-        self.step = 0  # optimizer steps committed
+        self.seed, self.accumulation_steps, self.step = seed, accumulation_steps, 0  # optimizer steps committed
         self.events: Counter[str] = Counter()
         if isinstance(schedule, Exchanging):
             kind = Exchange
@@ -317,9 +316,9 @@ class Tracker:
     def _select(self, gradient: Tensor) -> Tensor:
         """Closes the window's selection; returns its gradient with that of the new entries."""
         window = self._window
-        window.closed = True
         for index in list(window.held):
             self.chooser.offer(self.step, index, window.held.pop(index))
+        window.closed = True
         window.before = self.chooser.close(self.step, gradient)
         if window.before is not None:
             self._version = self.ledger.offsets._version

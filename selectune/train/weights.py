@@ -31,7 +31,7 @@ class Weight(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _REQUIRES_GRAD:
+        if func == _REQUIRES_GRAD:
             if args[0]._place.user.in_forward():
                 return True  # as in training without a tuner, for models whose forward asks
         elif func in FORM or _writes(func, args, kwargs):
@@ -148,8 +148,8 @@ def use_of(value: Any) -> Use | None:
     if use is not None and use.weight.dtype != value.dtype:
         raise IntegrityError(
             f"A weight in scope (of shape {tuple(use.weight.shape)}) was cast from {use.weight.dtype} to {value.dtype} "
-            "in the midst of a forward pass, so its base could not be restored. Cast the model before attach, or keep "
-            "the weight out: Scope(exclude=...)."
+            "while a tuner is attached, so its base could not be restored. Cast the model before attach, or keep the "
+            "weight out: Scope(exclude=...)."
         )
     return use
 
@@ -174,20 +174,75 @@ _REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined
 _IN_PLACE = {f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()}
 
 # what only asks for a tensor's form, or is about the parameter and not its numbers
-FORM: set[Any] = {
-    getattr(torch.Tensor, name).__get__
-    for name in (
-        "shape", "dtype", "device", "layout", "ndim", "is_leaf", "grad", "data", "is_cuda", "is_cpu",
-        "is_sparse", "is_quantized", "is_meta", "itemsize", "nbytes", "_version", "is_nested", "grad_fn", "output_nr",
-        "names", "retains_grad", "is_mkldnn", "is_mps", "is_xpu", "_backward_hooks", "_post_accumulate_grad_hooks",
-    )
-    if hasattr(torch.Tensor, name)
-} | {
-    getattr(torch.Tensor, name)
-    for name in (
-        "size", "dim", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "is_floating_point",
-        "is_complex", "is_signed", "element_size", "data_ptr", "untyped_storage", "storage", "get_device", "__len__",
-        "__repr__", "__hash__", "dim_order", "ndimension", "is_shared", "is_inference", "detach", "numpy", "tolist",
-        "item", "__array__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "is_set_to",
-    )
-} | {torch.is_floating_point, torch.is_complex, torch.numel, torch.detach, torch.equal, torch.is_same_size}  # fmt: skip
+FORM: set[Any] = (
+    {
+        getattr(torch.Tensor, name).__get__
+        for name in (
+            "shape",
+            "dtype",
+            "device",
+            "layout",
+            "ndim",
+            "is_leaf",
+            "grad",
+            "data",
+            "is_cuda",
+            "is_cpu",
+            "is_sparse",
+            "is_quantized",
+            "is_meta",
+            "itemsize",
+            "nbytes",
+            "_version",
+            "is_nested",
+            "grad_fn",
+            "output_nr",
+            "names",
+            "retains_grad",
+            "is_mkldnn",
+            "is_mps",
+            "is_xpu",
+            "_backward_hooks",
+            "_post_accumulate_grad_hooks",
+        )
+        if hasattr(torch.Tensor, name)
+    }
+    | {
+        getattr(torch.Tensor, name)
+        for name in (
+            "size",
+            "dim",
+            "numel",
+            "nelement",
+            "stride",
+            "storage_offset",
+            "is_contiguous",
+            "is_floating_point",
+            "is_complex",
+            "is_signed",
+            "element_size",
+            "data_ptr",
+            "untyped_storage",
+            "storage",
+            "get_device",
+            "__len__",
+            "__repr__",
+            "__hash__",
+            "dim_order",
+            "ndimension",
+            "is_shared",
+            "is_inference",
+            "detach",
+            "numpy",
+            "tolist",
+            "item",
+            "__array__",
+            "register_hook",
+            "register_post_accumulate_grad_hook",
+            "retain_grad",
+            "is_set_to",
+        )
+    }
+    | {torch.is_floating_point, torch.is_complex, torch.numel, torch.detach, torch.equal, torch.is_same_size}
+)
+FORM.add(internals.can_share)  # fmt: skip

@@ -261,3 +261,23 @@ def test_a_score_that_breaks_its_contract_is_named():
 def test_errors_are_ours():
     for error in (AlreadyAttachedError, TunerError, IntegrityError, ScopeError):
         assert issubclass(error, SelectuneError)
+
+
+def test_weights_are_frozen_but_while_their_model_runs_forward():
+    """Optimizers, counts and wrappers see one trainable parameter; a forward that asks sees what it would without."""
+    seen = []
+
+    class Asking(nn.Linear):
+        def forward(self, x):
+            seen.append(self.weight.requires_grad)
+            return super().forward(x)
+
+    model = Asking(4, 4)
+    st.attach(model, st.id3(budget=5, steps=2))
+    trainable = lambda: [n for n, p in model.named_parameters() if p.requires_grad]  # noqa: E731
+    assert trainable() == ["selectune_values"]
+    model(torch.randn(2, 4)).sum().backward()
+    assert seen == [True]
+    assert trainable() == ["selectune_values"]
+    assert model.weight.is_leaf
+    assert model.weight.grad is None

@@ -39,7 +39,7 @@ def adamw(parameters):
 
 
 def entries(parameters):
-    return st.SparseAdamW(parameters, lr=1e-2, age="entry", decay="base")
+    return st.SparseAdamW(parameters, lr=1e-2, age="entry")
 
 
 def sm3(parameters):

@@ -40,15 +40,15 @@ TENSORS = {
     "an index below 0": (".flat", lambda t: t - 10**9, ConfigError, "leave the tensor"),
     "dropped ones out of order": (".retired", lambda t: t.flip(0), ConfigError, "do not ascend"),
     "a free slot that is used": ("free", lambda t: torch.tensor([0]), ConfigError, "slots are not those"),
-    "NaN": ("values", with_nan, ConfigError, 'NaN or infinity among its trained values \\("values"'),
-    "infinity": ("values", lambda t: t / 0, ConfigError, "NaN or infinity"),
+    "NaN": ("offsets", with_nan, ConfigError, 'NaN or infinity among its trained values \\("offsets"'),
+    "infinity": ("offsets", lambda t: t / 0, ConfigError, "NaN or infinity"),
     "NaN in a dropped weight": (".retired_now", with_nan, ConfigError, "NaN or infinity"),
-    "values in another dtype": ("values", lambda t: t.double(), ConfigError, "dtype torch.float64"),
+    "values in another dtype": ("offsets", lambda t: t.double(), ConfigError, "dtype torch.float64"),
     "indices as numbers": (".flat", lambda t: t.float(), ConfigError, "dtype torch.float32"),
     "a base of another dtype": (".base", lambda t: t.half(), ConfigError, "dtype torch.float16"),
     "a part too short": (".slot", lambda t: t[:-1], ConfigError, "parts of different lengths"),
     "another buffer": ("running_mean", lambda t: t[:-1], ConfigError, "missing or has another shape"),
-    "no tensor": ("values", lambda t: t.tolist(), ConfigError, "missing or has another shape"),
+    "no tensor": ("offsets", lambda t: t.tolist(), ConfigError, "missing or has another shape"),
 }
 
 INFO = {
@@ -154,7 +154,7 @@ def test_every_value_and_every_tensor_changed(case):
         (changed_at(state["info"], path, new), state["tensors"])
         for path in leaves(state["info"])
         if path
-        for new in (None, -1, "x", [], {}, [1], {"tensor": "values"}, {"tensor": "nowhere"})
+        for new in (None, -1, "x", [], {}, [1], {"tensor": "offsets"}, {"tensor": "nowhere"})
     ]
     for key, tensor in state["tensors"].items():
         for new in (None, tensor[:-1] if tensor.ndim else None, tensor[None], tensor.to(torch.int16), tensor - 1):

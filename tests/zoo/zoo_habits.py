@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from zoo_kit import SETTINGS, Call, impossible, refused, score
+from zoo_kit import SETTINGS, Call, impossible, raised, refused, score
 from zoo_layers import Words, floats, ids, row
 from zoo_uses import (
     Backdoor,
@@ -183,6 +183,10 @@ def mlp() -> nn.Module:
 
 WRITTEN = dict.fromkeys(SETTINGS, refused("outside the support"))
 
+OWN_VECTOR = dict.fromkeys(SETTINGS, refused("own vector"))  # said by Tuner.check
+UNSEEN = dict.fromkeys(SETTINGS, refused("not what plain autograd gives"))  # the same
+TWICE = dict.fromkeys(SETTINGS, raised("differentiate twice"))
+
 ROWS = [
     row("tied head", lambda: TiedWords(False, None), ids(3, 5)),
     row("tied head with padding", lambda: TiedWords(False, 0), ids(3, 5)),
@@ -205,23 +209,23 @@ ROWS = [
     row("scripted submodule", ScriptedPart, floats(4, 6), expects=dict.fromkeys(SETTINGS, refused("scripted"))),
     row("einsum and baddbmm", Sums, floats(4, 6)),
     row("read through _parameters", lambda: Backdoor("_parameters"), floats(4, 6)),
-    row("read through parameters()", lambda: Backdoor("parameters()"), floats(4, 6)),
+    row("read through parameters()", lambda: Backdoor("parameters()"), floats(4, 6), expects=OWN_VECTOR),
     row("read through get_parameter", lambda: Backdoor("get_parameter"), floats(4, 6)),
     row("reference kept since __init__", lambda: Backdoor("kept"), floats(4, 6)),
     row("encode beside forward", TwoDoors, floats(4, 6), loss=by_encode),
     row("head applied by hand in the loss", TwoDoors, floats(4, 6), loss=head_by_hand),
     row("forward, and layers by hand in the loss", TwoDoors, floats(4, 6), loss=forward_and_hand),
-    row("penalty over parameters() in the loss", TwoDoors, floats(4, 6), loss=with_penalty),
+    row("penalty over parameters() in the loss", TwoDoors, floats(4, 6), loss=with_penalty, expects=OWN_VECTOR),
     row("penalty on two weights in the loss", TwoDoors, floats(4, 6), loss=with_named_penalty),
     row("weight.float()", lambda: Casts("float"), floats(4, 6), tie=1e-5),
     row("weight.type(torch.float32)", lambda: Casts("type"), floats(4, 6), tie=1e-5),
     row("weight.type_as and to", lambda: Casts("type_as"), floats(4, 6), tie=1e-5),
     row("vmap", lambda: Mapped("vmap"), floats(4, 6)),
     row("vmap of a layer", lambda: Mapped("vmap of a layer"), floats(4, 6)),
-    row("vmap over a weight", lambda: Mapped("vmap over weights"), floats(4, 6)),
+    row("vmap over a weight", lambda: Mapped("vmap over weights"), floats(4, 6), expects=UNSEEN),
     row("torch.func.grad inside forward", lambda: Mapped("grad"), floats(4, 6), expects={"nonreentrant": impossible("saved tensor hooks")}),
-    row("gradient by the input inside forward", lambda: Mapped("create_graph"), floats(4, 6), expects={"reentrant": impossible("does not require grad")}),
-    row("gradient penalty in the loss", mlp, floats(4, 6), loss=regularised, expects={"reentrant": impossible("incompatible with .grad()")}),
+    row("gradient by the input inside forward", lambda: Mapped("create_graph"), floats(4, 6), expects=TWICE | {"reentrant": impossible("does not require grad")}),
+    row("gradient penalty in the loss", mlp, floats(4, 6), loss=regularised, expects=TWICE | {"reentrant": impossible("incompatible with .grad()")}),
     row("indexed parameter", Picks, ids(3, 5)),
     row("ParameterList and ParameterDict", Lists, floats(4, 6)),
     row("LoRA by hand", lambda: Low(False), floats(4, 6)),

@@ -55,6 +55,11 @@ def impossible(words: str) -> Expected:
     return Expected(IMPOSSIBLE, words)
 
 
+def raised(words: str) -> Expected:
+    """torch says it in words of its own: a second derivative of our nodes."""
+    return Expected("raised", words)
+
+
 def endless(why: str) -> Expected:
     """Plain autograd never comes back, so this is not run; the summary names it."""
     return Expected(ENDLESS, why)
@@ -315,7 +320,28 @@ def outcome(row: Row, setting: str) -> Outcome:
             if not differs:
                 return Outcome(EQUAL)
             found = Outcome("wrong", differs)
-        return _control(row, setting, dense) or found
+        return _control(row, setting, dense) or _named(row, setting, dense.budget) or found
+
+
+def _named(row: Row, setting: str, budget: int) -> Outcome | None:
+    """What `Tuner.check` says of a row before its first step and after it, if it refuses it."""
+    made = prepare(row, setting)
+    tuner = st.attach(made.part, st.id3(budget=budget, steps=SELECTING), accumulation_steps=made.micros)
+    try:
+        optimizer = torch.optim.SGD(tuner.parameters(), lr=RATE)
+        for step in range(2):
+            tuner.check(None, lambda model, batch, step=step: made.losses(step, 0))
+            for micro in range(made.micros):
+                made.losses(step, micro).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    except SelectuneError as error:
+        return Outcome(REFUSED, str(error))
+    except Exception:  # noqa: BLE001 - then the row's own outcome stands
+        return None
+    finally:
+        tuner.detach()
+    return None
 
 
 def _control(row: Row, setting: str, dense: Run) -> Outcome | None:

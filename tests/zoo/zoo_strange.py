@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from zoo_kit import SETTINGS, Call, impossible, refused, score
+from zoo_kit import SETTINGS, Call, impossible, raised, refused, score
 from zoo_layers import floats, ids, row
 
 
@@ -274,8 +274,9 @@ def after_no_grad(model: nn.Module, batch: Any, run: Call) -> Tensor:
     return loss
 
 
-MOVED = dict.fromkeys(SETTINGS, refused("outside the support"))  # by forward, and seen by verify
-MOVED |= dict.fromkeys(("reentrant", "nonreentrant"), impossible("the gradient is not that of the plain run"))
+# the tuner's vector is the last parameter of the last layer, so a layer's own parameters() are one more
+MOVED = dict.fromkeys(SETTINGS, raised("zip() argument"))
+MORE = dict.fromkeys(SETTINGS, raised("argument"))
 INNER = dict.fromkeys(SETTINGS, refused("torch.autograd.grad"))
 INNER["reentrant"] = impossible("does not require grad")  # the first pass runs without gradients
 NORMED = {s: refused("max_norm") for s in SETTINGS if s != "reentrant"}  # it rewrites rows that are not selected
@@ -285,7 +286,7 @@ ROWS = [
     row("weights given to checkpoint, reentrant", lambda: GivenToCheckpoint(True), floats(4, 6)),
     row("target network moved in forward", Target, floats(4, 6), expects=MOVED),
     row("forward in another thread", Threads, floats(4, 6)),
-    row("layers' forward called directly", Direct, floats(4, 6)),
+    row("layers' forward called directly", Direct, floats(4, 6), expects=MORE),
     row("the model's forward called directly", Base, floats(4, 6), loss=direct_forward),
     row("weights by identity", Identity, floats(4, 6)),
     row("weights' types", Types, floats(4, 6)),
