@@ -286,7 +286,7 @@ class Tuner:
             self._tracker.write_weights()
         self._base.check(model, self._ledger)
         changed = sum(
-            int((ops.bits(ops.gather_entries(t.parameter, p.touched()[0])) != ops.bits(p.touched()[1])).sum())
+            int((ops.bits(ops.gather_entries(t.parameter.detach(), p.touched()[0])) != ops.bits(p.touched()[1])).sum())
             for t, p in zip(self._found.tensors, self._ledger.pages, strict=False)
         )
         dense = sum(t.parameter.numel() for t in self._found.dense)

@@ -170,7 +170,7 @@ def _base_at(tuner: Tuner, tensor: ScopedTensor, flat: Tensor) -> Tensor:
     """The base values of entries, wherever they are kept now."""
     if tensor.name in tuner._base.dense:
         return ops.gather_entries(tuner._base.held(tensor), flat)
-    found = ops.gather_entries(tensor.parameter, flat)
+    found = ops.gather_entries(tensor.parameter.detach(), flat)
     known, base = tuner._ledger.pages[tensor.index].touched()
     if known.numel():
         at = torch.searchsorted(known, flat).clamp_(max=known.numel() - 1)

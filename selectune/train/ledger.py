@@ -154,7 +154,7 @@ class Ledger:
         home = self.offsets.device
         self.start = self.start.to(home)
         for index, (tensor, page) in enumerate(zip(self.tensors, self.pages, strict=True)):
-            weight = tensor.parameter
+            weight = tensor.parameter.detach()
             if weight.dtype != self.dtypes[index]:
                 raise IntegrityError(
                     f'The dtype of "{tensor.name}" changed from {self.dtypes[index]} to {weight.dtype} while a tuner '
@@ -203,7 +203,7 @@ class Ledger:
         """Dropped weights are the base again, bit for bit, and forgotten."""
         for index, page in enumerate(self.pages):
             if page.retired.numel():
-                ops.scatter_entries(self.tensors[index].parameter, page.retired, page.retired_base)
+                ops.scatter_entries(self.tensors[index].parameter.detach(), page.retired, page.retired_base)
                 self._keep(index, torch.ones_like(page.flat, dtype=torch.bool), page.retired[:0], page.retired_base[:0])
 
     def watch(self, index: int, flat: Tensor | None) -> None:
@@ -211,7 +211,7 @@ class Ledger:
         self.pages[index] = self.pages[index].watch(flat)
 
     def _insert(self, index: int, flat: Tensor, slots: Tensor) -> None:
-        page, weight = self.pages[index], self.tensors[index].parameter
+        page, weight = self.pages[index], self.tensors[index].parameter.detach()
         flat, order = torch.sort(flat.to(weight.device))
         slots = slots[order.to(slots.device)]
         base = ops.gather_entries(weight, flat)
@@ -265,8 +265,8 @@ class Ledger:
                 new = torch.isin(now.flat, then.flat, invert=True)
                 here = new.to(now.slot.device)
                 flat, start = now.flat[new], self.start[now.slot[here]].to(tensor.parameter)
-                if not _same(start, ops.gather_entries(tensor.parameter, flat)):  # else autograd sees no write
-                    ops.scatter_entries(tensor.parameter, flat, start)
+                if not _same(start, ops.gather_entries(tensor.parameter.detach(), flat)):  # else autograd sees no write
+                    ops.scatter_entries(tensor.parameter.detach(), flat, start)
         self.pages, self.free = list(snapshot.pages), snapshot.free
         self.changes += 1
         if snapshot.offsets is not None and snapshot.start is not None:
@@ -318,7 +318,7 @@ class Ledger:
         """
         values = self.values()
         for tensor, page in zip(self.tensors, self.pages, strict=True):
-            weight = ops.gather_entries(tensor.parameter, page.flat)
+            weight = ops.gather_entries(tensor.parameter.detach(), page.flat)
             wanted = weight.to(values.device, values.dtype)
             differs = (ops.bits(values[page.slot].to(weight.dtype)) != ops.bits(weight).to(values.device)).nonzero()
             slot, wanted, weight = (x[differs[:, 0].to(x.device)] for x in (page.slot, wanted, weight))
@@ -345,14 +345,14 @@ class Ledger:
         return [
             tensor.name
             for tensor, page in zip(self.tensors, self.pages, strict=True)
-            if not _same(values[page.slot], ops.gather_entries(tensor.parameter, page.flat))
+            if not _same(values[page.slot], ops.gather_entries(tensor.parameter.detach(), page.flat))
         ]
 
     @torch.no_grad()
     def write_base(self) -> None:
         """Puts the base value back at every touched entry, bit for bit."""
         for tensor, page in zip(self.tensors, self.pages, strict=True):
-            ops.scatter_entries(tensor.parameter, *page.touched())
+            ops.scatter_entries(tensor.parameter.detach(), *page.touched())
 
     def gather(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
         """One gradient (B,) out of the gradients (n,) of the tensors; slots without one get 0."""

@@ -53,7 +53,7 @@ class BaseCopy:
         for tensor in self.scoped.values():
             page = ledger.pages[tensor.index]
             tensor.parameter.zero_()
-            ops.scatter_entries(tensor.parameter, page.flat, page.base)
+            ops.scatter_entries(tensor.parameter.detach(), page.flat, page.base)
         names = {id(p): n for n, p in model.named_parameters()}
         self.sums |= {names[id(t.parameter)]: ops.checksum(t.parameter) for t in self.scoped.values()}
 
@@ -267,7 +267,7 @@ def _patch(
         shape=tuple(tensor.parameter.shape),
         dtype=tensor.parameter.dtype,
         indices=flat.cpu(),
-        values=ops.gather_entries(tensor.parameter, flat).cpu(),
+        values=ops.gather_entries(tensor.parameter.detach(), flat).cpu(),
         base_digest=digest_bits(base.cpu()),
         base_values=base.cpu().reshape(-1) if old_values else None,
         order=None if rank is None else rank.to(torch.int32),

@@ -45,7 +45,7 @@ def state_of(tuner: Tuner) -> dict[str, Any]:
     for tensor, page in zip(ledger.tensors, ledger.pages, strict=True):
         for part in PAGE:
             tensors[f"page.{tensor.index}.{part}"] = _own(getattr(page, part))
-        now = ops.gather_entries(tensor.parameter, page.retired)
+        now = ops.gather_entries(tensor.parameter.detach(), page.retired)
         tensors[f"page.{tensor.index}.retired_now"] = _own(now)
     tensors |= {f"whole.{t.name}": _own(t.parameter) for t in tuner._all.dense}
     tensors |= {f"buffer.{n}": _own(b) for n, b in tuner.model.named_buffers() if n in tuner._base.buffers}
@@ -111,7 +111,7 @@ def load_into(tuner: Tuner, state: Mapping[str, Any]) -> None:
         page = Page(flat, slot, base, retired[0], retired[1]).to(tensor.parameter.device, ledger.offsets.device)
         ledger.pages[tensor.index] = page
         now = tensors[f"page.{tensor.index}.retired_now"]
-        ops.scatter_entries(tensor.parameter, page.retired, now.to(tensor.parameter.device))
+        ops.scatter_entries(tensor.parameter.detach(), page.retired, now.to(tensor.parameter.device))
     ledger.changes += 1  # whoever keeps what it made of the pages makes it anew
     ledger.offsets.copy_(tensors["offsets"])
     ledger.start.copy_(tensors["start"])

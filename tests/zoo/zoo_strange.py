@@ -276,6 +276,7 @@ def after_no_grad(model: nn.Module, batch: Any, run: Call) -> Tensor:
 
 # the tuner's vector is the last parameter of the last layer, so a layer's own parameters() are one more
 MOVED = dict.fromkeys(SETTINGS, raised("zip() argument"))
+MOVED |= dict.fromkeys(("reentrant", "nonreentrant"), impossible("the gradient is not that of the plain run"))
 MORE = dict.fromkeys(SETTINGS, raised("argument"))
 INNER = dict.fromkeys(SETTINGS, refused("torch.autograd.grad"))
 INNER["reentrant"] = impossible("does not require grad")  # the first pass runs without gradients
