@@ -13,12 +13,10 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "KEEPS_ARGUMENTS", "SCRIPTED", "TorchDispatchMode", "after_backward", "backward_id", "can_share",
-    "data_is_all_there",
+    "SCRIPTED", "TorchDispatchMode", "after_backward", "backward_id", "can_share", "data_is_all_there",
     "dispatch_modes", "forget", "go_on_compiling", "in_backward", "in_transform", "kept_plain", "never_compiled",
     "plain_parameter", "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves", "tree_map",
     "tree_map_only", "will_reach", "without_dispatch",
@@ -56,9 +54,6 @@ in_transform: Callable[[], bool] = _name("_C._are_functorch_transforms_active")
 
 # What TorchScript makes of functions and methods: their calls ask no __torch_function__.
 SCRIPTED: tuple[Any, ...] = (_name("_C.ScriptFunction"), _name("_C.ScriptMethod"))
-
-# What checkpointing without reentrance keeps a function's arguments by; it gives them back as they went in.
-KEEPS_ARGUMENTS: Any = _name("utils.checkpoint._NoopSaveInputs")
 
 # How torch.compile decides about a frame of code.
 _frames: Any = _name("_C._dynamo.eval_frame")

@@ -25,7 +25,8 @@ def check_first_rows(tuner: Tuner, trainer: Any, loader: Any, wanted: bool | Non
     `Tuner.check` does.
     """
     own_loss = type(trainer).compute_loss is Trainer.compute_loss
-    data, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    data: Any = getattr(loader, "dataset", None)
+    collate = getattr(loader, "collate_fn", None)
     rows = min(ROWS, len(data)) if hasattr(data, "__getitem__") and hasattr(data, "__len__") else 0
     if wanted is False or (wanted is None and not own_loss) or collate is None or rows == 0:
         return

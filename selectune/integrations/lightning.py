@@ -38,7 +38,7 @@ DELTA_SUFFIX = ".delta.safetensors"
 """`epoch=3.ckpt` has its delta beside it as `epoch=3.delta.safetensors`."""
 
 
-class SelectuneCallback(Callback):
+class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
     """Puts the tuner's state into every checkpoint and its delta beside it, resumes from one, logs selected and quota.
 
     `trainer.fit(..., ckpt_path=)`: with a fresh tuner, attached as the first one was to the same base, or with one that

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.autograd import Function
 
-from selectune.internals import KEEPS_ARGUMENTS, SCRIPTED
+from selectune.internals import SCRIPTED
 from selectune.train import autograd
 from selectune.train.weights import Weight, tapped
 
@@ -55,7 +55,7 @@ def _revealed(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _applying(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    if cls.__module__ != autograd.__name__ and cls is not KEEPS_ARGUMENTS:
+    if cls.__module__ != autograd.__name__:
         args, kwargs = _revealed(args, kwargs)
     return _own[Function].__get__(None, cls)(*args, **kwargs)
 
