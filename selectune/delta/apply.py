@@ -99,8 +99,8 @@ def ready(model: nn.Module) -> Inventory:
     found = inventory(model)
     if found.attached:
         raise DeltaStateError(
-            "a tuner is attached to the model, which may move its weights at any step; call tuner.detach() before deltas "
-            "are applied or reverted (or selectune.strip(model), if it is a copy of an attached model)"
+            "a tuner is attached to the model, which may move its weights at any step; call tuner.detach() before "
+            "deltas are applied or reverted (or selectune.strip(model), if it is a copy of an attached model)"
         )
     return found
 

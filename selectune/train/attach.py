@@ -72,6 +72,7 @@ def attach(
     if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
         raise ConfigError(f"accumulation_steps= must be an int of at least 1, got {accumulation_steps!r}.")
     copies.refuse_attached(model)
+    package.check_names(model)
     ranks.refuse_many()
     return Tuner(model, method, seed, accumulation_steps, calibration, loss)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from selectune import ops
-from selectune.delta import Delta, Dense, Patch, base_info, digest_bits, module_of, versions
-from selectune.errors import ConfigError, IntegrityError, NonFiniteError, NothingTrainedError
+from selectune.delta import Delta, Dense, Patch, base_info, canonical_name, digest_bits, module_of, versions
+from selectune.errors import ConfigError, IntegrityError, NonFiniteError, NothingTrainedError, ScopeError
 from selectune.method import Method
 from selectune.scope import OWN, Found, ScopedTensor
 from selectune.train.ledger import Ledger
@@ -283,6 +283,18 @@ def _dense(name: str, kind: str, now: Tensor, before: Tensor, old_values: bool) 
         base_digest=digest_bits(before.cpu()),
         base_tensor=before.cpu() if old_values else None,
     )
+
+
+def check_names(model: nn.Module) -> None:
+    """Raises ScopeError where a delta could not tell two parameters apart: it leaves out what wrappers add to names."""
+    seen: dict[str, tuple[str, nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first, other = seen.setdefault(canonical_name(name), (name, parameter))
+        if other is not parameter:
+            raise ScopeError(
+                f'The parameters "{first}" and "{name}" would have the same name in a delta, "{canonical_name(name)}": '
+                "the components that DDP, torch.compile, FSDP and checkpointing add are left out. Rename one of them."
+            )
 
 
 def written(names: Sequence[str]) -> str:

@@ -281,3 +281,11 @@ def test_weights_are_frozen_but_while_their_model_runs_forward():
     assert trainable() == ["selectune_values"]
     assert model.weight.is_leaf
     assert model.weight.grad is None
+
+
+def test_names_that_a_delta_could_not_tell_apart_are_refused_at_attach():
+    model = nn.Module()
+    model.x = nn.Linear(3, 3)
+    model.x.module = nn.Linear(3, 3)
+    with pytest.raises(ScopeError, match=r'"x\.weight" and "x\.module\.weight" would have the same name'):
+        st.attach(model, st.id3(budget=5, steps=2))
