@@ -131,7 +131,7 @@ class Taps:
 
     def used_without_gradients(self) -> None:
         running = self._running
-        if running.busy or self.asleep or not self.trains_here():
+        if running.busy or self.asleep or in_backward() or not self.trains_here():
             return  # the engine's own, or a look from another thread
         self.grad_was_off = True
         if running.with_gradients and running.entered:

@@ -50,18 +50,15 @@ def refused(words: str) -> Expected:
     return Expected(REFUSED, words)
 
 
-def impossible(words: str) -> Expected:
-    """Plain autograd, without a tuner, does not do it either."""
+def impossible(words: str) -> Expected:  # plain autograd, without a tuner, does not do it either
     return Expected(IMPOSSIBLE, words)
 
 
-def raised(words: str) -> Expected:
-    """torch says it in words of its own: a second derivative of our nodes."""
+def raised(words: str) -> Expected:  # torch says it in words of its own
     return Expected("raised", words)
 
 
-def endless(why: str) -> Expected:
-    """Plain autograd never comes back, so this is not run; the summary names it."""
+def endless(why: str) -> Expected:  # plain autograd never comes back, so this is not run; the summary names it
     return Expected(ENDLESS, why)
 
 
@@ -324,8 +321,7 @@ def outcome(row: Row, setting: str) -> Outcome:
 
 
 def _named(row: Row, setting: str, budget: int) -> Outcome | None:
-    """What `Tuner.check` says of a row before its first step and after it, if it refuses it."""
-    made = prepare(row, setting)
+    made = prepare(row, setting)  # what `Tuner.check` says of a row before its first step and after it
     tuner = st.attach(made.part, st.id3(budget=budget, steps=SELECTING), accumulation_steps=made.micros)
     try:
         optimizer = torch.optim.SGD(tuner.parameters(), lr=RATE)
