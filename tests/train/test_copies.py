@@ -149,7 +149,7 @@ def hooked_after():
     return model
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [scripted, hooked, hooked_after])
 def test_what_cannot_be_followed_is_refused_and_the_model_is_as_it_was(make):
     model = make()
