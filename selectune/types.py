@@ -93,10 +93,9 @@ class Score:
         wrote = [part._version for part in given] != versions
         if wrote or not isinstance(scores, Tensor) or scores.shape != weight.shape or not scores.is_floating_point():
             got = f"{tuple(scores.shape)}, {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
-            did = "wrote into its arguments" if wrote else f"gave {got}"
             raise ConfigError(
-                f"The score '{self.name}' has to give one floating number for each entry, and to leave what it is "
-                f"given alone: given weights of shape {tuple(weight.shape)}, it {did}."
+                f"The score '{self.name}' has to give one floating number for each entry and change no argument: "
+                f"for weights of {tuple(weight.shape)} it {'wrote into its arguments' if wrote else f'gave {got}'}."
             )
         return scores
 

@@ -347,9 +347,8 @@ class Tracker:
         self.step_call = call
         self.taps.thread = threading.get_ident()
         ranks.refuse_many()
-        window, offsets = self._window, self.ledger.offsets
-        if window.expected is not None and offsets.grad is not None:
-            self._scale = scale * scale_between(window.expected, offsets.grad)
+        expected, grad = self._window.expected, self.ledger.offsets.grad
+        self._scale = self._scale if expected is None or grad is None else scale * scale_between(expected, grad)
 
     @torch.no_grad()
     def close_short(self) -> None:

@@ -341,8 +341,7 @@ def _named(row: Row, setting: str, budget: int) -> Outcome | None:
 
 
 def _control(row: Row, setting: str, dense: Run) -> Outcome | None:
-    """Whether plain autograd fails in this setting too."""
-    if setting not in ("reentrant", "nonreentrant"):
+    if setting not in ("reentrant", "nonreentrant"):  # whether plain autograd fails in this setting too
         return None
     made = prepare(row, setting)
     try:
