@@ -33,6 +33,11 @@ ROLES = {
 }  # fmt: skip
 
 
+def is_own(name: str) -> bool:
+    """Whether a parameter's name is one that a tuner gave."""
+    return name.rpartition(".")[2].startswith(OWN)
+
+
 def patterns(value: str | Iterable[str]) -> tuple[str, ...]:
     """One pattern or many, as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value)

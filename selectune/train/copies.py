@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from selectune.errors import AlreadyAttachedError, TunerError
-from selectune.scope import OWN, VALUES
+from selectune.scope import VALUES, is_own
 from selectune.train.calls import Own, ours
 from selectune.train.weights import Weight, let_go
 
@@ -119,7 +119,7 @@ def sweep(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for name, parameter in list(module._parameters.items()):
-            if name.startswith(OWN):
+            if is_own(name):
                 del module._parameters[name]
             elif parameter is not None:
                 let_go(parameter)
@@ -133,15 +133,11 @@ def sweep(model: nn.Module) -> None:
 def hide_vector(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """The state dict of an attached model is that of an ordinary tuned model."""
     del module, metadata
-    for key in [k for k in state if k.startswith(prefix) and _own(k)]:
+    for key in [k for k in state if k.startswith(prefix) and is_own(k)]:
         del state[key]
 
 
 def expect_no_vector(module: nn.Module, incompatible: Any) -> None:
     """A state dict without the vector lacks nothing."""
     del module
-    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not _own(k)]
-
-
-def _own(key: str) -> bool:
-    return key.rpartition(".")[2].startswith(OWN)
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not is_own(k)]

@@ -14,7 +14,7 @@ from selectune import ops
 from selectune.delta import Delta, Dense, Patch, base_info, canonical_name, digest_bits, module_of, versions
 from selectune.errors import ConfigError, IntegrityError, NonFiniteError, NothingTrainedError, ScopeError
 from selectune.method import Method
-from selectune.scope import OWN, Found, ScopedTensor
+from selectune.scope import Found, ScopedTensor, is_own
 from selectune.train.ledger import Ledger
 from selectune.types import Reads, Schedule
 
@@ -77,7 +77,7 @@ class BaseCopy:
 
     def check(self, model: nn.Module, ledger: Ledger) -> None:
         """Raises IntegrityError where a parameter joined, left or was replaced, or a frozen entry moved."""
-        now = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not _is_own(n)}
+        now = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not is_own(n)}
         joined, gone = sorted(now.keys() - self.objects.keys()), sorted(self.objects.keys() - now.keys())
         replaced = self.replaced(now)
         if joined:
@@ -308,10 +308,6 @@ def written(names: Sequence[str]) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-
-
-def _is_own(name: str) -> bool:
-    return name.rpartition(".")[2].startswith(OWN)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
