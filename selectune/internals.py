@@ -16,10 +16,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "SCRIPTED", "TorchDispatchMode", "after_backward", "backward_id", "can_share", "data_is_all_there",
+    "SCRIPTED", "TorchDispatchMode", "WRAPPING", "after_backward", "backward_id", "can_share", "data_is_all_there",
     "dispatch_modes", "forget", "go_on_compiling", "in_backward", "in_transform", "kept_plain", "never_compiled",
-    "plain_parameter", "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves", "tree_map",
-    "tree_map_only", "will_reach", "without_dispatch",
+    "outside_transforms", "plain_parameter", "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves",
+    "tree_map", "tree_map_only", "will_reach", "without_dispatch",
 ]  # fmt: skip
 
 
@@ -52,8 +52,19 @@ without_dispatch: Callable[[], AbstractContextManager[None]] = _name("_C.Disable
 # Whether the calling code runs inside vmap, grad or another transform of torch.func.
 in_transform: Callable[[], bool] = _name("_C._are_functorch_transforms_active")
 
+# Within this context no transform of torch.func is on: what is made there is made for the ordinary graph.
+outside_transforms: Callable[[], AbstractContextManager[Any]] = _name(
+    "_functorch.pyfunctorch.temporarily_clear_interpreter_stack"
+)
+
 # What TorchScript makes of functions and methods: their calls ask no __torch_function__.
 SCRIPTED: tuple[Any, ...] = (_name("_C.ScriptFunction"), _name("_C.ScriptMethod"))
+
+# Where vmap and grad of torch.func wrap tensors they are given: that asks no __torch_function__ either.
+WRAPPING: tuple[tuple[Any, str], ...] = (
+    (_name("_functorch.vmap"), "_add_batch_dim"),
+    (_name("_functorch.eager_transforms"), "_wrap_for_grad"),
+)
 
 # How torch.compile decides about a frame of code.
 _frames: Any = _name("_C._dynamo.eval_frame")

@@ -154,6 +154,26 @@ def test_transforms_are_seen():
     assert torch.func.vmap(lambda x: x * internals.in_transform())(torch.ones(2)).tolist() == [1, 1], ON
 
 
+def test_transforms_can_be_left_for_a_while():
+    def inside(x):
+        with internals.outside_transforms():
+            assert not internals.in_transform(), ON
+        return x * internals.in_transform()
+
+    assert torch.func.vmap(inside)(torch.ones(2)).tolist() == [1, 1], ON
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())])
+def test_what_a_transform_is_given_can_be_put_in_place_of(transform, monkeypatch):
+    seen = []
+    for module, name in internals.WRAPPING:
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda x, *rest, own=own: seen.append(x) or own(x, *rest))
+    x = torch.ones(2)
+    transform(lambda x: x * 2)(x)
+    assert [one is x for one in seen] == [True], ON
+
+
 def test_scripted_calls_can_be_put_in_place_of():
     for kind in internals.SCRIPTED:
         assert "__call__" in kind.__dict__, ON

@@ -1,8 +1,8 @@
-"""Calls that ask no `__torch_function__`: autograd functions of others, and functions compiled by TorchScript.
+"""Calls that ask no `__torch_function__`: autograd functions of others, TorchScript's, and torch.func's transforms.
 
-A weight in scope would go into `torch.autograd.Function.apply` (fused losses and kernels are given weights) or into a
-scripted function as a tensor that needs no gradient, and its gradient would be lost in silence. While a tuner is on,
-and only then, both first put in its place what the engine can follow.
+A weight in scope would go into `torch.autograd.Function.apply` (fused losses and kernels are given weights), into a
+scripted function or into `torch.func.vmap` as a tensor that needs no gradient, and its gradient would be lost in
+silence. While a tuner is on, and only then, they first put in its place what the engine can follow.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import threading
 import weakref
 from typing import Any
 
+import torch
 from torch.autograd import Function
 
-from selectune.internals import SCRIPTED
+from selectune.internals import SCRIPTED, WRAPPING
 from selectune.train import autograd
 from selectune.train.weights import Weight, tapped
 
@@ -55,9 +56,28 @@ def _revealed(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _applying(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    if cls.__module__ != autograd.__name__:
-        args, kwargs = _revealed(args, kwargs)
-    return _own[Function].__get__(None, cls)(*args, **kwargs)
+    apply = _own[Function].__get__(None, cls)
+    if cls.__module__ == autograd.__name__:
+        return apply(*args, **kwargs)
+    args, kwargs = _revealed(args, kwargs)
+    before = _forward.of_function
+    _forward.of_function = before or torch.is_grad_enabled()
+    try:
+        return apply(*args, **kwargs)
+    finally:
+        _forward.of_function = before
+
+
+class _Forward(threading.local):
+    of_function = False
+
+
+_forward = _Forward()
+
+
+def in_forward_of_function() -> bool:
+    """Whether the forward of somebody's autograd function runs, whose backward may come to these uses again."""
+    return _forward.of_function
 
 
 def _calling(kind: Any) -> Any:
@@ -68,7 +88,16 @@ def _calling(kind: Any) -> Any:
     return call
 
 
+def _wrapping(module: Any, name: str) -> Any:
+    def wrap(value: Any, *rest: Any) -> Any:
+        return _own[module](tapped(value), *rest)
+
+    wrap.__name__ = name
+    return wrap
+
+
 _OURS: tuple[tuple[Any, str, Any], ...] = (
     (Function, "apply", classmethod(_applying)),
     *((kind, "__call__", _calling(kind)) for kind in SCRIPTED),
+    *((module, name, _wrapping(module, name)) for module, name in WRAPPING),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class Taps:
         self.before_forward, self.pages, self.recompute, self.stale = before_forward, pages, recompute, stale
         self.uses = [0] * len(tensors)  # gradients expected per tensor in the next backward pass through this graph
         self.grad_was_off = False  # part of a forward ran without gradients: reentrant checkpointing, perhaps
+        self._repeats = False  # and it was in another's autograd function, which may be a checkpoint
         self.asleep = False  # weights are trained as torch does it
         self.whole: set[int] = set()  # tensors of which more than looked-up rows was ever used
         self.skip_unneeded = True  # until then: reentrant checkpointing needs inputs that require gradients
@@ -88,11 +90,16 @@ class Taps:
         ops.release()
 
     def forget(self) -> None:
-        """Ends the life of the present nodes: the next use starts a new graph."""
+        """Ends the life of the present nodes, and of what is known of the coming backward pass."""
+        self.renew()
+        self.grad_was_off = self._repeats = False
+
+    def renew(self) -> None:
+        """The next use starts a new graph."""
         self._graph = self._spare = None
         self.uses[:] = [UNKNOWN] * len(self.uses)  # a second backward pass through this graph takes other ways
         self.uses = [0] * len(self.tensors)
-        self.grad_was_off = False
+        self.grad_was_off = self._repeats
 
     def trains_here(self) -> bool:
         """Whether this is the thread that trains, as far as is known; one that has ended trains no more."""
@@ -134,6 +141,7 @@ class Taps:
         if running.busy or self.asleep or in_backward() or not self.trains_here():
             return  # the engine's own, or a look from another thread
         self.grad_was_off = True
+        self._repeats = self._repeats or functions.in_forward_of_function()
         if running.with_gradients and running.entered:
             self.skip_unneeded = False
 
@@ -153,7 +161,8 @@ class Taps:
 
     def _new_graph(self) -> list[Use | None]:
         pages = self.pages()
-        pieces = Split.apply(self.offsets, [page for page, _ in pages], self.listener)
+        with internals.outside_transforms() if internals.in_transform() else nullcontext():
+            pieces = Split.apply(self.offsets, [page for page, _ in pages], self.listener)
         self._spare = pieces[0] if pieces else None
         return [
             Use(Link(t.index, page, self.listener, self.uses, piece.grad_fn), t.parameter.detach(), piece, self.whole)
@@ -193,9 +202,9 @@ class Taps:
                 self.thread = threading.get_ident()
             self._prepare(True)
             if running.with_gradients:
-                self.grad_was_off = False  # an evaluation's uses, if any
+                self.grad_was_off = self._repeats  # else they were an evaluation's
         if running.with_gradients and not self.asleep and self.offsets.requires_grad:
-            self._open()  # before any transform of torch.func begins
+            self._open()
 
     @never_compiled
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -32,7 +32,7 @@ from selectune.train.chooser import Afresh, Chooser, Growing, scattered
 from selectune.train.exchange import Exchange
 from selectune.train.ledger import Ledger, Page
 from selectune.train.taps import Taps
-from selectune.train.window import Window, scale_between
+from selectune.train.window import OtherWays, Window, scale_between
 from selectune.types import Exchanging, Schedule
 
 log = logging.getLogger("selectune")
@@ -75,6 +75,7 @@ class Tracker:
         self._written: Tensor | None = None  # the offsets as the weights got them last
         self.by_hooks: Callable[[], bool] = lambda: False  # whether an optimizer with torch's hooks holds the offsets
         ledger.offsets.register_post_accumulate_grad_hook(weakly(self.accumulated))
+        self._ways = OtherWays(ledger.offsets)
         self.taps = Taps(
             model, tensors, ledger.offsets, self, self.before_forward, self.open_graph, self.recompute, self._stale
         )
@@ -115,7 +116,7 @@ class Tracker:
             if training and self._window.backwards == 0 and (inside or self._by_hand):
                 self.select_ahead()
             if self._stale():
-                self.taps.forget()
+                self.taps.renew()
 
     def open_graph(self) -> list[tuple[Page, bool]]:
         """The pages of a new graph, and whether each tensor needs a gradient in it."""
@@ -180,8 +181,8 @@ class Tracker:
         gradient[self.ledger.free] = 0  # slots of a selection that was undone after this graph was built
         if self.taps.grad_was_off:
             self.recompute()
-            return gradient
-        return self._close(gradient)
+            return self._ways.sends(gradient)
+        return self._ways.sends(self._close(gradient))
 
     def _close_deferred(self) -> None:
         self._deferred = False
@@ -286,8 +287,7 @@ class Tracker:
         """Forgets the present window and all that was kept for it: the ledger is about to be another."""
         self.chooser.forget()
         self.taps.forget()
-        self._window, self._watched, self._scale = Window(), {}, 1.0
-        self._in_backward = self._deferred = False
+        self._window, self._watched, self._scale, self._in_backward, self._deferred = Window(), {}, 1.0, False, False
         self._closed_in, self._opened, self._written = -1, None, None
 
     def _undo(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -105,7 +106,8 @@ class Use:
         if self._dense is None or self._version != self.weight._version:
             self.count()
             self._version = self.weight._version
-            self._dense = cast(Tensor, Tap.apply(self.piece, self.weight, self.link))
+            with internals.outside_transforms() if internals.in_transform() else nullcontext():
+                self._dense = cast(Tensor, Tap.apply(self.piece, self.weight, self.link))
         return self._dense
 
     def count(self, rows: bool = False) -> None:

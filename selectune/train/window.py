@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from selectune.train.calls import weakly
 from selectune.train.ledger import Snapshot
+
+log = logging.getLogger("selectune")
 
 
 @dataclass
@@ -47,3 +53,34 @@ def scale_between(then: Tensor | None, now: Tensor) -> float:
     at = int(then.abs().argmax())
     scale = float(now[at] / then[at])
     return scale if math.isfinite(scale) else 1.0
+
+
+class OtherWays:
+    """Whether the offsets get gradients by another way than the weights: a loss that depends on the vector itself."""
+
+    def __init__(self, offsets: Tensor) -> None:
+        self._sent: list[Tensor] = []
+        self._said = False
+        offsets.register_hook(weakly(self._arrived))
+
+    def sends(self, gradient: Tensor) -> Tensor:
+        """The gradient, which autograd is about to add to the offsets'."""
+        self._sent.append(gradient)
+        return gradient
+
+    def _arrived(self, gradient: Tensor) -> None:
+        sent, self._sent = self._sent, []
+        if not self._said and not _is_sum(gradient, sent):
+            self._said = True
+            log.warning(
+                "The loss depends on the tuner's own vector of offsets, not only on the weights. A penalty over "
+                "tuner.parameters() pulls towards the base, and that is its gradient. A penalty over all of "
+                "model.parameters() counts the offsets beside the weights: leave the vector out, which is the last."
+            )
+
+
+def _is_sum(gradient: Tensor, parts: Sequence[Tensor]) -> bool:
+    if len(parts) == 1 and gradient.data_ptr() == parts[0].data_ptr():
+        return True
+    total = sum(parts) if parts else gradient.new_zeros(())
+    return bool(torch.allclose(gradient, torch.as_tensor(total).expand_as(gradient), equal_nan=True))

@@ -88,3 +88,72 @@ def test_two_models_at_once():
     outer.inner.register_forward_hook(lambda module, args, y: y + inner(y))
     outer(X[0]).square().sum().backward()
     assert all(tuner.parameters()[0].grad.count_nonzero() > 5 for tuner in tuners)
+
+
+class Inner(nn.Module):
+    """A step of descent inside forward, by a transform of torch.func over the weight itself."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.last, self.way = nn.Linear(8, 8), nn.Linear(8, 4, bias=False), way
+        self.double()
+
+    def forward(self, x):
+        h, w = torch.tanh(self.first(x)), self.last.weight
+
+        def energy(weight):
+            return (h @ weight.T).square().mean()
+
+        if self.way == "vmap":
+            return torch.func.vmap(lambda row: h @ row)(w).T
+        if self.way == "grad":
+            step = torch.func.grad(energy)(w)
+        elif self.way == "vjp":
+            step = torch.func.vjp(energy, w)[1](torch.ones((), dtype=w.dtype))[0]
+        elif self.way == "jvp":
+            return torch.func.jvp(lambda weight: h @ weight.T, (w,), (torch.ones_like(w),))[0]
+        elif self.way == "jacrev":
+            step = torch.func.jacrev(energy)(w)
+        else:
+            step = torch.func.grad(lambda p: torch.func.functional_call(self.last, p, (h,)).square().mean())(
+                dict(self.last.named_parameters())
+            )["weight"]
+        return h @ (w - 0.3 * step).T
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use of it, for jvp
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize("way", ["vmap", "grad", "vjp", "jvp", "jacrev", "functional_call"])
+def test_a_weight_given_to_a_transform(way):
+    def loop(trainer, step):
+        trainer.model(X[step]).square().mean().backward()
+
+    assert_same(Inner(way), loop)
+
+
+@pytest.mark.parametrize("part", ["encode", "forward"])
+def test_a_reentrant_checkpoint_of_what_is_no_module_beside_uses_by_hand(part):
+    def loop(trainer, step):
+        model, x = trainer.model, X[step].clone().requires_grad_()
+        function = (lambda x: torch.tanh(model.first(x))) if part == "encode" else model
+        h = checkpoint(function, x, use_reentrant=True)
+        by_hand = model.last(h) if part == "encode" else model.last(torch.tanh(model.first(x)))
+        (h.square().mean() + by_hand.square().mean()).backward()
+
+    assert_same(Inner("grad"), loop)
+
+
+def test_a_penalty_that_counts_the_offsets_is_told_once(caplog):
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)).double()
+    tuner = st.attach(model, st.random(budget=9), seed=1)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    for penalty in (0.0, 0.0, 0.1, 0.1):
+        loss = model(X[0]).square().mean()
+        if penalty:
+            loss = loss + penalty * sum(p.square().sum() for p in model.parameters())
+        loss.backward()
+        assert ("own vector" in caplog.text) == (penalty > 0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert caplog.text.count("own vector") == 1
