@@ -54,9 +54,10 @@ test-torch: ## core tests on the oldest and the newest torch, each in a venv tha
 
 # torch, its library of products and numba choose their loops by the processor, so sums are rounded otherwise on
 # another. Each line stands for a kind of x86 processor: one without AVX, and one with AVX2 but without AVX-512 and AMX.
-PLAIN := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic
+PLAIN := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE NUMBA_CPU_NAME=generic \
+	TORCHINDUCTOR_FORCE_DISABLE_CACHES=1
 AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 NUMBA_CPU_NAME=haswell \
-	NUMBA_CPU_FEATURES=+avx2,+fma
+	NUMBA_CPU_FEATURES=+avx2,+fma TORCHINDUCTOR_FORCE_DISABLE_CACHES=1
 
 test-cpus: ## all tests, as processors without AVX and with AVX2 only would round
 	env $(PLAIN) $(MAKE) test

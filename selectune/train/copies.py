@@ -46,7 +46,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         model.__dict__.pop(_TRAINABLE, None)
         for parameter, trainable in before.items():
-            parameter.requires_grad_(trainable)
+            parameter.requires_grad = trainable  # not the method: a forgotten tuner may go while a torch.func runs
             parameter.grad = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import textwrap
@@ -153,3 +154,19 @@ def test_a_penalty_that_counts_the_offsets_is_told_once(caplog):
         optimizer.step()
         optimizer.zero_grad()
     assert caplog.text.count("own vector") == 1
+
+
+def test_a_forgotten_tuner_may_go_while_a_transform_runs():
+    weight = nn.Parameter(torch.randn(4, 4))
+    held = [nn.Linear(4, 4, bias=False)]
+    held[0].weight = weight
+    st.attach(held[0], st.random(budget=3))
+
+    def drops(x):
+        held.clear()
+        gc.collect()
+        return x * 2
+
+    torch.func.vmap(drops)(torch.ones(2))
+    assert type(weight) is nn.Parameter
+    assert weight.requires_grad
