@@ -25,6 +25,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from the rows above its own and from its own name, never from below or beside.
 ORDER = (
     ("errors",),
+    ("files",),
     ("internals",),
     ("types",),
     ("scope", "schedule", "select", "scores", "dense"),

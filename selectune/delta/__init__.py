@@ -4,7 +4,6 @@ from selectune.delta import algebra
 from selectune.delta.delta import DELTA_FILE, Delta, load, versions
 from selectune.delta.diff import diff
 from selectune.delta.fingerprint import base_info, digest_bits, inventory, structure_digest, weights_digest
-from selectune.delta.io import read_owned, write_durably
 from selectune.delta.modules import belongs, forget_module, module_digest, module_of, record_module
 from selectune.delta.parts import Dense, Patch
 from selectune.delta.schema import canonical_name
@@ -29,11 +28,9 @@ __all__ = [
     "load",
     "module_digest",
     "module_of",
-    "read_owned",
     "record_module",
     "structure_digest",
     "switch",
     "versions",
     "weights_digest",
-    "write_durably",
 ]

@@ -20,11 +20,11 @@ from selectune.delta import format as layout
 from selectune.delta import parts
 from selectune.delta.bits import raw, same_bits
 from selectune.delta.fingerprint import Inventory, delta_fingerprint, digest_bits
-from selectune.delta.io import read_owned, write_durably
 from selectune.delta.parts import Dense, Patch
 from selectune.delta.schema import canonical_json, check_info, parse_json
 from selectune.delta.writing import write_all
 from selectune.errors import DeltaError, DeltaFormatError, DeltaStateError
+from selectune.files import read_owned, write_durably
 
 if TYPE_CHECKING:
     from selectune.delta.verify import Report

@@ -11,8 +11,8 @@ from typing import Any
 
 from selectune import tasks
 from selectune.adapters import Adapted
-from selectune.delta import write_durably
 from selectune.errors import ConfigError
+from selectune.files import write_durably
 from selectune.harness.config import RunConfig
 from selectune.harness.models import resolve
 from selectune.train import STATE_FILE, read_state

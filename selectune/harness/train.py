@@ -18,8 +18,9 @@ import torch
 import selectune as st
 from selectune import tasks
 from selectune.adapters import KINDS, two_rates
-from selectune.delta import DELTA_FILE, versions, write_durably
+from selectune.delta import DELTA_FILE, versions
 from selectune.errors import ConfigError, NonFiniteError
+from selectune.files import write_durably
 from selectune.harness.calibration import calibration
 from selectune.harness.config import RunConfig, build_method
 from selectune.harness.evaluate import Evaluation, collate, encode, evaluate

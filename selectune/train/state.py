@@ -14,8 +14,9 @@ from safetensors import torch as files
 from torch import Tensor
 
 from selectune import ops
-from selectune.delta import digest_bits, read_owned, write_durably
+from selectune.delta import digest_bits
 from selectune.errors import DeltaFormatError, TunerError
+from selectune.files import read_owned, write_durably
 from selectune.train.checked import PAGE, VERSION, checked
 from selectune.train.ledger import Page
 

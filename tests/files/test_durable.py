@@ -8,9 +8,8 @@ import stat
 
 import pytest
 
-from selectune.delta import io as durable
-from selectune.delta import read_owned, write_durably
 from selectune.errors import DeltaError, DeltaFormatError
+from selectune.files import durable, read_owned, write_durably
 
 OLD, NEW = b"old bytes", b"new bytes, longer" * 100
 CALLS = ["open", "write", "fchmod", "fsync", "close", "replace", "stat"]
