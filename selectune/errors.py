@@ -3,6 +3,7 @@
 SelectuneError
 ├── ConfigError              a value of a recipe, an axis or a command is not allowed   (also ValueError)
 │   ├── BudgetError          a budget of 0, beyond the model, or neither count nor density
+│   ├── RunFolderError       a folder that another run owns, or holds one
 │   ├── ScheduleError        a method without its steps, or with steps it cannot use
 │   └── ScopeError           patterns that match nothing, tensors that cannot be trained in place
 ├── TunerError               attach, train, detach                                      (also RuntimeError)
@@ -15,11 +16,13 @@ SelectuneError
 │   └── NothingTrainedError  nothing was selected, or nothing moved
 ├── DeltaError               files and deltas                                           (also RuntimeError)
 │   ├── DeltaFormatError     a file that is not a delta, is damaged, or is of a later version
+│   ├── CheckpointError      a checkpoint that is incomplete or damaged
 │   ├── BaseMismatchError    the model is not the base this delta was made on
 │   ├── DeltaStateError      applied twice, reverted out of order, applied under a tuner
 │   │   └── DeltaTimeoutError other threads used the model for longer than the timeout      (also TimeoutError)
 │   └── NonFiniteError       NaN or infinity among the trained values
 ├── ModelError               a model that cannot be found or loaded
+├── StoppedError             a run was asked to stop, and did; a checkpoint holds it
 └── TaskError                a task, split or data file that cannot be found or read
     └── UnknownTaskError     a name that is no task's                               (also ConfigError)
 
@@ -42,6 +45,10 @@ class ConfigError(SelectuneError, ValueError):
 
 class BudgetError(ConfigError):
     """The budget is 0, beyond the model, or neither a count nor a density."""
+
+
+class RunFolderError(ConfigError):
+    """The folder of a run belongs to another run: one that is going on, or one whose files would be overwritten."""
 
 
 class ScheduleError(ConfigError):
@@ -92,6 +99,10 @@ class DeltaFormatError(DeltaError):
     """The file is not a delta, is damaged, or is of a later version."""
 
 
+class CheckpointError(DeltaError):
+    """A checkpoint is incomplete or damaged: its files are not those that its manifest names."""
+
+
 class BaseMismatchError(DeltaError):
     """The model is not the base that the delta was made on."""
 
@@ -106,6 +117,14 @@ class DeltaTimeoutError(DeltaStateError, TimeoutError):
 
 class NonFiniteError(DeltaError):
     """NaN or infinity stands among the trained values."""
+
+
+class StoppedError(SelectuneError):
+    """A run was asked to stop. `step`: after which it did; `signal`: what asked."""
+
+    def __init__(self, message: str, step: int, signal: int) -> None:
+        super().__init__(message)
+        self.step, self.signal = step, signal
 
 
 class ModelError(SelectuneError):

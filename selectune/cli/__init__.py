@@ -11,7 +11,18 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 done, 1 it could not be done, 2 it was asked wrongly."""
+    """Runs a command and exits: 0 done, 1 it could not be done, 2 it was asked wrongly, 130 or 143 it was stopped."""
+    from selectune.cli.signals import StoppedBySignal, exit_code, watch
+
+    watch()
+    try:
+        _command(argv)
+    except StoppedBySignal as stopped:
+        sys.stderr.write("stopped.\n")
+        sys.exit(exit_code(stopped.signal))
+
+
+def _command(argv: Sequence[str] | None) -> None:
     try:
         from selectune.cli.app import app
     except ImportError as error:  # typer or rich, or a file of our own: an installation that is not whole

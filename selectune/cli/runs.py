@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from selectune.cli import values
+from selectune.cli import signals, values
 from selectune.cli.options import Data, Dtype, Json, MaxLength, Model, Revision, Trust
-from selectune.cli.output import INTERRUPTED, Bar, result, stderr, working
+from selectune.cli.output import Bar, result, stderr, working
+from selectune.errors import StoppedError
 
 if TYPE_CHECKING:
-    from selectune.harness.config import RunConfig
     from selectune.harness.train import RunResult
 
 TRAIN_EXAMPLES = (
@@ -174,6 +174,16 @@ def train(
         int | None,
         typer.Option(help="Steps between two checkpoints with their delta. Default: none.", show_default=False),
     ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(help="How many checkpoints stay, the newest. Default: all; they are small.", show_default=False),
+    ] = None,
+    full_checkpoints: Annotated[
+        bool, typer.Option("--full-checkpoints", help="Put the whole model into every checkpoint, not the delta alone.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="A run that is in --out may go; otherwise it is refused.")
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on from the newest checkpoint in --out; the other options as they were."),
@@ -205,74 +215,72 @@ def train(
 ) -> None:
     """Train a few scalars of a model on a task, save them as a delta, and measure what was saved."""
     amount = None if budget is None else values.budget(budget)
-    from selectune.harness.config import RunConfig, patterns
-    from selectune.harness.train import run
+    from selectune.harness.folder import run_folder
+    from selectune.harness.stop import Stop
 
-    config = RunConfig(
-        model=model,
-        task=task,
-        method=method,
-        on=on,
-        budget=amount,
-        lr=lr,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        max_length=max_length,
-        seed=seed,
-        out=out,
-        exp=exp,
-        eps=eps,
-        every=every,
-        window=window,
-        fraction=fraction,
-        examples=examples,
-        pool=pool,
-        batches=batches,
-        labels=labels,
-        score=score,
-        p=p,
-        dense=dense,
-        dense_lr=dense_lr,
-        rounds=rounds,
-        l1=l1,
-        penalty=penalty,
-        structured=structured,
-        group_penalty=group_penalty,
-        start_from=start_from,
-        gate_lr=gate_lr,
-        include=patterns(include),
-        exclude=patterns(exclude),
-        train_fully=patterns(train_fully),
-        eval_every=eval_every,
-        save_every=save_every,
-        data=data,
-        revision=revision,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        warmup=warmup,
-        schedule=schedule,
-        weight_decay=weight_decay,
-        group_by_length=group_by_length,
-        report_to=() if report_to is None or report_to == ["none"] else tuple(report_to),
-    )
-    with working():
+    stop = Stop()
+    with run_folder(out, bool(resume or resume_from), overwrite) as folder, working():
+        from selectune.harness.config import RunConfig, patterns
+        from selectune.harness.train import run
+
+        config = RunConfig(
+            model=model,
+            task=task,
+            method=method,
+            on=on,
+            budget=amount,
+            lr=lr,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            max_length=max_length,
+            seed=seed,
+            out=out,
+            exp=exp,
+            eps=eps,
+            every=every,
+            window=window,
+            fraction=fraction,
+            examples=examples,
+            pool=pool,
+            batches=batches,
+            labels=labels,
+            score=score,
+            p=p,
+            dense=dense,
+            dense_lr=dense_lr,
+            rounds=rounds,
+            l1=l1,
+            penalty=penalty,
+            structured=structured,
+            group_penalty=group_penalty,
+            start_from=start_from,
+            gate_lr=gate_lr,
+            include=patterns(include),
+            exclude=patterns(exclude),
+            train_fully=patterns(train_fully),
+            eval_every=eval_every,
+            save_every=save_every,
+            keep=keep,
+            full_checkpoints=full_checkpoints,
+            data=data,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            warmup=warmup,
+            schedule=schedule,
+            weight_decay=weight_decay,
+            group_by_length=group_by_length,
+            report_to=() if report_to is None or report_to == ["none"] else tuple(report_to),
+        )
+        signals.heed(stop)
         try:
-            found = run(config, Bar(), resume_from or resume)
-        except KeyboardInterrupt:
-            stderr().print(f"[yellow]{escape(_stopped(config))}[/]")
-            raise typer.Exit(INTERRUPTED) from None
+            found = run(config, Bar(), resume_from or resume, overwrite, stop, folder)
+        except StoppedError as stopped:
+            stderr().print(f"[yellow]{escape(str(stopped))}[/]")
+            raise typer.Exit(signals.exit_code(stopped.signal)) from None
     result(as_json, found.as_json(), _told(found))
-
-
-def _stopped(config: RunConfig) -> str:
-    from selectune.harness.resume import newest
-
-    found = newest(config)
-    if found is None:
-        return "stopped; there is no checkpoint to go on from. --save-every K writes one at every K-th step."
-    return f"stopped; the same command with --resume goes on from step {found.step:,} ({found.folder})."
 
 
 def _told(found: RunResult) -> str:

@@ -1,8 +1,25 @@
 """The ground floor: how files are written and read, whatever is in them. Needs neither torch nor anything of a model.
 
-durable.py   written whole or not at all, also after a crash; read once, into memory of our own
+durable.py    written whole or not at all, also after a crash; read once, into memory of our own
+manifest.py   a folder that is complete or none
+ownership.py  a folder that one process at a time may write into
 """
 
-from selectune.files.durable import MAX_FILE, read_owned, write_durably
+from selectune.files.durable import MAX_FILE, read_owned, sweep, write_durably
+from selectune.files.manifest import MANIFEST, Manifest, flush_folder, read_manifest, seal, verify
+from selectune.files.ownership import Owner, own
 
-__all__ = ["MAX_FILE", "read_owned", "write_durably"]
+__all__ = [
+    "MANIFEST",
+    "MAX_FILE",
+    "Manifest",
+    "Owner",
+    "flush_folder",
+    "own",
+    "read_manifest",
+    "read_owned",
+    "seal",
+    "sweep",
+    "verify",
+    "write_durably",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from selectune.errors import DeltaError, DeltaFormatError
 MAX_FILE = 1 << 36
 """Largest file that is read: 64 GiB."""
 
+_TEMP = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
@@ -44,6 +46,19 @@ def write_durably(path: str | os.PathLike[str], data: bytes | bytearray | memory
             raise DeltaError(f"wrote {what}; but its directory could not be flushed") from error
         raise DeltaError(f"cannot write {what}; what was there before is unchanged") from error
     return path
+
+
+def sweep(folder: str | os.PathLike[str]) -> list[str]:
+    """Removes what writers that died left behind, in this folder and those in it; their names.
+
+    For whoever owns the folder: a writer that lives would lose its file.
+    """
+    gone = []
+    for here, _, names in os.walk(folder):
+        for name in filter(_TEMP.fullmatch, names):
+            os.unlink(os.path.join(here, name))
+            gone.append(name)
+    return gone
 
 
 def _write_in(folder: int, name: str, temp: str, data: memoryview) -> None:

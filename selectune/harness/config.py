@@ -42,7 +42,9 @@ class RunConfig:
     before selection. `epochs`,
     `eval_every`, `max_length` None: the papers' values for the task. `seed` draws the head, the data order, dropout and
     the method's choices. `batch_size` rows make one backward pass, `accumulation` of these one step.
-    `group_by_length`: batches of rows of like length, so less padding (on STS-B half the tokens), in another order.
+    `save_every` steps a checkpoint, of which the newest `keep` stay (None: all); the model is in them with
+    `full_checkpoints` only. `group_by_length`: batches of rows of like length, so less padding (on STS-B half the
+    tokens), in another order.
     `report_to`: trackers of transformers that get the log, such as tensorboard, beside run.json.
 
     >>> RunConfig(model="demo", task="glue/rte", budget=1000).learning_rate
@@ -87,6 +89,8 @@ class RunConfig:
     train_fully: tuple[str, ...] = ()
     eval_every: int | None = None
     save_every: int | None = None
+    keep: int | None = None
+    full_checkpoints: bool = False
     data: str | None = None
     revision: str | None = None
     dtype: str | None = None
@@ -100,7 +104,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         tasks.get(self.task)
-        for name in ("batch_size", "accumulation", "max_steps", "max_length", "eval_every", "save_every"):
+        for name in ("batch_size", "accumulation", "max_steps", "max_length", "eval_every", "save_every", "keep"):
             _count(name, getattr(self, name), optional=name not in ("batch_size", "accumulation"))
         for name, low in (("lr", 0.0), ("epochs", 0.0)):
             value = getattr(self, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +46,17 @@ def collate(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> dict[str, torch.T
     return batch
 
 
-def evaluate(model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[dict[str, Any]]) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[dict[str, Any]],
+    look: Callable[[], None] | None = None,
+) -> Evaluation:
     """The task's metric on encoded rows, in eval mode, without gradients; the model's mode comes back after it.
 
-    Batches are made of rows of like length, in an order that depends on the rows alone.
+    Batches are made of rows of like length, in an order that depends on the rows alone. `look` is called before each;
+    what it raises ends the measurement.
     """
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
     predictions: list[float] = [0.0] * len(rows)
@@ -59,6 +66,8 @@ def evaluate(model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[dict[s
     try:
         with torch.no_grad():
             for start in range(0, len(order), BATCH):
+                if look is not None:
+                    look()
                 chosen = order[start : start + BATCH]
                 batch = collate(tokenizer, [rows[i] for i in chosen])
                 del batch["labels"]

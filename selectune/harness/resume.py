@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,35 +13,35 @@ from typing import Any
 
 from selectune import tasks
 from selectune.adapters import Adapted
-from selectune.errors import ConfigError
-from selectune.files import write_durably
+from selectune.errors import CheckpointError, ConfigError
+from selectune.files import verify, write_durably
 from selectune.harness.config import RunConfig
+from selectune.harness.folder import RUN_FILE, checkpoints
 from selectune.harness.models import resolve
 from selectune.train import STATE_FILE, read_state
 
-RUN_FILE = "run.json"
+log = logging.getLogger("selectune")
+
 MODULE_FILE = "module.safetensors"
 """What a module keeps between steps beside its weights, in a checkpoint."""
 
-NEWEST = True
-"""In place of a checkpoint: the newest in `out`."""
-
-_PREFIX = "checkpoint-"
 _FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE, RUN_FILE)
-_FREE = ("out", "data", "eval_every", "save_every", "report_to")  # no bit depends on these
+_FREE = ("out", "data", "eval_every", "save_every", "keep", "full_checkpoints", "report_to")  # no bit depends on these
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint of `selectune train`."""
+    """A complete checkpoint of `selectune train`. `unmeasured`: its step was to be measured, and stopped before."""
 
     folder: Path
+    run: str
     step: int
     settings: Mapping[str, Any]
     rows: str
     seconds: float
     history: Sequence[Mapping[str, Any]]
     versions: Mapping[str, str]
+    unmeasured: bool = False
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
@@ -74,28 +76,35 @@ def load_module(found: Checkpoint, adapted: Adapted | None) -> None:
     adapted.ranks.load_state_dict(read_state(found.folder / MODULE_FILE))
 
 
-def newest(config: RunConfig) -> Checkpoint | None:
-    """The newest complete checkpoint of this very run in its `out`, if there is one."""
-    made = settings_of(config)
-    return next((found for found in _complete(Path(str(config.out))) if found.settings == made), None)
-
-
 def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:
-    """The checkpoint that a run is to go on from: a folder, or the newest in `out` (True).
+    """The checkpoint that a run is to go on from: a folder, or the newest whole one in `out` (True).
 
-    Raises ConfigError for a folder that is missing or no complete checkpoint, and for one of another run, naming each
-    setting that differs. Reads no model and no data.
+    Raises ConfigError where there is none, and for one of another run, naming each setting that differs;
+    CheckpointError for one that is incomplete or damaged. Of those in `out` the log says which were passed over, and
+    why. Reads no model and no data.
     """
     if not isinstance(resume, bool):
-        found = read(Path(resume))
+        found = _explicit(Path(resume))
         _same_run(found, config)
         return found
-    here = newest(config)
-    if here is not None:
-        return here
-    others = _complete(Path(str(config.out)))
+    out, mine = Path(str(config.out)), settings_of(config)
+    others: list[Checkpoint] = []
+    broken: list[str] = []
+    for folder in checkpoints(out):
+        try:
+            found = read(folder)
+        except CheckpointError as error:
+            broken.append(str(error))
+            continue
+        if found.settings == mine:
+            for problem in broken:
+                log.warning("Passed over: %s", problem)
+            return found
+        others.append(found)
     if others:
         _same_run(others[0], config)
+    if broken:
+        raise CheckpointError(f"No checkpoint in {out} is whole, so there is nothing to go on from: {' '.join(broken)}")
     raise ConfigError(
         f"There is no checkpoint to resume in {config.out}. A run writes them with save_every=K (command line: "
         "--save-every K); without one, start anew."
@@ -103,39 +112,41 @@ def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:
 
 
 def read(folder: Path) -> Checkpoint:
-    """A folder as a checkpoint; raises ConfigError that says what is missing."""
-    if not folder.is_dir():
-        raise ConfigError(f"The checkpoint {folder} does not exist; expected a folder such as OUT/{_PREFIX}100.")
-    missing = [name for name in _FILES if not (folder / name).is_file()]
+    """A folder as a checkpoint, each of its files as its manifest says; CheckpointError says what is wrong."""
+    manifest = verify(folder)
+    missing = [name for name in _FILES if name not in manifest.files]
     if missing:
-        raise ConfigError(
-            f"{folder} is no complete checkpoint of selectune train: {', '.join(missing)} missing. The process may "
-            "have stopped while it was written; take an earlier one."
-        )
+        raise CheckpointError(f"{folder} is no checkpoint of selectune train: it was made without {missing[0]}.")
     try:
         told = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         return Checkpoint(
             folder=folder,
+            run=str(manifest.about["run"]),
             step=int(told["step"]),
             settings=dict(told["settings"]),
             rows=str(told["rows"]),
             seconds=float(told["seconds"]),
             history=[dict(record) for record in told["history"]],
             versions=dict(told["versions"]),
+            unmeasured=bool(told["unmeasured"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / RUN_FILE} is not that of a checkpoint of selectune train: {error!r}.") from error
+        raise CheckpointError(f"{folder / RUN_FILE} is not that of a checkpoint: {error!r}.") from error
 
 
-def _complete(out: Path) -> list[Checkpoint]:
-    """All complete checkpoints in a folder, newest first."""
-    found = []
-    for folder in out.glob(f"{_PREFIX}*") if out.is_dir() else ():
-        try:
-            found.append(read(folder))
-        except ConfigError:
-            continue
-    return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+def _explicit(folder: Path) -> Checkpoint:
+    if not folder.is_dir():
+        raise ConfigError(f"The checkpoint {folder} does not exist; expected a folder such as OUT/checkpoint-100.")
+    try:
+        return read(folder)
+    except CheckpointError as error:
+        others = []
+        for other in checkpoints(folder.parent):
+            with contextlib.suppress(CheckpointError):
+                if other != folder:
+                    others.append(read(other).folder.name)
+        whole = f" Beside it these are whole: {', '.join(others)}." if others else ""
+        raise CheckpointError(f"{error}{whole}") from error
 
 
 def _same_run(found: Checkpoint, config: RunConfig) -> None:

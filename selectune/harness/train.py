@@ -8,28 +8,28 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 import selectune as st
 from selectune import tasks
-from selectune.adapters import KINDS, two_rates
+from selectune.adapters import KINDS
 from selectune.delta import DELTA_FILE, versions
-from selectune.errors import ConfigError, NonFiniteError
+from selectune.errors import ConfigError, NonFiniteError, StoppedError
 from selectune.files import write_durably
 from selectune.harness.calibration import calibration
 from selectune.harness.config import RunConfig, build_method
 from selectune.harness.evaluate import Evaluation, collate, encode, evaluate
+from selectune.harness.folder import RUN_FILE, RunFolder, run_folder
 from selectune.harness.models import LoadedModel, device, load_model, longest, quiet
 from selectune.harness.modules import virtual_tokens, with_module
-from selectune.harness.optimizers import OPTIMIZERS
 from selectune.harness.resume import (
     MODULE_FILE,
-    RUN_FILE,
     Checkpoint,
     digest_of_rows,
     find,
@@ -37,13 +37,16 @@ from selectune.harness.resume import (
     settings_of,
     write_run,
 )
-from selectune.recipes import RECIPES
+from selectune.harness.stop import Stop
 from selectune.tasks import Split, Task
 from selectune.train import STATE_FILE, Tuner, Verification, read_state, write_state
 
+if TYPE_CHECKING:
+    from selectune.harness.callback import Follower
+
 log = logging.getLogger("selectune")
 Rows = Sequence[dict[str, Any]]
-Keep = Callable[[Path, int, Sequence[Mapping[str, Any]]], None]
+Keep = Callable[[Path, int, "Follower"], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class RunResult:
     origins: Mapping[str, str]
     max_length: int
     config: RunConfig
+    run: str  # its id, which a resumed run keeps
     resumed: int | None = None  # the step of the checkpoint that it went on from
 
     @property
@@ -106,6 +110,7 @@ class RunResult:
             "delta": str(self.delta),
             "delta_bytes": self.delta_bytes,
             "seconds": round(self.seconds, 3),
+            "run": self.run,
             "resumed": self.resumed,
             "max_length": self.max_length,
             "events": dict(self.events),
@@ -116,22 +121,41 @@ class RunResult:
         }
 
 
-def run(config: RunConfig, progress: Progress | None = None, resume: bool | str | Path = False) -> RunResult:
+def run(
+    config: RunConfig,
+    progress: Progress | None = None,
+    resume: bool | str | Path = False,
+    overwrite: bool = False,
+    stop: Stop | None = None,
+    folder: RunFolder | None = None,
+) -> RunResult:
     """Trains, saves `out`/delta.safetensors and `out`/run.json, and measures what was saved.
 
     The same config gives the same delta, byte for byte, on the same machine, thread count and versions (on a CPU).
-    `resume`: a checkpoint that `save_every` wrote, or True for the newest in `out`; the delta is the same bytes as
-    without a stop. Only `out`, `data`, `eval_every`, `save_every` and `report_to` may differ.
+    `resume`: a checkpoint, or True for the newest whole one in `out`; the delta is the same bytes as without a stop.
+    Only `out`, `data`, `eval_every`, `save_every`, `keep`, `full_checkpoints` and `report_to` may differ. `overwrite`:
+    a run that is in `out` may go. `stop`: asked, it ends the run after its step, with a checkpoint. `folder`: `out`, if
+    the caller owns it already (`run_folder`).
 
-    Raises ModelError, TaskError, ConfigError before training, the last before anything is loaded for a checkpoint that
-    is missing, incomplete or of another run; NonFiniteError if the loss is not finite and NothingTrainedError if no
+    Raises RunFolderError at once where `out` is another run's; ModelError, TaskError, ConfigError before training, the
+    last before anything is loaded for a checkpoint that is missing or of another run, and CheckpointError for one that
+    is not whole; StoppedError if it was stopped; NonFiniteError if the loss is not finite and NothingTrainedError if no
     scalar moved, and then no delta is written.
     """
     if config.out is None:
         raise ConfigError("out is missing: the folder that the delta is written to.")
+    if resume is not False and overwrite:
+        raise ConfigError("resume goes on with a run and overwrite removes it: give one of the two.")
+    owned = run_folder(config.out, resume is not False, overwrite) if folder is None else nullcontext(folder)
+    with owned as folder:
+        return _run(config, progress, None if resume is False else find(config, resume), folder, stop or Stop())
+
+
+def _run(
+    config: RunConfig, progress: Progress | None, checkpoint: Checkpoint | None, folder: RunFolder, stop: Stop
+) -> RunResult:
     began = time.perf_counter()
     task = tasks.get(config.task)
-    checkpoint = None if resume is False else find(config, resume)
     splits = {name: tasks.load(task, name, config.data) for name in ("train", "validation")}
     loaded = load_model(config.model, task, config.seed, config.revision, config.dtype, config.trust_remote_code)
     taken = virtual_tokens(config.module)
@@ -140,15 +164,23 @@ def run(config: RunConfig, progress: Progress | None = None, resume: bool | str 
     steps = config.steps(len(rows["train"]))
     if config.module is not None:
         loaded = with_module(loaded, config.module, config.seed, steps if config.on is None else None)
-    keep = _keep(config, loaded, checkpoint, rows["train"], began)
+    if checkpoint is not None:
+        folder.id = checkpoint.run
+    keep = _keep(config, loaded, checkpoint, rows["train"], began, folder.id)
     base = loaded.base(full=True)
     loaded.model.to(device())
     tuner = _attach(config, loaded, rows["train"], steps)
-    history = _train(config, loaded, tuner, task, rows, steps, base, progress, keep, checkpoint)
+    folder.check_space(_space(config, tuner))
+    folder.begin(None if checkpoint is None else checkpoint.folder)
+    history = _train(config, loaded, tuner, task, rows, steps, base, progress, keep, checkpoint, stop)
     delta, verification = _save(config, tuner, base, max_length)
     counts = {"selected": tuner.selected, "budget": tuner.budget, "trained": tuner.trained}
     events, taken = dict(tuner.events), tuner.step
     tuner.detach()
+    if stop.asked:
+        raise StoppedError(
+            f"Stopped after the last step, as asked: {delta} is whole, and was not measured.", taken, stop.signal or 0
+        )
     with st.load(delta).applied(loaded.model):
         evaluation = evaluate(loaded.model, loaded.tokenizer, task, rows["validation"])
     result = RunResult(
@@ -166,11 +198,19 @@ def run(config: RunConfig, progress: Progress | None = None, resume: bool | str 
         origins=_origins(splits),
         max_length=max_length,
         config=config,
+        run=folder.id,
         resumed=None if checkpoint is None else checkpoint.step,
     )
     text = json.dumps({**result.as_json(), "history": list(history)}, indent=2, allow_nan=False)
-    write_durably(Path(config.out) / RUN_FILE, text.encode())
+    write_durably(folder.path / RUN_FILE, text.encode())
     return result
+
+
+def _space(config: RunConfig, tuner: Tuner) -> int:
+    """Bytes that a run may write: two deltas, and the checkpoints that are there at once, at 60 bytes a scalar."""
+    delta = 8 * tuner.trained + (1 << 16)
+    model = sum(p.numel() * p.element_size() for p in tuner.model.parameters()) if config.full_checkpoints else 0
+    return 2 * delta + (config.keep or 1) * (60 * tuner.trained + (1 << 16) + model) * (config.save_every is not None)
 
 
 def _attach(config: RunConfig, loaded: LoadedModel, rows: Rows, steps: int) -> Tuner:
@@ -189,8 +229,9 @@ def _train(
     steps: int,
     base: Mapping[str, Any],
     progress: Progress | None,
-    keep: Keep | None,
+    keep: Keep,
     checkpoint: Checkpoint | None,
+    stop: Stop,
 ) -> list[dict[str, Any]]:
     """Trains for `steps` steps; returns the log: losses, and the metric where it was asked for on the way."""
     history = [] if checkpoint is None else [dict(record) for record in checkpoint.history]
@@ -199,35 +240,48 @@ def _train(
     if checkpoint is not None and checkpoint.step >= steps:  # the Trainer would take a step more
         tuner.load_state_dict(read_state(checkpoint.folder / STATE_FILE))
         return history
-    from transformers import Trainer
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    from selectune.harness.callback import Follower
+    from selectune.harness.callback import AfterStep, Follower
+    from selectune.harness.trainer import Rows as Dataset
+    from selectune.harness.trainer import RunTrainer, arguments_of, optimizer_of
     from selectune.integrations.transformers import SelectuneCallback
 
-    def measure() -> float:
-        return evaluate(loaded.model, loaded.tokenizer, task, rows["validation"]).value
+    def measure(look: Callable[[], None]) -> float:
+        return evaluate(loaded.model, loaded.tokenizer, task, rows["validation"], look).value
 
+    every, unmeasured = config.eval_every or task.eval_every, checkpoint is not None and checkpoint.unmeasured
+    follower = Follower(tuner, steps, measure, every, progress, stop, config.keep, history, unmeasured)
+    after = None if loaded.adapted is None else loaded.adapted.after_step
     with quiet():
-        args = _arguments(config, steps)
-        follower = Follower(tuner, steps, measure, config.eval_every or task.eval_every, progress, keep, history)
-        trainer = Trainer(
+        trainer = RunTrainer(
+            full=config.full_checkpoints,
             model=loaded.model,
-            args=args,
-            train_dataset=_Rows(rows["train"]),
+            args=arguments_of(config, steps),
+            train_dataset=Dataset(rows["train"]),
             data_collator=lambda batch: collate(loaded.tokenizer, batch),
-            callbacks=[SelectuneCallback(tuner, base), follower, *_after_step(loaded)],
-            optimizers=(_optimizer(config, loaded, tuner), None),
+            callbacks=[
+                SelectuneCallback(tuner, base, keep=lambda folder, step: keep(folder, step, follower)),
+                follower,
+                *([] if after is None else [AfterStep(after)]),
+            ],
+            optimizers=(optimizer_of(config, loaded, tuner), None),
         )
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
         if progress is not None:
             progress.start(f"{config.method} on {task.name}", steps)
+        stop.listening = True
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
         finally:
+            stop.listening = False
             if progress is not None:
                 progress.stop()
+    if follower.stopped_at is not None:
+        step = follower.stopped_at
+        raise StoppedError(
+            f"Stopped after step {step:,} of {steps:,}, as asked. {Path(str(config.out)) / f'checkpoint-{step}'} has "
+            "all of it: the same run with resume=True (the same command with --resume) goes on from there.",
+            step,
+            stop.signal or 0,
+        )
     for record in follower.history:
         loss = record.get("loss")
         if loss is not None and not math.isfinite(loss):
@@ -239,11 +293,9 @@ def _train(
 
 
 def _keep(
-    config: RunConfig, loaded: LoadedModel, checkpoint: Checkpoint | None, rows: Rows, began: float
-) -> Keep | None:
-    """Writes what a checkpoint keeps of a run beside the Trainer's and the tuner's files, if there are to be any."""
-    if checkpoint is None and config.save_every is None:
-        return None
+    config: RunConfig, loaded: LoadedModel, checkpoint: Checkpoint | None, rows: Rows, began: float, run: str
+) -> Keep:
+    """Writes what a checkpoint keeps of a run beside the Trainer's and the tuner's files."""
     digest, before = digest_of_rows(rows), 0.0
     settings, now = settings_of(config), {**_versions(), "threads": str(torch.get_num_threads())}
     if checkpoint is not None:
@@ -259,87 +311,16 @@ def _keep(
         if other:
             log.warning("The run began under other versions; its bits may differ from here on: %s.", ", ".join(other))
 
-    def keep(folder: Path, step: int, history: Sequence[Mapping[str, Any]]) -> None:
+    def keep(folder: Path, step: int, follower: Follower) -> Mapping[str, Any]:
         ranks = None if loaded.adapted is None else loaded.adapted.ranks
         if ranks is not None:
             write_state(folder / MODULE_FILE, ranks.state_dict())
-        seconds = before + time.perf_counter() - began
-        told = {"settings": settings, "rows": digest, "seconds": seconds, "versions": now}
-        write_run(folder, {"step": step, **told, "history": list(history)})
+        told = {"settings": settings, "rows": digest, "seconds": before + time.perf_counter() - began, "versions": now}
+        seen = {"unmeasured": follower.unmeasured, "history": list(follower.history)}
+        write_run(folder, {"step": step, **told, **seen})
+        return {"run": run, "step": step}
 
     return keep
-
-
-def _after_step(loaded: LoadedModel) -> list[Any]:
-    after = None if loaded.adapted is None else loaded.adapted.after_step
-    if after is None:
-        return []
-    from selectune.harness.callback import AfterStep
-
-    return [AfterStep(after)]
-
-
-def _optimizer(config: RunConfig, loaded: LoadedModel, tuner: Tuner) -> torch.optim.Optimizer | None:
-    """The recipe's optimizer, in groups where the method or the module gives tensors a rate of their own."""
-    spec = None if loaded.adapted is None else loaded.adapted.spec
-    if spec is not None and "ratio" in spec.options:
-        return two_rates(loaded.model, config.learning_rate, float(spec.options["ratio"]), config.weight_decay)
-    recipe = RECIPES.get(config.method)
-    make = OPTIMIZERS["adamw" if recipe is None else recipe.optimizer]
-    return make(tuner.parameter_groups(config.learning_rate), config.weight_decay)
-
-
-class _Rows(torch.utils.data.Dataset):
-    """Rows as the Trainer wants them: a torch Dataset."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
-
-
-def _arguments(config: RunConfig, steps: int) -> Any:
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        output_dir=str(config.out),
-        max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        use_cpu=device().type == "cpu",
-        save_strategy="no" if config.save_every is None else "steps",
-        save_steps=config.save_every or 500,
-        logging_steps=max(1, min(20, steps // 20)),
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        report_to=list(config.report_to) or "none",
-        disable_tqdm=True,
-        **_sampling(config.group_by_length),
-    )
-
-
-def _sampling(group_by_length: bool) -> dict[str, Any]:
-    """Trainer's setting for batches of rows of like length, by its name in the transformers at hand."""
-    from transformers import TrainingArguments
-
-    if not group_by_length:
-        return {}
-    fields = TrainingArguments.__dataclass_fields__
-    return (
-        {"train_sampling_strategy": "group_by_length"}
-        if "train_sampling_strategy" in fields
-        else {"group_by_length": True}
-    )
 
 
 def _save(config: RunConfig, tuner: Tuner, base: Mapping[str, Any], max_length: int) -> tuple[Path, Verification]:

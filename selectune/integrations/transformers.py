@@ -28,6 +28,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selectune.delta import digest_bits
 from selectune.errors import ConfigError, DetachedError, IntegrityError
+from selectune.files import read_manifest, seal, verify
+from selectune.integrations.checkpoints import guard
 from selectune.integrations.first_rows import check_first_rows
 from selectune.integrations.reference import pair_up
 from selectune.train import STATE_FILE, Tuner, read_state, write_state
@@ -41,13 +43,15 @@ class SelectuneCallback(TrainerCallback):
     """Saves delta and tuner state in every checkpoint, resumes from one, logs selected, budget and quota.
 
     `checkpoint-N/delta.safetensors` is the delta after N steps; an early one may be empty. `base`: what a delta records
-    of its base, see `Tuner.save`. `checkpoint-N/tuner.safetensors` is the tuner's state, written last: a checkpoint
-    that has it is complete. Costs one checked save (a pass over the weights) a checkpoint, O(B) bytes.
+    of its base, see `Tuner.save`. `checkpoint-N/tuner.safetensors` is the tuner's state. `checkpoint-N/manifest.json`,
+    written last, names every file with size and sha256, all of them flushed to the disk: a checkpoint is whole with it,
+    and none without. Costs one checked save (a pass over the weights) a checkpoint, and a read of its files.
 
     `trainer.train(resume_from_checkpoint=True or a folder)`: with a fresh tuner, attached as the first one was to the
-    same base, and the same arguments of the Trainer. The checkpoint's weights are kept out of the model, which stays
-    the base; the state puts them there, and both must agree by bits. Batches, random state, optimizer and learning rate
-    are the Trainer's to restore, but for the random state that an epoch's order was drawn from, which it does not keep.
+    same base, and the same arguments of the Trainer. True takes the newest checkpoint that is whole. Its weights are
+    kept out of the model, which stays the base; the state puts them there, and both must agree by bits. Batches,
+    random state, optimizer and learning rate are the Trainer's to restore, but for the random state that an epoch's
+    order was drawn from, which it does not keep.
 
     `check`: as training begins, `Tuner.check` looks at the first two rows. None: where that takes about a second and
     the Trainer's own loss is used; True: always. TRL's `sync_ref_model` mixes the tuned weights into the reference,
@@ -59,10 +63,13 @@ class SelectuneCallback(TrainerCallback):
     `accumulation_steps` may be a multiple of `gradient_accumulation_steps`, where a loss runs backward several times a
     batch (cached contrastive losses); the callback says so, and whether the passes came.
 
-    Raises ConfigError as training starts, if `gradient_accumulation_steps` does not fit `accumulation_steps`, if
-    the Trainer's model is not the tuner's, if weights were loaded into it without a resume, or if the checkpoint has no
-    state, one of another run, or nothing left to train. BaseMismatchError for another base; IntegrityError, naming
-    tensors, for weights that are not those of base and state.
+    `keep(folder, step)` may put more into a checkpoint before it is completed, and returns what its manifest shall say.
+
+    Raises CheckpointError for a checkpoint that is not whole. ConfigError as training starts, if
+    `gradient_accumulation_steps` does not fit `accumulation_steps`, if the Trainer's model is not the tuner's, if
+    weights were loaded into it without a resume, or if the checkpoint has no state, one of another run, or nothing left
+    to train. BaseMismatchError for another base; IntegrityError, naming tensors, for weights that are not those of base
+    and state.
     """
 
     def __init__(
@@ -70,12 +77,14 @@ class SelectuneCallback(TrainerCallback):
         tuner: Tuner | Callable[[], Tuner],
         base: Mapping[str, Any] | None = None,
         check: bool | None = None,
+        keep: Callable[[Path, int], Mapping[str, Any]] | None = None,
     ) -> None:
-        self._tuner, self._check = tuner, check
+        self._tuner, self._check, self._keep = tuner, check, keep
         self.base = base
+        self._guarded = False  # whether trainer.train() looks at checkpoints before anything is read from them
         self._began: _Beginning | None = None
         self._passes = 1  # backward passes that a batch is said to have
-        self._guards: list[Any] = []
+        self._hooks: list[Any] = []
         self._kept_out: dict[str, str | None] = {}  # {name: digest} of weights that were to be loaded before training
         self._prefixes: dict[str, str] = {}
         self._order: Tensor | None = None  # torch's random state as this epoch began, from which a sampler may draw it
@@ -90,11 +99,15 @@ class SelectuneCallback(TrainerCallback):
         """From here to the start of training, no weights get into the attached model."""
         self._go_first()
         self._release()
+        for variables in _trainers():
+            guard(variables["self"])
+            self._guarded = True
+            break
         self._kept_out = {}
         for name, module in self.tuner.model.named_modules():  # all of them: peft loads virtual tokens by a submodule
             keep_out, none_missing = partial(self._keep_out, name), partial(self._none_missing, name)
-            self._guards.append(module.register_load_state_dict_pre_hook(keep_out))
-            self._guards.append(module.register_load_state_dict_post_hook(none_missing))
+            self._hooks.append(module.register_load_state_dict_pre_hook(keep_out))
+            self._hooks.append(module.register_load_state_dict_post_hook(none_missing))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._go_first()
@@ -142,6 +155,8 @@ class SelectuneCallback(TrainerCallback):
             now["tensors"][_ORDER] = self._order if within else torch.get_rng_state()
             self.tuner.save(folder, base=self.base, allow_empty=True)
             write_state(folder / STATE_FILE, now)
+            step = int(state.global_step)
+            seal(folder, {"step": step} if self._keep is None else self._keep(folder, step))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         tuner = self.tuner
@@ -193,11 +208,10 @@ class SelectuneCallback(TrainerCallback):
         """The tuner's state from the checkpoint; optimizer and scheduler have theirs already."""
         tuner, folder = self.tuner, _checkpoint(args, state)
         file = folder / STATE_FILE
-        if not file.is_file():
+        if STATE_FILE not in (read_manifest if self._guarded else verify)(folder).files:
             raise ConfigError(
-                f"The checkpoint {folder} has no {STATE_FILE}, so the support and its order cannot be restored: it was "
-                "made without SelectuneCallback, by an older selectune, or the process stopped while it was written. "
-                "Resume from another checkpoint, or start anew."
+                f"The checkpoint {folder} was made without {STATE_FILE}, so the support and its order cannot be "
+                "restored. Resume from another checkpoint, or start anew."
             )
         if state.global_step >= state.max_steps and (state.epoch or 0) < state.num_train_epochs:
             raise ConfigError(
@@ -252,9 +266,9 @@ class SelectuneCallback(TrainerCallback):
             return True
 
     def _release(self) -> None:
-        for guard in self._guards:
-            guard.remove()
-        self._guards = []
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import shutil
 import pytest
 from tiny_kit import make_data
 
-from selectune.errors import BaseMismatchError, ConfigError
+from selectune.errors import BaseMismatchError, CheckpointError, ConfigError
+from selectune.files import seal
 from selectune.harness import train
 from selectune.harness.callback import Follower
 from selectune.harness.config import RunConfig
@@ -139,6 +140,9 @@ def test_ranks_that_move(config, tmp_path):
         rest = run(dataclasses.replace(config, out=out, save_every=None), resume=tmp_path / f"out/checkpoint-{step}")
         assert rest.delta.read_bytes() == straight.delta.read_bytes(), step
     (tmp_path / "out/checkpoint-9/module.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint-9 is damaged: module\.safetensors is missing"):
+        run(config, resume=tmp_path / "out/checkpoint-9")
+    seal(tmp_path / "out/checkpoint-9", {"run": straight.run, "step": 9})
     with pytest.raises(ConfigError, match=r"has no module\.safetensors, which adalora needs"):
         run(config, resume=tmp_path / "out/checkpoint-9")
 
@@ -178,15 +182,20 @@ def test_checkpoints_that_are_none(made, tmp_path):
         run(dataclasses.replace(made, out=str(tmp_path / "nowhere")), resume=True)
     with pytest.raises(ConfigError, match=r"The checkpoint .*checkpoint-3 does not exist"):
         run(made, resume=tmp_path / "out" / "checkpoint-3")
-    for name in ("tuner.safetensors", "optimizer.pt", "run.json"):
+    for name in ("tuner.safetensors", "optimizer.pt", "run.json", "manifest.json"):
         copied = tmp_path / name / "checkpoint-4"
         shutil.copytree(tmp_path / "out" / "checkpoint-4", copied)
         (copied / name).unlink()
-        with pytest.raises(ConfigError, match=rf"no complete checkpoint of selectune train: {name} missing"):
+        with pytest.raises(CheckpointError, match=rf"checkpoint-4 is (damaged|incomplete).*{name}"):
             run(made, resume=copied)
-    (copied / "run.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"run\.json is not that of a checkpoint"):
-        run(made, resume=copied)
+    (tmp_path / "out" / "checkpoint-4" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"Beside it these are whole: checkpoint-5, checkpoint-2\."):
+        run(made, resume=tmp_path / "out" / "checkpoint-4")
+    for text in ("{}", "[]", "{", '{"step": 4}'):
+        (copied / "run.json").write_text(text)
+        seal(copied, {"run": "1", "step": 4})
+        with pytest.raises(CheckpointError, match=r"run\.json is not that of a checkpoint"):
+            run(made, resume=copied)
 
 
 def test_an_incomplete_checkpoint_is_passed_over(config, tmp_path):

@@ -185,11 +185,11 @@ def test_fish_with_labels_of_the_model(config):
     result = run(dataclasses.replace(config, method="fish", examples=4, labels="model", max_steps=2))
     assert result.selected == 200
     with pytest.raises(CalibrationError, match="reads 1000 single examples, the training set has 48"):
-        run(dataclasses.replace(config, method="fish", examples=1000))
+        run(dataclasses.replace(config, method="fish", examples=1000), overwrite=True)
     with pytest.raises(CalibrationError, match=r"reads 4 mini-batches of 16, the training set has 3.*--batches"):
-        run(dataclasses.replace(config, method="snip", batches=4))
+        run(dataclasses.replace(config, method="snip", batches=4), overwrite=True)
     with pytest.raises(CalibrationError, match=r"reads 49 single examples, the training set has 48.*--pool"):
-        run(dataclasses.replace(config, method="fish-dip", pool=49))
+        run(dataclasses.replace(config, method="fish-dip", pool=49), overwrite=True)
 
 
 def test_options_of_dense_phases_reach_the_method(config):
@@ -210,7 +210,7 @@ def test_a_dense_phase_has_its_own_learning_rate(config):
     """The log's loss falls in the dense steps only if their rate is the one that was given."""
     still = dataclasses.replace(config, method="lt-sft", dense=0.5, dense_lr=1e-12, max_steps=8, seed=3)
     moving = dataclasses.replace(still, dense_lr=1e-2)
-    supports = [st.load(run(c).delta).support for c in (still, moving)]
+    supports = [st.load(run(c, overwrite=True).delta).support for c in (still, moving)]
     assert supports[0].keys() != supports[1].keys() or any(
         not torch.equal(supports[0][n], supports[1][n]) for n in supports[0]
     )
@@ -338,7 +338,8 @@ def test_batches_of_like_length_pad_less_and_show_every_row(config, monkeypatch)
         run(
             dataclasses.replace(
                 config, method="bitfit", budget=None, batch_size=2, max_steps=24, group_by_length=grouped
-            )
+            ),
+            overwrite=True,
         )
     real_tokens, all_tokens = ({g: sum(s[k] for s in seen) for g, seen in shapes.items()} for k in (0, 1))
     assert real_tokens[True] == real_tokens[False]  # 24 steps of two: each of the 48 rows once

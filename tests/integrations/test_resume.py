@@ -16,6 +16,7 @@ from selectune import tasks
 from selectune.adapters import put_on
 from selectune.delta import weights_digest
 from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError, IntegrityError
+from selectune.files import seal
 from selectune.harness.evaluate import encode
 from selectune.harness.models import load_model, quiet
 from selectune.integrations.transformers import SelectuneCallback
@@ -251,8 +252,9 @@ def test_another_base_is_refused(runs, stopped, other):
 
 def test_a_checkpoint_without_a_state(runs, stopped):
     (stopped / STATE_FILE).unlink()
+    seal(stopped, {"step": 4})
     trainer, _ = runs.trainer(lambda: st.id3(60, STEPS))
-    with quiet(), pytest.raises(ConfigError, match=rf"checkpoint-4 has no {STATE_FILE}.*without SelectuneCallback"):
+    with quiet(), pytest.raises(ConfigError, match=rf"checkpoint-4 was made without {STATE_FILE}"):
         trainer.train(resume_from_checkpoint=True)
     assert weights_digest(trainer.model) == runs.base
 
@@ -262,6 +264,7 @@ def test_a_checkpoint_whose_weights_were_changed(runs, stopped):
     weights = load_file(file)
     weights["classifier.bias"][1] += 1
     save_file(weights, file, {"format": "pt"})
+    seal(stopped, {"step": 4})
     trainer, _ = runs.trainer(lambda: st.id3(60, STEPS))
     with quiet(), pytest.raises(IntegrityError, match=r"1 of the \d+ tensors in .*checkpoint-4 .*: classifier.bias\."):
         trainer.train(resume_from_checkpoint=True)
@@ -269,6 +272,7 @@ def test_a_checkpoint_whose_weights_were_changed(runs, stopped):
 
 def test_a_state_of_another_checkpoint(runs, stopped):
     shutil.copy(runs.folder / "checkpoint-2" / STATE_FILE, stopped / STATE_FILE)
+    seal(stopped, {"step": 4})
     trainer, _ = runs.trainer(lambda: st.id3(60, STEPS))
     with quiet(), pytest.raises(IntegrityError, match=f"{STATE_FILE} is of another checkpoint"):
         trainer.train(resume_from_checkpoint=True)
@@ -279,6 +283,7 @@ def test_a_damaged_state(runs, stopped):
     flipped, renamed = whole[:-1] + bytes([whole[-1] ^ 1]), whole.replace(b"selectune_state", b"another_state__")
     for damaged in (whole[:-1], flipped, b"", renamed):
         (stopped / STATE_FILE).write_bytes(damaged)
+        seal(stopped, {"step": 4})
         trainer, _ = runs.trainer(lambda: st.id3(60, STEPS))
         with quiet(), pytest.raises(DeltaFormatError, match="damaged"):
             trainer.train(resume_from_checkpoint=True)

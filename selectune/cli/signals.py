@@ -1,0 +1,71 @@
+"""Ctrl-C and SIGTERM: the first ends what can be ended in order, the second ends the process.
+
+A run that is between its first and its last step finishes the step and saves a checkpoint; anything else is left at
+once, through every `finally`. The exit code is 128 + the signal's number, as a shell gives it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selectune.harness.stop import Stop
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class StoppedBySignal(BaseException):
+    """Leaves whatever runs; no library takes it for an error of its own, as some do KeyboardInterrupt."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+class _State:
+    received: int | None = None
+    stop: Stop | None = None  # of the run that may be going on
+
+
+_state = _State()
+
+
+def watch() -> None:
+    """From here on signals are ours, in the main thread; for the first line of a command."""
+    _state.received = _state.stop = None
+    for number in SIGNALS:
+        signal.signal(number, _received)
+
+
+def heed(stop: Stop) -> None:
+    """The first signal is told to this run while it listens."""
+    _state.stop = stop
+
+
+def exit_code(number: int) -> int:
+    return 128 + number
+
+
+def _received(number: int, frame: Any) -> None:
+    del frame
+    if _state.received is not None:
+        _say(f"stopped at once, by a second {_NAMES[signal.Signals(number)]}.")
+        os._exit(exit_code(number))
+    _state.received = number
+    stop = _state.stop
+    if stop is None or not stop.listening:
+        raise StoppedBySignal(number)
+    stop.ask(number)
+    _say(f"{_NAMES[signal.Signals(number)]}: the step is finished and a checkpoint saved; a second one stops at once.")
+
+
+def _say(text: str) -> None:
+    """One line on stderr, by the system call alone: whoever writes there may be what was interrupted."""
+    try:
+        os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
+    except (OSError, ValueError):
+        return  # nobody reads it any more

@@ -1,0 +1,158 @@
+"""A folder that is complete or none: a manifest, written last, names every file in it with size and sha256."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selectune.errors import CheckpointError, DeltaError
+from selectune.files.durable import read_owned, write_durably
+
+MANIFEST = "manifest.json"
+VERSION = 1
+LIMIT = 1 << 22
+"""Largest manifest that is read, in bytes: some 40,000 files."""
+
+_CHUNK = 1 << 20
+_NAME = re.compile(r"[^/\0]+(/[^/\0]+)*")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a sealed folder holds. `about`: what its writer said of it, such as its step."""
+
+    folder: Path
+    files: Mapping[str, tuple[int, str]]  # name below the folder: size in bytes, sha256
+    about: Mapping[str, Any]
+
+
+def seal(folder: str | os.PathLike[str], about: Mapping[str, Any]) -> Path:
+    """Makes a folder durable and complete: flushes every file in it, then writes its manifest.
+
+    Each file is read once, for its sha256, and flushed to the disk; then the folders, up to the root. Only then is the
+    manifest written, so whoever finds one finds all it names, also after a power loss. `about` is plain JSON.
+
+    Raises DeltaError that names the path; there is no manifest then.
+    """
+    folder = Path(folder)
+    target = folder / MANIFEST
+    try:
+        target.unlink(missing_ok=True)
+        files = {}
+        for path in _files(folder):
+            size, digest = _read(path, flush=True)
+            files[path.relative_to(folder).as_posix()] = {"size": size, "sha256": digest}
+        for inner in sorted({path.parent for path in _files(folder)} | {folder}, reverse=True):
+            flush_folder(inner)
+        for parent in folder.resolve().parents:
+            flush_folder(parent)
+    except OSError as error:
+        raise DeltaError(f"cannot complete {folder}: {error.strerror or error} ({error.filename})") from error
+    told = {"version": VERSION, "about": dict(about), "files": files}
+    return write_durably(target, json.dumps({**told, "sha256": _digest(told)}, indent=1).encode())
+
+
+def verify(folder: str | os.PathLike[str]) -> Manifest:
+    """The manifest of a folder, if every file that it names is there, bit for bit: one read of them all.
+
+    Files that it does not name are not looked at. Raises CheckpointError that says what is wrong.
+    """
+    found = read_manifest(folder)
+    problems = []
+    for name, (size, digest) in found.files.items():
+        try:
+            problem = _problem(found.folder / name, size, digest)
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror or error})"
+        if problem:
+            problems.append(f"{name} {problem}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{found.folder} is damaged: {', '.join(problems[:3])}{more}.")
+    return found
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """What a folder's manifest says, whether or not it is true; raises CheckpointError where there is no whole one."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} is incomplete: it has no {MANIFEST}, which is written last. The process may have stopped while "
+            "it was written."
+        )
+    try:
+        told = json.loads(read_owned(path, limit=LIMIT))
+        digest = told.pop("sha256")
+        version, about, files = told["version"], dict(told["about"]), told["files"]
+        listed = {name: (file["size"], file["sha256"]) for name, file in files.items()}
+        whole = digest == _digest(told) and version == VERSION
+    except (DeltaError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: it is not what a manifest looks like ({error}).") from error
+    if not whole or not all(_NAME.fullmatch(name) and ".." not in name.split("/") for name in listed):
+        raise CheckpointError(f"{path} is damaged: its content does not have the sha256 it was written with.")
+    return Manifest(folder, listed, about)
+
+
+def flush_folder(folder: str | os.PathLike[str]) -> None:
+    """Makes the names in a folder durable, where it can be opened and its file system can do that."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:
+        return  # not ours, so nothing of ours is new in it
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The regular files below a folder; links are not followed and not named."""
+    for here, _, names in os.walk(folder):
+        for name in sorted(names):
+            path = Path(here, name)
+            if stat.S_ISREG(path.lstat().st_mode):
+                yield path
+
+
+def _read(path: Path, flush: bool = False) -> tuple[int, str]:
+    """(size, sha256) of a regular file."""
+    found, size = hashlib.sha256(), 0
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        while chunk := os.read(handle, _CHUNK):
+            found.update(chunk)
+            size += len(chunk)
+        if flush:
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+    return size, found.hexdigest()
+
+
+def _problem(path: Path, size: int, digest: str) -> str:
+    """What is wrong with a file, or nothing."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return "is missing"
+    if not stat.S_ISREG(found.st_mode):
+        return "is no regular file"
+    if found.st_size != size:
+        return f"has {found.st_size:,} bytes, not {size:,}"
+    return "" if _read(path) == (size, digest) else "has other content than was written"
+
+
+def _digest(told: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

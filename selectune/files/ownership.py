@@ -1,0 +1,110 @@
+"""A folder that one process at a time may write into: a lock that its owner's death opens."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from selectune.errors import RunFolderError
+from selectune.files.manifest import flush_folder
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who owns a folder, by the id it gave."""
+
+    folder: Path
+    id: str
+
+
+@contextmanager
+def own(folder: str | os.PathLike[str], id: str) -> Iterator[Owner]:
+    """Owns a folder, which is made if it is missing, while the block runs; other processes are refused at once.
+
+    The kernel gives the lock (flock) back when its owner ends, however it ends. What was made is durable, and removed
+    again if nothing was put into it. Raises
+    RunFolderError where another process owns it, or where it cannot be made or written into.
+    """
+    folder = Path(folder)
+    made: list[Path] = []
+    try:
+        _make(folder, made)
+        handle = _locked(folder, id)
+    except NotADirectoryError as error:
+        raise RunFolderError(f"{folder} cannot be the folder of a run: there is a file in its place.") from error
+    except FileExistsError as error:
+        raise RunFolderError(f"{folder} is a file; the folder of a run is made if it is missing.") from error
+    except OSError as error:
+        raise RunFolderError(f"{folder} cannot be written into: {error.strerror or error}.") from error
+    try:
+        yield Owner(folder, id)
+    finally:
+        if handle is not None:
+            (folder / LOCK).unlink(missing_ok=True)
+            os.close(handle)
+        with contextlib.suppress(OSError):
+            for empty in reversed(made):
+                empty.rmdir()
+
+
+def _make(folder: Path, made: list[Path]) -> None:
+    """Makes a folder and what is missing above it, each of them durably."""
+    if folder.is_dir():
+        return
+    if not folder.parent.is_dir():
+        _make(folder.parent, made)
+    folder.mkdir(exist_ok=True)
+    made.append(folder)
+    flush_folder(folder.parent)
+
+
+def _locked(folder: Path, id: str) -> int | None:
+    """The lock's file, open and locked; None where the file system has no locks."""
+    path = folder / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            told = os.read(handle, 4096)
+            os.close(handle)
+            raise RunFolderError(
+                f"{folder} is in use{_by(told)}. Two runs in one folder would overwrite each other's files: wait "
+                "until that one has ended, or give another folder."
+            ) from None
+        except OSError as error:
+            os.close(handle)
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                return None
+            raise
+        try:
+            current = os.stat(path, follow_symlinks=False).st_ino == os.fstat(handle).st_ino
+        except FileNotFoundError:
+            current = False
+        if current:
+            break
+        os.close(handle)  # its last owner removed it meanwhile
+    mine = {"run": id, "process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, json.dumps(mine).encode(), 0)
+    return handle
+
+
+def _by(told: bytes) -> str:
+    """Who owns it, as far as its lock says."""
+    try:
+        found = json.loads(told)
+        return f" by another run: process {found['process']} on {found['host']}, since {found['since']}"
+    except (ValueError, KeyError, TypeError):
+        return " by another run"
