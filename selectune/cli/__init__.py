@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _command(argv)
     except StoppedBySignal as stopped:
-        sys.stderr.write("stopped.\n")
+        sys.stderr.write(f"{stopped}.\n")
         sys.exit(exit_code(stopped.signal))
 
 

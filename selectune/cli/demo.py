@@ -54,6 +54,9 @@ def demo(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the head, the order of the data, dropout, the random mask.")] = 6,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Runs that are in --out may go; otherwise they are refused.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show the point in minutes: one small model untuned, and tuned by a random mask, LoRA, ID3 and as a whole.
@@ -66,7 +69,7 @@ def demo(
 
     with working():
         scalars = demos.BUDGET if share is None else share
-        found = demos.demo(data, out, model, task, steps, scalars, seed, Bar(), say)
+        found = demos.demo(data, out, model, task, steps, scalars, seed, Bar(), say, overwrite)
     result(as_json, found.as_json(), page(found, data))
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from selectune.harness.stop import Stop
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class StoppedBySignal(BaseException):
@@ -24,6 +24,9 @@ class StoppedBySignal(BaseException):
     def __init__(self, signal: int) -> None:
         super().__init__(signal)
         self.signal = signal
+
+    def __str__(self) -> str:
+        return f"stopped by {_NAMES[self.signal]}" + (f", {_state.stop.where}" if _state.stop is not None else "")
 
 
 class _State:
@@ -53,14 +56,14 @@ def exit_code(number: int) -> int:
 def _received(number: int, frame: Any) -> None:
     del frame
     if _state.received is not None:
-        _say(f"stopped at once, by a second {_NAMES[signal.Signals(number)]}.")
+        _say(f"stopped at once, by a second {_NAMES[number]}.")
         os._exit(exit_code(number))
     _state.received = number
     stop = _state.stop
     if stop is None or not stop.listening:
         raise StoppedBySignal(number)
     stop.ask(number)
-    _say(f"{_NAMES[signal.Signals(number)]}: the step is finished and a checkpoint saved; a second one stops at once.")
+    _say(f"{_NAMES[number]}: the step is finished and a checkpoint saved; a second one stops at once.")
 
 
 def _say(text: str) -> None:

@@ -41,10 +41,8 @@ def own(folder: str | os.PathLike[str], id: str) -> Iterator[Owner]:
     try:
         _make(folder, made)
         handle = _locked(folder, id)
-    except NotADirectoryError as error:
-        raise RunFolderError(f"{folder} cannot be the folder of a run: there is a file in its place.") from error
-    except FileExistsError as error:
-        raise RunFolderError(f"{folder} is a file; the folder of a run is made if it is missing.") from error
+    except (NotADirectoryError, FileExistsError) as error:
+        raise RunFolderError(f"{folder} cannot be made: {error.filename} is a file. Give another folder.") from error
     except OSError as error:
         raise RunFolderError(f"{folder} cannot be written into: {error.strerror or error}.") from error
     try:

@@ -18,6 +18,7 @@ from selectune.delta import digest_bits, inventory
 from selectune.errors import IntegrityError, TaskError
 from selectune.harness.config import RunConfig
 from selectune.harness.evaluate import encode, evaluate
+from selectune.harness.folder import refuse_used
 from selectune.harness.models import DEMO, device, load_model, longest
 from selectune.harness.train import Progress, RunResult, Update, run
 from selectune.tasks import Task
@@ -116,12 +117,14 @@ def demo(
     seed: int = 6,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    overwrite: bool = False,
 ) -> DemoResult:
     """Trains and measures the base, a random mask, LoRA, ID3 and full fine-tuning, reverts ID3's delta and proves it.
 
     STS-B where `data` or SELECTUNE_DATA has it, otherwise sentences that are generated here; the hub is not asked
     unless `task` says so. LoRA's row is for the latter, where peft is installed. Deltas are kept under `out` if it is
-    given. `say` is told what was found, a sentence at a time. Raises IntegrityError if the revert left a trace.
+    given; runs that are there are refused, or with `overwrite` removed. `say` is told what was found, a sentence at a
+    time. Raises IntegrityError if the revert left a trace.
     """
     began = time.perf_counter()
     say = say or (lambda sentence: None)
@@ -132,6 +135,8 @@ def demo(
         say(why)
     with tempfile.TemporaryDirectory(prefix="selectune-demo-") as scratch:
         folder = Path(out or scratch)
+        for method in methods if not overwrite else ():
+            refuse_used(folder / method.partition(":")[0])
         base, weights = _base(chosen, data, model, seed)
         rows = [base]
         say(_found(base))
@@ -150,7 +155,7 @@ def demo(
                 out=str(folder / method.partition(":")[0]),
             )
             watch = Stopwatch(progress, METHODS[method])
-            results[method] = found = run(config, watch)
+            results[method] = found = run(config, watch, overwrite=overwrite)
             share, seconds = found.trained / weights, watch.step_seconds
             rows.append(
                 Row(METHODS[method], found.value, found.trained, share, seconds, found.delta_bytes, found.seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -12,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from selectune.errors import RunFolderError
-from selectune.files import MANIFEST, own, sweep
+from selectune.errors import CheckpointError, RunFolderError
+from selectune.files import MANIFEST, own, sweep, verify
 
 log = logging.getLogger("selectune")
 
@@ -45,9 +46,11 @@ class RunFolder:
         if not ours:
             for name in RESULTS:
                 (self.path / name).unlink(missing_ok=True)
+        newer = ours
         for folder in checkpoints(self.path):
-            if not ours or not (folder / MANIFEST).is_file():
-                remove_checkpoint(folder)
+            newer = newer and not folder.samefile(resumed or folder)
+            if not ours or not (_is_whole(folder) if newer else (folder / MANIFEST).is_file()):
+                remove_checkpoint(folder)  # one that was passed over would be in the way of its successor
 
     def check_space(self, needed: int) -> None:
         """Raises RunFolderError where `needed` bytes do not fit."""
@@ -103,6 +106,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
 def rotate(folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints; for just after another was completed."""
     complete = [path for path in checkpoints(folder) if (path / MANIFEST).is_file()]
@@ -113,5 +124,6 @@ def rotate(folder: Path, keep: int) -> None:
 def remove_checkpoint(folder: Path) -> None:
     """Removes a checkpoint, its manifest first, so that half of one is none. What looks like no checkpoint stays."""
     if any((folder / name).exists() for name in _MARKS) or not any(folder.iterdir()):
-        (folder / MANIFEST).unlink(missing_ok=True)
+        with contextlib.suppress(IsADirectoryError, FileNotFoundError):
+            (folder / MANIFEST).unlink()
         shutil.rmtree(folder)

@@ -177,10 +177,9 @@ def _run(
     counts = {"selected": tuner.selected, "budget": tuner.budget, "trained": tuner.trained}
     events, taken = dict(tuner.events), tuner.step
     tuner.detach()
+    stop.where = f"after its last step: {delta} is whole, and was not measured"
     if stop.asked:
-        raise StoppedError(
-            f"Stopped after the last step, as asked: {delta} is whole, and was not measured.", taken, stop.signal or 0
-        )
+        raise StoppedError(f"Stopped {stop.where}.", taken, stop.signal or 0)
     with st.load(delta).applied(loaded.model):
         evaluation = evaluate(loaded.model, loaded.tokenizer, task, rows["validation"])
     result = RunResult(
@@ -271,7 +270,7 @@ def _train(
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
         finally:
-            stop.listening = False
+            stop.listening, stop.where = False, "after its last step, before its delta was saved"
             if progress is not None:
                 progress.stop()
     if follower.stopped_at is not None:

@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_made(tiny, data, tmp_path):
     (tmp_path / "file").write_text("mine")
     out = tmp_path / "file" / "below"
     train = ("train", "-m", tiny, "-t", "glue/rte", "--data", data, "-b", 10, "--max-steps", 1)
-    assert str(out) in refused(*train, "-o", out, code=1)
+    assert f"{out} cannot be made: {tmp_path / 'file'} is a file" in refused(*train, "-o", out, code=2)
 
 
 def test_a_model_without_its_tokenizer_is_not_trained(tiny, data, tmp_path):

@@ -107,7 +107,7 @@ def test_a_recipe_on_every_kind(config, tiny, data, on):
 def test_sparse_adapters_keep_zeros_where_id3_keeps_the_drawn_values(config, tiny):
     """The same module, seed and budget: what is not selected is 0 in one, as drawn in the other."""
     for row, zero in (("sparse-adapter+pfeiffer", True), ("id3+pfeiffer", False)):
-        delta = st.load(run(dataclasses.replace(config, **ROWS[row])).delta)
+        delta = st.load(run(dataclasses.replace(config, **ROWS[row]), overwrite=True).delta)
         loaded = load_base(Source(str(tiny)), delta, None)
         drawn = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
         delta.apply(loaded.model)
@@ -128,7 +128,7 @@ def test_adalora_ends_at_its_rank(config, tiny):
 def test_loraplus_trains_b_faster(config):
     moved = {}
     for method in ("lora", "loraplus:ratio=16"):
-        result = run(dataclasses.replace(config, method=method, lr=1e-4))
+        result = run(dataclasses.replace(config, method=method, lr=1e-4), overwrite=True)
         b = [d.tensor.abs().mean() for d in st.load(result.delta).dense if "lora_B" in d.name]
         moved[method] = sum(b) / len(b)
     assert moved["loraplus:ratio=16"] > 8 * moved["lora"]

@@ -1,0 +1,116 @@
+"""Ctrl-C and SIGTERM in a process of its own, from the first moment on: an exit code, a sentence, no traceback."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from cli_kit import call
+
+from selectune.cli import signals
+
+pytest_plugins = ("tiny_fixtures",)
+
+TRIALS = int(os.environ.get("TRIALS", "6"))  # 40 in the long form: 20 of each signal
+
+
+@pytest.fixture
+def command(tiny, data):
+    return (
+        "train", "--model", tiny, "--task", "glue/rte", "--budget", 120, "--max-steps", 60, "--lr", "5e-3",
+        "--data", data, "--seed", 3, "--batch-size", 8, "--eval-every", 10,
+    )  # fmt: skip
+
+
+def started(*args):
+    line = [sys.executable, "-m", "selectune", *map(str, args)]
+    return subprocess.Popen(
+        line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.fixture(scope="module")
+def straight():
+    return {}
+
+
+@pytest.mark.parametrize("trial", range(TRIALS))
+def test_a_run_is_resumable_or_says_why(command, tmp_path, straight, trial):
+    number = (signal.SIGINT, signal.SIGTERM)[trial % 2]
+    out = tmp_path / "out"
+    process = started(*command, "--out", out)
+    rng = random.Random(trial)
+    if trial % 3 == 0:
+        time.sleep(rng.uniform(0.1, 4.0))  # while it starts
+    else:
+        while process.poll() is None and not list(out.glob("checkpoint-*")) and not (out / ".lock").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 6.0))
+    process.send_signal(number)
+    printed, told = process.communicate(timeout=120)
+    assert "Traceback" not in told
+    if process.returncode == 0:  # it was over before
+        assert (out / "delta.safetensors").exists()
+        return
+    assert process.returncode == 128 + number
+    assert printed == ""
+    if (out / "delta.safetensors").exists():
+        assert "is whole, and was not measured" in told
+        rest = out
+    elif list(out.glob("checkpoint-*")):
+        assert "Stopped after step" in told
+        call(*command, "--out", out, "--resume")
+        rest = out
+    else:
+        assert "before its first step, so nothing is lost" in told or "stopped by" in told
+        call(*command, "--out", out)
+        rest = out
+    if "delta" not in straight:
+        call(*command, "--out", tmp_path / "straight")
+        straight["delta"] = (tmp_path / "straight" / "delta.safetensors").read_bytes()
+    assert (rest / "delta.safetensors").read_bytes() == straight["delta"]
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp") or path.name == ".lock"]
+
+
+def test_the_second_stops_at_once(tiny, data, tmp_path):
+    """The first waits for a step that never ends; the second does not."""
+    code = (
+        "import sys, time; from selectune.cli import signals, main\n"
+        "from selectune.harness.stop import Stop\n"
+        "signals.watch(); stop = Stop(); signals.heed(stop); stop.listening = True\n"
+        "print('ready', flush=True)\n"
+        "end = time.monotonic() + 60\n"
+        "while time.monotonic() < end: time.sleep(.05); stop.asked and print('asked', flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+        assert p.stdout.readline() == "ready\n"
+        p.send_signal(signal.SIGTERM)
+        assert p.stdout.readline() == "asked\n"
+        p.send_signal(signal.SIGINT)
+        _, told = p.communicate(timeout=20)
+    assert p.returncode == 130
+    assert "SIGTERM: the step is finished and a checkpoint saved; a second one stops at once." in told
+    assert "stopped at once, by a second Ctrl-C" in told
+    assert "Traceback" not in told
+
+
+def test_two_runs_in_one_folder(command, tmp_path):
+    out = tmp_path / "out"
+    with started(*command, "--out", out) as first:
+        while first.poll() is None and not (out / ".lock").exists():
+            time.sleep(0.01)
+        for more in ((), ("--resume",), ("--overwrite",)):
+            found = call(*command, "--out", out, *more, code=2)
+            assert f"in use by another run: process {first.pid}" in found.stderr
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+    call(*command, "--out", out, "--max-steps", 2, "--overwrite")
+
+
+def test_exit_codes_are_the_shells():
+    assert [signals.exit_code(number) for number in signals.SIGNALS] == [130, 143]
