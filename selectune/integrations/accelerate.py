@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from selectune.errors import ConfigError, IntegrityError, TunerError
+from selectune.files import seal, verify
 from selectune.integrations.loading import KeptOut
 from selectune.train import STATE_FILE, Tuner, read_state, write_state
 
@@ -34,12 +35,21 @@ class Registration:
             accelerator.register_save_state_pre_hook(self._save),
             accelerator.register_load_state_pre_hook(self._load),
         ]
+        self._save_state = accelerator.save_state
+        accelerator.save_state = self._save_and_seal
 
     def remove(self) -> None:
         """From here on `save_state` and `load_state` know nothing of the tuner."""
         for handle in self._handles:
             handle.remove()
+        self.accelerator.save_state = self._save_state
         self._release()
+
+    def _save_and_seal(self, *args: Any, **kwargs: Any) -> Any:
+        folder = self._save_state(*args, **kwargs)
+        if self.accelerator.is_main_process:
+            seal(folder, {"step": self.tuner.step})
+        return folder
 
     def _save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         del weights
@@ -57,8 +67,9 @@ class Registration:
         if not file.is_file():
             raise ConfigError(
                 f"{folder} has no {STATE_FILE}, so the support and its order cannot be restored: it was saved before "
-                "register(accelerator, tuner), or by an older selectune. Load another, or start anew."
+                "register(accelerator, tuner). Load another, or start anew."
             )
+        verify(folder)
         saved = read_state(file)
         try:
             before = tuner.state_dict()
@@ -98,16 +109,17 @@ class Registration:
 def register(accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None = None) -> Registration:
     """Makes `save_state` write the tuner's state and its delta, and `load_state` read the state before any weights.
 
-    Both files lie in the folder beside accelerate's own: `tuner.safetensors` and `delta.safetensors`; `base` is what
-    the delta records of its base, see `Tuner.save`. `load_state` takes a fresh tuner, attached alike to the same base,
-    or one that has stepped, which goes back. The folder's weights are not loaded, they are compared: both must agree by
+    Both files lie in the folder beside accelerate's own: `tuner.safetensors` and `delta.safetensors`; `base` is what the
+    delta records of its base, see `Tuner.save`. `manifest.json`, written last, names them all with their sha256:
+    `load_state` takes a folder that is whole, and no other. It takes a fresh tuner, attached alike to the same base, or
+    one that has stepped, which goes back. The folder's weights are not loaded, they are compared: both must agree by
     bits. Call it after `accelerator.prepare`, in both processes.
 
-    Raises ConfigError if the tuner's model was not prepared by this accelerator, if `gradient_accumulation_steps` is
-    above 1 and not the tuner's `accumulation_steps`, or under more than one process. `save_state` raises TunerError
-    within an accumulation window; `load_state` raises ConfigError for a folder without a state or with one of another
-    run, BaseMismatchError for another base, and IntegrityError, naming tensors, for weights that are not those of base
-    and state. What is refused has changed nothing.
+    Raises ConfigError if the tuner's model was not prepared by this accelerator, if `gradient_accumulation_steps` is above
+    1 and not the tuner's `accumulation_steps`, or under more than one process. `save_state` raises TunerError within an
+    accumulation window; `load_state` raises ConfigError for a folder without a state or with one of another run,
+    CheckpointError for one that is incomplete or damaged, BaseMismatchError for another base, and IntegrityError,
+    naming tensors, for weights that are not those of base and state. What is refused has changed nothing.
     """
     passes = accelerator.gradient_accumulation_steps
     if accelerator.num_processes > 1:

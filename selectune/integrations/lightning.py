@@ -17,18 +17,22 @@ Works with `pytorch_lightning`, the same package under its older name, where `li
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 try:
     from lightning.pytorch import Callback  # pyright: ignore[reportMissingImports]
 except ImportError:
     from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
 
-from selectune.errors import ConfigError, IntegrityError, TunerError
+from selectune.delta import digest_bits
+from selectune.errors import CheckpointError, ConfigError, IntegrityError, TunerError
 from selectune.integrations.loading import KeptOut
 from selectune.train import Tuner
 
@@ -36,6 +40,8 @@ log = logging.getLogger("selectune")
 
 DELTA_SUFFIX = ".delta.safetensors"
 """`epoch=3.ckpt` has its delta beside it as `epoch=3.delta.safetensors`."""
+
+_DIGEST = "selectune_digest"  # of a checkpoint's other keys
 
 
 class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
@@ -47,10 +53,11 @@ class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
     `base`: what a delta records of its base, see `Tuner.save`. A delta whose checkpoint Lightning removed goes as well;
     beside a checkpoint that is no local file (`s3://...`) none is written.
 
-    Raises ConfigError as fitting or an epoch starts, if `accumulate_grad_batches` does not fit the tuner's
-    `accumulation_steps`, if the tuner's model is not part of the module, or if the checkpoint has no state or that of
-    another run. BaseMismatchError for another base; IntegrityError, naming tensors, for weights that are not
-    those of base and state. The model is then as it was. TunerError for a checkpoint within an accumulation window.
+    Raises CheckpointError for a checkpoint with another content than was written; ConfigError as fitting or an epoch
+    starts, if `accumulate_grad_batches` does not fit the tuner's `accumulation_steps`, if the tuner's model is not part
+    of the module, or if the checkpoint has no state or that of another run. BaseMismatchError for another base;
+    IntegrityError, naming tensors, for weights that are not those of base and state. The model is then as it was.
+    TunerError for a checkpoint within an accumulation window.
     """
 
     def __init__(self, tuner: Tuner, base: Mapping[str, Any] | None = None) -> None:
@@ -113,6 +120,16 @@ class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
             delta = file.with_name(file.stem + DELTA_SUFFIX)
             self.tuner.save(delta, base=self.base, allow_empty=True)
             self._deltas[file] = delta
+        checkpoint[_DIGEST] = {"keys": sorted(checkpoint), "sha256": _digest(checkpoint, sorted(checkpoint))}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        told = checkpoint.get(_DIGEST)
+        if told is not None and _digest(checkpoint, told["keys"]) != told["sha256"]:
+            self._release()
+            raise CheckpointError(
+                "The checkpoint is damaged: its content does not have the sha256 that it was written with. Resume from "
+                "another."
+            )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self._forget_removed()
@@ -141,6 +158,28 @@ class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
         if guard is not None:
             guard.release()
         return guard
+
+
+def _digest(checkpoint: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """sha256 over the tensors and plain values under some keys: torch.load sees no flipped bit."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(digest_bits(value.detach().cpu()).encode())
+        elif isinstance(value, Mapping):
+            for key in sorted(value, key=str):
+                found.update(f"{key}=".encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+        elif value is None or isinstance(value, str | int | float | bool):
+            found.update(f"{value!r};".encode())
+
+    for key in keys:
+        add({key: checkpoint.get(key)})
+    return found.hexdigest()
 
 
 def _file_of(trainer: Any) -> Path | None:

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import selectune as st
-from selectune.errors import BaseMismatchError, ConfigError, IntegrityError, TunerError
+from selectune.errors import BaseMismatchError, CheckpointError, ConfigError, IntegrityError, TunerError
+from selectune.files import seal
 from selectune.integrations.accelerate import register
 from selectune.train import STATE_FILE
 
@@ -138,6 +139,7 @@ def test_weights_that_were_changed(at_3, begun):
     weights = load_file(at_3 / "model.safetensors")
     weights["0.weight"][1, 1] += 1
     save_file(weights, at_3 / "model.safetensors", {"format": "pt"})
+    seal(at_3, {})
     run = Run()
     run.go(0, begun)
     refused(run, at_3, IntegrityError, r"1 of the \d+ tensors in .*at-3 .*: 0\.weight\.")
@@ -148,7 +150,25 @@ def test_a_state_of_another_step(at_3, tmp_path):
     run.go(0, 2)
     run.accelerator.save_state(tmp_path / "at-2")
     shutil.copy(tmp_path / "at-2" / STATE_FILE, at_3 / STATE_FILE)
+    seal(at_3, {})
     refused(Run(), at_3, IntegrityError, "the state is of another checkpoint")
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", STATE_FILE, "delta.safetensors"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "gone"])
+def test_a_folder_that_is_not_whole(at_3, name, harm):
+    content = (at_3 / name).read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+    if harm == "gone":
+        (at_3 / name).unlink()
+    else:
+        (at_3 / name).write_bytes(flipped if harm == "flip" else content[:-1])
+    kind = ConfigError if (name, harm) == (STATE_FILE, "gone") else CheckpointError
+    refused(Run(), at_3, kind, name.replace(".", r"\."))
+    (at_3 / name).write_bytes(content)
+    (at_3 / "manifest.json").unlink()
+    refused(Run(), at_3, CheckpointError, "at-3 is incomplete")
 
 
 def test_within_a_window(tmp_path):

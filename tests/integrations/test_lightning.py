@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import selectune as st
-from selectune.errors import BaseMismatchError, ConfigError, IntegrityError
+from selectune.errors import BaseMismatchError, CheckpointError, ConfigError, IntegrityError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -176,7 +176,32 @@ def test_weights_that_were_changed(tmp_path, stopped):
     content = torch.load(stopped, weights_only=True)
     content["state_dict"]["net.0.weight"][1, 1] += 1
     torch.save(content, stopped)
+    refused(tmp_path, stopped, CheckpointError, "the sha256 that it was written with")
+    del content["selectune_digest"]
+    torch.save(content, stopped)
     refused(tmp_path, stopped, IntegrityError, r"1 of the \d+ tensors in the checkpoint .*: 0\.weight\.")
+
+
+@pytest.mark.parametrize("where", ["optimizer_states", "callbacks", "loops"])
+def test_content_that_was_changed(tmp_path, stopped, where):
+    content = torch.load(stopped, weights_only=True)
+
+    def change(value):
+        """The first number or tensor below."""
+        for key in value if isinstance(value, dict) else range(len(value)):
+            if isinstance(value[key], torch.Tensor) and value[key].numel():
+                value[key] = value[key] + 1
+                return True
+            if isinstance(value[key], int | float):
+                value[key] += 1
+                return True
+            if isinstance(value[key], dict | list) and change(value[key]):
+                return True
+        return False
+
+    assert change(content[where])
+    torch.save(content, stopped)
+    refused(tmp_path, stopped, CheckpointError, "damaged")
 
 
 def test_accumulation_must_agree(tmp_path):
