@@ -109,16 +109,16 @@ class Registration:
 def register(accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None = None) -> Registration:
     """Makes `save_state` write the tuner's state and its delta, and `load_state` read the state before any weights.
 
-    Both files lie in the folder beside accelerate's own: `tuner.safetensors` and `delta.safetensors`; `base` is what the
-    delta records of its base, see `Tuner.save`. `manifest.json`, written last, names them all with their sha256:
+    Both files lie in the folder beside accelerate's own: `tuner.safetensors` and `delta.safetensors`; `base` is what
+    the delta records of its base, see `Tuner.save`. `manifest.json`, written last, names them all with their sha256:
     `load_state` takes a folder that is whole, and no other. It takes a fresh tuner, attached alike to the same base, or
     one that has stepped, which goes back. The folder's weights are not loaded, they are compared: both must agree by
     bits. Call it after `accelerator.prepare`, in both processes.
 
-    Raises ConfigError if the tuner's model was not prepared by this accelerator, if `gradient_accumulation_steps` is above
-    1 and not the tuner's `accumulation_steps`, or under more than one process. `save_state` raises TunerError within an
-    accumulation window; `load_state` raises ConfigError for a folder without a state or with one of another run,
-    CheckpointError for one that is incomplete or damaged, BaseMismatchError for another base, and IntegrityError,
+    Raises ConfigError if the tuner's model was not prepared by this accelerator, if `gradient_accumulation_steps` is
+    above 1 and not the tuner's `accumulation_steps`, or under more than one process. `save_state` raises TunerError
+    within an accumulation window; `load_state` raises ConfigError for a folder without a state or with one of another
+    run, CheckpointError for one that is incomplete or damaged, BaseMismatchError for another base, and IntegrityError,
     naming tensors, for weights that are not those of base and state. What is refused has changed nothing.
     """
     passes = accelerator.gradient_accumulation_steps

@@ -114,3 +114,32 @@ def test_two_runs_in_one_folder(command, tmp_path):
 
 def test_exit_codes_are_the_shells():
     assert [signals.exit_code(number) for number in signals.SIGNALS] == [130, 143]
+
+
+KILLS = int(os.environ.get("KILLS", "4"))  # 60 in the long form
+
+
+def test_kills_of_runs_that_share_a_folder(command, tmp_path):
+    """Two at a time want one folder, and whoever has it is killed; the run ends with the bits of one that never was."""
+    out, args = tmp_path / "out", (*command, "--save-every", 4)
+    rng = random.Random(0)
+    for _ in range(KILLS):
+        both = [started(*args, "--out", out, *(("--resume",) if list(out.glob("checkpoint-*")) else ()))]
+        time.sleep(rng.uniform(0.0, 0.5))
+        both.append(started(*args, "--out", out, "--resume"))
+        end = time.monotonic() + rng.uniform(3.0, 9.0)
+        while time.monotonic() < end and any(process.poll() is None for process in both):
+            time.sleep(0.02)
+        for process in both:
+            process.send_signal(signal.SIGKILL)
+            _, told = process.communicate()
+            assert "Traceback" not in told
+            # killed, done, refused (the folder is in use, or has nothing to go on from yet, or is whole already)
+            assert process.returncode in (-signal.SIGKILL, 0, 2)
+    resumable = bool(list(out.glob("checkpoint-*/manifest.json")))
+    call(*args, "--out", out, "--resume" if resumable else "--overwrite")
+    call(*args, "--out", tmp_path / "straight")
+    deltas = [(folder / "delta.safetensors").read_bytes() for folder in (out, tmp_path / "straight")]
+    assert deltas[0] == deltas[1]
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp") or path.name == ".lock"]
+    assert all((folder / "manifest.json").exists() for folder in out.glob("checkpoint-*"))
