@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from torch.utils.hooks import unserializable_hook
+
 from selectune.internals import never_compiled
 
 
@@ -36,6 +38,7 @@ def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """A hook of a tensor that calls a method while its owner lives; held strongly, neither would ever go."""
     seen = weakref.WeakMethod(method)
 
+    @unserializable_hook
     def hook(*received: Any) -> Any:
         alive = seen()
         return None if alive is None else alive(*received)

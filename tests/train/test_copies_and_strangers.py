@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -43,6 +45,40 @@ def test_a_copy_keeps_the_weights_it_is_given():
     average.load_state_dict(model.state_dict())
     assert torch.equal(average(X[0])[0], model(X[0])[0])
     tuner.verify()
+
+
+SPAWNED = """
+import torch, selectune as st
+from torch import nn
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, model):
+        self.model = model
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        assert type(self.model[0].weight) is nn.Parameter
+        return self.model(torch.full((1, 4), float(i))).detach()
+
+if __name__ == "__main__":
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    tuner = st.attach(model, st.static_d3(budget=5))
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.5)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    workers = torch.utils.data.DataLoader(Rows(model), num_workers=2, multiprocessing_context="spawn")
+    found = torch.cat(list(workers))
+    with torch.no_grad():
+        assert torch.equal(found, torch.stack([model(torch.full((1, 4), float(i))) for i in range(4)]))
+    model(torch.ones(2, 4)).sum().backward()
+    assert tuner.parameters()[0].grad.count_nonzero() > 0
+"""
+
+
+def test_workers_that_are_spawned_get_an_ordinary_model(tmp_path):
+    (tmp_path / "spawned.py").write_text(SPAWNED)
+    subprocess.run([sys.executable, str(tmp_path / "spawned.py")], check=True, timeout=120)
 
 
 def test_other_weights_for_one_call():
