@@ -40,7 +40,7 @@ def one(name: str, options: argparse.Namespace) -> RunResult:
         eval_every=10**9,
         out=str(Path(options.out) / name.replace(":", "-")),
     )
-    return run(config)
+    return run(config, overwrite=options.overwrite)
 
 
 def row(name: str, result: RunResult) -> str:
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=6)
     parser.add_argument("--train-fully", default="", help="patterns trained densely outside the budget, by comma")
     parser.add_argument("--out", default="runs/compare")
+    parser.add_argument("--overwrite", action="store_true", help="runs that are in --out may go")
     options = parser.parse_args()
     print(HEAD.format(metric=tasks.get(options.task).metric_name), flush=True)
     for name in names_of(options.methods):

@@ -62,7 +62,7 @@ def command(name: str, options: argparse.Namespace) -> list[str]:
     fixed = [sys.executable, "-m", "selectune", "train", "--model", options.model, "--task", options.task, "--json"]
     fixed += ["--epochs", str(options.epochs), "--max-length", str(options.max_length), "--seed", str(options.seed)]
     fixed += ["--group-by-length"]
-    fixed += ["--out", str(options.out / folder(name)), "--eval-every", str(10**9)]
+    fixed += ["--out", str(options.out / folder(name)), "--overwrite", "--eval-every", str(10**9)]
     extra = [part.format(budget=options.budget, lora=options.lora) for part in EXTRA.get(name, [])]
     if "--method" not in extra:
         extra += ["--method", name]
