@@ -53,7 +53,7 @@ def sampled(arguments: argparse.Namespace, dtype: torch.dtype, clock: Callable[[
             ways["torch"] = lambda e=entries: reference.sampled_matmul(dy, x, *e)
         times = measure(ways, arguments.rounds, clock)
         show(f"density {density:.2%} ({flat.numel()})", times, "dense")
-        print(f"{'':28s} chosen: {cost.choose(flat.numel(), t, o, i, dtype, measure=False)}")
+        print(f"{'':28s} chosen: {cost.choose(flat.numel(), t, o, i, dtype)}")
 
 
 def passes(arguments: argparse.Namespace, clock: Callable[[], float]) -> None:

@@ -145,10 +145,10 @@ def explain() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """What runs here and why, for a person: backends, threads, the cost model and what it chooses.
+    """What runs here and why, for a person: backends, threads, and which way the cost model chooses.
 
     >>> sorted(describe())
-    ['backends', 'choices', 'cost', 'forced', 'threads']
+    ['backends', 'choices', 'forced', 'threads']
     """
     from selectune.ops import threads
 
@@ -166,13 +166,12 @@ def describe() -> dict[str, Any]:
             "triton": package("triton", gpu),
         },
         "threads": {"count": torch.get_num_threads(), "pool": threads.describe()},
-        "cost": cost.describe(),
         "choices": [
             {
                 "shape": [o, i],
                 "tokens": 1024,
                 "density": d,
-                "way": cost.choose(int(d * o * i), 1024, o, i, torch.float32, measure=False),
+                "way": cost.choose(int(d * o * i), 1024, o, i, torch.float32),
             }
             for o, i in shapes
             for d in (0.0001, 0.0005, 0.0017, 0.01, 0.05, 0.2)
