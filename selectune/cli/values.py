@@ -54,12 +54,3 @@ def dtype(text: str) -> str:
     ('bf16', 'bf16')
     """
     return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(text, text)
-
-
-def shown(number: int | float) -> str:
-    """A count with thousands marks, a metric with four decimals.
-
-    >>> shown(103682), shown(0.81234)
-    ('103,682', '0.8123')
-    """
-    return f"{number:,}" if isinstance(number, int) else f"{number:.4f}"

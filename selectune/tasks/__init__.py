@@ -1,34 +1,13 @@
-"""Tasks: what a model is tuned for and measured on. A task is one file with its metric, chance level and source."""
+"""Tasks: what a model is tuned for and measured on. A task has a metric, a chance level and a source."""
 
 from __future__ import annotations
 
 from selectune.errors import UnknownTaskError, did_you_mean
 from selectune.tasks.common import DATA, Example, Hub, Split, Task, load
 from selectune.tasks.demo.topic import TOPIC
-from selectune.tasks.glue.cola import COLA
-from selectune.tasks.glue.mnli import MNLI, MNLI_MM
-from selectune.tasks.glue.mrpc import MRPC
-from selectune.tasks.glue.qnli import QNLI
-from selectune.tasks.glue.qqp import QQP
-from selectune.tasks.glue.rte import RTE
-from selectune.tasks.glue.sst2 import SST2
-from selectune.tasks.glue.stsb import STSB
+from selectune.tasks.glue import GLUE
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        COLA,
-        MRPC,
-        RTE,
-        STSB,
-        SST2,
-        QNLI,
-        QQP,
-        MNLI,
-        MNLI_MM,
-        TOPIC,
-    )
-}
+TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, TOPIC)}
 
 
 def get(name: str) -> Task:

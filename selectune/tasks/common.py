@@ -47,7 +47,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark: its rows, its metric, its chance level and its source. One file each, one registry line.
+    """A benchmark: its rows, its metric, its chance level and its source.
 
     `folders`: places below a data folder, tried in order. `fields`: the texts of a row, one or two. `chance`: what the
     best constant answer scores on the validation split. `epochs`, `eval_every` (steps) and `max_length` (tokens) are
