@@ -1,9 +1,9 @@
 """One task, several methods, one budget: a Markdown table on standard output.
 
-    SELECTUNE_DATA=... python benchmarks/compare.py --task glue/stsb --methods id3,id3@10,pafi,random,bitfit,full \
-        --budget 0.0017 --epochs 2 --out runs/stsb
+    SELECTUNE_DATA=... python benchmarks/compare.py --task glue/stsb \
+        --methods id3,id3:every=10,pafi,random,bitfit,full --budget 0.0017 --epochs 2 --out runs/stsb
 
-Every row is made by the same loop (`selectune.harness.train.run`), measured from its saved delta. `id3@10` is
+Every row is made by the same loop (`selectune.harness.train.run`), measured from its saved delta. `id3:every=10` is
 `id3` with every=10, `id3+lora:r=32` selects from LoRA, `lora:r=2` is a dense peer.
 """
 
@@ -14,24 +14,25 @@ import sys
 from pathlib import Path
 
 from selectune import tasks
-from selectune.bench.methods import names_of, parts
+from selectune.bench.methods import base_of, parts
 from selectune.harness.train import RunConfig, RunResult, run
 from selectune.recipes import RECIPES
+from selectune.spec import names
 
 HEAD = "| method | {metric} | trained | changed | delta bytes | bytes / scalar | lr | seconds |\n" + "|---" * 8 + "|"
 
 
 def one(name: str, options: argparse.Namespace) -> RunResult:
-    recipe, every, on = parts(name)
+    method, on = parts(name)
+    recipe = base_of(name)
     takes_budget = recipe in RECIPES and "budget" in RECIPES[recipe].function.__annotations__
     whole = recipe == "full" or recipe not in RECIPES
     config = RunConfig(
         model=options.model,
         task=options.task,
-        method=recipe,
+        method=method,
         on=on or None,
         budget=options.budget if takes_budget else None,
-        every=int(every) if every else None,
         epochs=options.epochs,
         batch_size=options.batch_size,
         max_length=options.max_length,
@@ -56,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--task", default="glue/stsb")
-    parser.add_argument("--methods", default="id3,id3@10,static-d3,pafi,random,bitfit,full")
+    parser.add_argument("--methods", default="id3,id3:every=10,static-d3,pafi,random,bitfit,full")
     parser.add_argument("--budget", type=float, default=0.0017)
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="runs that are in --out may go")
     options = parser.parse_args()
     print(HEAD.format(metric=tasks.get(options.task).metric_name), flush=True)
-    for name in names_of(options.methods):
+    for name in names(options.methods):
         print(row(name, one(name, options)), flush=True)
     sys.stdout.flush()
 

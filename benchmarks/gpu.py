@@ -25,7 +25,7 @@ from selectune.bench.models import DTYPES, Bench, batches, config_of, prepare
 from selectune.bench.rounds import Settings
 from selectune.bench.rows import run
 
-METHODS = ("full", "frozen", "lora", "pafi", "static-d3", "id3", "id3@10")
+METHODS = ("full", "frozen", "lora", "pafi", "static-d3", "id3", "id3:every=10")
 CASES = (
     ("deberta-v3-base, bf16 autocast", Bench("deberta-v3-base", 16, 256, "fp32", "bf16", device="cuda")),
     ("deberta-v3-base, fp32", Bench("deberta-v3-base", 16, 256, "fp32", device="cuda")),

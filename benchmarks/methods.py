@@ -26,8 +26,8 @@ from selectune.recipes import RECIPES
 
 EXTRA = {  # what a method needs beside its name, and the papers' combinations
     "id3": ["--budget", "{budget}"],
-    "fish": ["--examples", "256"],
-    "fish-dip": ["--pool", "500"],
+    "fish": ["--method", "fish:examples=256"],
+    "fish-dip": ["--method", "fish-dip:pool=500"],
     "sparse-adapter": ["--on", "pfeiffer:reduction=16"],
     "id3+lora:r=32": ["--method", "id3", "--on", "lora:r=32", "--budget", "{lora}"],
     "pafi+lora:r=32": ["--method", "pafi", "--on", "lora:r=32", "--budget", "{lora}"],

@@ -26,6 +26,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors",),
     ("files",),
+    ("spec",),
     ("internals",),
     ("types",),
     ("scope", "schedule", "select", "scores", "dense"),
@@ -331,7 +332,7 @@ HEAVY = {"torch", "numpy", "numba", "transformers", "safetensors", "peft", "data
 
 def _heavy_tops() -> set[str]:
     """Names under selectune/ that load torch as they are imported."""
-    return set(CORE) - {"errors", "selectune"} | {"adapters", "integrations", "harness"}
+    return set(CORE) - {"errors", "files", "spec", "selectune"} | {"adapters", "integrations", "harness"}
 
 
 def test_commands_import_what_they_work_with_when_they_run():

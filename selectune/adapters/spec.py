@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from selectune import spec
 from selectune.adapters import bottleneck
 from selectune.adapters.roles import LINEAR
 from selectune.errors import ConfigError, did_you_mean
@@ -48,8 +49,7 @@ class Spec:
     options: Mapping[str, Value]
 
     def __str__(self) -> str:
-        given = ",".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.kind}:{given}" if given else self.kind
+        return spec.join(self.kind, self.options)
 
 
 def parse(text: str) -> Spec:
@@ -60,16 +60,7 @@ def parse(text: str) -> Spec:
     >>> parse("pfeiffer:reduction=8,init=zero").options["reduction"]
     8
     """
-    kind, colon, rest = text.strip().partition(":")
-    given: dict[str, Any] = {}
-    for part in rest.split(",") if colon else ():
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (name and equals and value):
-            raise ConfigError(f"'{text}': options are written name=value, separated by commas; '{part}' is not.")
-        if name in given:
-            raise ConfigError(f"'{text}': the option {name} is given twice.")
-        given[name] = _read(value)
-    return make(kind, given)
+    return make(*spec.split(text))
 
 
 def make(kind: str, given: Mapping[str, Any]) -> Spec:
@@ -92,17 +83,6 @@ def make(kind: str, given: Mapping[str, Any]) -> Spec:
             raise ConfigError(f"{kind}: {name}={value!r} is not allowed; {name} is {option.allowed}.")
         full[name] = value
     return Spec(kind, full)
-
-
-def _read(text: str) -> Value:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return text
 
 
 def targets_of(text: str) -> tuple[str, ...]:

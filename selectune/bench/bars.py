@@ -11,6 +11,7 @@ from selectune.bench.rows import ratio
 
 Report = dict[str, Any]
 Row = dict[str, Any]
+TENTH = "id3:every=10"
 STATIC = ("pafi", "static-d3", "random")
 MIB = 1 << 20
 
@@ -123,23 +124,23 @@ BARS: tuple[Bar, ...] = (
     Bar("static masks, step / frozen", STATIC, step_over("frozen"), 1.15, 1.05, _CPU),
     Bar("static masks, step / lora", STATIC, step_over("lora"), 0.95, 0.85, _CPU),
     Bar("id3 every step, step / full", ("id3",), step_over("full"), 0.80, 0.70, _CPU),
-    Bar("id3@10, step / frozen", ("id3@10",), step_over("frozen"), 1.20, 1.08, _CPU),
-    Bar("id3@10, step / lora", ("id3@10",), step_over("lora"), 1.00, 0.85, _CPU),
+    Bar(f"{TENTH}, step / frozen", (TENTH,), step_over("frozen"), 1.20, 1.08, _CPU),
+    Bar(f"{TENTH}, step / lora", (TENTH,), step_over("lora"), 1.00, 0.85, _CPU),
     Bar("id3, step / toolkit-id3", ("id3",), step_over("toolkit-id3"), 0.40, 0.30, _CPU),
     Bar("id3, peak memory / full", ("id3",), memory_over("full"), 0.60, 0.50, _CPU),
     Bar("id3, peak memory / lora", ("id3",), memory_over("lora"), 0.75, 0.62, _CPU),
     Bar("pafi, initialisation / one copy of the weights", ("pafi",), init_over_copy, 10.0, 4.0, _CPU),
     Bar("id3, (peak - frozen) / (1.5 x largest tensor + 32 B + 64 MiB)", ("id3",), memory_above_floor, 1.0, 0.6, _CPU),
     Bar("static masks at 5 %, step / full", STATIC, step_over("full"), 0.85, 0.75, _DENSE),
-    Bar("delta file, bytes a scalar, fp32", (*STATIC, "id3", "id3@10"), bytes_per_scalar, 6.5, 6.0, _stored("fp32")),
+    Bar("delta file, bytes a scalar, fp32", (*STATIC, "id3", TENTH), bytes_per_scalar, 6.5, 6.0, _stored("fp32")),
     Bar(
-        "delta file, bytes a scalar, 16 bits", (*STATIC, "id3", "id3@10"), bytes_per_scalar, 4.5, 4.0,
+        "delta file, bytes a scalar, 16 bits", (*STATIC, "id3", TENTH), bytes_per_scalar, 4.5, 4.0,
         _stored("bf16", "fp16"),
     ),
-    Bar("GPU: id3@10 and static masks, step / full", (*STATIC, "id3@10"), step_over("full"), 0.80, 0.70, _GPU),
+    Bar(f"GPU: {TENTH} and static masks, step / full", (*STATIC, TENTH), step_over("full"), 0.80, 0.70, _GPU),
     Bar("GPU: id3, step / full", ("id3",), step_over("full"), 1.00, 0.90, _GPU),
-    Bar("GPU: peak memory / full", (*STATIC, "id3", "id3@10"), memory_over("full"), 0.60, 0.50, _GPU),
-    Bar("GPU: peak memory / lora", (*STATIC, "id3", "id3@10"), memory_over("lora"), 1.00, 0.80, _GPU),
+    Bar("GPU: peak memory / full", (*STATIC, "id3", TENTH), memory_over("full"), 0.60, 0.50, _GPU),
+    Bar("GPU: peak memory / lora", (*STATIC, "id3", TENTH), memory_over("lora"), 1.00, 0.80, _GPU),
 )  # fmt: skip
 
 

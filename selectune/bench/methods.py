@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import inspect
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from selectune.harness.modules import peer, spec_of
 from selectune.harness.optimizers import OPTIMIZERS
 from selectune.method import Method
 from selectune.recipes import RECIPES
+from selectune.recipes.named import named, parameters
 from selectune.schedule import resolve_budget
 from selectune.train import attach
 
@@ -58,53 +58,45 @@ class Ready:
     note: str = ""
 
 
-def parts(name: str) -> tuple[str, str, str]:
-    """`id3@10+lora:r=8` as recipe, selecting at every k-th step, on a module; what is no recipe is left whole.
+def parts(name: str) -> tuple[str, str]:
+    """`id3:every=10+lora:r=8` as a recipe with its options, and what it selects from; what is no recipe stays whole.
 
-    >>> parts("id3@10+lora:r=8"), parts("lora:targets=query+value")
-    (('id3', '10', 'lora:r=8'), ('lora:targets=query+value', '', ''))
+    >>> parts("id3:every=10+lora:r=8"), parts("lora:targets=query+value")
+    (('id3:every=10', 'lora:r=8'), ('lora:targets=query+value', ''))
     """
     head, _, on = name.partition("+")
-    base, _, every = head.partition("@")
-    return (base, every, on) if base in RECIPES else (name, "", "")
+    return (head, on) if base_of(head) in RECIPES else (name, "")
 
 
-def names_of(text: str) -> tuple[str, ...]:
-    """Names separated by commas, as are the options of one name.
+def base_of(name: str) -> str:
+    """The name alone, without options."""
+    return name.partition("+")[0].partition(":")[0].strip()
 
-    >>> names_of("full, lora:r=8,alpha=16, id3+pfeiffer")
-    ('full', 'lora:r=8,alpha=16', 'id3+pfeiffer')
-    """
-    found: list[str] = []
-    for part in (piece.strip() for piece in text.split(",") if piece.strip()):
-        if found and ":" in found[-1] and "=" in part and ":" not in part:
-            found[-1] += f",{part}"
-        else:
-            found.append(part)
-    return tuple(found)
+
+def every_of(name: str) -> int:
+    """At every which step a method selects, by its options; 1 where they do not say."""
+    every = named(parts(name)[0]).options.get("every", 1) if is_ours(name) else 1
+    return every if isinstance(every, int) else 1
 
 
 def is_ours(name: str) -> bool:
     """Whether a method is trained by selectune; `full` and `frozen` are plain torch."""
-    return parts(name)[0] in RECIPES and parts(name)[0] != DENSE
+    return base_of(name) in RECIPES and base_of(name) != DENSE
 
 
 def check(name: str) -> None:
     """Raises ConfigError for a method that nothing here can set up."""
-    base, every, on = parts(name)
     if is_ours(name):
+        head, on = parts(name)
+        named(head)
         if on:
-            spec_of(base, on)
-        if "@" in name.partition("+")[0] and (
-            "every" not in inspect.signature(RECIPES[base].function).parameters or not every.isdigit()
-        ):
-            raise ConfigError(f"--methods {name}: '@k' selects at every k-th step, which {base} does not take.")
+            spec_of(head, on)
         return
     if peer(name) is None and name not in PEERS:
         known = [*PEERS, *KINDS, *(r for r in RECIPES if r != DENSE)]
         raise ConfigError(
-            f"--methods {name}: unknown. Known: {', '.join(known)}; id3@10 selects at every 10th "
-            f"step, id3+lora:r=8 selects from a module.{_meant(name, known)}"
+            f"--methods {name}: unknown. Known: {', '.join(known)}; id3:every=10 selects at every "
+            f"10th step, id3+lora:r=8 selects from a module.{_meant(name, known)}"
         )
 
 
@@ -119,12 +111,12 @@ def plannable(name: str) -> None:
 
 
 def _meant(name: str, known: Sequence[str]) -> str:
-    return did_you_mean(re.split("[@+:]", name)[0].lower().replace("_", "-"), known)
+    return did_you_mean(base_of(name).lower().replace("_", "-"), known)
 
 
 def needs(name: str) -> str | None:
     """The package and version that a peer comes from; None for ours. ModelError where it is not installed."""
-    kind = KINDS.get((parts(name)[2] or name).partition(":")[0])
+    kind = KINDS.get((parts(name)[1] or name).partition(":")[0])
     package = "peft" if kind is not None and kind.peft else None
     package = "selective-optimizers" if name.startswith("toolkit-") else package
     if package is None:
@@ -146,19 +138,17 @@ def set_up(name: str, model: nn.Module, plan: Plan) -> Ready:
 
 
 def recipe(name: str, budget: int | float, steps: int) -> Method:
-    """`id3@10` -> the method, with what its recipe takes of budget and steps."""
-    base, every, _ = parts(name)
-    offered: dict[str, Any] = {"budget": budget, "steps": steps, "examples": EXAMPLES, "batches": EXAMPLES}
-    if every:
-        offered["every"] = int(every)
-    takes = inspect.signature(RECIPES[base].function).parameters
-    if "temperature" in takes and "score" not in takes:
+    """`id3:every=10` -> the method; what its data is comes from here, unless its options say so."""
+    chosen = named(parts(name)[0])
+    takes, known = inspect.signature(chosen.recipe.function).parameters, parameters(chosen.recipe)
+    offered: dict[str, Any] = {option: EXAMPLES for option in ("examples", "batches") if option in known}
+    if "temperature" in known and "score" not in known:
         offered["temperature"] = 1.0  # the model's own loss, whatever its outputs are
-    return RECIPES[base].function(**{k: v for k, v in offered.items() if k in takes})
+    return chosen.make(budget if "budget" in takes else None, steps, **offered)
 
 
 def ours(name: str, model: nn.Module, plan: Plan) -> Ready:
-    method, on = recipe(name, plan.budget, plan.steps), parts(name)[2]
+    method, on = recipe(name, plan.budget, plan.steps), parts(name)[1]
     adapted = put_on(model, on, plan.seed) if on else None
     model = adapted.model if adapted else model
     rows = [{k: v[i] for k, v in b.items()} for b in plan.batches for i in range(len(b["input_ids"]))]
@@ -174,7 +164,7 @@ def ours(name: str, model: nn.Module, plan: Plan) -> Ready:
 
     groups = [{"params": tuner.parameters(), "lr": LEARNING_RATE}]
     return Ready(
-        optimizer=OPTIMIZERS[RECIPES[parts(name)[0]].optimizer](groups, 0.0) or _adamw(tuner.parameters()),
+        optimizer=OPTIMIZERS[RECIPES[base_of(name)].optimizer](groups, 0.0) or _adamw(tuner.parameters()),
         selected=lambda: tuner.selected,
         save=lambda folder: tuner.save(folder / "delta.safetensors").stat().st_size,
         selecting=lambda: tuner.quota > 0,

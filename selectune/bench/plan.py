@@ -58,7 +58,7 @@ class Prediction:
 def plan(
     bench: Bench, method: str, budget: int | float, steps: int | None = None, optimizer: str = "adamw"
 ) -> Prediction:
-    """Predicts a run of `method` (`id3`, `id3@10`, `full`, `frozen`, ...) on a model's config.
+    """Predicts a run of `method` (`id3`, `id3:every=10`, `full`, `frozen`, ...) on a model's config.
 
     One step runs on shapes alone (`trace`), in about a second. The peak is that of tensors that are alive:
     the C library keeps freed blocks besides, which the resident set of a process on the CPU counts.
@@ -70,7 +70,7 @@ def plan(
         raise ConfigError(f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZERS)}.")
     methods.plannable(method)
     methods.check(method)
-    if methods.parts(method)[2]:
+    if methods.parts(method)[1]:
         raise ConfigError(
             f"--method {method}: what sits on a model cannot be planned yet; leave out what follows the +."
         )

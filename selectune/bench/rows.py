@@ -69,14 +69,14 @@ def update(name: str, seen: Samples) -> tuple[float | None, str]:
 def whole(name: str, steps: Sequence[tuple[float, bool]], seen: Samples, added: float | None) -> float:
     """A round's step as a run has it: the median, with the selecting steps in their long-run share.
 
-    Of `id3@10` every tenth step selects; the median alone would hide what that costs.
+    Of `id3:every=10` every tenth step selects; the median alone would hide what that costs.
     """
     del seen
     plain = [s for s, chose in steps if not chose]
     selecting = [s for s, chose in steps if chose]
-    _, every, _ = methods.parts(name)
-    if every and added is not None and plain:
-        return (middle(plain) or 0.0) + max(added, 0.0) / int(every)
+    every = methods.every_of(name)
+    if every > 1 and added is not None and plain:
+        return (middle(plain) or 0.0) + max(added, 0.0) / every
     return middle(plain if plain and len(plain) >= len(selecting) else selecting) or 0.0
 
 

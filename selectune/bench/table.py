@@ -48,8 +48,8 @@ def notes(report: dict[str, Any]) -> list[str]:
     """What a reader of the table must know besides."""
     packages = sorted({row["package"] for row in report["rows"] if row.get("package")})
     found = [
-        "step: the median over rounds of whole steps (forward, backward, selection, optimizer); with @k, selecting "
-        "steps count 1/k; spread: 10th to 90th percentile of all steps; ratios are taken within a round",
+        "step: the median over rounds of whole steps (forward, backward, selection, optimizer); with every=k, "
+        "selecting steps count 1/k; spread: 10th to 90th percentile of all steps; ratios are taken within a round",
         "peak: above the loaded model, as the system counts it; live: the same without what the C library keeps for "
         "reuse, in a run of its own; init: the method's set-up, libraries and kernels loaded beforehand",
     ]

@@ -17,11 +17,11 @@ from selectune.cli.output import stderr, working
 from selectune.errors import ConfigError
 
 EXAMPLES = (
-    "Examples:  selectune bench --methods full,frozen,lora,id3,id3@10 --bars\n\n"
+    "Examples:  selectune bench --methods full,frozen,lora,id3,id3:every=10 --bars\n\n"
     "selectune bench --model minilm --methods full,frozen,pafi --budget 5% --json bench.json\n\n"
     "Exit codes: 0 done, 1 a method of ours failed or a bar was missed, 2 it was asked wrongly"
 )
-METHODS = "full,frozen,lora,dora,super,shira,toolkit-id3,toolkit-pafi,bitfit,pafi,static-d3,random,id3,id3@10"
+METHODS = "full,frozen,lora,dora,super,shira,toolkit-id3,toolkit-pafi,bitfit,pafi,static-d3,random,id3,id3:every=10"
 
 
 def bench(
@@ -31,9 +31,9 @@ def bench(
     ] = "bert-6l",
     batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples of a step.")] = 8,
     length: Annotated[int, typer.Option("--length", "--max-length", help="Tokens of an example.")] = 128,
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas; id3@10 selects at every 10th step.")] = (
-        METHODS
-    ),
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas; id3:every=10 selects at every 10th step.")
+    ] = (METHODS),
     on: Annotated[
         str | None,
         typer.Option(
@@ -67,10 +67,11 @@ def bench(
 ) -> None:
     """Measure methods side by side: seconds of a step, peak memory, bytes shipped; ours and others', random weights."""
     from selectune.bench import bars as judging
-    from selectune.bench.methods import DENSE, FLOOR, is_ours, names_of
+    from selectune.bench.methods import DENSE, FLOOR, is_ours
     from selectune.bench.models import Bench
     from selectune.bench.rounds import Settings
     from selectune.bench.rows import run
+    from selectune.spec import names as names_of
 
     names = tuple(name if on is None or not is_ours(name) else f"{name}+{on}" for name in names_of(methods))
     if out is not None and out != "-" and not Path(out).resolve().parent.is_dir():

@@ -20,8 +20,9 @@ def methods() -> list[dict[str, Any]]:
 
 def found() -> list[dict[str, Any]]:
     """The methods as the code has them."""
-    from selectune.adapters import KINDS
+    from selectune.adapters import KINDS, make
     from selectune.recipes import RECIPES
+    from selectune.recipes.named import parameters
 
     recipes = [
         {
@@ -32,6 +33,8 @@ def found() -> list[dict[str, Any]]:
             "bytes": recipe.bytes,
             "source": recipe.source,
             "takes": [name for name in inspect.signature(recipe.function).parameters if name != "steps"],
+            "options": {name: parameter.default for name, parameter in parameters(recipe).items()},
+            "doc": inspect.getdoc(recipe.function),
         }
         for recipe in RECIPES.values()
     ]
@@ -44,6 +47,8 @@ def found() -> list[dict[str, Any]]:
             "bytes": "16 a scalar of the module",
             "source": kind.source,
             "takes": list(kind.options),
+            "options": dict(make(kind.name, {}).options),
+            "doc": "\n".join(f"{name}: {option.allowed}" for name, option in kind.options.items()),
             "through": "peft" if kind.peft else "selectune",
             "on": kind.on,
             "lr": kind.lr,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from selectune.cli import catalogue
 from selectune.cli.options import Json
 from selectune.cli.output import result
-from selectune.cli.runs import train
+from selectune.errors import ConfigError, did_you_mean
+from selectune.spec import join
 from selectune.tasks import TASKS
 
 
@@ -30,15 +32,25 @@ def tasks(as_json: Json = False) -> None:
     result(as_json, found, "\n".join(lines))
 
 
-def methods(as_json: Json = False) -> None:
-    """List the methods: what each does, what selection reads, what it costs, source; then the dense peers."""
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One of them, in full.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods: what each does, what selection reads, what it costs, source; or one of them in full."""
     everything = catalogue.methods()
+    if name is not None:
+        one = next((m for m in everything if m["name"] == name), None)
+        if one is None:
+            known = [m["name"] for m in everything]
+            raise ConfigError(f"Unknown method '{name}'. Known: {', '.join(known)}.{did_you_mean(name, known)}")
+        result(as_json, one, _in_full(one))
+        return
     found = [m for m in everything if "through" not in m]
     peers = [m for m in everything if "through" in m]
     lines = [
         f"{m['name']}: {m['summary']}\n"
         f"    reads {m['reads']}; passes over the weights: {m['passes']}; bytes: {m['bytes']}\n"
-        f"    {_options(m['takes'])}\n"
+        f"    {_options(m)}\n"
         f"    {m['source']}"
         for m in found
     ]
@@ -51,14 +63,15 @@ def methods(as_json: Json = False) -> None:
     result(as_json, everything, "\n".join(lines))
 
 
-def _options(takes: list[str]) -> str:
-    """The options of `selectune train` that a recipe's parameters are."""
-    known = inspect.signature(train).parameters
-    names = [name for name in takes if name in known]
-    if "scope" in takes:
-        names[len(names) - ("train_fully" in names) :] = ["include"]
-        names += ["exclude", "train_fully"] if "train_fully" in takes else []
-    return "options " + ", ".join("--" + name.replace("_", "-") for name in names)
+def _options(m: dict[str, Any]) -> str:
+    """What a method takes: options of its own with their defaults, written after its name, and some of `train`'s."""
+    own = ", ".join(f"{name}={value}" for name, value in m["options"].items())
+    apart = ["--" + name.replace("_", "-") for name in ("budget", "train_fully") if name in m["takes"]]
+    return f"options {', '.join(filter(None, (own, *apart))) or 'none'}"
+
+
+def _in_full(m: dict[str, Any]) -> str:
+    return f"{join(m['name'], m['options'])}\n\n{m['doc'] or m['summary']}\n\nsource: {m['source']}"
 
 
 def _peer(m: dict[str, Any]) -> str:

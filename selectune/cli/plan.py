@@ -20,7 +20,7 @@ def plan(
     model: Annotated[
         str, typer.Option("--model", "-m", help="A bench name (bert-6l, llama-1b, ...), a folder, a hub id, or 'demo'.")
     ],
-    method: Annotated[str, typer.Option(help="id3, id3@10, pafi, ..., full, or frozen (the floor).")] = "id3",
+    method: Annotated[str, typer.Option(help="id3, id3:every=10, pafi, ..., full, or frozen (the floor).")] = "id3",
     budget: Annotated[str, typer.Option("--budget", "-b", help="Scalars trained: 320k, or a share of all.")] = "0.17%",
     batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples of a step.")] = 16,
     length: Annotated[int, typer.Option("--length", "--max-length", help="Tokens of an example.")] = 256,

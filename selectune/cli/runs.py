@@ -17,12 +17,21 @@ if TYPE_CHECKING:
 
 TRAIN_EXAMPLES = (
     "Examples:\n\nselectune train --model demo --task glue/rte --budget 103k --epochs 3 --out runs/rte\n\n"
-    "selectune train --model demo --task glue/stsb --method bitfit --out runs/bias\n\n"
-    "selectune train --model demo --task glue/rte --on lora:r=32 --method id3 --budget 114k --out runs/on-lora\n\n"
-    "selectune train --model ./my-model --task glue/cola --method id3 --budget 0.17% --exp 1 --every 10 --out runs/cola"
-    "\n\nselectune train --model demo --task glue/rte --budget 103k --save-every 100 --out runs/rte --resume"
+    "selectune train --model ./my-model --task glue/cola --method id3:exp=1,every=10 --budget 0.17% --out runs/cola\n\n"
+    "selectune train --model demo --task glue/rte --on lora:r=32 --budget 114k --out runs/on-lora\n\n"
+    "selectune train --config runs/rte/run.json --seed 7 --out runs/rte-7"
 )
 EVAL_EXAMPLES = "Example:  selectune eval --model demo --delta runs/rte --task glue/rte --json"
+SCOPE, LOOP, FILES = "What may be chosen", "Training", "Files and checkpoints"
+
+
+def _from_file(ctx: typer.Context, path: str | None) -> str | None:
+    """Settings of a file become the defaults of the options, so that what is typed comes first."""
+    if path is not None:
+        from selectune.cli.settings import settings
+
+        ctx.default_map = {**(ctx.default_map or {}), **settings(path, {p.name for p in ctx.command.params if p.name})}
+    return path
 
 
 def train(
@@ -30,190 +39,106 @@ def train(
     task: Annotated[str, typer.Option("--task", "-t", help="What to learn; `selectune tasks` lists them.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for delta.safetensors and run.json.")],
     method: Annotated[
-        str, typer.Option(help="How scalars are chosen, or a peer such as lora:r=8; `selectune methods` lists.")
+        str, typer.Option(help="id3:exp=1,every=10, or a peer: lora:r=8; see `selectune methods`.")
     ] = "id3",
     on: Annotated[
         str | None,
-        typer.Option(
-            "--on",
-            help="Select from a module on the frozen model, such as lora:r=32 or pfeiffer:reduction=16.",
-            show_default=False,
-        ),
+        typer.Option("--on", help="Select from a module on the frozen model: lora:r=32.", show_default=False),
     ] = None,
     budget: Annotated[
         str | None,
+        typer.Option("--budget", "-b", help="Scalars that may change: 103k, 1.5m, or 0.17%.", show_default=False),
+    ] = None,
+    config_file: Annotated[
+        str | None,
         typer.Option(
-            "--budget",
-            "-b",
-            help="Scalars that may change: 103k, 1.5m, 320_000, or a share: 0.17%.",
+            "--config",
+            help="A YAML or JSON file of options, or a run.json; what is typed comes first.",
+            callback=_from_file,
+            is_eager=True,
             show_default=False,
         ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the head, data order, dropout, random masks.")] = 6,
+    data: Data = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these tensors: patterns such as '*.attention.*'; repeatable.", rich_help_panel=SCOPE),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Not these, such as '*embeddings*'.", rich_help_panel=SCOPE)
+    ] = None,
+    train_fully: Annotated[
+        list[str] | None,
+        typer.Option(help="Trained whole, outside the budget: 'classifier.*'.", rich_help_panel=SCOPE),
     ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
             "--lr",
-            help="Learning rate. Default: 5e-4; 5e-5 for full, 4e-5 for Child-Tuning; peers have their own.",
+            help="Learning rate. Default: the method's, 5e-4 for most.",
             show_default=False,
+            rich_help_panel=LOOP,
         ),
     ] = None,
     epochs: Annotated[
         float | None,
-        typer.Option(help="Passes over the training set. Default: the task's.", show_default=False),
+        typer.Option(help="Passes over the data. Default: the task's.", show_default=False, rich_help_panel=LOOP),
     ] = None,
     max_steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps, in place of --epochs.", show_default=False)
+        int | None, typer.Option(help="Steps, in place of --epochs.", show_default=False, rich_help_panel=LOOP)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows in one backward pass.")] = 16,
-    accumulation: Annotated[
-        int, typer.Option(help="Backward passes that make one step; selection is exact over their sum.")
-    ] = 1,
-    max_length: MaxLength = None,
-    seed: Annotated[int, typer.Option(help="Draws the task head, the order of the data, dropout, random masks.")] = 6,
-    exp: Annotated[
-        float | None,
-        typer.Option(help="ID3, D3: the exponent of |g| / (|w| + eps)^exp.", show_default=False),
-    ] = None,
-    eps: Annotated[
-        float | None, typer.Option(help="ID3, D3: what is added to |w|; above 0.", show_default=False)
-    ] = None,
-    every: Annotated[
+    batch_size: Annotated[int, typer.Option(help="Rows in a backward pass.", rich_help_panel=LOOP)] = 16,
+    accumulation: Annotated[int, typer.Option(help="Backward passes in a step.", rich_help_panel=LOOP)] = 1,
+    max_length: Annotated[
         int | None,
-        typer.Option(
-            help="ID3: select the quotas of k steps at every k-th step; cheaper. FISH-DIP, SpIEL, RigL, SET: "
-            "steps between selections.",
-            show_default=False,
-        ),
+        typer.Option(help="Tokens of an example. Default: the task's.", show_default=False, rich_help_panel=LOOP),
     ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(help="SpIEL: steps that gradients are watched before an exchange.", show_default=False),
-    ] = None,
-    fraction: Annotated[
-        float | None, typer.Option(help="SpIEL, RigL, SET: share of the entries exchanged.", show_default=False)
-    ] = None,
-    examples: Annotated[
-        int | None,
-        typer.Option(
-            help="Fish: how many single examples are read before training. FISH-DIP: how many of the hardest count.",
-            show_default=False,
-        ),
-    ] = None,
-    pool: Annotated[
-        int | None,
-        typer.Option(help="FISH-DIP: how many examples are ranked by their loss. Default: all.", show_default=False),
-    ] = None,
-    batches: Annotated[
-        int | None,
-        typer.Option(
-            help="SNIP, GraSP, movement, Child-Tuning-D: how many mini-batches are read before training.",
-            show_default=False,
-        ),
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(help="Fish: 'data' (their own labels) or 'model' (every class, weighted).", show_default=False),
-    ] = None,
-    score: Annotated[
-        str | None,
-        typer.Option(help="SparseAdapter: snip, grasp, synflow, magnitude or random.", show_default=False),
-    ] = None,
-    p: Annotated[
-        float | None,
-        typer.Option("--p", help="Child-Tuning-F: share of the gradient that a step keeps.", show_default=False),
-    ] = None,
-    dense: Annotated[
-        float | None,
-        typer.Option(help="LT-SFT, Diff pruning: share of the steps that train everything.", show_default=False),
-    ] = None,
-    dense_lr: Annotated[
-        float | None,
-        typer.Option(help="The learning rate of these steps. Default: the paper's.", show_default=False),
-    ] = None,
-    rounds: Annotated[
-        int | None, typer.Option(help="LT-SFT: in how many rounds the budget is selected.", show_default=False)
-    ] = None,
-    l1: Annotated[
-        float | None,
-        typer.Option("--l1", help="LT-SFT: penalty on the mean change while all is trained.", show_default=False),
-    ] = None,
-    penalty: Annotated[
-        float | None, typer.Option(help="Diff pruning: penalty on the number of open gates.", show_default=False)
-    ] = None,
-    structured: Annotated[
-        bool | None,
-        typer.Option(help="Diff pruning: a further gate for each tensor. Default: yes.", show_default=False),
-    ] = None,
-    group_penalty: Annotated[
-        str | None,
-        typer.Option(help="Diff pruning: 'product' or 'sum' of a tensor's and an entry's.", show_default=False),
-    ] = None,
-    start_from: Annotated[
-        str | None,
-        typer.Option(help="Diff pruning: kept entries go on from 'base' or 'found' values.", show_default=False),
-    ] = None,
-    gate_lr: Annotated[
-        float | None, typer.Option(help="Diff pruning: the gates' learning rate. Default: 0.1.", show_default=False)
-    ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(help="Only these tensors may be chosen from: patterns such as '*.attention.*'; repeatable."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="These may not, such as '*embeddings*'; repeatable.")
-    ] = None,
-    train_fully: Annotated[
-        list[str] | None,
-        typer.Option(help="These are trained whole, outside the budget, such as 'classifier.*'; repeatable."),
-    ] = None,
+    group_by_length: Annotated[
+        bool, typer.Option("--group-by-length", help="Batches of rows of like length.", rich_help_panel=LOOP)
+    ] = False,
+    schedule: Annotated[
+        str, typer.Option(help="Of the learning rate: linear, cosine or constant.", rich_help_panel=LOOP)
+    ] = "linear",
+    warmup: Annotated[float, typer.Option(help="Steps of it, or a share below 1.", rich_help_panel=LOOP)] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="Towards the base.", rich_help_panel=LOOP)] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.", rich_help_panel=LOOP)] = 1.0,
     eval_every: Annotated[
         int | None,
-        typer.Option(help="Steps between two measurements. Default: the task's.", show_default=False),
+        typer.Option(help="Steps between measurements. Default: the task's.", show_default=False, rich_help_panel=LOOP),
+    ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option("--report-to", help="A tracker: tensorboard, trackio, wandb; repeatable.", rich_help_panel=LOOP),
     ] = None,
     save_every: Annotated[
         int | None,
-        typer.Option(help="Steps between two checkpoints with their delta. Default: none.", show_default=False),
+        typer.Option(help="Steps between checkpoints. Default: none.", show_default=False, rich_help_panel=FILES),
     ] = None,
     keep: Annotated[
         int | None,
-        typer.Option(help="How many checkpoints stay, the newest. Default: all; they are small.", show_default=False),
+        typer.Option(help="Checkpoints that stay. Default: all.", show_default=False, rich_help_panel=FILES),
     ] = None,
     full_checkpoints: Annotated[
-        bool, typer.Option("--full-checkpoints", help="Put the whole model into every checkpoint, not the delta alone.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="A run that is in --out may go; otherwise it is refused.")
+        bool, typer.Option("--full-checkpoints", help="With the whole model in them.", rich_help_panel=FILES)
     ] = False,
     resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on from the newest checkpoint in --out; the other options as they were."),
+        bool, typer.Option("--resume", help="Go on from the newest whole one in --out.", rich_help_panel=FILES)
     ] = False,
     resume_from: Annotated[
         str | None,
-        typer.Option("--resume-from", help="Go on from this checkpoint: a folder checkpoint-N.", show_default=False),
+        typer.Option("--resume-from", help="Go on from this one.", show_default=False, rich_help_panel=FILES),
     ] = None,
-    data: Data = None,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    warmup: Annotated[
-        float, typer.Option(help="Steps (or a share below 1 of them) over which the learning rate rises.")
-    ] = 0.0,
-    schedule: Annotated[str, typer.Option(help="Of the learning rate: linear, cosine or constant.")] = "linear",
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay; only trained scalars decay.")] = 0.0,
-    group_by_length: Annotated[
-        bool,
-        typer.Option("--group-by-length", help="Batches of rows of like length: less padding, another order."),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="A run that is in --out may go.", rich_help_panel=FILES)
     ] = False,
-    report_to: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--report-to", help="Send the log to a tracker, such as tensorboard, trackio or wandb; repeatable."
-        ),
-    ] = None,
-    as_json: Json = False,
 ) -> None:
     """Train a few scalars of a model on a task, save them as a delta, and measure what was saved."""
+    del config_file
     amount = None if budget is None else values.budget(budget)
     from selectune.harness.folder import run_folder
     from selectune.harness.stop import Stop
@@ -237,26 +162,6 @@ def train(
             max_length=max_length,
             seed=seed,
             out=out,
-            exp=exp,
-            eps=eps,
-            every=every,
-            window=window,
-            fraction=fraction,
-            examples=examples,
-            pool=pool,
-            batches=batches,
-            labels=labels,
-            score=score,
-            p=p,
-            dense=dense,
-            dense_lr=dense_lr,
-            rounds=rounds,
-            l1=l1,
-            penalty=penalty,
-            structured=structured,
-            group_penalty=group_penalty,
-            start_from=start_from,
-            gate_lr=gate_lr,
             include=patterns(include),
             exclude=patterns(exclude),
             train_fully=patterns(train_fully),
@@ -271,6 +176,7 @@ def train(
             warmup=warmup,
             schedule=schedule,
             weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
             group_by_length=group_by_length,
             report_to=() if report_to is None or report_to == ["none"] else tuple(report_to),
         )

@@ -40,8 +40,8 @@ def calibration(
         option = "pool" if score.parameters.get("hardest") is not None else unit
         what = "single examples" if unit == "examples" else f"mini-batches of {size}"
         raise CalibrationError(
-            f"The method reads {wanted} {what}, the training set has {there}. Lower {option} (command line: "
-            f"--{option})."
+            f"The method reads {wanted} {what}, the training set has {there}. Lower its option, "
+            f"as in --method name:{option}={there}."
         )
 
     def batches() -> Iterator[dict[str, Tensor]]:

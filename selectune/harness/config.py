@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import math
 from collections.abc import Sequence
@@ -13,38 +12,33 @@ from typing import Any
 
 from selectune import tasks
 from selectune.adapters import KINDS, Spec
-from selectune.errors import BudgetError, ConfigError
+from selectune.errors import ConfigError
 from selectune.harness.models import DTYPES
 from selectune.harness.modules import method_of, peer, spec_of
 from selectune.harness.trackers import check_trackers
 from selectune.method import Method
-from selectune.recipes import RECIPES, Recipe
+from selectune.recipes.named import named
 from selectune.scope import Scope
+from selectune.spec import split
 
 SCHEDULES = ("linear", "cosine", "constant")
 LEARNING_RATES = {"full": 5e-5, "child-tuning-d": 4e-5, "child-tuning-f": 4e-5, "spiel-ma": 2e-3}
 DENSE_RATES = {"lt-sft": 5e-5, "diff-pruning": 1e-5}  # the papers' own, of the steps that train everything
 LEARNING_RATE = 5e-4
 _MANY = 1 << 30  # stands for a number of steps that is not known yet
-_OPTIONS = (
-    "budget", "exp", "eps", "every", "examples", "pool", "batches", "labels", "score", "p", "dense", "dense_lr",
-    "rounds", "l1", "penalty", "structured", "group_penalty", "start_from", "gate_lr", "window", "fraction",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What `selectune train` is told. None means the method's, the task's or the checkpoint's own default.
 
-    `method`: a recipe, or a dense peer with its options, `lora:r=16`. `on`: a module under a recipe, `pfeiffer`.
-    `budget`: a count (int) or a density (float below 1). `lr` None: 5e-5 for `full`, 4e-5 for Child-Tuning, a
-    peer's own in `selectune.adapters.KINDS`, 5e-4 for the others. `dense_lr` is that of steps that train everything
-    before selection. `epochs`,
-    `eval_every`, `max_length` None: the papers' values for the task. `seed` draws the head, the data order, dropout and
-    the method's choices. `batch_size` rows make one backward pass, `accumulation` of these one step.
-    `save_every` steps a checkpoint, of which the newest `keep` stay (None: all); the model is in them with
-    `full_checkpoints` only. `group_by_length`: batches of rows of like length, so less padding (on STS-B half the
-    tokens), in another order.
+    `method`: a recipe with its options, `id3:exp=1,every=10`, or a dense peer with its own, `lora:r=16`. `on`: a module
+    under a recipe, `pfeiffer`. `budget`: a count (int) or a density (float below 1). `lr` None: 5e-5 for `full`, 4e-5
+    for Child-Tuning, a peer's own in `selectune.adapters.KINDS`, 5e-4 for the others. `epochs`, `eval_every`,
+    `max_length` None: the papers' values for the task. `seed` draws the head, the data order, dropout and the method's
+    choices. `batch_size` rows make one backward pass, `accumulation` of these one step. `save_every` steps a
+    checkpoint, of which the newest `keep` stay (None: all); the model is in them with `full_checkpoints` only.
+    `group_by_length`: batches of rows of like length, so less padding (on STS-B half the tokens), in another order.
     `report_to`: trackers of transformers that get the log, such as tensorboard, beside run.json.
 
     >>> RunConfig(model="demo", task="glue/rte", budget=1000).learning_rate
@@ -64,26 +58,6 @@ class RunConfig:
     max_length: int | None = None
     seed: int = 6
     out: str | None = None
-    exp: float | None = None
-    eps: float | None = None
-    every: int | None = None
-    window: int | None = None
-    fraction: float | None = None
-    examples: int | None = None
-    pool: int | None = None
-    batches: int | None = None
-    labels: str | None = None
-    score: str | None = None
-    p: float | None = None
-    dense: int | float | None = None
-    dense_lr: float | None = None
-    rounds: int | None = None
-    l1: float | None = None
-    penalty: float | None = None
-    structured: bool | None = None
-    group_penalty: str | None = None
-    start_from: str | None = None
-    gate_lr: float | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     train_fully: tuple[str, ...] = ()
@@ -135,9 +109,19 @@ class RunConfig:
         if self.lr is not None:
             return self.lr
         module = self.module
-        if module is not None and (peer(self.method) or self.method == "full"):
+        if module is not None and (peer(self.method) or self.recipe == "full"):
             return KINDS[module.kind].lr
-        return LEARNING_RATES.get(self.method, LEARNING_RATE)
+        return LEARNING_RATES.get(self.recipe, LEARNING_RATE)
+
+    @property
+    def recipe(self) -> str:
+        """The method's name, without its options."""
+        return split(self.method)[0]
+
+    @property
+    def canonical(self) -> str:
+        """The method in the one way to write it; two that mean the same are the same."""
+        return str(peer(self.method) or named(self.method))
 
     @property
     def module(self) -> Spec | None:
@@ -157,51 +141,19 @@ class RunConfig:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
-def recipe_of(name: str) -> Recipe:
-    """The recipe of that name; raises ConfigError that lists the known ones."""
-    if name not in RECIPES:
-        raise ConfigError(f"Unknown method '{name}'. Known: {', '.join([*RECIPES, *KINDS])}.{_meant(name)}")
-    return RECIPES[name]
-
-
-def _meant(name: str) -> str:
-    """A guess: Python's names have underscores, and one is another word."""
-    plain = name.lower().replace("_", "-")
-    names = {recipe.function.__name__.replace("_", "-"): known for known, recipe in RECIPES.items()}
-    names |= {known: known for known in (*RECIPES, *KINDS)}
-    near = difflib.get_close_matches(plain, names, 1)
-    return f" Did you mean {names[near[0]]}?" if near else ""
-
-
 def build_method(config: RunConfig, steps: int) -> Method:
     """The method that a run asks for; a setting that its recipe does not take is refused, not ignored."""
     spec = spec_of(config.method, config.on)
     if spec is not None and config.on is None:
         return _peer_method(config, spec)
-    recipe = recipe_of(config.method)
-    takes = inspect.signature(recipe.function).parameters
-    given: dict[str, Any] = {n: v for n in _OPTIONS if (v := getattr(config, n)) is not None}
-    for name in given:
-        if name not in takes:
-            allowed = ", ".join(n for n in _OPTIONS if n in takes) or "none of " + ", ".join(_OPTIONS)
-            raise ConfigError(
-                f"The method '{config.method}' takes no {name}, but {name}={given[name]!r} was given. "
-                f"It takes: {allowed}."
-            )
-    if "budget" in takes and "budget" not in given and takes["budget"].default is inspect.Parameter.empty:
-        raise BudgetError(
-            f"The method '{config.method}' needs a budget: how many scalars may change, such as 103000, or 0.0017 of "
-            "the model (command line: --budget 103k, --budget 0.17%)."
-        )
-    if "steps" in takes:
-        given["steps"] = steps
-    if "dense_lr" in takes:
-        given.setdefault("dense_lr", DENSE_RATES.get(config.method))
-    return recipe.function(**given, **_scope(config, takes))
+    chosen = named(config.method, also=tuple(KINDS))
+    takes = inspect.signature(chosen.recipe.function).parameters
+    rates = {"dense_lr": DENSE_RATES.get(chosen.name)} if "dense_lr" in takes else {}
+    return chosen.make(config.budget, steps, **rates, **_scope(config, takes))
 
 
 def _peer_method(config: RunConfig, spec: Spec) -> Method:
-    for name in (*_OPTIONS, "include", "exclude", "train_fully"):
+    for name in ("budget", "include", "exclude", "train_fully"):
         if getattr(config, name) not in (None, ()):
             raise ConfigError(
                 f"The method '{config.method}' trains all of its module and takes no {name}; its options are written "

@@ -47,7 +47,7 @@ class Checkpoint:
 def settings_of(config: RunConfig) -> dict[str, Any]:
     """What a delta's bits depend on, with defaults filled in; the model by its name, since a folder may be moved."""
     settings = {key: value for key, value in config.as_json().items() if key not in _FREE}
-    settings["lr"] = config.learning_rate
+    settings["lr"], settings["method"] = config.learning_rate, config.canonical
     settings["model"] = resolve(config.model, config.revision).id
     if config.max_steps is None and config.epochs is None:
         settings["epochs"] = tasks.get(config.task).epochs

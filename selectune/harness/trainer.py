@@ -80,7 +80,7 @@ def optimizer_of(config: RunConfig, loaded: LoadedModel, tuner: Tuner) -> torch.
     spec = None if loaded.adapted is None else loaded.adapted.spec
     if spec is not None and "ratio" in spec.options:
         return two_rates(loaded.model, config.learning_rate, float(spec.options["ratio"]), config.weight_decay)
-    recipe = RECIPES.get(config.method)
+    recipe = RECIPES.get(config.recipe)
     make = OPTIMIZERS["adamw" if recipe is None else recipe.optimizer]
     return make(tuner.parameter_groups(config.learning_rate), config.weight_decay)
 

@@ -76,7 +76,7 @@ def test_the_command_measures_side_by_side_in_processes(tmp_path):
         "pafi",
         "static-d3",
         "random",
-        "id3@2",
+        "id3:every=2",
         "fish",
         "grasp",
         "synflow",
@@ -91,7 +91,7 @@ def test_a_worker_trains_every_method_of_ours(method, monkeypatch):
     assert steps["ok"], steps
     assert saved["ok"], saved
     assert len(steps["step_s"]) == 3
-    expected = {"static-d3": [True, False, False], "id3@2": [True, False, True], "fish-dip": [True, False, False]}
+    expected = {"static-d3": [True, False, False], "id3:every=2": [True, False, True], "fish-dip": [True, False, False]}
     assert steps["selecting"] == expected.get(method, [False] * 3)
     budget = {"full": None, "frozen": 0, "bitfit": None}.get(method, 1124 if method != "fish" else None)
     assert budget is None or steps["selected"] == budget
@@ -145,7 +145,7 @@ def test_a_missing_peer_names_the_extra(monkeypatch):
     ("change", "message"),
     [
         ({"methods": ("id4",)}, "Known: full, frozen, toolkit-id3.*, lora, "),
-        ({"methods": ("pafi@3",)}, "pafi does not take"),
+        ({"methods": ("pafi:every=3",)}, "'pafi' takes no option every"),
         ({"methods": ()}, "names none"),
         ({"methods": ("id3", "id3")}, "twice"),
         ({"rounds": 9}, "at least one step"),
@@ -207,7 +207,7 @@ def seen(step_s: list[list[float]], selecting: list[list[bool]] | None = None, *
 
 
 def report_of(**samples: Samples) -> dict:
-    names = {name.replace("_", "-").replace("-at-", "@"): s for name, s in samples.items()}
+    names = {name.replace("_", "-").replace("-every-", ":every="): s for name, s in samples.items()}
     settings = Settings(Bench("bert-6l"), tuple(names), 0.0017, 4, 2)
     return rows.report(settings, names, "alive")
 
@@ -226,12 +226,12 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_selecting_steps_count_in_their_share():
-    """Of id3@10 a median alone would hide the selecting step; id3 itself is all selecting steps."""
+    """Of id3:every=10 a median alone would hide the selecting step; id3 itself is all selecting steps."""
     flags = [[True, False, False, False]] * 2
     every = seen([[2.0, 1.0, 1.0, 1.0]] * 2, flags)
     always = seen([[2.0, 2.2]] * 2, [[True, True]] * 2, other=[(1.5, False), (1.5, False)])
-    report = report_of(id3_at_10=every, id3=always)
-    tenth, each = bars.row_of(report, "id3@10"), bars.row_of(report, "id3")
+    report = report_of(id3_every_10=every, id3=always)
+    tenth, each = bars.row_of(report, "id3:every=10"), bars.row_of(report, "id3")
     assert tenth is not None
     assert each is not None
     assert tenth["update_s"] == pytest.approx(1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from test_bench import asked, load
 
+from selectune import spec
 from selectune.adapters import KINDS, linears
 from selectune.bench import methods
 from selectune.bench.models import Bench, prepare
@@ -17,18 +18,18 @@ pytest.importorskip("peft")
 TINY = Bench("tiny", 2, 16)
 
 
-@pytest.mark.parametrize("method", [*KINDS, "lora:r=2,targets=query+value", "id3@2+lora:r=4", "pafi+pfeiffer"])
+@pytest.mark.parametrize("method", [*KINDS, "lora:r=2,targets=query+value", "id3:every=2+lora:r=4", "pafi+pfeiffer"])
 def test_a_worker_trains_every_module(method):
     facts, steps, saved = asked(load(method, 0.001, 8), {"do": "steps", "count": 3}, {"do": "save"})
     assert facts["ok"], facts
     assert steps["ok"], steps
     assert steps["selected"] > 0
     assert saved["delta_bytes"] > 4 * steps["selected"]
-    kind = (methods.parts(method)[2] or method).partition(":")[0]
+    kind = (methods.parts(method)[1] or method).partition(":")[0]
     assert (facts["package"] or "").startswith("peft") is (KINDS[kind].peft is not None)
     if method == "shira":
         assert saved["delta_bytes"] > 12 * steps["selected"]  # positions as pairs of int32
-    if method == "id3@2+lora:r=4":
+    if method == "id3:every=2+lora:r=4":
         assert steps["selecting"] == [True, False, True]
 
 
@@ -44,14 +45,14 @@ def test_sizes_of_the_peers():
 
 
 def test_names():
-    given = "full, lora:r=8,alpha=16,frozen, id3+lora:r=8,targets=query+value,id3@10"
-    expected = ("full", "lora:r=8,alpha=16", "frozen", "id3+lora:r=8,targets=query+value", "id3@10")
-    assert methods.names_of(given) == expected
-    assert methods.is_ours("id3@10+lora")
+    given = "full, lora:r=8,alpha=16,frozen, id3+lora:r=8,targets=query+value,id3:every=10"
+    expected = ("full", "lora:r=8,alpha=16", "frozen", "id3+lora:r=8,targets=query+value", "id3:every=10")
+    assert spec.names(given) == expected
+    assert methods.is_ours("id3:every=10+lora")
     assert not methods.is_ours("lora:targets=query+value")
     assert not methods.is_ours("pfeiffer")
-    assert methods.recipe("id3@10+lora", 100, 50).schedule.every == 10  # pyright: ignore
-    assert whole("id3@10+lora", [(1.0, False), (2.0, True)], None, 1.0) == pytest.approx(1.1)  # pyright: ignore
+    assert methods.recipe("id3:every=10+lora", 100, 50).schedule.every == 10  # pyright: ignore
+    assert whole("id3:every=10+lora", [(1.0, False), (2.0, True)], None, 1.0) == pytest.approx(1.1)  # pyright: ignore
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_names():
         ("id3+loraplus", "is a way to train a module"),
         ("lora:rank=2", "takes no option rank"),
         ("full+lora", "unknown. Known"),
-        ("pafi@3+lora", "pafi does not take"),
+        ("pafi:every=3+lora", "'pafi' takes no option every"),
     ],
 )
 def test_names_that_make_no_sense(name, message):

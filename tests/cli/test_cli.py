@@ -157,7 +157,7 @@ def test_tasks_and_methods():
     blocks = text.splitlines()
     assert [line.partition(":")[0] for line in blocks[::4]] == list(RECIPES)
     assert all("passes over the weights: " in line and "bytes: " in line for line in blocks[1::4])
-    assert all(line.startswith("    options --") for line in blocks[2::4])
+    assert all(line.startswith("    options ") for line in blocks[2::4])
     assert all("arXiv" in line or "baseline" in line for line in blocks[3::4])
 
 
@@ -213,7 +213,7 @@ TRAIN = ("train", "--task", "glue/rte", "--max-steps", "2")
         ((), 2, "needs a budget"),
         (("--budget", "10", "--method", "id4"), 2, "Unknown method 'id4'"),
         (("--budget", "10", "--method", "bitfit"), 2, "takes no budget"),
-        (("--method", "bitfit", "--exp", "1"), 2, "takes no exp"),
+        (("--method", "bitfit:exp=1"), 2, "takes no option exp"),
         (("--budget", "10", "--task", "glue/none"), 2, "Unknown task 'glue/none'"),
         (("--budget", "10", "--model", "./nowhere"), 1, "'./nowhere' does not exist"),
         (("--budget", "10", "--data", "./nowhere"), 1, "The data folder nowhere does not exist"),

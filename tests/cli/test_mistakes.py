@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from selectune.cli.app import app
 from selectune.cli.output import fitted
 from selectune.errors import BudgetError
 from selectune.harness.models import DTYPES
+from selectune.recipes.named import named
 
 pytest_plugins = ("tiny_fixtures",)
 runner = CliRunner()
@@ -101,13 +103,37 @@ def test_a_comma_is_no_decimal_point(text):
         values.budget(text)
 
 
-def test_options_of_methods_are_options_of_train():
-    known = call("train", "--help").stdout
-    for line in call("methods").stdout.splitlines():
-        if line.startswith("    options --"):
-            for option in line.removeprefix("    options ").split(", "):
-                assert option[:20] in known, option
-    assert "options --budget, --exp, --eps, --every, --include, --exclude, --train-fully" in call("methods").stdout
+def test_methods_are_listed_with_what_they_take():
+    text = call("methods").stdout
+    assert "    options exp=2.0, eps=1.0, every=1, spread=cumulative, --budget, --train-fully\n" in text
+    one = call("methods", "id3").stdout
+    assert str(named(one.splitlines()[0])) == "id3"  # written with all its defaults
+    assert "arXiv 2408.14470" in one
+    assert json.loads(call("methods", "lora", "--json").stdout)["options"]["r"] == 8
+    assert "Unknown method 'id4'" in call("methods", "id4", code=2).stderr
+
+
+def test_a_file_of_options(tiny, data, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {tiny}\ntask: glue/rte\ndata: {data}\nmethod: id3:exp=1\nbudget: 40\nmax-steps: 2\nseed: 3\n"
+    )
+    call("train", "--config", file, "--out", tmp_path / "first")
+    run = tmp_path / "first" / "run.json"
+    call("train", "--config", run, "--out", tmp_path / "again")
+    deltas = [(tmp_path / name / "delta.safetensors").read_bytes() for name in ("first", "again")]
+    assert deltas[0] == deltas[1]
+    call("train", "--config", run, "--seed", 4, "--out", tmp_path / "other")
+    told = json.loads((tmp_path / "other" / "run.json").read_text())["config"]
+    assert (told["seed"], told["method"], told["budget"]) == (4, "id3:exp=1", 40)
+    for text, said in (
+        ("exponent: 2", "unknown option exponent"),
+        ("[1", "neither YAML nor JSON"),
+        ("3", "expected options"),
+    ):
+        file.write_text(text)
+        assert said in call("train", "--config", file, "--out", tmp_path / "no", code=2).stderr
+    assert "there is no such file" in call("train", "--config", tmp_path / "nowhere", "--out", tmp_path, code=2).stderr
 
 
 def test_long_lines_fit_a_terminal():

@@ -210,7 +210,7 @@ def test_a_module_that_comes_out_otherwise_is_reported(config, tiny):
         ({"method": "id3", "budget": 10, "on": "loraplus"}, "is a way to train a module"),
         ({"method": "id3", "budget": 10, "on": "lorra"}, "Unknown module 'lorra'"),
         ({"method": "id3", "on": "lora"}, "needs a budget"),
-        ({"method": "pafi:budget=10"}, "Unknown method 'pafi:budget=10'"),
+        ({"method": "pafi:budget=10"}, "budget is no option of a method; it is given by itself"),
     ],
 )
 def test_what_does_not_go_together_is_refused_early(change, message):

@@ -12,6 +12,7 @@ from selectune.harness.config import RunConfig
 from selectune.harness.restore import Source, evaluate_delta, verify_delta
 from selectune.harness.train import run
 from selectune.recipes import RECIPES
+from selectune.spec import join
 
 pytest_plugins = ("tiny_fixtures",)
 LITTLE = {"examples": 4, "batches": 2}  # of what a recipe reads before training, where it can be told
@@ -26,12 +27,13 @@ def test_a_recipe_on_a_module(tiny, data, tmp_path, method, on):
     if on.startswith("lora"):
         pytest.importorskip("peft")
     takes = inspect.signature(RECIPES[method].function).parameters
-    given = {name: value for name, value in LITTLE.items() if name in takes}
-    if "budget" in takes and (takes["budget"].default is inspect.Parameter.empty or method == "sparse-adapter"):
-        given["budget"] = 60
+    written = join(method, {name: value for name, value in LITTLE.items() if name in takes})
+    needs = "budget" in takes and (takes["budget"].default is inspect.Parameter.empty or method == "sparse-adapter")
+    budget = 60 if needs else None
     config = RunConfig(
-        model=str(tiny), task="glue/rte", method=method, on=on, max_steps=4, lr=5e-3, data=str(data),
-        out=str(tmp_path / "out"), seed=1, train_fully=("classifier.*",) if "train_fully" in takes else (), **given,
+        model=str(tiny), task="glue/rte", method=written, on=on, max_steps=4, lr=5e-3, data=str(data),
+        out=str(tmp_path / "out"), seed=1, train_fully=("classifier.*",) if "train_fully" in takes else (),
+        budget=budget,
     )  # fmt: skip
     if method == "xattn" or (method == "bitfit" and on.startswith("lora")):
         with pytest.raises(ConfigError):  # an encoder has no cross-attention, LoRA has no biases
@@ -45,5 +47,5 @@ def test_a_recipe_on_a_module(tiny, data, tmp_path, method, on):
     assert evaluate_delta(Source(str(tiny)), result.delta, tasks.get("glue/rte"), str(data)) == result.evaluation
     report = verify_delta(Source(str(tiny)), result.delta)
     assert report.ok, report.problem
-    if given.get("budget"):
+    if budget:
         assert 0 < result.selected <= 60

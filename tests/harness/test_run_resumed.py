@@ -18,6 +18,7 @@ from selectune.harness.callback import Follower
 from selectune.harness.config import RunConfig
 from selectune.harness.train import run
 from selectune.recipes import RECIPES
+from selectune.spec import join
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -120,9 +121,9 @@ def test_every_method(config, tmp_path, change):
     method = change["method"]
     takes = inspect.signature(RECIPES[method].function).parameters if method in RECIPES else {}
     given = {name: value for name, value in (("examples", 4), ("batches", 2)) if name in takes}
-    if "budget" not in takes:
-        given["budget"] = None
-    config = dataclasses.replace(config, **{"max_steps": 4, **given, **change}, save_every=1, eval_every=50, lr=1e-3)
+    more = {} if "budget" in takes else {"budget": None}
+    change = {**change, "method": join(method, given)}
+    config = dataclasses.replace(config, **{"max_steps": 4, **more, **change}, save_every=1, eval_every=50, lr=1e-3)
     straight = run(dataclasses.replace(config, out=str(tmp_path / "straight")))
     there = tmp_path / "straight" / "checkpoint-1"
     rest = run(dataclasses.replace(config, out=str(tmp_path / "rest"), save_every=None), resume=there)

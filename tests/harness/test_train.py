@@ -51,10 +51,14 @@ BAD = [
     ({"budget": 0}, BudgetError, "at least 1"),
     ({"budget": 1.5}, BudgetError, "density"),
     ({"method": "bitfit"}, ConfigError, "takes no budget"),
-    ({"method": "bitfit", "budget": None, "exp": 1.0}, ConfigError, "takes no exp"),
-    ({"method": "pafi", "every": 2}, ConfigError, "takes no every.*It takes: budget"),
+    ({"method": "bitfit:exp=1", "budget": None}, ConfigError, "takes no option exp. It takes: none"),
+    ({"method": "pafi:every=2"}, ConfigError, "takes no option every. It takes: tie"),
     ({"method": "full", "budget": None, "train_fully": ("*",)}, ConfigError, "no train_fully"),
-    ({"method": "fish", "labels": "both"}, ConfigError, "Unknown labels"),
+    ({"method": "id3:exp=x"}, ConfigError, r"exp='x' is not allowed; it must be a number"),
+    ({"method": "id3:every=1.5"}, ConfigError, r"every=1.5 is not allowed; it must be a whole number"),
+    ({"method": "id3:budget=5"}, ConfigError, "budget is no option of a method"),
+    ({"method": "id3:exp"}, ConfigError, "written name=value"),
+    ({"method": "fish:labels=both"}, ConfigError, "Unknown labels"),
     ({"lr": 0.0}, ConfigError, "lr=0.0"),
     ({"lr": float("nan")}, ConfigError, "lr=nan"),
     ({"batch_size": 0}, ConfigError, "batch_size=0"),
@@ -64,7 +68,7 @@ BAD = [
     ({"schedule": "step"}, ConfigError, "Unknown schedule 'step'"),
     ({"dtype": "int8"}, ConfigError, "Unknown dtype"),
     ({"warmup": -1.0}, ConfigError, "warmup"),
-    ({"eps": 0.0}, ConfigError, "eps"),
+    ({"method": "id3:eps=0"}, ConfigError, "eps"),
 ]
 
 
@@ -161,12 +165,8 @@ def test_every_method_runs_and_its_metric_comes_back(config, tiny, data, method,
     changes = {"method": method, "task": task, "max_steps": 3, "lr": 1e-3}
     if method in ("bitfit", "full", "xattn", "child-tuning-f"):
         changes["budget"] = None
-    if method == "fish":
-        changes["examples"] = 8
-    if method == "fish-dip":
-        changes["examples"] = 4
-    if method == "movement":
-        changes["batches"] = 2
+    little = {"fish": "fish:examples=8", "fish-dip": "fish-dip:examples=4", "movement": "movement:batches=2"}
+    changes["method"] = little.get(method, method)
     if method == "xattn":  # an encoder has no cross-attention
         with pytest.raises(ScopeError, match="no decoder that attends to an encoder"):
             run(dataclasses.replace(config, **changes))
@@ -182,34 +182,34 @@ def _base(result, tiny):
 
 
 def test_fish_with_labels_of_the_model(config):
-    result = run(dataclasses.replace(config, method="fish", examples=4, labels="model", max_steps=2))
+    result = run(dataclasses.replace(config, method="fish:examples=4,labels=model", max_steps=2))
     assert result.selected == 200
     with pytest.raises(CalibrationError, match="reads 1000 single examples, the training set has 48"):
-        run(dataclasses.replace(config, method="fish", examples=1000), overwrite=True)
-    with pytest.raises(CalibrationError, match=r"reads 4 mini-batches of 16, the training set has 3.*--batches"):
-        run(dataclasses.replace(config, method="snip", batches=4), overwrite=True)
-    with pytest.raises(CalibrationError, match=r"reads 49 single examples, the training set has 48.*--pool"):
-        run(dataclasses.replace(config, method="fish-dip", pool=49), overwrite=True)
+        run(dataclasses.replace(config, method="fish:examples=1000"), overwrite=True)
+    with pytest.raises(CalibrationError, match=r"reads 4 mini-batches of 16, the training set has 3.*batches="):
+        run(dataclasses.replace(config, method="snip:batches=4"), overwrite=True)
+    with pytest.raises(CalibrationError, match=r"reads 49 single examples, the training set has 48.*pool="):
+        run(dataclasses.replace(config, method="fish-dip:pool=49"), overwrite=True)
 
 
 def test_options_of_dense_phases_reach_the_method(config):
-    gated = dataclasses.replace(config, method="diff-pruning", penalty=0.5, start_from="found", gate_lr=0.2, dense=0.25)
+    gated = dataclasses.replace(config, method="diff-pruning:penalty=0.5,start_from=found,gate_lr=0.2,dense=0.25")
     method = build_method(gated, 8)
     assert method.dense.latents == {"difference": 1e-5, "gate": 0.2, "group": 0.2}
     assert (method.dense.found, method.dense.penalty, method.schedule.share) == (True, 0.5, 0.25)
-    rounds = build_method(dataclasses.replace(config, method="lt-sft", rounds=2, l1=0.1, dense_lr=1e-3), 8)
+    rounds = build_method(dataclasses.replace(config, method="lt-sft:rounds=2,l1=0.1,dense_lr=1e-3"), 8)
     assert (rounds.schedule.rounds, rounds.dense.l1, rounds.dense.lr) == (2, 0.1, 1e-3)
-    assert build_method(dataclasses.replace(config, method="child-tuning-f", budget=None, p=0.2), 8).dense.p == 0.2
-    with pytest.raises(ConfigError, match="takes no rounds"):
-        dataclasses.replace(config, method="diff-pruning", rounds=2)
+    assert build_method(dataclasses.replace(config, method="child-tuning-f:p=0.2", budget=None), 8).dense.p == 0.2
+    with pytest.raises(ConfigError, match="takes no option rounds"):
+        dataclasses.replace(config, method="diff-pruning:rounds=2")
     with pytest.raises(ScheduleError, match="leaves a round 3 steps"):
-        dataclasses.replace(config, method="lt-sft", rounds=2, dense=3)
+        dataclasses.replace(config, method="lt-sft:rounds=2,dense=3")
 
 
 def test_a_dense_phase_has_its_own_learning_rate(config):
     """The log's loss falls in the dense steps only if their rate is the one that was given."""
-    still = dataclasses.replace(config, method="lt-sft", dense=0.5, dense_lr=1e-12, max_steps=8, seed=3)
-    moving = dataclasses.replace(still, dense_lr=1e-2)
+    still = dataclasses.replace(config, method="lt-sft:dense=0.5,dense_lr=1e-12", max_steps=8, seed=3)
+    moving = dataclasses.replace(still, method="lt-sft:dense=0.5,dense_lr=1e-2")
     supports = [st.load(run(c, overwrite=True).delta).support for c in (still, moving)]
     assert supports[0].keys() != supports[1].keys() or any(
         not torch.equal(supports[0][n], supports[1][n]) for n in supports[0]
@@ -344,3 +344,13 @@ def test_batches_of_like_length_pad_less_and_show_every_row(config, monkeypatch)
     real_tokens, all_tokens = ({g: sum(s[k] for s in seen) for g, seen in shapes.items()} for k in (0, 1))
     assert real_tokens[True] == real_tokens[False]  # 24 steps of two: each of the 48 rows once
     assert all_tokens[True] < all_tokens[False]
+
+
+def test_the_one_way_to_write_a_method(config):
+    def canonical(method):
+        return dataclasses.replace(config, method=method).canonical
+
+    assert canonical("id3:eps=1, every=10,exp=2.0") == canonical("id3:every=10") == "id3:every=10"
+    assert canonical("id3:exp=1") == "id3:exp=1.0"
+    assert dataclasses.replace(config, method="id3:every=10").recipe == "id3"
+    assert dataclasses.replace(config, method="child-tuning-f:p=0.2", budget=None, lr=None).learning_rate == 4e-5
