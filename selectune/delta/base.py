@@ -70,8 +70,8 @@ def model_info(model: nn.Module) -> dict[str, Any] | None:
     config = getattr(inner, "config", None)
     if not isinstance(getattr(config, "model_type", None), str) or not type(inner).__name__.isidentifier():
         return None
-    count, named = getattr(config, "num_labels", None), getattr(config, "id2label", None)
-    count = count if type(count) is int and count >= 0 else None
+    named = getattr(config, "id2label", None)
+    count = len(named) if isinstance(named, Mapping) else None
     problem, padding = getattr(config, "problem_type", None), getattr(config, "pad_token_id", None)
     folder = str(_folder(config) or "")
     return {

@@ -142,7 +142,7 @@ def all_digests(found: Inventory, digests: Mapping[str, str], without: Iterable[
 def is_weights(found: Inventory, base: Mapping[str, Any]) -> bool:
     """Whether the model has the weights that `info["base"]` has the digest of: one read of them.
 
-    Those in `initialised` are left out, as they have digests of their own; files from before that are over all tensors.
+    Those in `initialised` are left out, as they have digests of their own; older files are over all tensors.
     """
     digests, fresh = _digests(found), [row["name"] for row in base["initialised"]]
     return base["weights"] in (all_digests(found, digests, fresh), all_digests(found, digests))

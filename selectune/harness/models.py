@@ -162,7 +162,7 @@ def _load(
         tokenizer = transformers.AutoTokenizer.from_pretrained(place.location, **where)
         _check_words(tokenizer, place)
         _see_to_padding(tokenizer, config)
-    cls = _class(transformers, config, task, shape)
+    cls = _class(transformers, config, task, shape, trust_remote_code)
     chosen = {} if dtype is None else {"dtype": dtype}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -199,7 +199,7 @@ def _outputs(count: int | None, labels: Sequence[str] | None) -> dict[str, Any]:
     }
 
 
-def _class(transformers: Any, config: Any, task: Task | None, shape: Shape | None) -> Any:
+def _class(transformers: Any, config: Any, task: Task | None, shape: Shape | None, trusted: bool) -> Any:
     if task is not None:
         return transformers.AutoModelForSequenceClassification
     name = shape.architecture if shape else (getattr(config, "architectures", None) or [None])[0]
@@ -211,10 +211,10 @@ def _class(transformers: Any, config: Any, task: Task | None, shape: Shape | Non
     if shape is None:
         return transformers.AutoModel
     own = [auto for auto, code in (getattr(config, "auto_map", None) or {}).items() if str(code).endswith(f".{name}")]
-    cls = getattr(transformers, own[0], None) if own and own[0].startswith("AutoModel") else None
-    if cls is None:
-        raise ModelError(f"The class {name} is none of the models of transformers {transformers.__version__}.")
-    return cls
+    if trusted and own and own[0].startswith("AutoModel") and hasattr(transformers, own[0]):
+        return getattr(transformers, own[0])
+    more = ", but of the model's own code, which is run with trust_remote_code=True only" if own else ""
+    raise ModelError(f"The class {name} is none of the models of transformers {transformers.__version__}{more}.")
 
 
 def _check_words(tokenizer: Any, place: Place) -> None:

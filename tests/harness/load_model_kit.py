@@ -12,6 +12,7 @@ import torch
 from tiny_kit import WORDS, make_model
 
 import selectune as st
+from selectune.delta import digest_bits
 
 ROOT = Path(__file__).parent.parent.parent
 _LOGITS = """
@@ -24,6 +25,7 @@ with torch.no_grad():
     logits = model(torch.tensor(json.loads(sys.argv[2]))).logits
 json.dump([type(model).__name__, str(logits.dtype), logits.float().flatten().tolist(), model.training], sys.stdout)
 """
+HEAD = ["classifier.bias", "classifier.weight"]
 ROWS = [[2, 5, 9, 3], [2, 8, 7, 3]]
 
 
@@ -94,3 +96,21 @@ def trained(model, method, steps: int = 3):
         optimizer.step()
         optimizer.zero_grad()
     return tuner
+
+
+def bits(model) -> dict[str, str]:
+    return {name: digest_bits(tensor) for name, tensor in model.state_dict().items()}
+
+
+def saved(folder, dtype=torch.float32, kind="classifier"):
+    """(what the trained model says, its delta's path) of a plain loop."""
+    from transformers import AutoModelForCausalLM
+
+    if kind == "tied":
+        model = AutoModelForCausalLM.from_pretrained(tied(folder / "base", dtype))
+        tuner = trained(model, st.id3(budget=60, steps=3))
+    else:
+        tuner = trained(model := classifier(trunk(folder / "base", dtype)), heads_whole())
+    assert next(model.parameters()).dtype == dtype
+    path = tuner.save(folder / "run")
+    return logits_of(model), path
