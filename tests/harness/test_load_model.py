@@ -124,6 +124,24 @@ def test_a_folder_that_was_named_from_elsewhere(tmp_path, monkeypatch):
     assert logits_elsewhere(tmp_path / "run", tmp_path / "elsewhere") == logits_of(model)
 
 
+def test_a_model_of_the_hub_at_its_commit(tmp_path, monkeypatch):
+    commit, cache = "0123456789" * 4, tmp_path / "cache"
+    place = cache / "models--org--name"
+    (place / "snapshots").mkdir(parents=True)
+    (place / "refs").mkdir()
+    trunk(tmp_path / "base").rename(place / "snapshots" / commit)
+    (place / "refs" / "main").write_text(commit)
+    tuner = trained(model := classifier("org/name", cache_dir=str(cache)), heads_whole())  # pyright: ignore
+    info = tuner.delta().info
+    assert (info["base"]["id"], info["base"]["revision"], info["model"]["path"]) == ("org/name", None, None)
+    model.config._commit_hash = commit  # transformers before 5.23 leaves it there
+    path = tuner.save(tmp_path / "run")
+    assert st.load(path).info["base"]["revision"] == commit
+    (place / "refs" / "main").write_text("f" * 40)  # the branch went on
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    assert logits_elsewhere(path, tmp_path) == logits_of(model)
+
+
 def test_the_head_is_recorded(tmp_path):
     trunk(tmp_path / "base")
     options = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}, "num_labels": 2}
