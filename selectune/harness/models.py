@@ -151,12 +151,13 @@ def _load(
 ) -> LoadedModel:
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not place.local:
-        where["revision"] = place.revision or "main"
+        where["revision"] = _at_commit(transformers, place) or "main"
     config = transformers.AutoConfig.from_pretrained(place.location, **where, **_head(task, shape))
     revision = place.revision
     if not place.local:
-        revision = getattr(config, "_commit_hash", None) or place.revision
-        where["revision"] = revision or "main"
+        found = getattr(config, "_commit_hash", None) or where["revision"]  # older versions leave it in the config
+        revision = place.revision if found == "main" else found
+        where["revision"] = found
     tokenizer = None
     if with_tokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place.location, **where)
@@ -178,6 +179,13 @@ def _load(
         model.config.pad_token_id = shape.pad_token_id
     model.eval()
     return LoadedModel(model, tokenizer, place.id, revision, seed, initialised)
+
+
+def _at_commit(transformers: Any, place: Place) -> str | None:
+    """The commit of a hub branch, where this transformers can be asked for it; the branch itself otherwise."""
+    resolve = getattr(transformers.utils.hub, "resolve_revision", None)
+    commit = None if resolve is None else getattr(resolve(place.location, place.revision), "resolved", None)
+    return commit if isinstance(commit, str) else place.revision
 
 
 def _head(task: Task | None, shape: Shape | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from selectune import adapters
 from selectune.delta import Delta, base_info, weights_digest
 from selectune.errors import BaseMismatchError, ConfigError, ModelError, UnknownTaskError
 from selectune.harness.config import RunConfig
+from selectune.harness.models import load_model as load_named
 from selectune.harness.restore import Source, evaluate_delta, load_base, merge_delta, verify_delta
 from selectune.harness.train import run
 from selectune.tasks import get
@@ -104,9 +105,7 @@ def test_of_the_demo_model(data, tmp_path):
         model="demo", task="glue/rte", budget=1000, max_steps=2, data=str(data), out=str(tmp_path), batch_size=4
     )
     result = run(config)
-    from selectune.harness.models import load_model
-
-    loaded = load_model("demo", get("glue/rte"), config.seed)
+    loaded = load_named("demo", get("glue/rte"), config.seed)
     st.load(result.delta).apply(loaded.model, full=True)
     assert st.load(result.delta).info["base"]["id"] == "demo"
     assert logits_elsewhere(result.delta, tmp_path) == logits_of(loaded.model)
@@ -137,6 +136,8 @@ def test_a_model_of_the_hub_at_its_commit(tmp_path, monkeypatch):
     model.config._commit_hash = commit  # transformers before 5.23 leaves it there
     path = tuner.save(tmp_path / "run")
     assert st.load(path).info["base"]["revision"] == commit
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    assert load_named("org/name", get("glue/rte"), 1).base()["revision"] == commit
     (place / "refs" / "main").write_text("f" * 40)  # the branch went on
     monkeypatch.setenv("HF_HUB_CACHE", str(cache))
     assert logits_elsewhere(path, tmp_path) == logits_of(model)
