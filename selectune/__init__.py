@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for readers, pyright and IDEs; `__getattr__` finds the same things in the same places
     from selectune import errors, scores
     from selectune.delta import Delta, Shelf, algebra, diff, load, switch
+    from selectune.harness.load import load_model
     from selectune.method import Method
     from selectune.recipes import (
         bitfit,
@@ -48,18 +49,22 @@ __version__ = "0.1.0"
 __all__ = [
     "Delta", "Method", "Scope", "Score", "Shelf", "SparseAdamW", "SparseSM3", "Tuner", "Verification", "algebra",
     "attach", "bitfit", "child_tuning_d", "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "fish_dip",
-    "full", "gallop", "grasp", "id3", "increment_pafi", "load", "lt_sft", "magnitude", "movement", "pafi", "random",
-    "repeat_d3", "rigl", "score", "scores", "snip", "sparse_adapter", "sparse_evolution", "spiel_ag", "spiel_ma",
-    "static_d3", "strip", "switch", "synflow", "tuner_of", "xattn",
+    "full", "gallop", "grasp", "id3", "increment_pafi", "load", "load_model", "lt_sft", "magnitude", "movement", "pafi",
+    "random", "repeat_d3", "rigl", "score", "scores", "snip", "sparse_adapter", "sparse_evolution", "spiel_ag",
+    "spiel_ma", "static_d3", "strip", "switch", "synflow", "tuner_of", "xattn",
 ]  # fmt: skip
 
 _HOMES = ("delta", "method", "recipes", "scope", "train", "types")  # where public names are looked for, in this order
+_ABOVE = {"load_model": "harness.load"}  # what is made of the core, and lives above it
 _MODULES = (*_HOMES, "dense", "errors", "ops", "schedule", "scores", "select")  # what `import selectune` gives too
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"selectune.{name}")
+    if name in _ABOVE:
+        globals()[name] = getattr(import_module(f"selectune.{_ABOVE[name]}"), name)
+        return globals()[name]
     if name in __all__:
         for home in _HOMES:
             module = import_module(f"selectune.{home}")

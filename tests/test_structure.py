@@ -96,8 +96,9 @@ def test_imports_point_one_way():
     wrong = []
     for path in FILES:
         here = top(path)
+        told = {node.lineno for node in _block(path)} if here == "selectune" else set()  # names that are fetched lazily
         for line, module, name in imports(path):
-            if module.partition(".")[0] != "selectune":
+            if module.partition(".")[0] != "selectune" or line in told:
                 continue
             there = imported_top(module, name)
             if there != here and RANK[there] >= RANK[here]:

@@ -333,8 +333,8 @@ def _made(
         for delta, method in zip(deltas, methods, strict=True)
     ]
     info = {"method": {"name": name, **parameters, "parents": parents, **agreed}, "budget": budget}
-    if "module" in deltas[0].info:
-        info["module"] = deltas[0].info["module"]
+    first = deltas[0].info
+    info |= {key: first[key] for key in ("module", "model") if key in first}
     patches = [part for part in parts if isinstance(part, Patch)]
     dense = [part for part in parts if isinstance(part, Dense)]
     return Delta(patches, dense, {**info, "base": base_of(deltas)})
@@ -362,7 +362,7 @@ def _number(what: str, value: Any) -> float:
 
 def _example(model: nn.Linear, at: int, value: float) -> Delta:
     """A delta of one scalar, for the examples above."""
-    from selectune.delta.fingerprint import base_info
+    from selectune.delta.base import base_info
 
     old = model.weight.detach().reshape(-1)[at : at + 1]
     patch = Patch.make("weight", tuple(model.weight.shape), torch.tensor([at]), torch.tensor([value]), old)

@@ -89,7 +89,7 @@ def _align(deltas: Sequence[Delta], base: nn.Module | None) -> list[Rows]:
     for number, delta in enumerate(deltas):
         if found is not None:
             live.check_structure(delta, found)
-            live.check_base(delta, found, under=stack)
+            live.check_base(delta, found, under=stack, whole=True)
         elif not delta.reversible and (delta.patches or delta.dense):
             raise DeltaError(
                 f"differences need the base's values, and number {number + 1}, {delta.label}, does not carry them: "
@@ -130,7 +130,7 @@ def check_one_base(deltas: Sequence[Delta], checked: bool = False) -> None:
     """
     first, infos = deltas[0], [delta.info["base"] for delta in deltas]
     fresh: dict[str, str] = {}
-    weights: str | None = None
+    weights: dict[tuple[frozenset[str], bool], str | None] = {}
     for delta, info in zip(deltas, infos, strict=True):
         why = None
         if info["structure"] != infos[0]["structure"]:
@@ -138,9 +138,11 @@ def check_one_base(deltas: Sequence[Delta], checked: bool = False) -> None:
         for row in info["initialised"]:
             if fresh.setdefault(row["name"], row["digest"]) != row["digest"]:
                 why = f'"{row["name"]}", which no checkpoint holds, was drawn otherwise (another seed)'
-        if None not in (weights, info["weights"]) and weights != info["weights"]:
+        over = (frozenset(row["name"] for row in info["initialised"]), "model" in delta.info)  # what the digest is over
+        before = weights.get(over)
+        if None not in (before, info["weights"]) and before != info["weights"]:
             why = "the weights of their bases have different digests"
-        weights = weights or info["weights"]
+        weights[over] = before or info["weights"]
         sure = checked or (info["weights"] is not None and info["weights"] == infos[0]["weights"])
         for key in ("id", "revision"):
             if not why and not sure and None not in (info[key], infos[0][key]) and info[key] != infos[0][key]:
@@ -169,7 +171,7 @@ def base_of(deltas: Sequence[Delta]) -> dict[str, Any]:
         "seed": first("seed") if drawn is None else drawn,
         "initialised": [fresh[name] for name in sorted(fresh)],
         "structure": infos[0]["structure"],
-        "weights": first("weights"),
+        "weights": next((i["weights"] for i in infos if i["weights"] and len(i["initialised"]) == len(fresh)), None),
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from selectune.delta import bits
 from selectune.delta.bits import dtype_name, same_bits
 from selectune.delta.door import Claim, Hold, alone, claim_of
-from selectune.delta.fingerprint import Entry, Inventory, _structure, _weights, digest_bits, inventory
+from selectune.delta.fingerprint import Entry, Inventory, _structure, digest_bits, inventory, is_weights, never_loaded
 from selectune.delta.modules import module_digest
 from selectune.delta.parts import Dense, Patch
 from selectune.delta.schema import WRAPPERS
@@ -185,31 +185,51 @@ def drawn(
     return problems, [f"the {module['kind']} on the model was initialised otherwise"]
 
 
-def check_base(delta: Delta, found: Inventory, under: Sequence[Layer] = ()) -> None:
+def check_base(delta: Delta, found: Inventory, under: Sequence[Layer] = (), whole: bool = False) -> None:
     """Raise BaseMismatchError unless the model holds the base's bits wherever the delta writes.
 
-    `under` are layers to look through: their covered values count as the model's.
+    Tensors that no checkpoint held and that the delta stores whole may hold anything: nothing of it stays. `whole`
+    holds them to their digests too, for arithmetic on what they held. `under` are layers to look through: their
+    covered values count as the model's.
     """
     base, module = delta.info["base"], delta.info.get("module")
+    replaced = set() if whole else anew(delta, found)
     fresh = {row["name"]: row["digest"] for row in base["initialised"]}
+    fresh = {n: digest for n, digest in fresh.items() if n not in found.find or found.find[n].name not in replaced}
     bad_fresh, bad_module = drawn(fresh, module, found, under)
-    problems = [*bad_fresh, *bad_module]
+    problems, names = [*bad_fresh, *bad_module], set()
     for patch in delta.patches:
         entry = found.find[patch.name]
         if patch.zeroed:
             if digest_bits(_dense_base(entry, under)) != patch.base_digest:
                 problems.append(f'"{patch.name}" differs')
+                names.add(entry.name)
         elif digest_bits(_base_at(entry, patch.indices, under)) != patch.base_digest:
             problems.append(f'"{patch.name}" differs at the {patch.indices.numel()} trained places')
+            names.add(entry.name)
     for dense in delta.dense:
+        entry = found.find[dense.name]
         if (
-            fresh.get(dense.name) != dense.base_digest
-            and digest_bits(_dense_base(found.find[dense.name], under)) != dense.base_digest
+            entry.name not in replaced
+            and fresh.get(dense.name) != dense.base_digest
+            and digest_bits(_dense_base(entry, under)) != dense.base_digest
         ):
             problems.append(f'"{dense.name}" differs')
-    if not problems:
-        return
-    hints = []
+            names.add(entry.name)
+    if problems:
+        _refuse(problems, _hints(delta, found, bool(bad_fresh), names))
+
+
+def anew(delta: Delta, found: Inventory) -> set[str]:
+    """Names of the model's tensors that no checkpoint of the base held and that the delta stores whole."""
+    stored = {found.find[dense.name].name for dense in delta.dense if dense.name in found.find}
+    fresh = {row["name"] for row in delta.info["base"]["initialised"]}
+    return stored & {found.find[name].name for name in fresh if name in found.find}
+
+
+def _hints(delta: Delta, found: Inventory, drawn_otherwise: bool, differ: set[str]) -> list[str]:
+    """What to do about a model that differs from the base in the tensors `differ`."""
+    base, module, hints = delta.info["base"], delta.info.get("module"), []
     if holds(delta, found):
         hints.append(
             "the model holds this delta's values already: it was applied or merged before, or the model is "
@@ -217,15 +237,30 @@ def check_base(delta: Delta, found: Inventory, under: Sequence[Layer] = ()) -> N
         )
     if module is not None:
         hints.append(f"selectune.adapters.rebuild(model, delta) draws its {module['kind']} from seed {module['seed']}")
-    if bad_fresh:
+    if drawn_otherwise and base["seed"] is None:
+        hints.append(
+            "these tensors come from no checkpoint but from a random generator, the delta does not store them whole, "
+            "and no seed is recorded, so they cannot be made again: train them whole (Scope(train_fully=...)), or "
+            "draw them from a seed and record it (base_info(model, seed=...))"
+        )
+    elif drawn_otherwise:
         hints.append(
             f"these tensors come from no checkpoint but from a random generator; the base drew them with "
-            f"seed {base['seed']} (info['base']['seed'] matters): set it before the model is made"
+            f"seed {base['seed']} (info['base']['seed'] matters): set it before the model is made, or let "
+            f"selectune.load_model(path) make the model"
+        )
+    heads = sorted(differ.intersection(never_loaded(found)))
+    if heads:
+        hints.append(
+            f'"{heads[0]}" comes from no checkpoint here but was drawn as the model was made, as a fresh head is, so '
+            f"it differs in every process: selectune.load_model(path) makes base and head in one call; a delta that "
+            f"stores such a tensor whole takes any if it is named at save, "
+            f"tuner.save(path, base=base_info(model, initialised=[...]))"
         )
     if not hints:
         where = f"{base['id'] or 'unnamed'}, revision {base['revision'] or 'unknown'}"
         hints.append(f"the delta was made on {where}; load exactly that, without another delta or further training")
-    _refuse(problems, hints)
+    return hints
 
 
 def check_weights(delta: Delta, found: Inventory) -> None:
@@ -234,9 +269,9 @@ def check_weights(delta: Delta, found: Inventory) -> None:
     if expected is None:
         raise DeltaStateError(
             "the delta carries no digest of all weights, so a full check is impossible; "
-            "make it with base_info(model, full=True), or check without full"
+            "save it with full=True, or check without full"
         )
-    if _weights(found) != expected:
+    if not is_weights(found, delta.info["base"]):
         _refuse(
             ["some weight differs, perhaps one that the delta does not write"],
             [f"the delta was made on {delta.info['base']['id'] or 'an unnamed base'}; load exactly that"],

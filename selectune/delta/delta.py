@@ -167,8 +167,9 @@ class Delta:
         """Write the values into the model, in place: all of them or, on any error, none.
 
         The model must be the delta's base: same tensors, and the same bits wherever the delta writes; with
-        `full`, the same bits everywhere (reads all weights). `stack=True` allows it on top of other applied
-        deltas; the base is then looked for under them, or, for a delta trained on top of them, in the model
+        `full`, the same bits everywhere (reads all weights). A tensor that no checkpoint held (a fresh head) and that
+        the delta stores whole may hold anything; `revert` puts that back. `stack=True` allows it on top of other
+        applied deltas; the base is then looked for under them, or, for a delta trained on top of them, in the model
         as it stands.
 
         Raises BaseMismatchError for another model, DeltaStateError if a tuner is attached, this delta is
@@ -273,16 +274,16 @@ class Delta:
 
     def _check_fits(self, found: Any, stack: list[live.Layer], full: bool) -> None:
         live.check_structure(self, found)
-        if full:
-            if stack:
-                raise DeltaStateError("a full check needs the bare base; revert the deltas that are applied first")
-            live.check_weights(self, found)
+        if full and stack:
+            raise DeltaStateError("a full check needs the bare base; revert the deltas that are applied first")
         try:
             live.check_base(self, found)
         except DeltaError:
             if not stack:
                 raise
             live.check_base(self, found, under=stack)
+        if full:
+            live.check_weights(self, found)
 
     def _revert_merged(self, found: Any) -> None:
         live.check_structure(self, found)

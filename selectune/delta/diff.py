@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from selectune.delta.base import base_info, model_info
 from selectune.delta.bits import dtype_name, gather, int_view, same_bits
 from selectune.delta.delta import Delta
-from selectune.delta.fingerprint import Inventory, base_info, inventory
+from selectune.delta.fingerprint import Inventory, inventory
 from selectune.delta.parts import Dense, Patch
 from selectune.errors import BaseMismatchError
 
@@ -48,7 +49,9 @@ def diff(base_model: nn.Module, tuned_model: nn.Module, *, old_values: bool = Fa
                     old_values=old_values,
                 )
             )
-    return Delta(patches, dense, {"method": {"name": "diff"}, "base": base_info(base_model)})
+    described = model_info(base_model)
+    info = {"method": {"name": "diff"}, "base": base_info(base_model)}
+    return Delta(patches, dense, info if described is None else {**info, "model": described})
 
 
 def _check_same_structure(base: Inventory, tuned: Inventory) -> None:

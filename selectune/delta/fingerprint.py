@@ -119,56 +119,46 @@ def _structure(found: Inventory) -> str:
     return sha256(canonical_json(sorted(rows, key=lambda row: row[0])))
 
 
-def weights_digest(model: nn.Module) -> str:
-    """sha256 over every parameter and persistent buffer of the model: one read of all weights."""
-    return _weights(inventory(model))
+def weights_digest(model: nn.Module, without: Iterable[str] = ()) -> str:
+    """sha256 over every parameter and persistent buffer of the model but those named: one read of all weights."""
+    return _weights(inventory(model), without)
 
 
-def _weights(found: Inventory) -> str:
-    digests = {entry.name: digest_bits(entry.tensor) for entry in found.entries}
-    rows = sorted([name, digests[entry.name]] for name, entry in found.find.items())
+def _weights(found: Inventory, without: Iterable[str] = ()) -> str:
+    return all_digests(found, _digests(found), without)
+
+
+def _digests(found: Inventory) -> dict[str, str]:
+    return {entry.name: digest_bits(entry.tensor) for entry in found.entries}
+
+
+def all_digests(found: Inventory, digests: Mapping[str, str], without: Iterable[str] = ()) -> str:
+    """sha256 over the digests of a model's tensors, those named left out under all of their names."""
+    out = {found.find[name].name for name in without if name in found.find}
+    rows = sorted([name, digests[entry.name]] for name, entry in found.find.items() if entry.name not in out)
     return sha256(canonical_json(rows))
+
+
+def is_weights(found: Inventory, base: Mapping[str, Any]) -> bool:
+    """Whether the model has the weights that `info["base"]` has the digest of: one read of them.
+
+    Those in `initialised` are left out, as they have digests of their own; older files are over all tensors.
+    """
+    digests, fresh = _digests(found), [row["name"] for row in base["initialised"]]
+    return base["weights"] in (all_digests(found, digests, fresh), all_digests(found, digests))
+
+
+def never_loaded(found: Inventory) -> list[str]:
+    """Names of the parameters that transformers found in no checkpoint: those without the mark of what it loads.
+
+    Empty where no parameter has the mark: the model came by another way, or is a copy, which has lost the marks.
+    """
+    parameters = [entry for entry in found.entries if entry.kind == "parameter"]
+    fresh = [entry.name for entry in parameters if not getattr(entry.tensor, "_is_hf_initialized", False)]
+    return fresh if len(fresh) < len(parameters) else []
 
 
 def delta_fingerprint(structure: str, patches: Iterable[Any], dense: Iterable[Any]) -> str:
     """sha256 over the base's structure and its values wherever the delta writes."""
     rows = [[[part.name, part.base_digest] for part in parts] for parts in (patches, dense)]
     return sha256(canonical_json([structure, *rows]))
-
-
-def base_info(
-    model: nn.Module,
-    id: str | None = None,
-    revision: str | None = None,
-    seed: int | None = None,
-    initialised: Iterable[str] | Mapping[str, str] = (),
-    full: bool = False,
-) -> dict[str, Any]:
-    """Describe a base model for `info["base"]`; call it while the model holds the base's weights.
-
-    `initialised` names the tensors that no checkpoint held (a new task head), or maps them to digests taken
-    before training. `full` adds the digest of all weights (one read of them). The fingerprint is filled in by
-    Delta.
-
-    Raises BaseMismatchError for a name in `initialised` that the model does not have.
-    """
-    found = inventory(model)
-    if not isinstance(initialised, Mapping):
-        names = [canonical_name(name) for name in initialised]
-        unknown = sorted(name for name in names if name not in found.find)
-        if unknown:
-            raise BaseMismatchError(
-                f'"{unknown[0]}" is named as initialised, but the model has no such tensor; '
-                f"it has {len(found.find)}, from {', '.join(list(found.find)[:3]) or 'none'}"
-            )
-        initialised = {name: digest_bits(found.find[name].tensor) for name in names}
-    rows = [{"name": canonical_name(name), "digest": digest} for name, digest in initialised.items()]
-    return {
-        "id": id,
-        "revision": revision,
-        "seed": seed,
-        "initialised": sorted(rows, key=lambda row: row["name"]),
-        "structure": _structure(found),
-        "fingerprint": None,
-        "weights": _weights(found) if full else None,
-    }

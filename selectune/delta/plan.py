@@ -179,14 +179,14 @@ def plan_for(delta: Delta, seen: list[Any], found: Inventory, made: Sequence[Wri
             sorted_out.setdefault((write.tensor.device, write.tensor.element_size()), []).append(write)
     groups = {key: _group(writes, key[0], number) for key, writes in sorted_out.items()}
     puts = [put for group in groups.values() for put in group.puts]
-    whole = {entry.name: entry.base_digest for entry in delta.dense}
+    replaced = live.anew(delta, found)
     return Plan(
         seen,
         found,
         layer,
         groups,
         tuple(rest),
-        {row["name"]: row["digest"] for row in info["base"]["initialised"] if row["name"] not in whole},
+        {r["name"]: r["digest"] for r in info["base"]["initialised"] if found.find[r["name"]].name not in replaced},
         info.get("module"),
         (*puts, *rest),
         (

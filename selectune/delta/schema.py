@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
 from selectune.errors import DeltaFormatError
@@ -37,8 +38,12 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 """Kinds of modules that may sit on a base: a tensor belongs to one if a component of its name is among these."""
 
+MODEL_DTYPES = ("float64", "float32", "float16", "bfloat16")
+MAX_LABELS = 65536
+
 _INFO = {"method", "budget", "selected", "base", "versions"}
 _BASE = {"id", "revision", "seed", "initialised", "structure", "fingerprint", "weights"}
+_MODEL = {"architecture", "dtype", "labels", "num_labels", "pad_token_id", "path", "problem_type"}
 
 
 def canonical_json(value: Any) -> str:
@@ -193,7 +198,7 @@ def check_tree(value: Any, what: str, depth: int = 0) -> None:
 
 def check_info(info: Any, total: int) -> None:
     """Check `info` against the closed schema; `total` is the number of scalars in the patches."""
-    check_keys(info, _INFO, "info", {"created_by", "module"})
+    check_keys(info, _INFO, "info", {"created_by", "model", "module"})
     if not isinstance(info["method"], dict):
         raise DeltaFormatError(f"info.method must be an object; got {_short(info['method'])}")
     check_tree(info["method"], "info.method", 2)
@@ -213,6 +218,8 @@ def check_info(info: Any, total: int) -> None:
         check_text(version, f"info.versions[{_short(package)}]")
     if "module" in info:
         _check_module(check_keys(info["module"], {"kind", "options", "seed", "digest"}, "info.module"))
+    if "model" in info:
+        _check_model(check_keys(info["model"], _MODEL, "info.model"))
     _check_base(check_keys(info["base"], _BASE, "info.base"))
 
 
@@ -230,6 +237,31 @@ def _check_module(module: Mapping[str, Any]) -> None:
         check_tree(value, f"info.module.options[{_short(name)}]")
     check_int(module["seed"], "info.module.seed", 0, 2**32 - 1)
     check_hex(module["digest"], 64, "info.module.digest")
+
+
+def _check_model(model: Mapping[str, Any]) -> None:
+    name, labels, path = model["architecture"], model["labels"], model["path"]
+    if not isinstance(name, str) or len(name) > 128 or not (name.isascii() and name.isidentifier()) or name[0] == "_":
+        raise DeltaFormatError(f"info.model.architecture must be the name of a class; got {_short(name)}")
+    if model["dtype"] is not None and model["dtype"] not in MODEL_DTYPES:
+        allowed = ", ".join(MODEL_DTYPES)
+        raise DeltaFormatError(f"info.model.dtype must be null or one of {allowed}; got {_short(model['dtype'])}")
+    for key in ("num_labels", "pad_token_id"):
+        if model[key] is not None:
+            check_int(model[key], f"info.model.{key}", -1 if key == "pad_token_id" else 0, 2**31 - 1)
+    check_text(model["problem_type"], "info.model.problem_type", none=True)
+    check_text(path, "info.model.path", none=True)
+    absolute = path is None or PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+    if path is not None and not (path.isprintable() and absolute):
+        raise DeltaFormatError(f"info.model.path must be an absolute path in printable characters; got {_short(path)}")
+    if labels is None:
+        return
+    if not isinstance(labels, list) or len(labels) > MAX_LABELS or len(labels) != model["num_labels"]:
+        raise DeltaFormatError(
+            f"info.model.labels must be null or num_labels strings, at most {MAX_LABELS}; got {_short(labels)}"
+        )
+    for label in labels:
+        check_text(label, "a label in info.model.labels")
 
 
 def _check_base(base: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from selectune.delta import apply as live
 from selectune.delta.bits import gather, int_view
 from selectune.delta.delta import Delta
-from selectune.delta.fingerprint import _weights
+from selectune.delta.fingerprint import _weights, is_weights
 from selectune.errors import BaseMismatchError, DeltaStateError, IntegrityError
 
 
@@ -62,7 +62,7 @@ def _verify(delta: Delta, model: nn.Module, full: bool) -> Report:
     if full and recorded is None:
         raise DeltaStateError("the delta carries no digest of all weights; verify without full")
     before = _weights(found)
-    weights = before == recorded if full else None
+    weights = is_weights(found, delta.info["base"]) if full else None
     try:
         delta.apply(model)
     except BaseMismatchError as error:

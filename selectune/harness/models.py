@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -40,10 +40,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Shape:
-    """A class of transformers and the number of outputs of its head."""
+    """A class of transformers and its head: the number of outputs, and what else of the config belongs to it."""
 
     architecture: str
-    num_labels: int
+    num_labels: int | None
+    labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
+    pad_token_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,9 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     shape: Shape | None = None,
+    tokenizer: bool = True,
 ) -> LoadedModel:
-    """Loads a model with the head that `task` needs, in eval mode on the CPU, and its tokenizer.
+    """Loads a model with the head that `task` needs, in eval mode on the CPU, and its tokenizer, if it is wanted.
 
     Without a task the class is that of `shape`, or the one the model's config names. Tensors that the checkpoint does
     not hold, or holds in another shape (a task head), are drawn from `seed`: the same call gives the same model.
@@ -130,7 +134,7 @@ def load_model(
     transformers = _transformers()
     with quiet():
         try:
-            return _load(transformers, place, task, seed, dtype, trust_remote_code, shape)
+            return _load(transformers, place, task, seed, dtype, trust_remote_code, shape, tokenizer)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise ModelError(_why(place, error)) from error
 
@@ -143,19 +147,23 @@ def _load(
     dtype: torch.dtype | None,
     trust_remote_code: bool,
     shape: Shape | None,
+    with_tokenizer: bool,
 ) -> LoadedModel:
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not place.local:
-        where["revision"] = place.revision or "main"
+        where["revision"] = _at_commit(transformers, place) or "main"
     config = transformers.AutoConfig.from_pretrained(place.location, **where, **_head(task, shape))
     revision = place.revision
     if not place.local:
-        revision = getattr(config, "_commit_hash", None) or place.revision
-        where["revision"] = revision or "main"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place.location, **where)
-    _check_words(tokenizer, place)
-    _see_to_padding(tokenizer, config)
-    cls = _class(transformers, config, task, shape)
+        found = getattr(config, "_commit_hash", None) or where["revision"]  # older versions leave it in the config
+        revision = place.revision if found == "main" else found
+        where["revision"] = found
+    tokenizer = None
+    if with_tokenizer:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place.location, **where)
+        _check_words(tokenizer, place)
+        _see_to_padding(tokenizer, config)
+    cls = _class(transformers, config, task, shape, trust_remote_code)
     chosen = {} if dtype is None else {"dtype": dtype}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -167,24 +175,39 @@ def _load(
     initialised = tuple(sorted(fresh & own))
     if initialised:
         log.info("Drawn from seed %d, not in the checkpoint: %s.", seed, ", ".join(initialised))
+    if shape is not None and shape.pad_token_id is not None:
+        model.config.pad_token_id = shape.pad_token_id
     model.eval()
     return LoadedModel(model, tokenizer, place.id, revision, seed, initialised)
 
 
+def _at_commit(transformers: Any, place: Place) -> str | None:
+    """The commit of a hub branch, where this transformers can be asked for it; the branch itself otherwise."""
+    resolve = getattr(transformers.utils.hub, "resolve_revision", None)
+    commit = None if resolve is None else getattr(resolve(place.location, place.revision), "resolved", None)
+    return commit if isinstance(commit, str) else place.revision
+
+
 def _head(task: Task | None, shape: Shape | None) -> dict[str, Any]:
     if task is None:
-        return {} if shape is None else {"num_labels": shape.num_labels}
+        kind = {} if shape is None or shape.problem_type is None else {"problem_type": shape.problem_type}
+        return {} if shape is None else {**_outputs(shape.num_labels, shape.labels), **kind}
     if task.kind == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
+    return {**_outputs(len(task.labels), task.labels), "problem_type": "single_label_classification"}
+
+
+def _outputs(count: int | None, labels: Sequence[str] | None) -> dict[str, Any]:
+    if labels is None:
+        return {} if not count else {"num_labels": count}
     return {
-        "num_labels": len(task.labels),
-        "id2label": dict(enumerate(task.labels)),
-        "label2id": {label: number for number, label in enumerate(task.labels)},
-        "problem_type": "single_label_classification",
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
     }
 
 
-def _class(transformers: Any, config: Any, task: Task | None, shape: Shape | None) -> Any:
+def _class(transformers: Any, config: Any, task: Task | None, shape: Shape | None, trusted: bool) -> Any:
     if task is not None:
         return transformers.AutoModelForSequenceClassification
     name = shape.architecture if shape else (getattr(config, "architectures", None) or [None])[0]
@@ -193,7 +216,13 @@ def _class(transformers: Any, config: Any, task: Task | None, shape: Shape | Non
         if cls.config_class is not None and not isinstance(config, cls.config_class):
             raise ModelError(f"A {name} is needed, and this model is of another kind: {config.model_type}.")
         return cls
-    return transformers.AutoModel
+    if shape is None:
+        return transformers.AutoModel
+    own = [auto for auto, code in (getattr(config, "auto_map", None) or {}).items() if str(code).endswith(f".{name}")]
+    if trusted and own and own[0].startswith("AutoModel") and hasattr(transformers, own[0]):
+        return getattr(transformers, own[0])
+    more = ", but of the model's own code, which is run with trust_remote_code=True only" if own else ""
+    raise ModelError(f"The class {name} is none of the models of transformers {transformers.__version__}{more}.")
 
 
 def _check_words(tokenizer: Any, place: Place) -> None:

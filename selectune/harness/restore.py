@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import selectune as st
 from selectune import tasks
-from selectune.delta import Delta, Report, belongs
-from selectune.errors import ConfigError, DeltaError
+from selectune.delta import Delta, Report, belongs, canonical_name, inventory
+from selectune.errors import BaseMismatchError, ConfigError, DeltaError
 from selectune.harness.evaluate import Evaluation, encode, evaluate
 from selectune.harness.models import DTYPES, LoadedModel, Shape, device, load_model, longest, quiet
 from selectune.harness.modules import mergeable, virtual_tokens, with_module_of
@@ -27,18 +29,22 @@ class Source:
 
 
 def task_of(delta: Delta) -> Task | None:
-    """The task that the delta was trained for, if it says so and it is known."""
+    """The task that the delta was trained for, if it says so; raises UnknownTaskError where it is not known here."""
     name = delta.info["method"].get("task")
-    return tasks.TASKS.get(name) if isinstance(name, str) else None
+    return tasks.get(name) if isinstance(name, str) else None
 
 
-def load_base(source: Source, delta: Delta, task: Task | None) -> LoadedModel:
-    """The base that a delta needs: head of its task and module, drawn from its seed, in the dtype of its values."""
-    task = task or task_of(delta)
+def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool = True) -> LoadedModel:
+    """The base that a delta needs: its class, head and module, drawn from its seed, in the dtype of its values.
+
+    `task` gives the head; without one the delta's record of the model does, or of its task.
+    """
+    shape = _shape(delta)
+    task = task or (task_of(delta) if shape is None else None)
     written = [(p.name, p.dtype) for p in delta.patches] + [(d.name, d.tensor.dtype) for d in delta.dense]
     kind = delta.info["module"]["kind"] if "module" in delta.info else None  # a module's tensors may be fp32 on bf16
     floats = [d for name, d in written if d.is_floating_point and (kind is None or not belongs(kind, name))]
-    named = delta.info["method"].get("dtype")
+    named = delta.info.get("model", {}).get("dtype") or delta.info["method"].get("dtype")
     dtype = source.dtype or (
         named if isinstance(named, str) and named in DTYPES else max(set(floats), key=floats.count) if floats else None
     )
@@ -50,9 +56,35 @@ def load_base(source: Source, delta: Delta, task: Task | None) -> LoadedModel:
         source.revision or _commit(recorded["revision"], recorded["id"], source.model),
         dtype,
         source.trust_remote_code,
-        _shape(delta),
+        shape,
+        tokenizer,
     )
     return with_module_of(loaded, delta)
+
+
+def fitted(delta: Delta, loaded: LoadedModel) -> Delta:
+    """The delta, told which of the tensors that it stores whole no checkpoint holds, if it does not say so itself.
+
+    Its digest of all weights counts a head then that is gone, so it is left out.
+    """
+    base = delta.info["base"]
+    told, found = {row["name"] for row in base["initialised"]}, inventory(loaded.model).find
+    fresh = {found[name].name for name in map(canonical_name, loaded.initialised)}
+    more = [
+        {"name": d.name, "digest": d.base_digest}
+        for d in delta.dense
+        if d.name not in told and d.name in found and found[d.name].name in fresh
+    ]
+    if not more:
+        return delta
+    rows = sorted([*base["initialised"], *more], key=lambda row: row["name"])
+    return Delta(delta.patches, delta.dense, {**delta.info, "base": {**base, "initialised": rows, "weights": None}})
+
+
+def apply_to(delta: Delta, loaded: LoadedModel) -> None:
+    """Writes a delta into its base, whose weights are all compared where the delta has their digest."""
+    delta = fitted(delta, loaded)
+    delta.apply(loaded.model, full=delta.info["base"]["weights"] is not None)
 
 
 def evaluate_delta(
@@ -74,7 +106,8 @@ def evaluate_delta(
         loaded = load_model(source.model, task, seed, source.revision, source.dtype, source.trust_remote_code)
     else:
         loaded = load_base(source, delta, task)
-        delta.apply(loaded.model)
+        with _of_known_task(delta):
+            apply_to(delta, loaded)
         recorded = delta.info["method"].get("max_length")
         max_length = max_length or (recorded if isinstance(recorded, int) else None)
     taken = 0 if loaded.adapted is None else virtual_tokens(loaded.adapted.spec)
@@ -89,8 +122,12 @@ def verify_delta(source: Source, path: str | Path, task: Task | None = None) -> 
     All weights are compared where the delta has their digest (those of `selectune train` do), else those it writes.
     """
     delta = st.load(path)
-    full = delta.info["base"]["weights"] is not None
-    return delta.verify(load_base(source, delta, task).model, full=full)
+    loaded = load_base(source, delta, task or task_of(delta), tokenizer=False)
+    delta = fitted(delta, loaded)
+    report = delta.verify(loaded.model, full=delta.info["base"]["weights"] is not None)
+    if not report.base:
+        task_of(delta)  # one that is unknown here is the reason to tell
+    return report
 
 
 def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | None = None) -> dict[str, Any]:
@@ -102,8 +139,9 @@ def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | 
     _check_out(Path(out), source.model)
     delta = st.load(path)
     mergeable(delta)
-    loaded = load_base(source, delta, task)
-    delta.merge(loaded.model)
+    loaded = load_base(source, delta, task or task_of(delta))
+    with _of_known_task(delta):
+        fitted(delta, loaded).merge(loaded.model)
     if loaded.adapted is not None:
         loaded.adapted.merge()
     with quiet():
@@ -139,10 +177,23 @@ def _check_out(out: Path, model: str) -> None:
 
 
 def _shape(delta: Delta) -> Shape | None:
-    """Class and outputs that a delta of two model folders recorded."""
-    method = delta.info["method"]
+    """Class and outputs that a delta recorded: of its model, or (older ones) of two model folders."""
+    model, method = delta.info.get("model"), delta.info["method"]
+    if model is not None:
+        labels = None if model["labels"] is None else tuple(model["labels"])
+        return Shape(model["architecture"], model["num_labels"], labels, model["problem_type"], model["pad_token_id"])
     architecture, outputs = method.get("architecture"), method.get("num_labels")
     return Shape(architecture, outputs) if isinstance(architecture, str) and isinstance(outputs, int) else None
+
+
+@contextmanager
+def _of_known_task(delta: Delta) -> Iterator[None]:
+    """Within it a model that is not the base is told as an unknown task, where the delta names one."""
+    try:
+        yield
+    except BaseMismatchError:
+        task_of(delta)
+        raise
 
 
 def _commit(revision: Any, recorded: Any, asked: str) -> str | None:

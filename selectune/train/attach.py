@@ -310,21 +310,11 @@ class Tuner:
         old_values: bool = False,
         order: bool = False,
         allow_empty: bool = False,
+        full: bool = True,
     ) -> Delta:
         """The delta as it stands, in memory, verified. See `save`."""
-        verification = self.verify()
-        return package.delta_of(
-            self,
-            self._found,
-            self._ledger,
-            self._base,
-            verification.changed,
-            base,
-            info or {},
-            old_values,
-            order,
-            allow_empty,
-        )
+        changed, kept = self.verify().changed, (self._found, self._ledger, self._base)
+        return package.delta_of(self, *kept, changed, base, info or {}, old_values, order, allow_empty, full)
 
     def save(
         self,
@@ -335,18 +325,21 @@ class Tuner:
         old_values: bool = False,
         order: bool = False,
         allow_empty: bool = False,
+        full: bool = True,
     ) -> Path:
         """Writes the delta: a folder gets `delta.safetensors`, a path ending in .safetensors is the file.
 
         Durable and atomic: a save that returned survives a crash, one that did not changes nothing.
-        `base`: where the base came from (id, revision, seed), recorded for `eval`; see
-        `selectune.delta.base_info`. `info`: more fields of the delta's info, {"method": {"task": ...}}, JSON values.
+        `base`: where the base came from (id, revision, seed), for `eval`; see `selectune.delta.base_info`. A
+        transformers model says it itself, and which tensors no checkpoint held. `info`: more fields of the delta's
+        info, {"method": {"task": ...}}, JSON values.
         `old_values`: also store the base's values, so that a revert needs no base. `order`: also store the order
-        of selection, every smaller budget's mask.
+        of selection, every smaller budget's mask. `full`: with a digest of all the base's weights, read at the first
+        save, so that a base is told apart from one that differs anywhere.
         Raises ConfigError, NothingTrainedError, NonFiniteError, IntegrityError before a file is touched.
         """
-        delta = self.delta(base=base, info=info, old_values=old_values, order=order, allow_empty=allow_empty)
-        return delta.save(path)
+        made = self.delta(base=base, info=info, old_values=old_values, order=order, allow_empty=allow_empty, full=full)
+        return made.save(path)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from selectune import ops
-from selectune.delta import Delta, Dense, Patch, base_info, canonical_name, digest_bits, module_of, versions
+from selectune.delta import Delta, Dense, Patch, canonical_name, digest_bits, model_info, module_of, versions
 from selectune.errors import ConfigError, IntegrityError, NonFiniteError, NothingTrainedError, ScopeError
 from selectune.method import Method
 from selectune.scope import Found, ScopedTensor, is_own
+from selectune.train.base import base_of
 from selectune.train.ledger import Ledger
 from selectune.types import Reads, Schedule
 
@@ -45,6 +46,7 @@ class BaseCopy:
         self.buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         self.filled: dict[str, Tensor] = {}
         self.objects = dict(model.named_parameters(remove_duplicate=False))
+        self.digests: dict[str, str] = {}  # of the base's tensors, as far as they were asked for: it never changes
 
     @torch.no_grad()
     def zero_unselected(self, model: nn.Module, ledger: Ledger) -> None:
@@ -175,16 +177,16 @@ def delta_of(
     old_values: bool,
     order: bool,
     allow_empty: bool,
+    full: bool,
 ) -> Delta:
     """The delta of a run; refuses one that is empty or not finite."""
     info = {
         "method": {**run.method.describe(), "seed": run.seed},
         "budget": run.budget if found.tensors and run.schedule is not None and run.schedule.keeps else None,
-        "base": dict(base) if base is not None else base_info(run.model),
+        "base": base_of(run.model, ledger, before, base, full),
     }
-    module = module_of(run.model)
-    if module is not None:
-        info["module"] = module
+    made = {"module": module_of(run.model), "model": model_info(run.model)}
+    info |= {key: value for key, value in made.items() if value is not None}
     info = _with_more({**info, "versions": versions()}, more)
     ranks = _ranks(ledger) if order else {}
     patches = [

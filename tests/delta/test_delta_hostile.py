@@ -33,6 +33,11 @@ def module(**change):
     return {"kind": "lora", "options": {"r": 8}, "seed": 0, "digest": "0" * 64, **change}
 
 
+def model(**change):
+    good = {"architecture": "BertModel", "dtype": "float32", "labels": ["a", "b"], "num_labels": 2}
+    return {**good, "pad_token_id": 0, "path": "/base", "problem_type": None, **change}
+
+
 def info(key: str, value):
     return lambda m: m["info"].__setitem__(key, value)
 
@@ -244,6 +249,21 @@ ROWS = {
     "module seed below 0": (lambda: edited(GOOD, info("module", module(seed=-1))), "integer from 0"),
     "module options nested": (lambda: edited(GOOD, info("module", module(options={"r": [1]}))), "must be a number"),
     "module digest short": (lambda: edited(GOOD, info("module", module(digest="0" * 63))), "64 lower-case hex"),
+    "model with another key": (lambda: edited(GOOD, info("model", model(auto_map="x.py"))), "unknown: 'auto_map'"),
+    "model without a class": (lambda: edited(GOOD, info("model", {"dtype": None})), "missing: architecture"),
+    "model class of a module": (lambda: edited(GOOD, info("model", model(architecture="os.system"))), "of a class"),
+    "model class private": (lambda: edited(GOOD, info("model", model(architecture="__import__"))), "of a class"),
+    "model class empty": (lambda: edited(GOOD, info("model", model(architecture=""))), "of a class"),
+    "model dtype unknown": (lambda: edited(GOOD, info("model", model(dtype="int8"))), "null or one of float64"),
+    "model dtype a list": (lambda: edited(GOOD, info("model", model(dtype=[]))), "null or one of float64"),
+    "model path relative": (lambda: edited(GOOD, info("model", model(path="../base"))), "absolute path"),
+    "model path bidirectional": (lambda: edited(GOOD, info("model", model(path="/a\u202eb"))), "absolute path"),
+    "model labels too few": (lambda: edited(GOOD, info("model", model(num_labels=3))), "num_labels strings"),
+    "model labels of numbers": (lambda: edited(GOOD, info("model", model(labels=[0, 1]))), "must be a string"),
+    "model labels an object": (lambda: edited(GOOD, info("model", model(labels={"0": "a"}))), "num_labels strings"),
+    "model num_labels true": (lambda: edited(GOOD, info("model", model(num_labels=True))), "integer from"),
+    "model padding below -1": (lambda: edited(GOOD, info("model", model(pad_token_id=-2))), "integer from"),
+    "model problem a number": (lambda: edited(GOOD, info("model", model(problem_type=1))), "must be a string"),
     "created_by a number": (lambda: edited(GOOD, info("created_by", 2)), "must be a string"),
     "base unknown key": (lambda: edited(GOOD, base("auto_map", "x.py")), "unknown: 'auto_map'"),
     "base without structure": (lambda: edited(GOOD, base("structure", None)), "hex"),
@@ -267,6 +287,9 @@ def test_the_helpers_make_the_good_file():
     assert edited(GOOD, lambda m: None) == GOOD
     assert repacked(GOOD, "order", stream_of(GOOD, "order")) == GOOD
     assert Delta.from_bytes(GOOD) == DELTA
+    for change in ({}, {"path": "C:\\models\\base"}, {"labels": None, "num_labels": None, "path": None, "dtype": None}):
+        given = model(**change)
+        assert Delta.from_bytes(edited(GOOD, info("model", given))).info["model"] == given
 
 
 @pytest.mark.parametrize(("make", "message"), ROWS.values(), ids=ROWS.keys())
