@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
@@ -36,14 +37,16 @@ class NotPlain(ValueError):
     """Why a text is no plain JSON: the end of a sentence that begins with what the text is."""
 
 
-def parse(text: str, depth: int = MAX_DEPTH) -> Any:
+def parse(text: str, depth: int = MAX_DEPTH, most: int = MAX_INT) -> Any:
     """Strict JSON; refuses what Python's parser lets through: keys twice, NaN, integers beyond 64 bits.
 
-    Raises NotPlain. `depth` is only said, where Python's own limit was reached; see `plain`.
+    Raises NotPlain. `depth` is only said, where Python's own limit was reached; see `plain`. `most`: what an integer
+    may come to.
     """
+    whole = functools.partial(_int, most)
     try:
         return json.loads(
-            text, object_pairs_hook=_no_duplicates, parse_constant=_refuse, parse_float=_float, parse_int=_int
+            text, object_pairs_hook=_no_duplicates, parse_constant=_refuse, parse_float=_float, parse_int=whole
         )
     except RecursionError as error:
         raise NotPlain(f"is nested too deeply; at most {depth} levels are read") from error
@@ -51,7 +54,7 @@ def parse(text: str, depth: int = MAX_DEPTH) -> Any:
         raise NotPlain(f"is not valid JSON: {str(error)[:200]}") from error
 
 
-def plain(data: bytes | bytearray, depth: int = MAX_DEPTH) -> Any:
+def plain(data: bytes | bytearray, depth: int = MAX_DEPTH, most: int = MAX_INT) -> Any:
     """What `parse` gives of UTF-8 bytes, of at most `depth` levels and with strings that can be encoded again.
 
     >>> plain(b'{"a": [1, 2.5, null]}')
@@ -64,7 +67,7 @@ def plain(data: bytes | bytearray, depth: int = MAX_DEPTH) -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise NotPlain(f"is not UTF-8: {error.reason} at byte {error.start}") from error
-    value = parse(text, depth)
+    value = parse(text, depth, most)
     if _HALF.search(text) or text.count("[") + text.count("{") > depth:
         _walk(value, depth, depth)
     return value
@@ -175,7 +178,7 @@ def _float(literal: str) -> float:
     return float(literal)
 
 
-def _int(literal: str) -> int:
-    if len(literal) > 20 or abs(int(literal)) > MAX_INT:
+def _int(most: int, literal: str) -> int:
+    if len(literal) > 20 or abs(int(literal)) > most:
         raise ValueError(f"integer {short(literal)} is beyond 64 bits")
     return int(literal)

@@ -23,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selectune.errors import ConfigError
+from selectune.files import read_json
+
 log = logging.getLogger("selectune")
 
 VERSION = 2
@@ -132,12 +135,12 @@ _memory: dict[str, dict[str, dict[str, float]]] = {}  # where no file can be wri
 def _read(file: Path) -> dict[str, dict[str, float]] | None:
     if str(file) in _memory:
         return _memory[str(file)]
-    try:
-        model = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         return None
-    except (OSError, ValueError) as error:
-        log.warning("The measured costs in %s cannot be read (%s): the defaults are used.", file, error)
+    try:
+        model = read_json(file, error=ConfigError)
+    except ConfigError as error:
+        log.warning("The measured costs cannot be used: %s The defaults are.", error)
         return DEFAULTS
     fine = isinstance(model, dict) and all(
         isinstance(model.get(name), dict)

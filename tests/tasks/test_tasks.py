@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 
@@ -104,11 +105,16 @@ def test_offline_the_hub_is_not_reached_and_the_message_says_what_would_help(dat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"sentence": "a", "label": 0}\n{"sentence": "b"\n', r"cannot be read after line 1"),
+        ('{"sentence": "a", "label": 0}\n{"sentence": "b"\n', r"train\.jsonl, line 2 is not valid JSON"),
         ('{"sentence": "a"}\n', r"line 1: a row of glue/cola needs sentence, label; missing: label"),
         ('{"sentence": 3, "label": 0}\n', "must be strings"),
         ('{"sentence": "a", "label": "0"}\n', "must be a number, got '0'"),
         ('{"sentence": "a", "label": -1}\n', r"must be 0 to 1 \(unacceptable, acceptable\), got -1"),
+        ('{"sentence": "a", "label": 0.5}\n', "must be 0 to 1"),
+        ('{"sentence": "a", "label": true}\n', "must be a number, got True"),
+        ('{"sentence": "a", "label": NaN}\n', r"line 1 is not valid JSON: NaN is not a number that JSON allows\.$"),
+        ('{"sentence": "a", "label": 1e999}\n', "line 1 is not valid JSON"),
+        ('{"sentence": "\\ud800", "label": 0}\n', "line 1 holds half of a surrogate pair"),
         ("[1, 2]\n", "expected one JSON object a line"),
         ("\n", "has no rows"),
     ],
@@ -119,6 +125,26 @@ def test_bad_rows_are_named(tmp_path, text, message):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(TaskError, match=message):
         tasks.load(tasks.get("glue/cola"), "train", tmp_path)
+
+
+def test_a_class_may_be_written_as_a_float(tmp_path):
+    """Tables with gaps hold whole numbers as floats, and 1.0 can mean nothing else."""
+    write_rows(tmp_path / "glue/cola/train.jsonl", [{"sentence": "a", "label": 1.0}, {"sentence": "b", "label": 0}])
+    found = tasks.load(tasks.get("glue/cola"), "train", tmp_path)
+    assert [example.label for example in found.examples] == [1, 0]
+    assert all(type(example.label) is int for example in found.examples)
+
+
+@pytest.mark.parametrize("label", [float("nan"), float("inf"), 1e16, -(10**400)])
+def test_a_label_is_finite_wherever_it_comes_from(label):
+    """A run would only be lost where its metric is computed."""
+    task = dataclasses.replace(
+        tasks.get("glue/stsb"), generate=lambda split: [{"sentence1": "a", "sentence2": "b", "label": label}]
+    )
+    with pytest.raises(
+        TaskError, match=r"row 1: the label of glue/stsb must be (finite|at most 1e\+15), got .{1,80}\.$"
+    ):
+        tasks.load(task, "train")
 
 
 def test_a_damaged_archive_is_named(tmp_path):
