@@ -19,7 +19,7 @@ from selectune.delta.bits import DTYPES
 from selectune.errors import DeltaError, DeltaFormatError, TunerError
 from selectune.files import read_owned, write_durably
 from selectune.files.reading import NotPlain, plain, short
-from selectune.train.checked import PAGE, VERSION, checked
+from selectune.train.checked import PAGE, VERSION, checked, starts_elsewhere
 from selectune.train.ledger import Page
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def state_of(tuner: Tuner) -> dict[str, Any]:
         "run": _run(tuner),
         "step": tracker.step,
         "reached": sorted(tracker.reached),
+        "restarted": starts_elsewhere(ledger, tensors),
         "events": dict(tracker.events),
         "chooser": _packed(tracker.chooser.state(), "chooser", tensors),
         "phase": None if tuner._phase is None else _packed(tuner._phase.state(), "phase", tensors),
