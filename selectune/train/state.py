@@ -75,6 +75,9 @@ def write_state(path: str | Path, state: Mapping[str, Any]) -> Path:
     """
     info, tensors = dict(state["info"]), dict(state["tensors"])
     header = {_HEADER: json.dumps({"info": info, "digest": _digest(info, tensors)}, allow_nan=False, sort_keys=True)}
+    odd = [key for key, tensor in tensors.items() if tensor.dtype not in DTYPES.values()]
+    if odd:
+        raise DeltaError(f"cannot write {path}: {odd[0]} has dtype {tensors[odd[0]].dtype}, which is not read")
     data = files.save(tensors, header)
     if len(tensors) > MAX_TENSORS or 8 + int.from_bytes(data[:8], "little") > MAX_HEADER:
         raise DeltaError(
@@ -124,7 +127,10 @@ def _tensors(data: bytearray) -> tuple[dict[str, Tensor], str]:
         if entry["data_offsets"] != [start - begin, end - begin] or end > len(data):
             raise NotPlain(f"has a tensor {short(key)} that does not lie behind the one before it")
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
-        tensors[key] = flat.view(shape)
+        try:
+            tensors[key] = flat.view(shape)
+        except RuntimeError as error:
+            raise NotPlain(f"has a tensor {short(key)} of too many dimensions") from error
     if end != len(data):
         raise NotPlain(f"has {len(data) - end:,} bytes behind its last tensor")
     return tensors, told[_HEADER]
