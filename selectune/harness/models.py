@@ -132,7 +132,7 @@ def load_model(
             return _load(transformers, place, task, seed, dtype, trust_remote_code, shape)
         except SelectuneError:
             raise
-        except Exception as error:  # noqa: BLE001 (a damaged folder fails anywhere within transformers)
+        except Exception as error:
             raise ModelError(_why(place, error)) from error
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # of tokenizers' Rust, which is no Exception
