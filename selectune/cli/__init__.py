@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 done, 1 it could not be done, 2 it was asked wrongly."""
+    """Runs a command and exits with a code of `selectune.cli.exits`."""
     try:
         from selectune.cli.app import app
     except ImportError as error:  # typer or rich, or a file of our own: an installation that is not whole

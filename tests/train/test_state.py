@@ -287,3 +287,14 @@ def test_memory_of_reading(tmp_path):
     large = write_state(tmp_path / "large.safetensors", state)
     run = subprocess.run([sys.executable, "-c", _PEAK, small, large], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 1.5 * large.stat().st_size
+
+
+def test_a_tuner_shows_the_share_that_it_trains():
+    """Tied tensors count once, and the vector of offsets is none of the model's."""
+    model, tuner, _ = after(1, method=st.id3(60, 6))
+    total = sum(p.numel() for name, p in model.named_parameters() if "selectune" not in name)
+    share = f"10 of {total:,} scalars ({1000 / total:.2f} %)"
+    assert repr(tuner) == f"Tuner(id3, selected 10 of 60, step 1; {share})"
+    tuner.detach()
+    assert share in repr(tuner)
+    assert total == sum(p.numel() for p in model.parameters())
