@@ -124,7 +124,8 @@ def _find(task: Task, split: str, data: str | os.PathLike[str] | None) -> tuple[
     if data is not None:
         root = Path(data)
         if not root.is_dir():
-            raise TaskError(f"The data folder {root} does not exist. --data takes a folder of task/split.jsonl(.gz).")
+            what = "is no folder" if root.exists() else "does not exist"
+            raise TaskError(f"The data folder {root} {what}. --data takes a folder of task/split.jsonl(.gz).")
         path, tried = _file(task, split, root)
         if path is None:
             raise TaskError(

@@ -88,6 +88,9 @@ def test_a_named_folder_without_the_task_is_an_error_and_not_a_reason_to_ask_the
         tasks.load(tasks.get("glue/qqp"), "train", data)
     with pytest.raises(TaskError, match="does not exist"):
         tasks.load(tasks.get("glue/rte"), "train", tmp_path / "nowhere")
+    (tmp_path / "file").write_text("{}")
+    with pytest.raises(TaskError, match="file is no folder"):
+        tasks.load(tasks.get("glue/rte"), "train", tmp_path / "file")
     write_rows(tmp_path / "glue/qnli/validation.jsonl", [{"question": "a", "sentence": "b", "label": 0}])
     with pytest.raises(TaskError, match=r"There is validation\.jsonl"):
         tasks.load(tasks.get("glue/qnli"), "train", tmp_path)
