@@ -15,7 +15,7 @@ import typer
 from cli_kit import call
 
 from selectune.cli import app as apps
-from selectune.cli import lists
+from selectune.cli import catalogue, lists
 from selectune.cli.exits import DONE, EXITS, FAILED, INTERRUPTED, TABLE, TERMINATED, WRONG, code_of
 from selectune.cli.mistakes import wants_json
 from selectune.cli.output import refuse
@@ -181,3 +181,9 @@ def test_long_errors_break_between_words_on_a_terminal(capsys):
     assert " ".join(" ".join(lines).split()) == f"error: {'a few words at first ' * 6}{url} end"
     refuse("word " * 100, "E", 1, as_json=False)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_installation_that_is_damaged(tmp_path, monkeypatch):
+    (tmp_path / "methods.json").write_text("[")
+    monkeypatch.setattr(catalogue, "FILE", tmp_path / "methods.json")
+    assert "methods.json is not valid JSON" in call("methods", code=FAILED).stderr

@@ -15,6 +15,7 @@ import re
 
 import pytest
 import torch
+from test_rollback import CASES as OTHERS
 from test_rollback import HEAD, Run, adamw, entries, same_state, sm3
 from test_state_refused import changed_at, leaves
 from train_kit import bits, same
@@ -69,6 +70,9 @@ CASES = {
     "diff-pruning, dense": ((lambda: st.diff_pruning(30, STEPS, dense=3), adamw, 1), 2),
     "pafi": ((lambda: st.pafi(30), adamw, 1), 3),
 }
+
+if MUTANTS >= 1000:  # the others too, at several steps: what they take need not be told, but nothing may break
+    CASES |= {f"{name}, after {step}": (how, step) for name, how in OTHERS.items() for step in (0, 1, 4)}
 
 UNTOLD = {
     "": r"offsets|whole\..*|buffer\..*|phase\.(latents|before)\..*|chooser\.(window|factors)\..*|events.*|reached.*",
@@ -173,7 +177,8 @@ def test_mutants(case, tmp_path, note):
     straight.go(step, STEPS)
     end, delta = bits(straight.model), straight.tuner.delta(allow_empty=True).to_bytes()
     draw = random.Random(case)
-    untold = re.compile(f"{UNTOLD['']}|{UNTOLD.get(case, 'nothing')}")
+    rest = "step|start|chooser.ahead|.*slot|.*retired_now" if ", after " in case else "nothing"
+    untold = re.compile(f"{UNTOLD['']}|{UNTOLD.get(case, rest)}")
     counts = {"refused": 0, "taken": 0, "untold": 0}
     wrong = []
     victim = Mutable(*how)
