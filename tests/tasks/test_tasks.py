@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import math
+import random
 
 import pytest
 from tiny_kit import write_rows
@@ -166,3 +168,44 @@ def test_the_benchmark_data_has_the_published_rows(real_data):
         assert len(tasks.load(task, "train", real_data)) == train
         assert len(tasks.load(task, "validation", real_data)) == validation
     assert len(tasks.load(tasks.get("glue/mnli"), "validation", real_data)) == 9815
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mutants_of_a_data_file(packed, tmp_path):
+    """Each is refused with the file's name, or its rows are texts and finite labels of the task."""
+    rows = [{"sentence1": f"a {n}", "sentence2": "b", "label": n / 2, "idx": n} for n in range(9)]
+    file = tmp_path / "glue/stsb/train.jsonl"
+    write_rows(file, rows, packed=packed)
+    file = file.with_name(file.name + ".gz") if packed else file
+    whole, draw, refused = file.read_bytes(), random.Random(3), 0
+    values = (
+        b"NaN",
+        b"1e400",
+        b"-1e16",
+        b"9" * 5000,
+        b"null",
+        b"[1]",
+        b'"\\ud800"',
+        b"\0",
+        b"\xff",
+        b"",
+        b"}",
+        b"true",
+    )
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(draw.choice((1, 3))):
+            at = draw.randrange(len(data) + 1)
+            data[at : at + draw.randrange(4)] = draw.choice(values)
+        file.write_bytes(data)
+        try:
+            found = tasks.load(tasks.get("glue/stsb"), "train", tmp_path)
+        except TaskError as error:
+            refused += str(file) in str(error)
+        else:
+            assert all(math.isfinite(example.label) for example in found.examples)
+            "".join(text for example in found.examples for text in example.texts).encode()
+            refused -= packed and found.examples != tuple(
+                Example((row["sentence1"], row["sentence2"]), row["label"]) for row in rows
+            )
+    assert refused > 200
