@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 VERSION = 3
 _INFO = {"version", "run", "step", "reached", "restarted", "events", "chooser", "phase"}
+GUESTS = "trainer."
+"""How keys begin of what an integration keeps in a state's file, beside the tuner's own: the order of the data."""
 PAGE = ("flat", "slot", "base", "retired", "retired_base")
 """The parts of a tensor's page that a state holds."""
 
@@ -62,9 +64,9 @@ def _look(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     check_choices(tuner, info, tensors)
     _phase(tuner, info, tensors)
     known = _expected(tuner).keys() | _references(info["chooser"]) | _references(info["phase"])
-    if tensors.keys() - known:
-        strange = ", ".join(ascii(key)[:60] for key in sorted(map(str, tensors.keys() - known))[:3])
-        raise ConfigError(f"The state holds tensors that this run has no place for: {strange}.")
+    strange = sorted(ascii(key)[:60] for key in tensors.keys() - known if not str(key).startswith(GUESTS))
+    if strange:
+        raise ConfigError(f"The state holds tensors that this run has no place for: {', '.join(strange[:3])}.")
 
 
 def _of_this_run(mine: Mapping[str, Any], theirs: Any) -> None:
