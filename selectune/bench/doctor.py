@@ -90,7 +90,7 @@ def _process(names: list[str], model: str | None, patience: float) -> tuple[list
 def _read(line: str) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:  # half a line, of a process that was stopped
+    except (ValueError, RecursionError):  # half a line, of a process that was stopped
         return None
     return value if isinstance(value, dict) and "part" in value else None
 

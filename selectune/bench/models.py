@@ -57,7 +57,7 @@ def config_of(name: str) -> Any:
     with quiet():
         try:
             return transformers.AutoConfig.from_pretrained(place.location, **where)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:
             raise ModelError(
                 f"There is no config for '{name}': {' '.join(str(error).split())[:200]} Known without a hub: "
                 f"{', '.join(CONFIGS)}; a folder with config.json works too."

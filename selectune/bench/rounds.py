@@ -120,7 +120,11 @@ class Worker:
             what = f"gave no answer in {self.timeout:.0f} s" if late.is_set() else self._died()
             self.stop()
             raise SelectuneError(f"The worker {what}.")
-        reply = json.loads(line)
+        try:
+            reply = json.loads(line)
+        except ValueError as error:
+            self.stop()
+            raise SelectuneError(f"The worker answered what is no JSON: {line[:80]!r}.") from error
         if not reply.pop("ok"):
             self.stop()
             raise SelectuneError(reply["error"])

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 done, 1 it could not be done, 2 it was asked wrongly, 130 or 143 it was stopped."""
+    """Runs a command and exits with a code of `selectune.cli.exits`."""
     from selectune.cli.signals import StoppedBySignal, exit_code, watch
 
     watch()
     try:
         _command(argv)
     except StoppedBySignal as stopped:
-        sys.stderr.write(f"{stopped}.\n")
+        sys.stderr.write(f"stopped: {stopped}\n")
         sys.exit(exit_code(stopped.signal))
 
 

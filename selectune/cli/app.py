@@ -11,9 +11,13 @@ from typer.core import TyperGroup
 
 import selectune
 from selectune.cli import algebra, deltas, demo, lists, measure, runs
-from selectune.cli.mistakes import UsageError, explained
-from selectune.cli.output import code_of, fail, log_to_stderr, refuse
-from selectune.errors import SelectuneError
+from selectune.cli.exits import FAILED, INTERRUPTED, TABLE, WRONG, code_of
+from selectune.cli.mistakes import UsageError, explained, wants_json
+from selectune.cli.output import fail, log_to_stderr, refuse
+from selectune.cli.signals import StoppedBySignal, exit_code
+from selectune.errors import SelectuneError, StoppedError
+
+AS_JSON = "selectune.as_json"
 
 
 class Guarded(TyperGroup):
@@ -22,11 +26,14 @@ class Guarded(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args:
             return super().parse_args(ctx, args)  # which shows the help
+        ctx.meta[AS_JSON] = wants_json(args)
+        for arg in args:
+            if "\0" in arg:  # whatever it names: no path, model or task has one
+                raise _ended(ctx, f"The argument {arg!a} holds a NUL character, which no name or path can.", WRONG)
         try:
             return super().parse_args(ctx, args)
         except UsageError as error:
-            refuse(explained(error))
-            raise typer.Exit(2) from None
+            raise _ended(ctx, explained(error), WRONG) from None
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -34,16 +41,26 @@ class Guarded(TyperGroup):
         except UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # of a group that was named without a command
                 raise
-            refuse(explained(error))
-            raise typer.Exit(2) from None
+            raise _ended(ctx, explained(error), WRONG) from None
+        except StoppedError as stopped:
+            raise _ended(ctx, str(stopped), exit_code(stopped.signal), "Stopped") from None
         except SelectuneError as error:
-            fail(error)
+            fail(error, code_of(error), ctx.meta.get(AS_JSON, False))
             raise typer.Exit(code_of(error)) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever read the output has gone, as `head` does
                 raise
-            fail(error)
-            raise typer.Exit(1) from None
+            fail(error, FAILED, ctx.meta.get(AS_JSON, False))
+            raise typer.Exit(FAILED) from None
+        except StoppedBySignal as stopped:
+            raise _ended(ctx, str(stopped), exit_code(stopped.signal), "Stopped") from None
+        except KeyboardInterrupt:
+            raise _ended(ctx, "by Ctrl-C", INTERRUPTED, "Stopped") from None
+
+
+def _ended(ctx: Any, why: str, code: int, kind: str = "UsageError") -> typer.Exit:
+    refuse(why, kind, code, ctx.meta.get(AS_JSON, False))
+    return typer.Exit(code)
 
 
 app = typer.Typer(
@@ -52,7 +69,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with: selectune demo. Exit codes: 0 done, 1 it could not be done, 2 it was asked wrongly. "
+    epilog=f"Start with: selectune demo. {TABLE} "
     "SELECTUNE_TRACEBACK=1 shows where an error came from; SELECTUNE_DATA names a folder of task data.",
 )
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from selectune.bench.configs import CONFIGS
 from selectune.cli import values
+from selectune.cli.exits import FAILED
 from selectune.cli.output import stderr, working
 from selectune.errors import ConfigError
 
@@ -92,7 +93,7 @@ def bench(
     _show(report, verdicts, on_stderr=out == "-")
     ours = [r for r in report["rows"] if is_ours(r["method"]) or r["method"] in (DENSE, FLOOR)]
     if any(row["error"] for row in ours) or (bars and not judging.all_kept(verdicts)):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _show(report: dict[str, Any], verdicts: list[Any], on_stderr: bool) -> None:

@@ -15,7 +15,10 @@ FILE = Path(__file__).with_name("methods.json")
 
 def methods() -> list[dict[str, Any]]:
     """The methods as the file has them: recipes first, then the dense peers."""
-    return json.loads(FILE.read_text(encoding="utf-8"))
+    from selectune.errors import SelectuneError
+    from selectune.files import read_json
+
+    return read_json(FILE, error=SelectuneError)
 
 
 def found() -> list[dict[str, Any]]:

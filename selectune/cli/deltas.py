@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selectune import tasks
+from selectune.cli.exits import FAILED, WRONG
 from selectune.cli.options import DeltaPath, Dtype, Json, Model, Revision, Trust
 from selectune.cli.output import fail, result, working
 from selectune.errors import ConfigError, DeltaError, IntegrityError, ModelError, TaskError
@@ -50,13 +51,13 @@ def verify(
             source = Source(model, revision, dtype, trust_remote_code)
             report = verify_delta(source, delta, None if task is None else tasks.get(task))
     except (DeltaError, IntegrityError) as error:
+        fail(error, FAILED, as_json=False)
         if as_json:
             result(True, {"ok": False, "problem": str(error)}, "")
-        fail(error)
-        raise typer.Exit(1) from None
+        raise typer.Exit(FAILED) from None
     except (ModelError, TaskError) as error:
-        fail(error)
-        raise typer.Exit(2) from None
+        fail(error, WRONG, as_json)
+        raise typer.Exit(WRONG) from None
     budget = "" if report.budget is None else f" of a budget of {report.budget:,}"
     dense = f", {report.dense:,} in whole tensors" if report.dense else ""
     text = (
@@ -66,7 +67,7 @@ def verify(
     )
     result(as_json, {"ok": report.ok, **asdict(report), "within_budget": report.within_budget}, text)
     if not report.ok:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 @app.command(epilog="Example:  selectune delta show runs/rte --json")

@@ -9,6 +9,7 @@ import typer
 
 from selectune.bench import checks
 from selectune.bench import doctor as examination
+from selectune.cli.exits import FAILED
 from selectune.cli.options import Json
 from selectune.cli.output import refuse, result
 
@@ -34,9 +35,9 @@ def doctor(
     """Say what is installed, which kernels run and why, and check that training works and leaves no trace."""
     found, problem = checks.attempt(lambda: _told(model, verbose, as_json))
     if problem is not None:
-        refuse(f"doctor: {problem}")
+        checks.attempt(lambda: refuse(f"doctor: {problem}", "SelectuneError", FAILED, as_json))  # stdout may be closed
     if problem is not None or not found:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _told(model: str | None, verbose: bool, as_json: bool) -> bool:

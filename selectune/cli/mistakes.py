@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -23,3 +24,15 @@ def explained(error: Any) -> str:
         text = error.format_message()
         text = text if text.endswith((".", "?")) else f"{text}."
     return text if context is None else f"{text} See {context.command_path} --help."
+
+
+def wants_json(args: Sequence[str]) -> bool:
+    """Whether a command line asks for its result as JSON on stdout, however wrong the rest of it is.
+
+    >>> wants_json(["tasks", "--json"]), wants_json(["bench", "--json", "rows.json"]), wants_json(["bench", "--json=-"])
+    (True, False, True)
+    """
+    mine = args[: args.index("--")] if "--" in args else args
+    if "--json" not in mine:
+        return "--json=-" in mine
+    return "bench" not in mine[:2] or mine[mine.index("--json") + 1 :][:1] == ["-"]

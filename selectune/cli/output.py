@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from selectune.errors import ConfigError, SelectuneError
+from selectune.errors import SelectuneError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -25,30 +25,35 @@ if TYPE_CHECKING:
     from selectune.harness.train import Update
 
 TRACEBACK = "SELECTUNE_TRACEBACK"
-INTERRUPTED = 130  # the exit code of a command that Ctrl-C stopped
 BETWEEN_LINES = 30.0  # seconds, where progress is written in lines
 
 
 def stderr() -> Console:
     """A console on stderr that never wraps, so that an error stays one line."""
-    return Console(stderr=True, soft_wrap=True, highlight=False)
+    return Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
-def fail(error: SelectuneError | OSError) -> None:
-    """Prints an error as one red line; with SELECTUNE_TRACEBACK=1 raises it instead."""
+def fail(error: SelectuneError | OSError, code: int, as_json: bool) -> None:
+    """Says why a command ends with this code; with SELECTUNE_TRACEBACK=1 raises the error instead."""
     if os.environ.get(TRACEBACK, "") not in ("", "0"):
         raise error
-    refuse(str(error))
+    refuse(str(error), type(error).__name__, code, as_json)
 
 
-def refuse(text: str) -> None:
-    """Prints why not, as one red line."""
-    stderr().print(f"[bold red]error:[/] [red]{escape(' '.join(text.split()))}[/]")
+def refuse(text: str, kind: str, code: int, as_json: bool) -> None:
+    """Prints why not: a red line on stderr, broken between words on a terminal; and JSON on stdout if it was asked for.
+    What was stopped on purpose is no error, and yellow.
 
-
-def code_of(error: SelectuneError) -> int:
-    """2 for a command that was asked wrongly, 1 for one that could not be done."""
-    return 2 if isinstance(error, ConfigError) else 1
+    Characters that would steer a terminal, as in the name of a hostile file, are escaped.
+    """
+    text = " ".join(text.split())
+    label, colour = ("stopped:", "yellow") if kind == "Stopped" else ("error:", "red")
+    line = f"{label} " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if sys.stderr.isatty():
+        line = fitted(line, shutil.get_terminal_size().columns)
+    stderr().print(f"[bold {colour}]{label}[/][{colour}]{escape(line.removeprefix(label))}[/]")
+    if as_json:
+        typer.echo(json.dumps({"error": {"kind": kind, "message": text, "exit": code}}, indent=2))
 
 
 def result(as_json: bool, value: Any, text: str) -> None:

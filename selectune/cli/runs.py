@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from selectune.cli import signals, values
 from selectune.cli.options import Data, Dtype, Json, MaxLength, Model, Revision, Trust
-from selectune.cli.output import Bar, result, stderr, working
-from selectune.errors import StoppedError
+from selectune.cli.output import Bar, result, working
 
 if TYPE_CHECKING:
     from selectune.harness.train import RunResult
@@ -181,11 +179,7 @@ def train(
             report_to=() if report_to is None or report_to == ["none"] else tuple(report_to),
         )
         signals.heed(stop)
-        try:
-            found = run(config, Bar(), resume_from or resume, overwrite, stop, folder)
-        except StoppedError as stopped:
-            stderr().print(f"[yellow]{escape(str(stopped))}[/]")
-            raise typer.Exit(signals.exit_code(stopped.signal)) from None
+        found = run(config, Bar(), resume_from or resume, overwrite, stop, folder)
     result(as_json, found.as_json(), _told(found))
 
 

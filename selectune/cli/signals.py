@@ -26,7 +26,7 @@ class StoppedBySignal(BaseException):
         self.signal = signal
 
     def __str__(self) -> str:
-        return f"stopped by {_NAMES[self.signal]}" + (f", {_state.stop.where}" if _state.stop is not None else "")
+        return f"by {_NAMES[self.signal]}" + (f", {_state.stop.where}" if _state.stop is not None else "")
 
 
 class _State:
@@ -56,7 +56,7 @@ def exit_code(number: int) -> int:
 def _received(number: int, frame: Any) -> None:
     del frame
     if _state.received is not None:
-        _say(f"stopped at once, by a second {_NAMES[number]}.")
+        _say(f"stopped: at once, by a second {_NAMES[number]}.")
         os._exit(exit_code(number))
     _state.received = number
     stop = _state.stop

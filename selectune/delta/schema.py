@@ -7,13 +7,12 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, NoReturn
+from typing import Any
 
 from selectune.errors import DeltaFormatError
+from selectune.files.reading import MAX_DEPTH, MAX_INT, NotPlain, parse, short
 
-MAX_DEPTH = 16
 MAX_NAME = 512
-MAX_INT = 2**63 - 1
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Name components that DDP, torch.compile, FSDP and activation checkpointing put in."""
@@ -61,43 +60,9 @@ def canonical_json(value: Any) -> str:
 def parse_json(text: str, what: str) -> Any:
     """Parse JSON, refusing what Python's parser lets through: duplicate keys, NaN, huge integers."""
     try:
-        return json.loads(
-            text, object_pairs_hook=_no_duplicates, parse_constant=_refuse, parse_float=_float, parse_int=_int
-        )
-    except RecursionError as error:
-        raise DeltaFormatError(f"{what} is nested too deeply; at most {MAX_DEPTH} levels are read") from error
-    except ValueError as error:
-        raise DeltaFormatError(f"{what} is not valid JSON: {str(error)[:200]}") from error
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"key {_short(twice)} occurs twice")
-    return found
-
-
-def _refuse(literal: str) -> NoReturn:
-    raise ValueError(f"{literal} is not a number that JSON allows")
-
-
-def _float(literal: str) -> float:
-    if len(literal) > 40 or not math.isfinite(float(literal)):
-        raise ValueError(f"number {_short(literal)} is not finite or too long")
-    return float(literal)
-
-
-def _int(literal: str) -> int:
-    if len(literal) > 20 or abs(int(literal)) > MAX_INT:
-        raise ValueError(f"integer {_short(literal)} is beyond 64 bits")
-    return int(literal)
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        return parse(text, MAX_DEPTH)
+    except NotPlain as why:
+        raise DeltaFormatError(f"{what} {why}") from why
 
 
 def sha256(data: Any) -> str:
@@ -118,7 +83,7 @@ def canonical_name(name: str) -> str:
 def check_name(name: Any) -> str:
     """Return `name` if it may stand in a delta; raises DeltaFormatError with the reason otherwise."""
     if not isinstance(name, str):
-        raise DeltaFormatError(f"a tensor's name must be a string; got {_short(name)}")
+        raise DeltaFormatError(f"a tensor's name must be a string; got {short(name)}")
     parts = name.split(".")
     why = None
     if not 1 <= len(name) <= MAX_NAME:
@@ -132,36 +97,36 @@ def check_name(name: Any) -> str:
     elif any(len(part) > 4 and part.startswith("__") and part.endswith("__") for part in parts):
         why = "it has a component of the form __x__"
     elif canonical_name(name) != name:
-        why = f"it is not canonical; expected {_short(canonical_name(name))}"
+        why = f"it is not canonical; expected {short(canonical_name(name))}"
     if why:
-        raise DeltaFormatError(f"tensor name {_short(name)} is not allowed: {why}")
+        raise DeltaFormatError(f"tensor name {short(name)} is not allowed: {why}")
     return name
 
 
 def check_int(value: Any, what: str, low: int = 0, high: int = MAX_INT) -> int:
     """Return `value` if it is an integer (a bool is none) between `low` and `high`."""
     if type(value) is not int or not low <= value <= high:
-        raise DeltaFormatError(f"{what} must be an integer from {low} to {high}; got {_short(value)}")
+        raise DeltaFormatError(f"{what} must be an integer from {low} to {high}; got {short(value)}")
     return value
 
 
 def check_hex(value: Any, length: int, what: str) -> str:
     """Return `value` if it is `length` lower-case hex digits."""
     if not isinstance(value, str) or len(value) != length or set(value) - set("0123456789abcdef"):
-        raise DeltaFormatError(f"{what} must be {length} lower-case hex digits; got {_short(value)}")
+        raise DeltaFormatError(f"{what} must be {length} lower-case hex digits; got {short(value)}")
     return value
 
 
 def check_keys(value: Any, required: set[str], what: str, optional: frozenset[str] | set[str] = frozenset()) -> dict:
     """Return `value` if it is an object with exactly these keys."""
     if not isinstance(value, dict):
-        raise DeltaFormatError(f"{what} must be an object; got {_short(value)}")
+        raise DeltaFormatError(f"{what} must be an object; got {short(value)}")
     missing, unknown = required - value.keys(), value.keys() - required - optional
     if missing or unknown:
         raise DeltaFormatError(
             f"{what} must hold exactly {', '.join(sorted(required))}; "
             f"missing: {', '.join(sorted(missing)) or 'none'}; "
-            f"unknown: {', '.join(map(_short, sorted(unknown))) or 'none'}"
+            f"unknown: {', '.join(map(short, sorted(unknown))) or 'none'}"
         )
     return value
 
@@ -171,7 +136,7 @@ def check_text(value: Any, what: str, none: bool = False) -> None:
     if value is None and none:
         return
     if not isinstance(value, str) or len(value) > 4096 or any("\ud800" <= c <= "\udfff" for c in value):
-        raise DeltaFormatError(f"{what} must be a string of at most 4096 characters; got {_short(value)}")
+        raise DeltaFormatError(f"{what} must be a string of at most 4096 characters; got {short(value)}")
 
 
 def check_tree(value: Any, what: str, depth: int = 0) -> None:
@@ -193,14 +158,14 @@ def check_tree(value: Any, what: str, depth: int = 0) -> None:
         if not math.isfinite(value):
             raise DeltaFormatError(f"{what} holds {value}; only finite numbers are allowed")
     elif value is not None and type(value) is not bool:
-        raise DeltaFormatError(f"{what} holds {_short(value)}; only plain JSON is allowed")
+        raise DeltaFormatError(f"{what} holds {short(value)}; only plain JSON is allowed")
 
 
 def check_info(info: Any, total: int) -> None:
     """Check `info` against the closed schema; `total` is the number of scalars in the patches."""
     check_keys(info, _INFO, "info", {"created_by", "model", "module"})
     if not isinstance(info["method"], dict):
-        raise DeltaFormatError(f"info.method must be an object; got {_short(info['method'])}")
+        raise DeltaFormatError(f"info.method must be an object; got {short(info['method'])}")
     check_tree(info["method"], "info.method", 2)
     check_int(info["selected"], "info.selected")
     if info["selected"] != total:
@@ -212,10 +177,10 @@ def check_info(info: Any, total: int) -> None:
     if "created_by" in info:
         check_text(info["created_by"], "info.created_by")
     if not isinstance(info["versions"], dict):
-        raise DeltaFormatError(f"info.versions must be an object; got {_short(info['versions'])}")
+        raise DeltaFormatError(f"info.versions must be an object; got {short(info['versions'])}")
     for package, version in info["versions"].items():
         check_text(package, "a key of info.versions")
-        check_text(version, f"info.versions[{_short(package)}]")
+        check_text(version, f"info.versions[{short(package)}]")
     if "module" in info:
         _check_module(check_keys(info["module"], {"kind", "options", "seed", "digest"}, "info.module"))
     if "model" in info:
@@ -226,15 +191,15 @@ def check_info(info: Any, total: int) -> None:
 def _check_module(module: Mapping[str, Any]) -> None:
     kind = module["kind"]
     if not isinstance(kind, str) or kind not in MODULES:
-        raise DeltaFormatError(f"info.module.kind must be one of {', '.join(MODULES)}; got {_short(kind)}")
+        raise DeltaFormatError(f"info.module.kind must be one of {', '.join(MODULES)}; got {short(kind)}")
     options = module["options"]
     if not isinstance(options, dict) or len(options) > 32:
-        raise DeltaFormatError(f"info.module.options must be an object of at most 32 keys; got {_short(options)}")
+        raise DeltaFormatError(f"info.module.options must be an object of at most 32 keys; got {short(options)}")
     for name, value in options.items():
         check_text(name, "a key of info.module.options")
         if not isinstance(value, str | int | float | bool):
-            raise DeltaFormatError(f"info.module.options[{_short(name)}] must be a number, a string or a bool")
-        check_tree(value, f"info.module.options[{_short(name)}]")
+            raise DeltaFormatError(f"info.module.options[{short(name)}] must be a number, a string or a bool")
+        check_tree(value, f"info.module.options[{short(name)}]")
     check_int(module["seed"], "info.module.seed", 0, 2**32 - 1)
     check_hex(module["digest"], 64, "info.module.digest")
 
@@ -242,10 +207,10 @@ def _check_module(module: Mapping[str, Any]) -> None:
 def _check_model(model: Mapping[str, Any]) -> None:
     name, labels, path = model["architecture"], model["labels"], model["path"]
     if not isinstance(name, str) or len(name) > 128 or not (name.isascii() and name.isidentifier()) or name[0] == "_":
-        raise DeltaFormatError(f"info.model.architecture must be the name of a class; got {_short(name)}")
+        raise DeltaFormatError(f"info.model.architecture must be the name of a class; got {short(name)}")
     if model["dtype"] is not None and model["dtype"] not in MODEL_DTYPES:
         allowed = ", ".join(MODEL_DTYPES)
-        raise DeltaFormatError(f"info.model.dtype must be null or one of {allowed}; got {_short(model['dtype'])}")
+        raise DeltaFormatError(f"info.model.dtype must be null or one of {allowed}; got {short(model['dtype'])}")
     for key in ("num_labels", "pad_token_id"):
         if model[key] is not None:
             check_int(model[key], f"info.model.{key}", -1 if key == "pad_token_id" else 0, 2**31 - 1)
@@ -253,12 +218,12 @@ def _check_model(model: Mapping[str, Any]) -> None:
     check_text(path, "info.model.path", none=True)
     absolute = path is None or PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
     if path is not None and not (path.isprintable() and absolute):
-        raise DeltaFormatError(f"info.model.path must be an absolute path in printable characters; got {_short(path)}")
+        raise DeltaFormatError(f"info.model.path must be an absolute path in printable characters; got {short(path)}")
     if labels is None:
         return
     if not isinstance(labels, list) or len(labels) > MAX_LABELS or len(labels) != model["num_labels"]:
         raise DeltaFormatError(
-            f"info.model.labels must be null or num_labels strings, at most {MAX_LABELS}; got {_short(labels)}"
+            f"info.model.labels must be null or num_labels strings, at most {MAX_LABELS}; got {short(labels)}"
         )
     for label in labels:
         check_text(label, "a label in info.model.labels")
@@ -274,7 +239,7 @@ def _check_base(base: Mapping[str, Any]) -> None:
     if base["weights"] is not None:
         check_hex(base["weights"], 64, "info.base.weights")
     if not isinstance(base["initialised"], list):
-        raise DeltaFormatError(f"info.base.initialised must be a list; got {_short(base['initialised'])}")
+        raise DeltaFormatError(f"info.base.initialised must be a list; got {short(base['initialised'])}")
     names = set()
     for row in base["initialised"]:
         check_keys(row, {"name", "digest"}, "a row of info.base.initialised")

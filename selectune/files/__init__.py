@@ -3,11 +3,13 @@
 durable.py    written whole or not at all, also after a crash; read once, into memory of our own
 manifest.py   a folder that is complete or none
 ownership.py  a folder that one process at a time may write into
+reading.py    JSON and lines of JSON that others may have written: strict, within limits, one error for all faults
 """
 
 from selectune.files.durable import MAX_FILE, read_owned, sweep, write_durably
 from selectune.files.manifest import MANIFEST, Manifest, flush_folder, read_manifest, seal, verify
 from selectune.files.ownership import Owner, own
+from selectune.files.reading import read_json, read_lines
 
 __all__ = [
     "MANIFEST",
@@ -16,6 +18,8 @@ __all__ = [
     "Owner",
     "flush_folder",
     "own",
+    "read_json",
+    "read_lines",
     "read_manifest",
     "read_owned",
     "seal",

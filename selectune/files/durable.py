@@ -45,6 +45,8 @@ def write_durably(path: str | os.PathLike[str], data: bytes | bytearray | memory
         if renamed:
             raise DeltaError(f"wrote {what}; but its directory could not be flushed") from error
         raise DeltaError(f"cannot write {what}; what was there before is unchanged") from error
+    except ValueError as error:
+        raise DeltaError(f"cannot write {str(path)!a}: no path can hold such a character") from error
     return path
 
 
@@ -114,17 +116,9 @@ def read_owned(
     Raises DeltaError where the file cannot be read, DeltaFormatError where it is no regular file, too large,
     or changes its size meanwhile.
     """
-    try:
-        # O_NONBLOCK: opening a FIFO would wait for a writer for ever
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | _CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            raise DeltaFormatError(f"{path} is not a regular file") from error
-        raise DeltaError(f"cannot read {path}: {error.strerror or error}") from error
+    handle = open_regular(path)
     try:
         found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise DeltaFormatError(f"{path} is not a regular file; expected a delta in a file of its own")
         if found.st_size > limit:
             raise DeltaFormatError(f"{path} is too large: {found.st_size} bytes; at most {limit} are read")
         if head is not None:
@@ -138,6 +132,23 @@ def read_owned(
         raise DeltaError(f"cannot read {path}: {error.strerror or error}") from error
     finally:
         os.close(handle)
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """A handle to read a regular file by; symbolic links are followed. Raises as `read_owned` does."""
+    try:
+        # O_NONBLOCK: opening a FIFO would wait for a writer for ever
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | _CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise DeltaFormatError(f"{path} is not a regular file") from error
+        raise DeltaError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # NUL, or a character that the file system has none for
+        raise DeltaError(f"cannot read {os.fspath(path)!a}: no path can hold such a character") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise DeltaFormatError(f"{path} is not a regular file; expected a file of its own, no folder, pipe or device")
+    return handle
 
 
 def _read_exactly(handle: int, size: int, path: str | os.PathLike[str]) -> bytearray:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from selectune.errors import CheckpointError, DeltaError
-from selectune.files.durable import read_owned, write_durably
+from selectune.files.durable import write_durably
+from selectune.files.reading import read_json
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -90,13 +91,16 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             "it was written."
         )
     try:
-        told = json.loads(read_owned(path, limit=LIMIT))
+        told = read_json(path, limit=LIMIT, error=CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
+    try:
         digest = told.pop("sha256")
         version, about, files = told["version"], dict(told["about"]), told["files"]
         listed = {name: (file["size"], file["sha256"]) for name, file in files.items()}
         whole = digest == _digest(told) and version == VERSION
-    except (DeltaError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is not what a manifest looks like ({error}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: it is not what a manifest looks like ({error!r}).") from error
     if not whole or not all(_NAME.fullmatch(name) and ".." not in name.split("/") for name in listed):
         raise CheckpointError(f"{path} is damaged: its content does not have the sha256 it was written with.")
     return Manifest(folder, listed, about)

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from selectune.adapters import Adapted
 from selectune.delta import base_info
-from selectune.errors import ConfigError, ModelError
+from selectune.errors import ConfigError, ModelError, SelectuneError
 from selectune.tasks import Task
 
 log = logging.getLogger("selectune")
@@ -135,7 +134,13 @@ def load_model(
     with quiet():
         try:
             return _load(transformers, place, task, seed, dtype, trust_remote_code, shape, tokenizer)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        except SelectuneError:
+            raise
+        except Exception as error:
+            raise ModelError(_why(place, error)) from error
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of tokenizers' Rust, which is no Exception
+                raise
             raise ModelError(_why(place, error)) from error
 
 
@@ -171,8 +176,13 @@ def _load(
             place.location, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **chosen, **where
         )
     fresh = {*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])}
-    own = set(model.state_dict())
-    initialised = tuple(sorted(fresh & own))
+    own = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    initialised = tuple(sorted(fresh & own.keys()))
+    if 2 * (drawn := sum(own[name] for name in initialised)) > sum(own.values()):
+        raise ModelError(
+            f"The model in {place.location} would be drawn at random: of {sum(own.values()):,} weights that its config "
+            f"calls for, {drawn:,} are not in its checkpoint, or in another shape there (as {initialised[0]})."
+        )
     if initialised:
         log.info("Drawn from seed %d, not in the checkpoint: %s.", seed, ", ".join(initialised))
     if shape is not None and shape.pad_token_id is not None:
@@ -242,20 +252,32 @@ def _see_to_padding(tokenizer: Any, config: Any) -> None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def _why(place: Place, error: Exception) -> str:
-    first = " ".join(str(error).split())[:300]
+def _why(place: Place, error: BaseException) -> str:
+    first = " ".join(str(error).split())[:300] or "it is damaged."
+    if not isinstance(error, OSError | ValueError | ModelError):
+        first = f"{type(error).__name__}: {first}"
     if "trust_remote_code" in str(error):
         return (
             f"The model '{place.id}' brings its own Python code, which is not run by itself. Read it, then pass "
             "--trust-remote-code if you trust it."
         )
     if place.local:
-        return f"The model in {place.location} cannot be loaded: {first}"
+        return f"The model in {place.location} cannot be loaded: {first}{_pickled(Path(place.location))}"
     return (
         f"The model '{place.id}' is no local folder and cannot be fetched from the hub"
         f"{f' at revision {place.revision}' if place.revision else ''}: {first} "
         "Give a folder, check the id, or allow the hub (no HF_HUB_OFFLINE, a connection)."
     )
+
+
+def _pickled(folder: Path) -> str:
+    """What to do about weights that are no safetensors, where a folder has no others."""
+    if not folder.is_dir() or next(folder.glob("*.safetensors"), None) is not None:
+        return ""
+    found = sorted(path.name for ending in ("bin", "pt", "pth", "h5") for path in folder.glob(f"*.{ending}"))
+    if not found:
+        return " The folder has no weights: model.safetensors is missing."
+    return f" Its weights are {found[0]}, no safetensors: write them anew (model.save_pretrained) where they are good."
 
 
 def _transformers() -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from selectune import tasks
 from selectune.adapters import Adapted
 from selectune.errors import CheckpointError, ConfigError
-from selectune.files import verify, write_durably
+from selectune.files import Manifest, read_json, verify, write_durably
 from selectune.harness.config import RunConfig
 from selectune.harness.folder import RUN_FILE, checkpoints
 from selectune.harness.models import resolve
@@ -26,6 +26,12 @@ MODULE_FILE = "module.safetensors"
 """What a module keeps between steps beside its weights, in a checkpoint."""
 
 _FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE, RUN_FILE)
+_FIELDS: dict[str, Any] = {
+    "step": int, "settings": dict, "rows": str, "seconds": int | float, "versions": dict, "unmeasured": bool,
+    "history": list,
+}  # fmt: skip
+MAX_RUN = 1 << 26
+"""Bytes of a run.json, whose history grows with a run."""
 _FREE = ("out", "data", "eval_every", "save_every", "keep", "full_checkpoints", "report_to")  # no bit depends on these
 
 
@@ -117,21 +123,25 @@ def read(folder: Path) -> Checkpoint:
     missing = [name for name in _FILES if name not in manifest.files]
     if missing:
         raise CheckpointError(f"{folder} is no checkpoint of selectune train: it was made without {missing[0]}.")
-    try:
-        told = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        return Checkpoint(
-            folder=folder,
-            run=str(manifest.about["run"]),
-            step=int(told["step"]),
-            settings=dict(told["settings"]),
-            rows=str(told["rows"]),
-            seconds=float(told["seconds"]),
-            history=[dict(record) for record in told["history"]],
-            versions=dict(told["versions"]),
-            unmeasured=bool(told["unmeasured"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / RUN_FILE} is not that of a checkpoint: {error!r}.") from error
+    told = read_json(folder / RUN_FILE, limit=MAX_RUN, error=CheckpointError)
+    wrong = _wrong(told, manifest)
+    if wrong:
+        raise CheckpointError(f"{folder / RUN_FILE} is not that of a checkpoint: {wrong}.")
+    return Checkpoint(folder=folder, run=str(manifest.about["run"]), **told)
+
+
+def _wrong(told: Any, manifest: Manifest) -> str:
+    """What in a checkpoint's run.json is not as `write_run` writes it, or nothing."""
+    if not isinstance(told, dict) or told.keys() != _FIELDS.keys():
+        return f"it must have the keys {', '.join(_FIELDS)}"
+    for name, kind in _FIELDS.items():
+        if not isinstance(told[name], kind) or (isinstance(told[name], bool) and kind is not bool):
+            return f"its {name} is {told[name]!r:.60}"
+    if not all(isinstance(record, dict) and type(record.get("step")) is int for record in told["history"]):
+        return "its history has a record without a step"
+    if manifest.about.get("step") != told["step"] or not isinstance(manifest.about.get("run"), str):
+        return f"its step {told['step']} is not the manifest's"
+    return ""
 
 
 def _explicit(folder: Path) -> Checkpoint:

@@ -179,7 +179,7 @@ def _run(
     tuner.detach()
     stop.where = f"after its last step: {delta} is whole, and was not measured"
     if stop.asked:
-        raise StoppedError(f"Stopped {stop.where}.", taken, stop.signal or 0)
+        raise StoppedError(f"{stop.where}.", taken, stop.signal or 0)
     with st.load(delta).applied(loaded.model):
         evaluation = evaluate(loaded.model, loaded.tokenizer, task, rows["validation"])
     result = RunResult(
@@ -276,7 +276,7 @@ def _train(
     if follower.stopped_at is not None:
         step = follower.stopped_at
         raise StoppedError(
-            f"Stopped after step {step:,} of {steps:,}, as asked. {Path(str(config.out)) / f'checkpoint-{step}'} has "
+            f"after step {step:,} of {steps:,}, as asked. {Path(str(config.out)) / f'checkpoint-{step}'} has "
             "all of it: the same run with resume=True (the same command with --resume) goes on from there.",
             step,
             stop.signal or 0,

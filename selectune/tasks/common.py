@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selectune.errors import TaskError
+from selectune.files import read_lines
 
 DATA = "SELECTUNE_DATA"
 """Environment variable that names a folder of tasks; `--data` comes first."""
+
+MAX_LABEL = 1e15
+"""Largest score of a regression: its square is still a float32."""
 
 Metric = Callable[[Sequence[float], Sequence[float]], float]
 
@@ -121,7 +124,8 @@ def _find(task: Task, split: str, data: str | os.PathLike[str] | None) -> tuple[
     if data is not None:
         root = Path(data)
         if not root.is_dir():
-            raise TaskError(f"The data folder {root} does not exist. --data takes a folder of task/split.jsonl(.gz).")
+            what = "is no folder" if root.exists() else "does not exist"
+            raise TaskError(f"The data folder {root} {what}. --data takes a folder of task/split.jsonl(.gz).")
         path, tried = _file(task, split, root)
         if path is None:
             raise TaskError(
@@ -156,17 +160,7 @@ def _beside(task: Task, root: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    number = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise TaskError(f"{path}, line {number}: expected one JSON object a line, got {line[:60]!r}.")
-                    yield f"line {number}", row
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TaskError(f"{path} cannot be read after line {max(0, number - 1)}: {error}.") from error
+    return ((f"line {number}", row) for number, row in read_lines(path, error=TaskError))
 
 
 def _from_hub(task: Task, split: str, tried: Sequence[str]) -> tuple[Iterator[Any], str]:
@@ -208,12 +202,16 @@ def _example(task: Task, row: Mapping[str, Any], where: str) -> Example:
         raise TaskError(f"{where}: the texts of {task.name} must be strings, got {texts!r:.120}.")
     label = row[task.label]
     if isinstance(label, bool) or not isinstance(label, int | float):
-        raise TaskError(f"{where}: the label of {task.name} must be a number, got {label!r}.")
+        raise TaskError(f"{where}: the label of {task.name} must be a number, got {label!r:.80}.")
+    if isinstance(label, float) and not math.isfinite(label):  # else the run is lost where its metric is computed
+        raise TaskError(f"{where}: the label of {task.name} must be finite, got {label!r}.")
     if task.kind == "regression":
+        if abs(label) > MAX_LABEL:
+            raise TaskError(f"{where}: the label of {task.name} must be at most {MAX_LABEL:g}, got {label!r:.80}.")
         return Example(texts, float(label))
-    if label not in range(len(task.labels)):
+    if label not in range(len(task.labels)):  # 1.0 is 1: tables with gaps hold whole numbers as floats
         raise TaskError(
             f"{where}: the label of {task.name} must be 0 to {len(task.labels) - 1} "
-            f"({', '.join(task.labels)}), got {label!r}."
+            f"({', '.join(task.labels)}), got {label!r:.80}."
         )
     return Example(texts, int(label))

@@ -83,7 +83,7 @@ class Tuner:
     >>> import torch, selectune as st
     >>> tuner = st.attach(torch.nn.Linear(8, 4), st.pafi(budget=0.25))
     >>> tuner
-    Tuner(pafi, selected 9 of 9, step 0)
+    Tuner(pafi, selected 9 of 9, step 0; 9 of 36 scalars (25.00 %))
     """
 
     def __init__(
@@ -381,4 +381,6 @@ class Tuner:
             self._tracker.weights_changed()
 
     def __repr__(self) -> str:
-        return f"Tuner({self.method.name}, selected {self.selected:,} of {self.budget:,}, step {self.step})"
+        total = sum(p.numel() for p in {id(p): p for p in self._base.objects.values()}.values())
+        share = f"{self.trained:,} of {total:,} scalars ({100 * self.trained / max(1, total):.2f} %)"
+        return f"Tuner({self.method.name}, selected {self.selected:,} of {self.budget:,}, step {self.step}; {share})"

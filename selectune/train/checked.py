@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,16 @@ from torch import Tensor
 from selectune import ops
 from selectune.errors import BaseMismatchError, ConfigError, SelectuneError
 from selectune.scope import ScopedTensor
+from selectune.train.checked_choices import EVENTS, check_choices, named
+from selectune.train.ledger import Ledger
 
 if TYPE_CHECKING:
     from selectune.train.attach import Tuner
 
-VERSION = 2
+VERSION = 3
+_INFO = {"version", "run", "step", "reached", "restarted", "events", "chooser", "phase"}
+GUESTS = "trainer."
+"""How keys begin of what an integration keeps in a state's file, beside the tuner's own: the order of the data."""
 PAGE = ("flat", "slot", "base", "retired", "retired_base")
 """The parts of a tensor's page that a state holds."""
 
@@ -31,15 +36,18 @@ def checked(
     """
     if not isinstance(state, Mapping) or set(state) != {"info", "tensors"} or not isinstance(state["info"], Mapping):
         raise ConfigError('A state has the keys "info" and "tensors", as Tuner.state_dict gives them.')
-    info, tensors = dict(state["info"]), dict(state["tensors"])
-    if info.get("version") != VERSION:
+    info, tensors = dict(state["info"]), state["tensors"]
+    if type(info.get("version")) is not int or info["version"] != VERSION:
         raise ConfigError(f"The state has version {info.get('version')!r}; this selectune reads version {VERSION}.")
+    if info.keys() != _INFO or not isinstance(tensors, Mapping):
+        raise ConfigError(f'The state\'s "info" must hold {", ".join(sorted(_INFO))}; it has {sorted(info)!r:.200}.')
+    tensors = dict(tensors)
     try:
         _look(tuner, info, tensors, mine)
     except SelectuneError:
         raise
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise ConfigError(f"The state is not put together as Tuner.state_dict does it: {error!r}.") from error
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"The state is not put together as Tuner.state_dict does it: {error!r:.200}.") from error
     return info, tensors
 
 
@@ -52,8 +60,13 @@ def _look(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     _slots(tuner, tensors)
     _finite(tuner, tensors)
     _bases(tuner, tensors)
-    _choices(tuner, info["chooser"], tensors)
-    _phase(tuner, info["phase"], tensors)
+    _starts(tuner, info, tensors)
+    check_choices(tuner, info, tensors)
+    _phase(tuner, info, tensors)
+    known = _expected(tuner).keys() | _references(info["chooser"]) | _references(info["phase"])
+    strange = sorted(ascii(key)[:60] for key in tensors.keys() - known if not str(key).startswith(GUESTS))
+    if strange:
+        raise ConfigError(f"The state holds tensors that this run has no place for: {', '.join(strange[:3])}.")
 
 
 def _of_this_run(mine: Mapping[str, Any], theirs: Any) -> None:
@@ -78,14 +91,26 @@ def _numbers(tuner: Tuner, info: Mapping[str, Any]) -> None:
     known = range(len(tuner._ledger.tensors))
     if not isinstance(reached, list) or not all(_count(index) and index in known for index in reached):
         raise ConfigError(f'The state\'s "reached" must be a list of numbers of its {len(known)} tensors in scope.')
-    if not isinstance(events, Mapping) or not all(isinstance(k, str) and _count(v) for k, v in events.items()):
-        raise ConfigError('The state\'s "events" must be a mapping of names to how often they happened.')
-    if not isinstance(info.get("chooser"), Mapping) or "phase" not in info:
-        raise ConfigError('The state lacks its "chooser" or "phase".')
+    if reached != sorted(set(reached)):
+        raise ConfigError('The state\'s "reached" must name tensors once each, in ascending order.')
+    if not isinstance(events, Mapping) or not all(k in EVENTS and _count(v) for k, v in events.items()):
+        raise ConfigError(f'The state\'s "events" must be how often something happened, of {", ".join(EVENTS)}.')
+    if not isinstance(info["chooser"], Mapping):
+        raise ConfigError('The state\'s "chooser" must be a mapping.')
+    if type(info["restarted"]) is not bool:
+        raise ConfigError('The state\'s "restarted" must say whether a slot starts from another weight than the base.')
 
 
-def _present(tuner: Tuner, tensors: Mapping[str, Any]) -> None:
-    """Every tensor that will be read is there, in its shape and dtype."""
+def _references(told: Any) -> set[str]:
+    """Keys of the tensors that plain values stand for."""
+    if isinstance(told, Mapping):
+        own = {str(told["tensor"])} if told.keys() == {"tensor"} else set()
+        return own.union(*map(_references, told.values()))
+    return set().union(*map(_references, told)) if isinstance(told, list) else set()
+
+
+def _expected(tuner: Tuner) -> dict[str, tuple[torch.dtype, torch.Size | None]]:
+    """Every tensor that a state has whatever was chosen: dtype and shape, None for a vector of any length."""
     offsets = tuner._ledger.offsets
     expected: dict[str, tuple[torch.dtype, torch.Size | None]] = {
         "offsets": (offsets.dtype, offsets.shape),
@@ -100,7 +125,12 @@ def _present(tuner: Tuner, tensors: Mapping[str, Any]) -> None:
     expected |= {f"whole.{t.name}": (t.parameter.dtype, t.parameter.shape) for t in tuner._all.dense}
     buffers = {n: b for n, b in tuner.model.named_buffers() if n in tuner._base.buffers}
     expected |= {f"buffer.{name}": (buffer.dtype, buffer.shape) for name, buffer in buffers.items()}
-    for key, (dtype, shape) in expected.items():
+    return expected
+
+
+def _present(tuner: Tuner, tensors: Mapping[str, Any]) -> None:
+    """Every tensor that will be read is there, in its shape and dtype."""
+    for key, (dtype, shape) in _expected(tuner).items():
         found = tensors.get(key)
         if not isinstance(found, Tensor) or (shape is not None and found.shape != shape):
             raise ConfigError(f'The state\'s tensor "{key}" is missing or has another shape.')
@@ -150,6 +180,25 @@ def _finite(tuner: Tuner, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def starts_elsewhere(ledger: Ledger, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a slot starts from another weight than its entry's base: chosen again, or loaded from elsewhere."""
+    start = tensors["start"]
+    for tensor in ledger.tensors:
+        slot, base = (tensors[f"page.{tensor.index}.{part}"] for part in ("slot", "base"))
+        if not torch.equal(ops.bits(start[slot].cpu()), ops.bits(base.to(start.dtype).cpu())):
+            return True
+    return False
+
+
+def _starts(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    if not info["restarted"] and starts_elsewhere(tuner._ledger, tensors):
+        raise ConfigError("The state says that every slot starts from its entry's base, and one does not.")
+    keeps = tuner.schedule is None or tuner.schedule.keeps
+    dropped = [t.name for t in tuner._ledger.tensors if tensors[f"page.{t.index}.retired"].numel()]
+    if keeps and dropped:
+        raise ConfigError(f'The state has entries of "{dropped[0]}" dropped with their values; this method drops none.')
+
+
 def _bases(tuner: Tuner, tensors: Mapping[str, Tensor]) -> None:
     """What the state says stood under its entries is what stands under them here."""
     moved = []
@@ -178,86 +227,48 @@ def _base_at(tuner: Tuner, tensor: ScopedTensor, flat: Tensor) -> Tensor:
     return found
 
 
-def _choices(tuner: Tuner, chooser: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """The chooser's part names the same things as this tuner's, and entries and slots that there are."""
-    expected, sizes = tuner._tracker.chooser.state(), [t.parameter.numel() for t in tuner._ledger.tensors]
-    if not {*expected} <= {*chooser, "queue"} or not {*chooser} <= {*expected, "queue"}:
-        raise ConfigError(f"The state's \"chooser\" has {sorted(chooser)}; this method's has {sorted(expected)}.")
-    if isinstance(chooser["ahead"], bool) or not isinstance(chooser["ahead"], int):
-        raise ConfigError(f'The state\'s "chooser" chose last before step {chooser["ahead"]!r}, which is no number.')
-    queue = chooser.get("queue")
-    if queue is not None:
-        which, flat = (_named(part, tensors, torch.int64) for part in queue)
-        fits = which.shape == flat.shape and all(0 <= int(index) < len(sizes) for index in torch.unique(which))
-        if not fits or bool((flat < 0).any()) or bool((flat >= torch.tensor(sizes)[which.cpu()].to(flat.device)).any()):
-            raise ConfigError("The state's queue of entries to select names entries that there are not.")
-    if chooser["news"] is not None:
-        _news(chooser["news"], tuner._ledger.offsets.numel(), tensors)
-    if "window" in chooser:
-        _window(chooser["window"], sizes, tensors)
-        if chooser["factors"] is not None:
-            rows, columns = (_named(part, tensors) for part in chooser["factors"])
-            if rows.ndim != 1 or columns.ndim != 1:
-                raise ConfigError("The state's numbers of rows and columns are not two vectors.")
-
-
-def _news(news: Mapping[str, Any], capacity: int, tensors: Mapping[str, Tensor]) -> None:
-    slots = _named(news["slots"], tensors, torch.int64)
-    seen = [_named(news[part], tensors).shape for part in ("mean", "square") if news[part] is not None]
-    if (
-        set(news) != {"slots", "mean", "square", "age"}
-        or not _count(news["age"])
-        or any(s != slots.shape for s in seen)
-    ):
-        raise ConfigError("The state's new entries have parts that do not fit each other.")
-    if slots.numel() and not (0 <= int(slots.min()) and int(slots.max()) < capacity):
-        raise ConfigError("The state's new entries name slots that there are not.")
-
-
-def _window(window: Mapping[str, Any], sizes: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
-    if not _count(window["steps"]):
-        raise ConfigError(f"The state's window has been open for {window['steps']!r} steps, which is no number.")
-    for index, told in window["watched"].items():
-        flat = _named(told, tensors, torch.int64)
-        if not index.isdigit() or int(index) >= len(sizes) or not _ascends(flat):
-            raise ConfigError("The state's watched entries are not those of a tensor, in ascending order.")
-        if flat.numel() and not (0 <= int(flat[0]) and int(flat[-1]) < sizes[int(index)]):
-            raise ConfigError("The state's watched entries leave their tensor.")
-    for sums in (window["sum"], window["square"]):
-        for index, told in sums.items():
-            if (
-                index not in window["watched"]
-                or _named(told, tensors).shape != _named(window["watched"][index], tensors).shape
-            ):
-                raise ConfigError("The state's watched entries and their gradients differ in number.")
-
-
-def _phase(tuner: Tuner, phase: Any, tensors: Mapping[str, Tensor]) -> None:
-    if (tuner._phase is None) != (phase is None):
+def _phase(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    phase, mine, step = info["phase"], tuner._phase, info["step"]
+    if (mine is None) != (phase is None):
         raise ConfigError("The state is of a method with a dense phase, or without one; this tuner's is the other.")
-    if tuner._phase is None:
+    if mine is None:
         return
-    if not isinstance(phase, Mapping) or not isinstance(phase.get("on"), bool):
+    if not isinstance(phase, Mapping) or phase.keys() != {"on", "latents", "before"} or type(phase["on"]) is not bool:
         raise ConfigError('The state\'s "phase" does not say whether it is on.')
-    if not phase["on"]:
-        return
-    latents = [[_named(told, tensors) for told in group] for group in phase["latents"]]
-    before = [_named(told, tensors) for told in phase["before"]]
-    fits = len(latents) == len(tuner._phase.latents)
-    fits = fits and all(len(a) == len(b) for a, b in zip(latents, tuner._phase.latents, strict=True))
-    if fits and tuner.in_dense_phase:
-        mine = [latent.shape for group in tuner._phase.latents for latent in group]
-        fits = mine == [latent.shape for group in latents for latent in group]
-    heads = [] if tuner._phase.kind.found else [t.parameter.shape for t in tuner._all.dense]
-    if not fits or [t.shape for t in before] != heads:
+    dense = mine.schedule is None or mine.schedule.dense(step)
+    waits = mine.schedule is not None and step > 0 and not mine.schedule.dense(step - 1)  # until the next forward
+    if phase["on"] != dense and not (dense and waits):
+        raise ConfigError(f"The state's dense phase is {'on' if phase['on'] else 'off'} at step {step}; it cannot be.")
+    heads = [] if mine.kind.found or not phase["on"] else [t.parameter for t in tuner._all.dense]
+    latents = _latents(tuner) if phase["on"] else []
+    told = [group if isinstance(group, list) else [group, None] for group in phase["latents"]]
+    if [len(group) for group in told] != [len(group) for group in latents] or len(phase["before"]) != len(heads):
+        raise ConfigError("The saved dense phase is that of another model or method: it has other tensors.")
+    pairs = [
+        (named(value, f"phase.latents.{i}.{j}", tensors), latents[i][j])
+        for i, group in enumerate(told)
+        for j, value in enumerate(group)
+    ]
+    pairs += [(named(value, f"phase.before.{i}", tensors), heads[i]) for i, value in enumerate(phase["before"])]
+    if any(found.shape != like.shape or found.dtype != like.dtype for found, like in pairs):
         raise ConfigError("The saved dense phase is that of another model or method: its tensors have other shapes.")
 
 
-def _named(told: Any, tensors: Mapping[str, Any], dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor that a plain value stands for."""
-    found = tensors.get(str(told.get("tensor"))) if isinstance(told, Mapping) else None
-    if not isinstance(found, Tensor) or (dtype is not None and (found.dtype != dtype or found.ndim != 1)):
-        raise ConfigError(f"The state names a tensor {told!r} that it does not hold, or one of another kind.")
+def _latents(tuner: Tuner) -> list[list[Tensor]]:
+    """Tensors of the shapes and dtypes that a dense phase trains, of one weight's memory at a time."""
+    phase = tuner._phase
+    if phase is None:
+        return []
+    if phase.on:
+        return [[latent.detach() for latent in group] for group in phase.latents]
+    found = []
+    for tensor, latents in zip(phase.tensors, phase.latents, strict=True):
+        weight = tensor.parameter.detach()
+        if latents[0] is tensor.parameter:
+            found.append([weight])
+            continue
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        found.append([part.to("meta") for part in phase.kind.start(weight.to(wide, copy=True))])
     return found
 
 
@@ -266,4 +277,4 @@ def _ascends(indices: Tensor) -> bool:
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63

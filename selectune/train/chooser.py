@@ -196,9 +196,12 @@ class Growing(Chooser):
             self._broken.append(tensor.name)
 
     def close(self, step: int, gradient: Tensor) -> Snapshot | None:
-        if self.report_broken(step) or self._collector is None:
+        if self.report_broken(step):
             return None
         quota = self.quota(step)
+        if self._collector is None:  # no gradient of a weight in scope
+            self.events["shortfall"] += quota
+            return None
         tensors, flat, carried = self._collector.close()
         self._collector = None
         if flat.numel() < quota:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors import torch as files
 from torch import Tensor
 
 from selectune import ops
 from selectune.delta import digest_bits
-from selectune.errors import DeltaFormatError, TunerError
+from selectune.delta.bits import DTYPES
+from selectune.errors import DeltaError, DeltaFormatError, TunerError
 from selectune.files import read_owned, write_durably
-from selectune.train.checked import PAGE, VERSION, checked
+from selectune.files.reading import NotPlain, plain, short
+from selectune.train.checked import PAGE, VERSION, checked, starts_elsewhere
 from selectune.train.ledger import Page
 
 if TYPE_CHECKING:
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
 STATE_FILE = "tuner.safetensors"
 """Name of a state's file in a checkpoint."""
 
+MAX_HEADER, MAX_TENSORS = 1 << 26, 1 << 17
+
 _HEADER = "selectune_state"
+_MOST = 2**64 - 1  # of an integer: a seed
 
 
 def state_of(tuner: Tuner) -> dict[str, Any]:
@@ -55,6 +60,7 @@ def state_of(tuner: Tuner) -> dict[str, Any]:
         "run": _run(tuner),
         "step": tracker.step,
         "reached": sorted(tracker.reached),
+        "restarted": starts_elsewhere(ledger, tensors),
         "events": dict(tracker.events),
         "chooser": _packed(tracker.chooser.state(), "chooser", tensors),
         "phase": None if tuner._phase is None else _packed(tuner._phase.state(), "phase", tensors),
@@ -69,25 +75,75 @@ def write_state(path: str | Path, state: Mapping[str, Any]) -> Path:
     """
     info, tensors = dict(state["info"]), dict(state["tensors"])
     header = {_HEADER: json.dumps({"info": info, "digest": _digest(info, tensors)}, allow_nan=False, sort_keys=True)}
-    return write_durably(path, files.save(tensors, header))
+    odd = [key for key, tensor in tensors.items() if tensor.dtype not in DTYPES.values()]
+    if odd:
+        raise DeltaError(f"cannot write {path}: {odd[0]} has dtype {tensors[odd[0]].dtype}, which is not read")
+    data = files.save(tensors, header)
+    if len(tensors) > MAX_TENSORS or 8 + int.from_bytes(data[:8], "little") > MAX_HEADER:
+        raise DeltaError(
+            f"cannot write {path}: the state has {len(tensors):,} tensors, and {MAX_TENSORS:,} are read, within a "
+            f"header of {MAX_HEADER:,} bytes; select fewer tensors (Scope)"
+        )
+    return write_durably(path, data)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Reads what `write_state` wrote, for `Tuner.load_state_dict`.
+    """Reads what `write_state` wrote, for `Tuner.load_state_dict`; the tensors are views of the file's one copy.
 
     Raises DeltaError where the file cannot be read, DeltaFormatError where it holds no state or a damaged one.
     """
-    data = bytes(read_owned(path))
+    data = read_owned(path)
     try:
-        tensors = files.load(data)
-        head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        found = json.loads(head["__metadata__"][_HEADER])
-        info, digest = found["info"], found["digest"]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise DeltaFormatError(f"{path} holds no state of a tuner, or a damaged one: {error}") from error
-    if digest != _digest(info, tensors):
+        tensors, text = _tensors(data)
+        found = plain(text.encode(), most=_MOST)
+        if not isinstance(found, dict) or found.keys() != {"info", "digest"} or not isinstance(found["info"], dict):
+            raise NotPlain('does not hold "info" and "digest"')
+    except (NotPlain, UnicodeEncodeError) as why:
+        raise DeltaFormatError(f"{path} holds no state of a tuner, or a damaged one: it {why}") from why
+    info = found["info"]
+    if found["digest"] != _digest(info, tensors):
         raise DeltaFormatError(f"{path} is damaged: its content does not have the digest it was written with.")
     return {"info": info, "tensors": tensors}
+
+
+def _tensors(data: bytearray) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a safetensors file, in its memory, and the text in its header; NotPlain for any other bytes."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    if not 8 < begin <= min(len(data), MAX_HEADER):
+        raise NotPlain(f"has no header of at most {MAX_HEADER:,} bytes")
+    if sum(data.count(mark, 0, begin) for mark in (b"{", b"[")) > 4 * MAX_TENSORS:
+        raise NotPlain(f"names more than {MAX_TENSORS:,} tensors")
+    head = plain(data[8:begin])
+    told = head.pop("__metadata__", None) if isinstance(head, dict) else None
+    if not isinstance(told, dict) or told.keys() != {_HEADER} or not isinstance(told[_HEADER], str):
+        raise NotPlain(f'has no "{_HEADER}" in its header')
+    tensors, end = {}, begin
+    for key, entry in sorted(head.items(), key=_place):
+        dtype, shape = DTYPES.get(str(entry["dtype"])), entry["shape"]
+        if dtype is None or not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+            raise NotPlain(f"has a tensor {short(key)} of no dtype or shape")
+        start, count = end, math.prod(shape)
+        end = start + count * dtype.itemsize
+        if entry["data_offsets"] != [start - begin, end - begin] or end > len(data):
+            raise NotPlain(f"has a tensor {short(key)} that does not lie behind the one before it")
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
+        try:
+            tensors[key] = flat.view(shape)
+        except RuntimeError as error:
+            raise NotPlain(f"has a tensor {short(key)} of too many dimensions") from error
+    if end != len(data):
+        raise NotPlain(f"has {len(data) - end:,} bytes behind its last tensor")
+    return tensors, told[_HEADER]
+
+
+def _place(named: tuple[str, Any]) -> tuple[int, int]:
+    entry = named[1]
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise NotPlain(f"has a tensor {short(named[0])} that is not told as safetensors does")
+    where = entry["data_offsets"]
+    if not isinstance(where, list) or len(where) != 2 or not all(type(at) is int for at in where):
+        raise NotPlain(f"has a tensor {short(named[0])} that lies nowhere")
+    return where[0], where[1]
 
 
 def _digest(info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -224,10 +224,11 @@ TRAIN = ("train", "--task", "glue/rte", "--max-steps", "2")
 )
 def test_mistakes_are_one_line_and_a_code(tiny, data, tmp_path, args, code, message):
     found = call(*TRAIN, "--model", tiny, "--data", data, "--out", tmp_path / "out", *args, "--json", code=code)
-    assert found.stdout == ""
+    told = data_of(found)["error"]
+    assert told["exit"] == code
+    assert issubclass(getattr(st.errors, told["kind"]), st.errors.SelectuneError)
     assert message in found.stderr
-    assert found.stderr.startswith("error: ")
-    assert found.stderr.count("\n") == 1
+    assert found.stderr == f"error: {told['message']}\n"
     assert "Traceback" not in found.stderr
     assert not (tmp_path / "out" / "delta.safetensors").exists()
 

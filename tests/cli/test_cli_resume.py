@@ -42,7 +42,7 @@ def interrupted(monkeypatch):
 def test_ctrl_c_says_how_to_go_on(command, tmp_path, interrupted):
     out = tmp_path / "out"
     found = call(*command, "--out", out, "--save-every", 2, code=130)
-    assert f"Stopped after step 5 of 6, as asked. {out / 'checkpoint-5'} has all of it" in found.stderr
+    assert f"stopped: after step 5 of 6, as asked. {out / 'checkpoint-5'} has all of it" in found.stderr
     assert "the same command with --resume" in found.stderr
     assert found.stdout == ""
     interrupted()

@@ -63,11 +63,11 @@ def test_a_run_is_resumable_or_says_why(command, tmp_path, straight, trial):
         assert "is whole, and was not measured" in told
         rest = out
     elif list(out.glob("checkpoint-*")):
-        assert "Stopped after step" in told
+        assert "stopped: after step" in told
         call(*command, "--out", out, "--resume")
         rest = out
     else:
-        assert "before its first step, so nothing is lost" in told or "stopped by" in told
+        assert "before its first step, so nothing is lost" in told or "stopped: by" in told
         call(*command, "--out", out)
         rest = out
     if "delta" not in straight:
@@ -95,7 +95,7 @@ def test_the_second_stops_at_once(tiny, data, tmp_path):
         _, told = p.communicate(timeout=20)
     assert p.returncode == 130
     assert "SIGTERM: the step is finished and a checkpoint saved; a second one stops at once." in told
-    assert "stopped at once, by a second Ctrl-C" in told
+    assert "stopped: at once, by a second Ctrl-C" in told
     assert "Traceback" not in told
 
 

@@ -210,7 +210,7 @@ def test_a_stop_after_the_last_step(made, tmp_path, monkeypatch):
     config, whole = made
     stop = Stop()
     monkeypatch.setattr(Follower, "on_train_end", lambda self, *a, **k: stop.ask(), raising=False)
-    with pytest.raises(StoppedError, match=r"Stopped after its last step: .*delta\.safetensors is whole, and was not"):
+    with pytest.raises(StoppedError, match=r"after its last step: .*delta\.safetensors is whole, and was not"):
         run(dataclasses.replace(config, out=str(tmp_path / "out")), stop=stop)
     assert (tmp_path / "out/delta.safetensors").read_bytes() == whole
     assert st.load(tmp_path / "out").selected == 120

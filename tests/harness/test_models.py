@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -114,6 +115,75 @@ def test_damaged_weights_are_named(tiny, tmp_path):
     folder = Path(shutil.copytree(tiny, tmp_path / "broken"))
     (folder / "model.safetensors").write_bytes(b"\x10")
     with pytest.raises(ModelError, match="broken cannot be loaded"):
+        load_model(str(folder), RTE, 0)
+
+
+JSON = ("config.json", "tokenizer.json", "tokenizer_config.json")
+DAMAGED = {
+    "nothing": b"",
+    "no UTF-8": b"\xff\xfe",
+    "deep": b"[" * 100_000,
+    "an integer without end": b'{"vocab_size": ' + b"9" * 10_000 + b"}",
+    "a list": b"[]",
+    "null": b"null",
+    "an empty object": b"{}",
+    "half a pair": b'{"model_type": "\\ud800", "tokenizer_class": "\\ud800"}',
+}
+
+
+@pytest.mark.parametrize("file", JSON)
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_json_of_a_model(tiny, tmp_path, file, name):
+    """transformers may make do without a tokenizer's config; whatever it raises names the folder."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "broken"))
+    (folder / file).write_bytes(DAMAGED[name])
+    try:
+        load_model(str(folder), RTE, 0)
+    except ModelError as error:
+        said = str(error)
+    else:
+        said = "taken"
+    assert "broken" in said or (said == "taken" and file == "tokenizer_config.json"), said
+
+
+def test_100_mutants_of_a_model(tiny, tmp_path):
+    """Each is refused with the folder's name, or taken."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "broken"))
+    draw, refused = random.Random(0), 0
+    for number in range(100):
+        file = folder / (*JSON, "model.safetensors")[number % 4]
+        whole = file.read_bytes()
+        data = bytearray(whole)
+        for _ in range(draw.choice((1, 3))):
+            at = draw.randrange(min(len(data), 4000))
+            data[at : at + draw.choice((1, 1, 9))] = draw.choice((b"\0", b"9", b"-1", b"[", b'"', b"null", b""))
+        file.write_bytes(data if draw.random() < 0.8 else data[: draw.randrange(len(data))])
+        try:
+            load_model(str(folder), RTE, 0)
+        except ModelError as error:
+            refused += str(folder) in str(error) or "broken" in str(error)
+        file.write_bytes(whole)
+    assert refused > 50
+    load_model(str(folder), RTE, 0)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\3\4", b"\x80\x02K\x01.", b"\x80\x02cposix\nsystem\n."])
+def test_damaged_pickled_weights(tiny, tmp_path, data):
+    folder = Path(shutil.copytree(tiny, tmp_path / "pickled"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"pickled cannot be loaded: .*model\.safetensors is missing"):
+        load_model(str(folder), RTE, 0)
+    (folder / "pytorch_model.bin").write_bytes(data)
+    with pytest.raises(ModelError, match=r"pickled cannot be loaded: .*pytorch_model\.bin, no safetensors"):
+        load_model(str(folder), RTE, 0)
+
+
+def test_a_model_that_would_be_random(tiny, tmp_path):
+    """A config of other sizes than the checkpoint's: transformers would draw all of it anew."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "other"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    with pytest.raises(ModelError, match=r"other would be drawn at random: of [\d,]+ weights"):
         load_model(str(folder), RTE, 0)
 
 

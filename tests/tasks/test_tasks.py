@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
+import math
+import random
 
 import pytest
 from tiny_kit import write_rows
@@ -87,6 +90,9 @@ def test_a_named_folder_without_the_task_is_an_error_and_not_a_reason_to_ask_the
         tasks.load(tasks.get("glue/qqp"), "train", data)
     with pytest.raises(TaskError, match="does not exist"):
         tasks.load(tasks.get("glue/rte"), "train", tmp_path / "nowhere")
+    (tmp_path / "file").write_text("{}")
+    with pytest.raises(TaskError, match="file is no folder"):
+        tasks.load(tasks.get("glue/rte"), "train", tmp_path / "file")
     write_rows(tmp_path / "glue/qnli/validation.jsonl", [{"question": "a", "sentence": "b", "label": 0}])
     with pytest.raises(TaskError, match=r"There is validation\.jsonl"):
         tasks.load(tasks.get("glue/qnli"), "train", tmp_path)
@@ -104,11 +110,16 @@ def test_offline_the_hub_is_not_reached_and_the_message_says_what_would_help(dat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"sentence": "a", "label": 0}\n{"sentence": "b"\n', r"cannot be read after line 1"),
+        ('{"sentence": "a", "label": 0}\n{"sentence": "b"\n', r"train\.jsonl, line 2 is not valid JSON"),
         ('{"sentence": "a"}\n', r"line 1: a row of glue/cola needs sentence, label; missing: label"),
         ('{"sentence": 3, "label": 0}\n', "must be strings"),
         ('{"sentence": "a", "label": "0"}\n', "must be a number, got '0'"),
         ('{"sentence": "a", "label": -1}\n', r"must be 0 to 1 \(unacceptable, acceptable\), got -1"),
+        ('{"sentence": "a", "label": 0.5}\n', "must be 0 to 1"),
+        ('{"sentence": "a", "label": true}\n', "must be a number, got True"),
+        ('{"sentence": "a", "label": NaN}\n', r"line 1 is not valid JSON: NaN is not a number that JSON allows\.$"),
+        ('{"sentence": "a", "label": 1e999}\n', "line 1 is not valid JSON"),
+        ('{"sentence": "\\ud800", "label": 0}\n', "line 1 holds half of a surrogate pair"),
         ("[1, 2]\n", "expected one JSON object a line"),
         ("\n", "has no rows"),
     ],
@@ -119,6 +130,26 @@ def test_bad_rows_are_named(tmp_path, text, message):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(TaskError, match=message):
         tasks.load(tasks.get("glue/cola"), "train", tmp_path)
+
+
+def test_a_class_may_be_written_as_a_float(tmp_path):
+    """Tables with gaps hold whole numbers as floats, and 1.0 can mean nothing else."""
+    write_rows(tmp_path / "glue/cola/train.jsonl", [{"sentence": "a", "label": 1.0}, {"sentence": "b", "label": 0}])
+    found = tasks.load(tasks.get("glue/cola"), "train", tmp_path)
+    assert [example.label for example in found.examples] == [1, 0]
+    assert all(type(example.label) is int for example in found.examples)
+
+
+@pytest.mark.parametrize("label", [float("nan"), float("inf"), 1e16, -(10**400)])
+def test_a_label_is_finite_wherever_it_comes_from(label):
+    """A run would only be lost where its metric is computed."""
+    task = dataclasses.replace(
+        tasks.get("glue/stsb"), generate=lambda split: [{"sentence1": "a", "sentence2": "b", "label": label}]
+    )
+    with pytest.raises(
+        TaskError, match=r"row 1: the label of glue/stsb must be (finite|at most 1e\+15), got .{1,80}\.$"
+    ):
+        tasks.load(task, "train")
 
 
 def test_a_damaged_archive_is_named(tmp_path):
@@ -137,3 +168,44 @@ def test_the_benchmark_data_has_the_published_rows(real_data):
         assert len(tasks.load(task, "train", real_data)) == train
         assert len(tasks.load(task, "validation", real_data)) == validation
     assert len(tasks.load(tasks.get("glue/mnli"), "validation", real_data)) == 9815
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mutants_of_a_data_file(packed, tmp_path):
+    """Each is refused with the file's name, or its rows are texts and finite labels of the task."""
+    rows = [{"sentence1": f"a {n}", "sentence2": "b", "label": n / 2, "idx": n} for n in range(9)]
+    file = tmp_path / "glue/stsb/train.jsonl"
+    write_rows(file, rows, packed=packed)
+    file = file.with_name(file.name + ".gz") if packed else file
+    whole, draw, refused = file.read_bytes(), random.Random(3), 0
+    values = (
+        b"NaN",
+        b"1e400",
+        b"-1e16",
+        b"9" * 5000,
+        b"null",
+        b"[1]",
+        b'"\\ud800"',
+        b"\0",
+        b"\xff",
+        b"",
+        b"}",
+        b"true",
+    )
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(draw.choice((1, 3))):
+            at = draw.randrange(len(data) + 1)
+            data[at : at + draw.randrange(4)] = draw.choice(values)
+        file.write_bytes(data)
+        try:
+            found = tasks.load(tasks.get("glue/stsb"), "train", tmp_path)
+        except TaskError as error:
+            refused += str(file) in str(error)
+        else:
+            assert all(math.isfinite(example.label) for example in found.examples)
+            "".join(text for example in found.examples for text in example.texts).encode()
+            refused -= packed and found.examples != tuple(
+                Example((row["sentence1"], row["sentence2"]), row["label"]) for row in rows
+            )
+    assert refused > 200

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from train_kit import Mixed, bits, mixed_loss, same, steps, tokens
 
 import selectune as st
 from selectune.adapters import put_on
-from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError, TunerError
+from selectune.errors import BaseMismatchError, ConfigError, DeltaError, DeltaFormatError, TunerError
 from selectune.train import read_state, write_state
 
 
@@ -190,3 +193,108 @@ def test_files_that_hold_no_state(tmp_path):
     file.write_bytes(save({"a": torch.zeros(2)}))
     with pytest.raises(DeltaFormatError, match="holds no state of a tuner"):
         read_state(file)
+
+
+def header_of(whole):
+    end = 8 + int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8:end]), whole[end:]
+
+
+def with_header(head, rest):
+    text = json.dumps(head).encode()
+    return len(text).to_bytes(8, "little") + text + rest
+
+
+HEADERS = {
+    "a hole": lambda head: head["offsets"].update(data_offsets=[head["offsets"]["data_offsets"][0] + 4, 10**6]),
+    "another dtype": lambda head: head["offsets"].update(dtype="F64"),
+    "no dtype": lambda head: head["offsets"].update(dtype=["F32"]),
+    "a dtype that is none": lambda head: head["offsets"].update(dtype="I3"),
+    "a shape below 0": lambda head: head["offsets"].update(shape=[-60]),
+    "a shape of truths": lambda head: head["offsets"].update(shape=[60, True]),
+    "a shape without end": lambda head: head["offsets"].update(shape=[1] * 100 + [60]),
+    "a shape beyond memory": lambda head: head["free"].update(shape=[0, 2**47, 2**47]),
+    "offsets as text": lambda head: head["offsets"].update(data_offsets="0"),
+    "no tensor": lambda head: head.update(offsets=None),
+    "a key more": lambda head: head["offsets"].update(more=1),
+    "no metadata": lambda head: head.pop("__metadata__"),
+    "metadata as a list": lambda head: head.update(__metadata__=["selectune_state"]),
+    "more metadata": lambda head: head["__metadata__"].update(format="pt"),
+    "no info": lambda head: head["__metadata__"].update(selectune_state="{}"),
+    "half a pair": lambda head: head["__metadata__"].update(selectune_state='"\ud800"'),
+    "deep": lambda head: head["__metadata__"].update(selectune_state="[" * 10**5),
+    "an integer without end": lambda head: head["__metadata__"].update(selectune_state="9" * 10**5),
+    "NaN": lambda head: head["__metadata__"].update(selectune_state='{"info": NaN, "digest": ""}'),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_that_lie(name, tmp_path):
+    file = write_state(tmp_path / "state.safetensors", after(2)[1].state_dict())
+    head, rest = header_of(file.read_bytes())
+    file.write_bytes(with_header(head, rest))
+    read_state(file)  # what follows is refused for what is changed
+    HEADERS[name](head)
+    file.write_bytes(with_header(head, rest))
+    with pytest.raises(DeltaFormatError, match="damaged"):
+        read_state(file)
+
+
+def test_what_is_no_state_file(tmp_path):
+    for number, data in enumerate(
+        (b"", b"\0" * 8, b"\xff" * 8, b"\x80\x02" + b"a" * 90, (2**26).to_bytes(8, "little"))
+    ):
+        file = tmp_path / f"{number}.safetensors"
+        file.write_bytes(data)
+        with pytest.raises(DeltaFormatError, match="has no header"):
+            read_state(file)
+    with pytest.raises(DeltaFormatError, match="is not a regular file"):
+        read_state(tmp_path)
+    with pytest.raises(DeltaError, match="no path can hold"):
+        read_state("a\0b")
+
+
+def test_a_seed_of_64_bits_comes_back(tmp_path):
+    state = begin(seed=2**64 - 1)[1].state_dict()
+    assert read_state(write_state(tmp_path / "state.safetensors", state))["info"] == state["info"]
+
+
+def test_a_dtype_that_is_not_read_is_not_written(tmp_path):
+    state = after(1)[1].state_dict()
+    state["tensors"]["buffer.odd"] = torch.zeros(2, dtype=torch.float8_e4m3fnuz)
+    with pytest.raises(DeltaError, match=r"buffer\.odd"):
+        write_state(tmp_path / "state.safetensors", state)
+    assert not list(tmp_path.iterdir())
+
+
+_PEAK = """
+import sys
+from selectune.train import read_state
+def most():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+read_state(sys.argv[1])
+before = most()
+read_state(sys.argv[2])
+print(1024 * (most() - before))
+"""
+
+
+def test_memory_of_reading(tmp_path):
+    """A large state takes little more than its file."""
+    state = after(1)[1].state_dict()
+    small = write_state(tmp_path / "small.safetensors", state)
+    state["tensors"]["offsets"] = torch.zeros(50 << 20)
+    large = write_state(tmp_path / "large.safetensors", state)
+    run = subprocess.run([sys.executable, "-c", _PEAK, small, large], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 1.5 * large.stat().st_size
+
+
+def test_a_tuner_shows_the_share_that_it_trains():
+    """Tied tensors count once, and the vector of offsets is none of the model's."""
+    model, tuner, _ = after(1, method=st.id3(60, 6))
+    total = sum(p.numel() for name, p in model.named_parameters() if "selectune" not in name)
+    share = f"10 of {total:,} scalars ({1000 / total:.2f} %)"
+    assert repr(tuner) == f"Tuner(id3, selected 10 of 60, step 1; {share})"
+    tuner.detach()
+    assert share in repr(tuner)
+    assert total == sum(p.numel() for p in model.parameters())

@@ -171,3 +171,13 @@ def test_every_value_and_every_tensor_changed(case):
         assert same(bits(run.model), before)
         same_state(run.tuner.state_dict(), own)
     assert count > 0.7 * len(changes)
+
+
+def test_what_an_integration_keeps_beside_it(pair):
+    """The Trainer's order of the data lies in the same file, under a key that the tuner leaves alone."""
+    state, run = pair
+    guest = {"trainer.order": torch.zeros(3)}
+    run.tuner.load_state_dict({**state, "tensors": {**state["tensors"], **guest}})
+    same_state(run.tuner.state_dict(), state)
+    guest = {"order": torch.zeros(3)}
+    refused(run, {**state, "tensors": {**state["tensors"], **guest}}, ConfigError, "no place for: 'order'")

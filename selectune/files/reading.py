@@ -1,0 +1,184 @@
+"""Plain values out of files that somebody else may have written: strict JSON, and lines of it, within stated limits."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import io
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from selectune.errors import DeltaError, SelectuneError
+from selectune.files.durable import open_regular, read_owned
+
+MAX_INT = 2**63 - 1
+MAX_DEPTH = 16
+"""Levels of objects and lists within each other."""
+MAX_JSON = 1 << 20
+"""Bytes of a JSON file, where the caller names no other limit."""
+MAX_LINE = 1 << 20
+"""Bytes of a line, its end included."""
+MAX_ROWS = 1 << 24
+MAX_RATIO = 100
+"""Bytes that a byte of gzip may become, on the way from the file's beginning; text gives 3 to 20."""
+FREE = 4 << 20
+"""Bytes that a gzip file of any size may become."""
+MAX_EMPTY = 1 << 20
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character beyond 16 bits, escaped
+
+
+class NotPlain(ValueError):
+    """Why a text is no plain JSON: the end of a sentence that begins with what the text is."""
+
+
+def parse(text: str, depth: int = MAX_DEPTH, most: int = MAX_INT) -> Any:
+    """Strict JSON; refuses what Python's parser lets through: keys twice, NaN, integers beyond 64 bits.
+
+    Raises NotPlain. `depth` is only said, where Python's own limit was reached; see `plain`. `most`: what an integer
+    may come to.
+    """
+    whole = functools.partial(_int, most)
+    try:
+        return json.loads(
+            text, object_pairs_hook=_no_duplicates, parse_constant=_refuse, parse_float=_float, parse_int=whole
+        )
+    except RecursionError as error:
+        raise NotPlain(f"is nested too deeply; at most {depth} levels are read") from error
+    except ValueError as error:
+        raise NotPlain(f"is not valid JSON: {str(error)[:200]}") from error
+
+
+def plain(data: bytes | bytearray, depth: int = MAX_DEPTH, most: int = MAX_INT) -> Any:
+    """What `parse` gives of UTF-8 bytes, of at most `depth` levels and with strings that can be encoded again.
+
+    >>> plain(b'{"a": [1, 2.5, null]}')
+    {'a': [1, 2.5, None]}
+    >>> plain(b'{"a": NaN}')
+    Traceback (most recent call last):
+    selectune.files.reading.NotPlain: is not valid JSON: NaN is not a number that JSON allows
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise NotPlain(f"is not UTF-8: {error.reason} at byte {error.start}") from error
+    value = parse(text, depth, most)
+    if _HALF.search(text) or text.count("[") + text.count("{") > depth:
+        _walk(value, depth, depth)
+    return value
+
+
+def read_json(path: str | os.PathLike[str], *, limit: int = MAX_JSON, error: type[SelectuneError]) -> Any:
+    """Reads a file of JSON of at most `limit` bytes; whatever is wrong is an `error` that names the path."""
+    try:
+        return plain(read_owned(path, limit))
+    except NotPlain as why:
+        raise error(f"{path} {why}.") from why
+    except DeltaError as why:
+        raise error(sentence(why)) from why
+
+
+def read_lines(
+    path: str | os.PathLike[str],
+    *,
+    error: type[SelectuneError],
+    line_limit: int = MAX_LINE,
+    row_limit: int = MAX_ROWS,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a file of JSON lines, a line at a time; .gz is unpacked, empty lines are left out.
+
+    Whatever is wrong is an `error` that names path and line: a line that is no object or longer than `line_limit`
+    bytes, more than `row_limit` objects or MAX_EMPTY empty lines, and gzip that grows beyond what text does.
+    """
+    try:
+        handle = open_regular(path)
+    except DeltaError as why:
+        raise error(sentence(why)) from why
+    number = rows = size = 0
+    with open(handle, "rb") as raw:
+        packed = os.fspath(path).endswith(".gz")
+        file = io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 16) if packed else raw
+        while line := _next(file, line_limit + 1, path, number + 1, error):
+            number, size = number + 1, size + len(line)
+            where = f"{path}, line {number}"
+            if len(line) > line_limit:
+                raise error(f"{where} is longer than the {line_limit:,} bytes that a line may have.")
+            if packed and size > FREE and size > FREE + MAX_RATIO * raw.tell():
+                raise error(
+                    f"{where}: {raw.tell():,} bytes of gzip became {size:,}; at most {MAX_RATIO} times as "
+                    f"many, and {FREE:,} more, are unpacked. Unpack the file yourself if you trust it."
+                )
+            if not line.strip():
+                if number - rows > MAX_EMPTY:
+                    raise error(f"{where} is one empty line more than the {MAX_EMPTY:,} that are left out.")
+                continue
+            rows += 1
+            if rows > row_limit:
+                raise error(f"{where} is one row more than the {row_limit:,} that are read.")
+            try:
+                row = plain(line)
+            except NotPlain as why:
+                raise error(f"{where} {why}.") from why
+            if not isinstance(row, dict):
+                raise error(f"{where}: expected one JSON object a line, got {short(row)}.")
+            yield number, row
+
+
+def _next(file: io.BufferedIOBase, size: int, path: Any, number: int, error: type[SelectuneError]) -> bytes:
+    try:
+        return file.readline(size)
+    except (OSError, EOFError, zlib.error) as why:
+        raise error(f"{path}, line {number} cannot be read: {str(why).rstrip('.')}.") from why
+
+
+def sentence(why: DeltaError) -> str:
+    """What `read_owned` says, as a sentence."""
+    said = str(why)
+    return f"{said[:1].upper() if said.startswith('cannot ') else said[:1]}{said[1:]}."
+
+
+def short(value: Any) -> str:
+    """A value in ASCII, of at most 80 characters."""
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _walk(value: Any, depth: int, left: int) -> None:
+    if isinstance(value, str):
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise NotPlain(f"holds half of a surrogate pair, which no text can: {short(value)}")
+    elif isinstance(value, dict | list):
+        if left == 0:
+            raise NotPlain(f"is nested too deeply; at most {depth} levels are read")
+        for item in [*value.keys(), *value.values()] if isinstance(value, dict) else value:
+            _walk(item, depth, left - 1)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {short(twice)} occurs twice")
+    return found
+
+
+def _refuse(literal: str) -> NoReturn:
+    raise ValueError(f"{literal} is not a number that JSON allows")
+
+
+def _float(literal: str) -> float:
+    if len(literal) > 40 or not math.isfinite(float(literal)):
+        raise ValueError(f"number {short(literal)} is not finite or too long")
+    return float(literal)
+
+
+def _int(most: int, literal: str) -> int:
+    if len(literal) > 20 or abs(int(literal)) > most:
+        raise ValueError(f"integer {short(literal)} is beyond 64 bits")
+    return int(literal)
