@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -159,7 +160,9 @@ class Delta:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"<Delta {self.label} in {len(self._patches)} tensors>"
+        total = sum(math.prod(patch.shape) for patch in self._patches)
+        share = f": {self.selected / total:.2%} of their {total:,}" if total else ""
+        return f"<Delta {self.label} in {len(self._patches)} tensors{share}>"
 
     # --- on a model -----------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from selectune import ops
+from selectune.delta import inventory
+from selectune.delta.fingerprint import never_loaded
 from selectune.errors import BaseMismatchError, ConfigError, SelectuneError
 from selectune.scope import ScopedTensor
 from selectune.train.checked_choices import EVENTS, check_choices, named
@@ -52,7 +54,7 @@ def checked(
 
 
 def _look(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor], mine: Mapping[str, Any]) -> None:
-    _of_this_run(json.loads(json.dumps(mine)), info.get("run"))
+    _of_this_run(tuner, json.loads(json.dumps(mine)), info.get("run"))
     _numbers(tuner, info)
     _present(tuner, tensors)
     for tensor in tuner._ledger.tensors:
@@ -69,7 +71,7 @@ def _look(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         raise ConfigError(f"The state holds tensors that this run has no place for: {', '.join(strange[:3])}.")
 
 
-def _of_this_run(mine: Mapping[str, Any], theirs: Any) -> None:
+def _of_this_run(tuner: Tuner, mine: Mapping[str, Any], theirs: Any) -> None:
     if not isinstance(theirs, Mapping) or theirs.keys() != mine.keys() or not isinstance(theirs["base"], Mapping):
         raise ConfigError('The state\'s "run" does not say which run it is of, as Tuner.state_dict does.')
     for key in ("method", "seed", "accumulation_steps", "budget"):
@@ -78,9 +80,15 @@ def _of_this_run(mine: Mapping[str, Any], theirs: Any) -> None:
     names = mine["base"].keys() | theirs["base"].keys()
     moved = sorted(name for name in names if mine["base"].get(name) != theirs["base"].get(name))
     if moved:
+        fresh = set(moved) <= set(never_loaded(inventory(tuner.model)))
         raise BaseMismatchError(
-            f"The state was taken on another base: {len(moved)} tensors differ ({', '.join(moved[:5])}). Attach to the "
-            "base model that the run began with, then load the state."
+            f"The state was taken on another base: {len(moved)} tensors differ ({', '.join(moved[:5])}). "
+            + (
+                "No checkpoint holds them, so they were drawn at random: before the model is made, set the seed that "
+                "the run began with (transformers.set_seed)."
+                if fresh
+                else "Attach to the base model that the run began with, then load the state."
+            )
         )
 
 

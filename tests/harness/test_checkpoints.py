@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import random
@@ -13,7 +14,9 @@ import torch
 
 import selectune as st
 from selectune.errors import CheckpointError, ConfigError, RunFolderError, SelectuneError, StoppedError
+from selectune.files import seal
 from selectune.harness import folder as folders
+from selectune.harness import resume
 from selectune.harness.callback import Follower
 from selectune.harness.config import RunConfig
 from selectune.harness.stop import Stop
@@ -95,6 +98,51 @@ def test_where_none_is_whole(made, tmp_path):
         flip(folder / "optimizer.pt", random.Random(0))
     with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole.*point-5 .*point-4 .*point-2 "):
         run(dataclasses.replace(config, out=str(out)), resume=True)
+
+
+def _mutated(told, rng):
+    """A run.json with one thing in it changed."""
+    keys, values = list(told), [None, True, -1, 10**400, 1e308, "", "x" * 5000, [], {}, [[]], {"step": 1}, float("nan")]
+    key = rng.choice(keys)
+    kind = rng.randrange(5)
+    if kind == 0:
+        del told[key]
+    elif kind == 1:
+        told[rng.choice(["more", "", "Step"])] = 1
+    elif kind == 2:
+        told["history"] = [rng.choice([*values, {"step": "1"}, {"loss": 1.0}])]
+    elif kind == 3:
+        told["settings"] = {**told["settings"], rng.choice(list(told["settings"])): rng.choice(values)}
+    else:
+        told[key] = rng.choice(values)
+    return told
+
+
+def test_mutants_of_a_run_json(made, tmp_path):
+    """Sealed anew, so that the checks behind the manifest are reached: our own errors, or nothing that decides bits."""
+    config, _ = made
+    folder = tmp_path / "out" / "checkpoint-4"
+    shutil.copytree(f"{config.out}/checkpoint-4", folder)
+    whole = (folder / "run.json").read_text()
+    expected = resume.read(folder)
+    taken = 0
+    for trial in range(500):
+        rng = random.Random(trial)
+        text = json.dumps(_mutated(json.loads(whole), rng))
+        if trial % 5 == 0:
+            data = bytearray(whole.encode())
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            text = data.decode("latin-1")
+        (folder / "run.json").write_text(text, encoding="latin-1" if trial % 5 == 0 else "utf-8")
+        seal(folder, {"run": expected.run, "step": 4})
+        try:
+            found = resume.find(config, folder)
+        except (CheckpointError, ConfigError) as error:
+            assert "checkpoint-4" in str(error)  # noqa: PT017
+        else:
+            assert (found.step, found.settings) == (expected.step, expected.settings)
+            taken += 1
+    assert 0 < taken < 100
 
 
 def test_a_checkpoint_is_small_and_has_no_model(made):

@@ -185,3 +185,12 @@ def test_eval_holds_all_weights_against_the_digest(tiny, data, tmp_path):
         evaluate_delta(source, result.delta, get("glue/rte"), str(data))
     report = verify_delta(source, result.delta)
     assert (report.ok, report.base, report.weights) == (False, True, False)
+
+
+def test_a_run_on_another_random_head_is_not_resumed_and_the_seed_is_named(tmp_path):
+    trunk(tmp_path / "base")
+    first = st.attach(classifier(tmp_path / "base", seed=1), st.id3(20, steps=5))
+    state = first.state_dict()
+    with pytest.raises(BaseMismatchError, match=r"No checkpoint holds them.*transformers\.set_seed"):
+        st.attach(classifier(tmp_path / "base", seed=2), st.id3(20, steps=5)).load_state_dict(state)
+    st.attach(classifier(tmp_path / "base", seed=1), st.id3(20, steps=5)).load_state_dict(state)
