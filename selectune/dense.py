@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from selectune.errors import ConfigError
+from selectune.seeds import uniform
 from selectune.types import Here
 
 
@@ -26,8 +27,9 @@ class Weights:
     gradient. `lr`: the phase's own learning rate; None: that of the optimizer.
 
     >>> import torch
+    >>> from selectune.seeds import Stream
     >>> from selectune.types import Here
-    >>> here = Here(torch.zeros(3), (torch.tensor([2.0, 0.0, -1.0]),), torch.Generator(), total=3)
+    >>> here = Here(torch.zeros(3), (torch.tensor([2.0, 0.0, -1.0]),), Stream(0), total=3)
     >>> Weights(l1=0.3).step((torch.ones(3),), here)[0].tolist()
     [1.100000023841858, 1.0, 0.8999999761581421]
     """
@@ -239,14 +241,9 @@ def pieces(*tensors: Tensor, rooms: int = 0) -> Iterator[tuple[Tensor, ...]]:
         yield (*parts, *(room[: parts[0].numel()] for room in memory))
 
 
-def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Numbers uniform in [0, 1), in row-major order whatever the tensor's strides: pieces draw what the whole does."""
-    return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-
-
 def _drawn(like: Tensor, here: Here, room: Tensor | None = None) -> Tensor:
     """`uniform` by what the engine offers: in `room` then, a tensor alike, where it is laid out in row-major order."""
-    return uniform(like, here.generator) if here.draw is None else here.draw(like, here.generator, room)
+    return uniform(like, here.stream) if here.draw is None else here.draw(like, here.stream, room)
 
 
 def _within(value: Tensor, x: Tensor, low: float, high: float, out: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from selectune.errors import BudgetError, ConfigError
+from selectune.seeds import STEP, finish, signed
 
 Rows = tuple[Tensor, Tensor, Tensor]  # scores, positions in the total order, what is carried along
 
@@ -213,7 +214,7 @@ class GlobalCollector:
         """The permutation that sorts by (score descending, tie key, position ascending)."""
         order = torch.argsort(positions)
         if self.tie_seed is not None:
-            order = order[torch.argsort(_mix(positions[order], self.tie_seed), stable=True)]
+            order = order[torch.argsort(_hash(positions[order], self.tie_seed), stable=True)]
         return order[torch.argsort(scores[order], descending=True, stable=True)]
 
 
@@ -227,9 +228,6 @@ def _keys(scores: Tensor) -> Tensor:
     return (rank << 32) - torch.arange(scores.numel(), device=scores.device)
 
 
-def _mix(positions: Tensor, seed: int) -> Tensor:
-    """A seeded hash of positions (splitmix64 finaliser in wrapping int64 arithmetic)."""
-    x = positions * -7046029254386353131 + seed * 0x2545F491
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
+def _hash(positions: Tensor, seed: int) -> Tensor:
+    """A seeded hash of positions."""
+    return finish(positions * signed(STEP) + seed * 0x2545F491)

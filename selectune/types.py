@@ -24,6 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Generator, Tensor
 
 from selectune.errors import ConfigError
+from selectune.seeds import Stream
 
 
 class Reads(enum.StrEnum):
@@ -245,12 +246,12 @@ class Here:
 
     base: Tensor  # the weight as the phase found it; this and all below in float32, or float64 for float64 weights
     latents: tuple[Tensor, ...]
-    generator: Generator  # seeded by run, step and tensor: asked twice within a step, it draws the same
+    stream: Stream  # of run, step and tensor: asked twice within a step, it draws the same
     total: int  # N, the entries in scope
     target: Tensor | None = None  # where `weight` may write its answer
     in_place: bool = False  # `step` may write into its gradients
     lend: Callable[[Tensor], Tensor] | None = None  # memory like that of a tensor, undefined, until the next asks
-    draw: Callable[[Tensor, Generator, Tensor | None], Tensor] | None = None  # `dense.uniform`, only faster
+    draw: Callable[[Tensor, Stream, Tensor | None], Tensor] | None = None  # `seeds.uniform`, only faster
 
 
 @runtime_checkable

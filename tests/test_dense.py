@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 import selectune as st
-from selectune.dense import Gates, Weights, uniform
+from selectune.dense import Gates, Weights
 from selectune.errors import BudgetError, ConfigError, ScheduleError
 from selectune.schedule import OneShot, Rounds
+from selectune.seeds import Stream, uniform
 from selectune.types import Here
 
 
@@ -52,7 +53,7 @@ def test_the_chance_that_a_gate_is_open():
 
 
 def here(base, *latents, seed=0):
-    return Here(base, latents, torch.Generator().manual_seed(seed), total=base.numel())
+    return Here(base, latents, Stream(seed), total=base.numel())
 
 
 reals = some.floats(-3, 3).filter(lambda x: x == 0 or abs(x) > 1e-6)
@@ -67,7 +68,7 @@ def test_gates_have_the_gradients_of_autograd(rows, group, structured, kind, pen
     latents = [w.clone(), alpha.clone(), torch.tensor(group, dtype=torch.float64)][: 3 if structured else 2]
     at = here(base, *latents)
 
-    draws = torch.Generator().manual_seed(0)
+    draws = Stream(0)
     u_group = uniform(torch.zeros((), dtype=torch.float64), draws) if structured else None
     u = uniform(alpha, draws)
     leaves = [latent.clone().requires_grad_() for latent in latents]
@@ -116,7 +117,7 @@ def test_the_change_of_gates_has_no_noise():
 
 def test_a_masked_gradient_is_0_or_the_gradient_over_p(monkeypatch):
     """p = .25, g = [4, 4, 4, 4], mask [1, 0, 0, 1] -> [16, 0, 0, 16]."""
-    monkeypatch.setattr("selectune.dense.uniform", lambda like, generator: torch.tensor([0.1, 0.25, 0.9, 0.2]))
+    monkeypatch.setattr("selectune.dense.uniform", lambda like, stream: torch.tensor([0.1, 0.25, 0.9, 0.2]))
     base = torch.zeros(4)
     (masked,) = Weights(p=0.25).step((torch.full((4,), 4.0),), here(base, base))
     assert masked.tolist() == [16.0, 0.0, 0.0, 16.0]

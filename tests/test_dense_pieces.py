@@ -15,6 +15,7 @@ from hypothesis import strategies as some
 
 from selectune import dense, ops
 from selectune.dense import Gates, Weights
+from selectune.seeds import Stream, uniform
 from selectune.types import Here
 
 PIECE = 64  # in place of what fits in a cache; torch computes the last few entries of a call in another way
@@ -40,10 +41,10 @@ def gate(kind, alpha, u):
 
 def drawn(kind, latents, seed):
     """z and slope of the tensor's own gate, then of the entries."""
-    random = torch.Generator().manual_seed(seed)
-    shared = [gate(kind, a, torch.rand(a.shape, dtype=a.dtype, generator=random)) for a in latents[2:]]
+    random = Stream(seed)
+    shared = [gate(kind, a, uniform(a, random)) for a in latents[2:]]
     alpha = latents[1]
-    return shared, gate(kind, alpha, torch.rand(alpha.shape, dtype=alpha.dtype, generator=random))
+    return shared, gate(kind, alpha, uniform(alpha, random))
 
 
 def whole_weight(kind, base, latents, seed):
@@ -90,7 +91,7 @@ def equal(found, expected):
 
 def engine(base, latents, seed, offers):
     """What the functions are shown: with the engine's memory, full of rubbish, or without."""
-    random = torch.Generator().manual_seed(seed)
+    random = Stream(seed)
     if not offers:
         return Here(base, latents, random, base.numel())
     target = torch.full_like(base, math.nan)
@@ -148,7 +149,7 @@ def test_masks_in_pieces_are_masks_at_once(shape, dtype, seed, turned, offers, l
     kind = Weights(l1=0.2 if l1 else 0.0, p=p)
     expected = g + (now - base).sign() * (0.2 / max(1, base.numel())) if l1 else g.clone()
     if p < 1:
-        u = torch.rand(g.shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+        u = uniform(g, Stream(seed))
         expected = torch.where(u < p, expected / p, 0.0)
     before = g.clone()
     at = dataclasses.replace(engine(base, (now,), seed, offers), total=max(1, base.numel()))

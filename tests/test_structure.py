@@ -28,6 +28,7 @@ ORDER = (
     ("files",),
     ("spec",),
     ("internals",),
+    ("seeds",),
     ("types",),
     ("scope", "schedule", "select", "scores", "dense"),
     ("method",),

@@ -13,7 +13,7 @@
     scatter_entries      write flat entries in place, whatever the strides
     weight_gradient      the dense gradient of a linear weight, in memory that is used again
     into_scratch         an elementwise op, in memory that is used again
-    uniform              torch.rand in the shape of a tensor, faster on the CPU
+    uniform              the next numbers of a stream (`seeds`) in the shape of a tensor
     checksum             one integer of all bits and their places, to see that frozen weights stay
 
 The first six are torch.library ops with loops for the CPU (`cpu`) and Triton kernels (`triton`);

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selectune import seeds
 from selectune.errors import ConfigError
 from selectune.ops import cost, cpu, reference
 
@@ -26,7 +27,6 @@ BACKENDS = ("reference", "numba", "triton", "dense")
 VARIABLE = "SELECTUNE_BACKEND"
 PLAIN = (
     "small_filter",
-    "uniform",
     "checksum",
 )  # on a GPU: one runs before training, one is a kernel already
 CHANGES = {"scatter_values": (0,), "adamw_step": (0, 2, 3, 4)}  # arguments that a kernel writes behind autograd's back
@@ -128,12 +128,10 @@ def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
     return find("checksum", tensor.device.type)(tensor, at)
 
 
-def uniform(like: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
-    """Numbers uniform in [0, 1) in a tensor's shape and dtype, in row-major order: torch.rand's own, bit for bit.
-
-    Made in `out`, a tensor alike, where it is given and contiguous.
-    """
-    return find("uniform", like.device.type)(like, generator, out)
+def uniform(like: Tensor, stream: seeds.Stream, out: Tensor | None = None) -> Tensor:
+    """`seeds.uniform`, the same numbers on every backend and device; made in `out`, a tensor alike, where it fits."""
+    numba = like.device.type == "cpu" and (forced() or _own("cpu")) == "numba"
+    return (cpu if numba else seeds).uniform(like, stream, out)
 
 
 def explain() -> str:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from selectune import seeds
 from selectune.errors import ConfigError
 from selectune.ops import reference
 from selectune.ops.scratch import scratch
 from selectune.ops.threads import launch
+from selectune.seeds import Stream
 
 log = logging.getLogger("selectune")
 
@@ -32,9 +34,8 @@ _starts: Any = WeakIdKeyDictionary()  # rows of entries -> what they were checke
 
 _SMALL = 4  # the kind of score in `passes` that is -|w|
 _STAGED, _FEW = 1 << 20, 1 << 15  # candidates of a tensor that are put down at once; that one thread copies
-_DRAWN = 256  # fewer numbers than these are drawn by torch
+_DRAWN = 256  # fewer numbers than these are not worth a loop
 _FLOATS = (torch.float32, torch.float64)
-_PLACE, _STATE = slice(8, 24), slice(24, 24 + 8 * 624)  # of a generator's state: (words left, seeded, used), its words
 _GATHERED = 512  # entries at least in a block of the loop that turns nothing
 
 
@@ -220,48 +221,20 @@ def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
     return int(total) % (1 << 64)
 
 
-def uniform(like: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
-    """`reference.uniform`, bit for bit; the generator goes on from where torch would leave it."""
-    if like.numel() < _DRAWN or like.dtype not in _FLOATS or not _generator_is_known():
-        return reference.uniform(like, generator, out)
-    return _uniform(like, generator, out)
-
-
-def _uniform(like: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
-    state = generator.get_state()
-    place, words = state[_PLACE].view(torch.int32).numpy(), state[_STATE].view(torch.int64).numpy()
-    now = words.astype(np.uint32)
-    used = place[2] if place[2] else 624  # a generator that was just seeded makes its words at the first draw
+def uniform(like: Tensor, stream: Stream, out: Tensor | None = None) -> Tensor:
+    """`seeds.uniform`, bit for bit, in a pass."""
+    if like.numel() < _DRAWN or like.dtype not in _FLOATS:
+        return seeds.uniform(like, stream, out)
     out = torch.empty(like.shape, dtype=like.dtype) if out is None or not out.is_contiguous() else out
-    used = _drawing(like.dtype)(now, int(used), out.view(-1).numpy())
-    words[:], place[0], place[2] = now, 625 - used, used
-    generator.set_state(state)
+    _drawing(like.dtype)(np.uint64(stream.key), stream.take(like.numel()), out.view(-1).numpy())
     return out
 
 
 @functools.cache
-def _drawing(dtype: torch.dtype) -> Callable[..., int]:
+def _drawing(dtype: torch.dtype) -> Callable[..., None]:
     numba = importlib.import_module("numba")
     function = getattr(_module("draws"), f"uniform_{str(dtype).removeprefix('torch.')}")
     return _cached(lambda cache: numba.njit(cache=cache), function.py_func)
-
-
-@functools.cache
-def _generator_is_known() -> bool:
-    """Whether the state of torch's CPU generator is laid out as this file takes for granted."""
-    ours, theirs = (torch.Generator().manual_seed(6) for _ in range(2))
-    try:
-        same = all(
-            torch.equal(_uniform(like, ours), reference.uniform(like, theirs))
-            for like in (torch.empty(700), torch.empty(700, dtype=torch.float64))
-        )
-        known = same and torch.equal(ours.get_state(), theirs.get_state())
-    except (RuntimeError, ValueError) as error:
-        log.debug("The state of torch's generator cannot be read (%s).", error)
-        return False
-    if not known:
-        log.info("torch's CPU generator is not the one that selectune knows: numbers are drawn by torch.")
-    return known
 
 
 def _entries(rows: Tensor, cols: Tensor, o: int, i: int) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -29,13 +29,6 @@ def bits(tensor: Tensor) -> Tensor:
     return flat.view(_INTEGERS[min(8, tensor.element_size())])
 
 
-def uniform(like: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
-    """Numbers uniform in [0, 1) in a tensor's shape and dtype, in row-major order; in `out` if contiguous."""
-    if out is not None and out.is_contiguous():
-        return out.uniform_(generator=generator)
-    return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-
-
 def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
     """Sum over entries of bits x (2 p + 1 mod 2^32), modulo 2^64; p: the flat position, or that in `at` (k,).
 

@@ -22,6 +22,7 @@ from selectune import internals, ops
 from selectune.errors import ConfigError, IntegrityError, NonFiniteError, OptimizerError
 from selectune.ops.scratch import scratch
 from selectune.scope import OWN, Found
+from selectune.seeds import Stream, mixed
 from selectune.train.calls import Call
 from selectune.train.package import BaseCopy
 from selectune.train.scan import scan
@@ -251,9 +252,9 @@ class Phase:
         if page.flat.numel():  # a later round: selected entries began it at their values
             values = ledger.values()[page.slot].to(base.device, tensor.parameter.dtype)
             ops.scatter_entries(base, page.flat, values)
-        generator = torch.Generator(base.device).manual_seed(_mixed(self.tracker.seed, self.tracker.step, index))
+        stream = Stream(mixed(self.tracker.seed, self.tracker.step, index))
         latents = tuple(latent.detach() for latent in self.latents[index])
-        return Here(base, latents, generator, self._total, target, True, _lend, ops.uniform)
+        return Here(base, latents, stream, self._total, target, True, _lend, ops.uniform)
 
     # -- the optimizer's step
 
@@ -382,17 +383,3 @@ def _lend(like: Tensor, purpose: str = "lent") -> Tensor:
 def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
     """A gradient in the memory layout of its tensor, which fused optimizers take for granted."""
     return gradient if gradient.stride() == like.stride() else torch.empty_like(like).copy_(gradient)
-
-
-def _mixed(seed: int, step: int, index: int) -> int:
-    """One seed out of three numbers, far apart for neighbours (splitmix64)."""
-    x = 0
-    for part in (seed, step, index):
-        x = (x + part + 0x9E3779B97F4A7C15) & _MASK
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-        x ^= x >> 31
-    return x & (_MASK >> 1)
-
-
-_MASK = (1 << 64) - 1

@@ -13,8 +13,9 @@ from torch.func import functional_call
 from train_kit import Mixed, bits, changed, same, steps
 
 import selectune as st
-from selectune.dense import Gates, uniform
+from selectune.dense import Gates
 from selectune.scope import OWN
+from selectune.seeds import uniform
 
 LR = 0.05
 
@@ -134,7 +135,7 @@ def test_it_is_the_diff_pruning_of_plain_torch(structured, start):
     for step in range(4):
         noise = {}
         for i, (n, p) in enumerate(base.items()):
-            draws = tuner._phase._here(i).generator
+            draws = tuner._phase._here(i).stream
             noise[n] = uniform(torch.zeros((), dtype=torch.float64), draws) if structured else None, uniform(p, draws)
         plain.zero_grad()
         chance = {n: torch.sigmoid(alpha[n]).sum() * (torch.sigmoid(group[n]) if structured else 1) for n in base}
