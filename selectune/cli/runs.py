@@ -45,7 +45,9 @@ def train(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option("--budget", "-b", help="Scalars that may change: 103k, 1.5m, or 0.17%.", show_default=False),
+        typer.Option(
+            "--budget", "-b", help="Scalars that may change: 103k, 0.17%, or as many as lora:r=2.", show_default=False
+        ),
     ] = None,
     config_file: Annotated[
         str | None,
@@ -137,7 +139,7 @@ def train(
 ) -> None:
     """Train a few scalars of a model on a task, save them as a delta, and measure what was saved."""
     del config_file
-    amount = None if budget is None else values.budget(budget)
+    amount = None if budget is None else values.budget_or_module(budget)
     from selectune.harness.folder import run_folder
     from selectune.harness.stop import Stop
 

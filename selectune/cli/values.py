@@ -5,10 +5,21 @@ from __future__ import annotations
 import re
 from decimal import Decimal, InvalidOperation
 
+from selectune.cli import catalogue
 from selectune.errors import BudgetError
 
 _MARKS = re.compile(r"[^,_]*|\d{1,3}([,_]\d{3})+\D?")  # none at all, or 1,234,567
 _UNITS = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+
+
+def budget_or_module(text: str) -> int | float | str:
+    """A budget, or a module that has as many scalars: lora:r=2.
+
+    >>> budget_or_module("lora:r=2"), budget_or_module("103k")
+    ('lora:r=2', 103000)
+    """
+    name = text.strip().partition(":")[0]
+    return text.strip() if any(name == m["name"] for m in catalogue.methods() if "through" in m) else budget(text)
 
 
 def budget(text: str) -> int | float:

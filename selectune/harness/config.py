@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selectune import tasks
-from selectune.adapters import KINDS, Spec
+from selectune.adapters import KINDS, Spec, parse
 from selectune.errors import ConfigError
 from selectune.harness.models import DTYPES
 from selectune.harness.modules import method_of, peer, spec_of
@@ -33,13 +33,14 @@ class RunConfig:
     """What `selectune train` is told. None means the method's, the task's or the checkpoint's own default.
 
     `method`: a recipe with its options, `id3:exp=1,every=10`, or a dense peer with its own, `lora:r=16`. `on`: a module
-    under a recipe, `pfeiffer`. `budget`: a count (int) or a density (float below 1). `lr` None: 5e-5 for `full`, 4e-5
-    for Child-Tuning, a peer's own in `selectune.adapters.KINDS`, 5e-4 for the others. `epochs`, `eval_every`,
-    `max_length` None: the papers' values for the task. `seed` draws the head, the data order, dropout and the method's
-    choices. `batch_size` rows make one backward pass, `accumulation` of these one step. `save_every` steps a
-    checkpoint, of which the newest `keep` stay (None: all); the model is in them with `full_checkpoints` only.
-    `group_by_length`: batches of rows of like length, so less padding (on STS-B half the tokens), in another order.
-    `report_to`: trackers of transformers that get the log, such as tensorboard, beside run.json.
+    under a recipe, `pfeiffer`. `budget`: a count (int), a density (float below 1), or as many scalars as a module has,
+    `lora:r=2`. `lr` None: 5e-5 for `full`, 4e-5 for Child-Tuning, a peer's own in `selectune.adapters.KINDS`, 5e-4 for
+    the others. `epochs`, `eval_every`, `max_length` None: the papers' values for the task. `seed` draws the head, the
+    data order, dropout and the method's choices. `batch_size` rows make one backward pass, `accumulation` of these one
+    step. `save_every` steps a checkpoint, of which the newest `keep` stay (None: all); the model is in them with
+    `full_checkpoints` only. `group_by_length`: batches of rows of like length, so less padding (on STS-B half the
+    tokens), in another order. `report_to`: trackers of transformers that get the log, such as tensorboard, beside
+    run.json.
 
     >>> RunConfig(model="demo", task="glue/rte", budget=1000).learning_rate
     0.0005
@@ -49,7 +50,7 @@ class RunConfig:
     task: str
     method: str = "id3"
     on: str | None = None
-    budget: int | float | None = None
+    budget: int | float | str | None = None
     lr: float | None = None
     epochs: float | None = None
     max_steps: int | None = None
@@ -100,7 +101,8 @@ class RunConfig:
             raise ConfigError("out is empty; it must name a folder, which is made if it is missing.")
         if self.out is not None and Path(self.out).exists() and not Path(self.out).is_dir():
             raise ConfigError(f"out={self.out} is a file; it must be a folder, which is made if it is missing.")
-        build_method(self, steps=self.max_steps or _MANY)
+        size = self.module_for_size
+        build_method(self, self.max_steps or _MANY, 1 if size is not None else None)
         if self.report_to:
             check_trackers(self.report_to)
 
@@ -128,6 +130,11 @@ class RunConfig:
         """What is put on the model before training."""
         return spec_of(self.method, self.on)
 
+    @property
+    def module_for_size(self) -> Spec | None:
+        """The module whose number of scalars is the budget, where it is given so."""
+        return parse(self.budget) if isinstance(self.budget, str) else None
+
     def steps(self, examples: int) -> int:
         """Optimizer steps of the run over that many training examples: the last batch and window may be short."""
         if self.max_steps is not None:
@@ -141,15 +148,19 @@ class RunConfig:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
-def build_method(config: RunConfig, steps: int) -> Method:
-    """The method that a run asks for; a setting that its recipe does not take is refused, not ignored."""
+def build_method(config: RunConfig, steps: int, size: int | None = None) -> Method:
+    """The method that a run asks for; a setting that its recipe does not take is refused, not ignored.
+
+    `size`: how many scalars the module has that the budget names.
+    """
     spec = spec_of(config.method, config.on)
     if spec is not None and config.on is None:
         return _peer_method(config, spec)
     chosen = named(config.method, also=tuple(KINDS))
     takes = inspect.signature(chosen.recipe.function).parameters
     rates = {"dense_lr": DENSE_RATES.get(chosen.name)} if "dense_lr" in takes else {}
-    return chosen.make(config.budget, steps, **rates, **_scope(config, takes))
+    budget = size if isinstance(config.budget, str) else config.budget
+    return chosen.make(budget, steps, **rates, **_scope(config, takes))
 
 
 def _peer_method(config: RunConfig, spec: Spec) -> Method:

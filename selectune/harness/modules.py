@@ -54,6 +54,15 @@ def with_module_of(loaded: LoadedModel, delta: Delta) -> LoadedModel:
     return _with(loaded, rebuild(loaded.model, delta, keep=loaded.initialised))
 
 
+def size_of(loaded: LoadedModel, spec: Spec, seed: int) -> int:
+    """How many scalars a module has on this model; it is put on and taken off again."""
+    adapted = put_on(loaded.model, spec, seed, record=False)
+    try:
+        return sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
+    finally:
+        adapted.remove()
+
+
 def virtual_tokens(spec: Spec | None) -> int:
     """Positions that a module takes from the examples."""
     return int(spec.options.get("tokens", 0)) if spec is not None else 0

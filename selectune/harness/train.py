@@ -27,7 +27,7 @@ from selectune.harness.config import RunConfig, build_method
 from selectune.harness.evaluate import Evaluation, collate, encode, evaluate
 from selectune.harness.folder import RUN_FILE, RunFolder, run_folder
 from selectune.harness.models import LoadedModel, device, load_model, longest, quiet
-from selectune.harness.modules import virtual_tokens, with_module
+from selectune.harness.modules import size_of, virtual_tokens, with_module
 from selectune.harness.resume import (
     MODULE_FILE,
     Checkpoint,
@@ -162,6 +162,7 @@ def _run(
     max_length = longest(loaded.model, loaded.tokenizer, config.max_length, task.max_length, taken)
     rows = {name: encode(loaded.tokenizer, split.examples, max_length) for name, split in splits.items()}
     steps = config.steps(len(rows["train"]))
+    size = None if config.module_for_size is None else size_of(loaded, config.module_for_size, config.seed)
     if config.module is not None:
         loaded = with_module(loaded, config.module, config.seed, steps if config.on is None else None)
     if checkpoint is not None:
@@ -169,7 +170,7 @@ def _run(
     keep = _keep(config, loaded, checkpoint, rows["train"], began, folder.id)
     base = loaded.base(full=True)
     loaded.model.to(device())
-    tuner = _attach(config, loaded, rows["train"], steps)
+    tuner = _attach(config, loaded, rows["train"], steps, size)
     folder.check_space(_space(config, tuner))
     folder.begin(None if checkpoint is None else checkpoint.folder)
     history = _train(config, loaded, tuner, task, rows, steps, base, progress, keep, checkpoint, stop)
@@ -212,8 +213,8 @@ def _space(config: RunConfig, tuner: Tuner) -> int:
     return 2 * delta + (config.keep or 1) * (60 * tuner.trained + (1 << 16) + model) * (config.save_every is not None)
 
 
-def _attach(config: RunConfig, loaded: LoadedModel, rows: Rows, steps: int) -> Tuner:
-    method = build_method(config, steps)
+def _attach(config: RunConfig, loaded: LoadedModel, rows: Rows, steps: int, size: int | None) -> Tuner:
+    method = build_method(config, steps, size)
     model, seed = loaded.model, config.seed
     read = calibration(model, method.score, rows, lambda some: collate(loaded.tokenizer, some), config.batch_size, seed)
     return st.attach(model, method, seed=seed, accumulation_steps=config.accumulation, **read)

@@ -223,3 +223,16 @@ def test_learning_rates():
     assert of == {"lora": KINDS["lora"].lr, "lora:r=2": KINDS["lora"].lr, "pfeiffer": KINDS["pfeiffer"].lr}
     assert RunConfig(model="m", task="glue/rte", method="id3", budget=9, on="lora").learning_rate == 5e-4
     assert RunConfig(model="m", task="glue/rte", method="full", on="lora").learning_rate == KINDS["lora"].lr
+
+
+def test_a_budget_of_the_size_of_a_module(config):
+    dense = run(dataclasses.replace(config, method="lora:r=2", budget=None, max_steps=1))
+    head = sum(
+        p.numel()
+        for n, p in load_model(config.model, tasks.get("glue/rte"), 1).model.named_parameters()
+        if n.startswith("classifier")
+    )
+    found = run(dataclasses.replace(config, method="pafi", budget="lora:r=2", max_steps=1), overwrite=True)
+    assert found.selected == found.budget == dense.trained - head
+    with pytest.raises(ConfigError, match="Unknown module 'lorra'"):
+        dataclasses.replace(config, method="pafi", budget="lorra:r=2")
