@@ -25,7 +25,7 @@ from selectune.delta.parts import Dense, Patch
 from selectune.delta.schema import canonical_json, check_info, parse_json
 from selectune.delta.writing import write_all
 from selectune.errors import DeltaError, DeltaFormatError, DeltaStateError
-from selectune.files import read_owned, write_durably
+from selectune.files import make_folder, read_owned, write_durably
 
 if TYPE_CHECKING:
     from selectune.delta.verify import Report
@@ -77,9 +77,10 @@ class Delta:
         if path.suffix != ".safetensors" or path.is_dir():
             path = path / DELTA_FILE
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DeltaError(f"cannot make the directory {path.parent}: {error.strerror or error}") from error
+            make_folder(path.parent)
+        except (OSError, ValueError) as error:  # the latter of a NUL, say
+            why = getattr(error, "strerror", None) or error
+            raise DeltaError(f"cannot make the directory {str(path.parent)!a}: {why}") from error
         data = self.to_bytes()
         self._nbytes = len(data)
         return write_durably(path, data)

@@ -6,8 +6,8 @@ ownership.py  a folder that one process at a time may write into
 reading.py    JSON and lines of JSON that others may have written: strict, within limits, one error for all faults
 """
 
-from selectune.files.durable import MAX_FILE, read_owned, sweep, write_durably
-from selectune.files.manifest import MANIFEST, Manifest, flush_folder, read_manifest, seal, verify
+from selectune.files.durable import MAX_FILE, make_folder, read_owned, sweep, write_durably
+from selectune.files.manifest import MANIFEST, Manifest, read_manifest, seal, verify
 from selectune.files.ownership import Owner, own
 from selectune.files.reading import read_json, read_lines
 
@@ -16,7 +16,7 @@ __all__ = [
     "MAX_FILE",
     "Manifest",
     "Owner",
-    "flush_folder",
+    "make_folder",
     "own",
     "read_json",
     "read_lines",

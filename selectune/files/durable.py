@@ -50,6 +50,31 @@ def write_durably(path: str | os.PathLike[str], data: bytes | bytearray | memory
     return path
 
 
+def make_folder(folder: Path) -> list[Path]:
+    """Makes a folder and what is missing above it, each of them durably; those that were made, from above."""
+    if folder.is_dir():
+        return []
+    made = [] if folder.parent.is_dir() else make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    flush_folder(folder.parent)
+    return [*made, folder]
+
+
+def flush_folder(folder: str | os.PathLike[str]) -> None:
+    """Makes the names in a folder durable, where it can be opened and its file system can do that."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:
+        return  # not ours, so nothing of ours is new in it
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
 def sweep(folder: str | os.PathLike[str]) -> list[str]:
     """Removes what writers that died left behind, in this folder and those in it; their names.
 

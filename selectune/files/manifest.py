@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from selectune.errors import CheckpointError, DeltaError
-from selectune.files.durable import write_durably
+from selectune.files.durable import flush_folder, write_durably
 from selectune.files.reading import read_json
 
 MANIFEST = "manifest.json"
@@ -104,21 +103,6 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     if not whole or not all(_NAME.fullmatch(name) and ".." not in name.split("/") for name in listed):
         raise CheckpointError(f"{path} is damaged: its content does not have the sha256 it was written with.")
     return Manifest(folder, listed, about)
-
-
-def flush_folder(folder: str | os.PathLike[str]) -> None:
-    """Makes the names in a folder durable, where it can be opened and its file system can do that."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:
-        return  # not ours, so nothing of ours is new in it
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EROFS, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selectune.errors import RunFolderError
-from selectune.files.manifest import flush_folder
+from selectune.files.durable import make_folder
 
 LOCK = ".lock"
 
@@ -39,10 +39,14 @@ def own(folder: str | os.PathLike[str], id: str) -> Iterator[Owner]:
     folder = Path(folder)
     made: list[Path] = []
     try:
-        _make(folder, made)
+        made = make_folder(folder)
         handle = _locked(folder, id)
+    except RunFolderError:
+        raise
     except (NotADirectoryError, FileExistsError) as error:
         raise RunFolderError(f"{folder} cannot be made: {error.filename} is a file. Give another folder.") from error
+    except ValueError as error:
+        raise RunFolderError(f"{str(folder)!a} cannot be made: no path can hold such a character.") from error
     except OSError as error:
         raise RunFolderError(f"{folder} cannot be written into: {error.strerror or error}.") from error
     try:
@@ -54,17 +58,6 @@ def own(folder: str | os.PathLike[str], id: str) -> Iterator[Owner]:
         with contextlib.suppress(OSError):
             for empty in reversed(made):
                 empty.rmdir()
-
-
-def _make(folder: Path, made: list[Path]) -> None:
-    """Makes a folder and what is missing above it, each of them durably."""
-    if folder.is_dir():
-        return
-    if not folder.parent.is_dir():
-        _make(folder.parent, made)
-    folder.mkdir(exist_ok=True)
-    made.append(folder)
-    flush_folder(folder.parent)
 
 
 def _locked(folder: Path, id: str) -> int | None:

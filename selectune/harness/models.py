@@ -79,6 +79,8 @@ def resolve(name: str, revision: str | None = None) -> Place:
     """
     if name == DEMO:
         return _demo()
+    if "\0" in name:
+        raise ModelError(f"The model {name!a} has a NUL character in its name, which no folder or hub id can have.")
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

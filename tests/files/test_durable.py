@@ -8,8 +8,10 @@ import stat
 
 import pytest
 
-from selectune.errors import DeltaError, DeltaFormatError
-from selectune.files import durable, read_owned, write_durably
+from selectune.delta import Delta, load
+from selectune.errors import DeltaError, DeltaFormatError, ModelError, RunFolderError
+from selectune.files import durable, make_folder, own, read_owned, write_durably
+from selectune.harness.models import resolve
 
 OLD, NEW = b"old bytes", b"new bytes, longer" * 100
 CALLS = ["open", "write", "fchmod", "fsync", "close", "replace", "stat"]
@@ -164,3 +166,29 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change, messa
     path.write_bytes(NEW)
     with pytest.raises(DeltaFormatError, match=message):
         read_owned(path, head=(4, lambda head, size: path.write_bytes(change)))
+
+
+def test_folders_that_are_made_are_flushed_into_those_above(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def noted(handle):
+        flushed.append(os.readlink(f"/proc/self/fd/{handle}"))
+        return fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    made = make_folder(tmp_path / "a" / "b" / "c")
+    assert made == [tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "c"]
+    assert flushed == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+    assert make_folder(tmp_path / "a") == []
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a\0b/x.safetensors"])
+def test_a_name_that_no_path_can_have(tmp_path, path):
+    delta = Delta([], [], {"base": {"structure": "0" * 64}})
+    for call in (lambda: delta.save(tmp_path / path), lambda: load(tmp_path / path)):
+        with pytest.raises(DeltaError, match="no path can hold|null byte"):
+            call()
+    with pytest.raises(RunFolderError, match="no path can hold such a character"):
+        own(tmp_path / path, "x").__enter__()
+    with pytest.raises(ModelError, match="NUL character"):
+        resolve(path)
