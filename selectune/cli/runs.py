@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from selectune.cli import signals, values
 from selectune.cli.options import Data, Dtype, Json, MaxLength, Model, Revision, Trust
 from selectune.cli.output import Bar, result, working
+from selectune.errors import ConfigError
 
 if TYPE_CHECKING:
     from selectune.harness.train import RunResult
@@ -28,11 +30,12 @@ def _from_file(ctx: typer.Context, path: str | None) -> str | None:
     if path is not None:
         from selectune.cli.settings import settings
 
-        ctx.default_map = {**(ctx.default_map or {}), **settings(path, {p.name for p in ctx.command.params if p.name})}
+        ctx.default_map = {**(ctx.default_map or {}), **settings(path, ctx.command.params)}
     return path
 
 
 def train(
+    ctx: typer.Context,
     model: Model,
     task: Annotated[str, typer.Option("--task", "-t", help="What to learn; `selectune tasks` lists them.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for delta.safetensors and run.json.")],
@@ -138,7 +141,13 @@ def train(
     ] = False,
 ) -> None:
     """Train a few scalars of a model on a task, save them as a delta, and measure what was saved."""
-    del config_file
+    if resume and resume_from:
+        raise ConfigError("--resume goes on from the newest checkpoint in --out and --resume-from names one: give one.")
+    if config_file is not None and epochs is not None and max_steps is not None:
+        sources = {n: ctx.get_parameter_source(n) for n in ("epochs", "max_steps")}
+        typed = {n for n, source in sources.items() if getattr(source, "name", "") == "COMMANDLINE"}
+        epochs, max_steps = epochs if typed != {"max_steps"} else None, max_steps if typed != {"epochs"} else None
+    out, data = os.path.expanduser(out), None if data is None else os.path.expanduser(data)
     amount = None if budget is None else values.budget_or_module(budget)
     from selectune.harness.folder import run_folder
     from selectune.harness.stop import Stop

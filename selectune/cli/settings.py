@@ -2,40 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selectune.errors import ConfigError, did_you_mean
+from selectune.errors import ConfigError, DeltaError, did_you_mean
 from selectune.files import read_owned
 
 LIMIT = 1 << 26  # bytes: a run.json with its history
+APART = ("config_file", "as_json", "help")
+RUN = "run.json"
 
 
-def settings(path: str, known: set[str]) -> dict[str, Any]:
-    """The options in a YAML or JSON file, or in the "config" of a run.json, by their names with - or _.
+def settings(path: str, params: Sequence[Any]) -> dict[str, Any]:
+    """The options in a YAML or JSON file, or those of a run: a run.json, a checkpoint's, or a run's folder.
 
-    Raises ConfigError that names the file: for one that cannot be read, and for options that the command does not have.
+    `params`: click's, of the command. Names may have - or _. Raises ConfigError that names the file: for one that
+    cannot be read, for options that the command does not have, and for values of another kind.
     """
+    where = Path(path) / RUN if Path(path).is_dir() else Path(path)
+    found = _read(where)
+    if isinstance(found, Mapping):
+        found = next((found[key] for key in ("config", "settings") if isinstance(found.get(key), Mapping)), found)
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"--config {where}: expected options and their values, such as `budget: 103k`.")
+    known = {param.name: param for param in params if param.name and param.name not in APART}
+    given: dict[str, Any] = {}
+    for written, value in found.items():
+        name = str(written).replace("-", "_")
+        if value in (None, []):
+            continue
+        if name not in known:
+            flags = [known_name.replace("_", "-") for known_name in known]
+            raise ConfigError(
+                f"--config {where}: unknown option {written}. Known: {', '.join(sorted(flags))}."
+                f"{did_you_mean(str(written).replace('_', '-'), flags)}"
+            )
+        if name in given:
+            raise ConfigError(f"--config {where}: the option {written} is given twice.")
+        given[name] = _fitting(f"--config {where}: {written}", value, known[name])
+    return given
+
+
+def _read(path: Path) -> Any:
     try:
         import yaml
     except ImportError as error:
         raise ConfigError(f"--config {path} needs the package pyyaml: pip install 'selectune[hf]'.") from error
-    if not Path(path).is_file():
+    if not path.exists():
         raise ConfigError(f"--config {path}: there is no such file.")
     try:
-        found = yaml.safe_load(bytes(read_owned(path, limit=LIMIT)).decode("utf-8"))
+        return yaml.safe_load(bytes(read_owned(path, limit=LIMIT)).decode("utf-8-sig"))
+    except DeltaError as error:
+        raise ConfigError(f"--config {path}: {error}.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ConfigError(f"--config {path} is neither YAML nor JSON: {' '.join(str(error).split())[:200]}") from error
-    if isinstance(found, Mapping) and isinstance(found.get("config"), Mapping):
-        found = found["config"]
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"--config {path}: expected options and their values, such as `budget: 103k`.")
-    given = {str(name).replace("-", "_"): value for name, value in found.items() if value not in (None, [], ())}
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise ConfigError(
-            f"--config {path}: unknown option {unknown[0]}. Known: {', '.join(sorted(known))}."
-            f"{did_you_mean(unknown[0], known)}"
-        )
-    return {name: str(value) if name == "budget" else value for name, value in given.items()}
+
+
+def _fitting(what: str, value: Any, param: Any) -> Any:
+    """A value as the option takes it from the command line."""
+    if param.multiple:
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, str) for one in values):
+            raise ConfigError(f"{what} is {value!r}; it takes a text or a list of texts.")
+        return values
+    if isinstance(value, bool) != bool(param.is_flag) or isinstance(value, list | Mapping):
+        raise ConfigError(f"{what} is {value!r}; it takes {'true or false' if param.is_flag else 'one value'}.")
+    return value if param.is_flag else str(value)

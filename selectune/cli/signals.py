@@ -63,7 +63,7 @@ def _received(number: int, frame: Any) -> None:
     if stop is None or not stop.listening:
         raise StoppedBySignal(number)
     stop.ask(number)
-    _say(f"{_NAMES[number]}: the step is finished and a checkpoint saved; a second one stops at once.")
+    _say(f"{_NAMES[number]}: finishing the step, then saving a checkpoint; a second one stops at once.")
 
 
 def _say(text: str) -> None:

@@ -81,8 +81,13 @@ def model_info(model: nn.Module) -> dict[str, Any] | None:
         "num_labels": count,
         "pad_token_id": padding if type(padding) is int else None,
         "path": folder if folder and folder.isprintable() else None,
-        "problem_type": problem if isinstance(problem, str) else None,
+        "problem_type": problem if isinstance(problem, str) and problem != _inferred(count) else None,
     }
+
+
+def _inferred(outputs: int | None) -> str:
+    """The problem type that transformers writes into a config at the first forward with labels, if none is there."""
+    return "regression" if outputs == 1 else "single_label_classification"
 
 
 def _inner(model: nn.Module) -> nn.Module:

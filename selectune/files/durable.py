@@ -76,15 +76,13 @@ def flush_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def sweep(folder: str | os.PathLike[str]) -> list[str]:
-    """Removes what writers that died left behind, in this folder and those in it; their names.
+    """Removes what writers that died left behind in this folder, not in those below it; their names.
 
     For whoever owns the folder: a writer that lives would lose its file.
     """
-    gone = []
-    for here, _, names in os.walk(folder):
-        for name in filter(_TEMP.fullmatch, names):
-            os.unlink(os.path.join(here, name))
-            gone.append(name)
+    gone = list(filter(_TEMP.fullmatch, os.listdir(folder)))
+    for name in gone:
+        os.unlink(os.path.join(folder, name))
     return gone
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from selectune.errors import RunFolderError
 from selectune.files.durable import make_folder
 
-LOCK = ".lock"
+LOCK = ".selectune.lock"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ def own(folder: str | os.PathLike[str], id: str) -> Iterator[Owner]:
     except RunFolderError:
         raise
     except (NotADirectoryError, FileExistsError) as error:
-        raise RunFolderError(f"{folder} cannot be made: {error.filename} is a file. Give another folder.") from error
+        raise RunFolderError(
+            f"{folder} cannot be made: {error.filename} is a file, or a link that leads nowhere. Give another folder."
+        ) from error
     except ValueError as error:
         raise RunFolderError(f"{str(folder)!a} cannot be made: no path can hold such a character.") from error
     except OSError as error:

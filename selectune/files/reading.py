@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import gzip
 import io
@@ -105,6 +106,7 @@ def read_lines(
         file = io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 16) if packed else raw
         while line := _next(file, line_limit + 1, path, number + 1, error):
             number, size = number + 1, size + len(line)
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             where = f"{path}, line {number}"
             if len(line) > line_limit:
                 raise error(f"{where} is longer than the {line_limit:,} bytes that a line may have.")

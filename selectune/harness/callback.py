@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class AskedError(Exception):
-    """A measurement was broken off, since the run is to stop."""
+    """A measurement was broken off, since the run is to stop: where it is, its checkpoint has all there is."""
 
 
 class Follower(TrainerCallback):
@@ -49,8 +49,12 @@ class Follower(TrainerCallback):
         self.metric: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.save_steps = args.save_steps  # a resumed run has those of its checkpoint otherwise
         if self.unmeasured:
             self._measure(int(state.global_step))
+            if self.unmeasured:
+                self.stopped_at = int(state.global_step)
+                raise AskedError
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = int(state.global_step)

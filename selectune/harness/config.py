@@ -102,6 +102,8 @@ class RunConfig:
         if self.out is not None and Path(self.out).exists() and not Path(self.out).is_dir():
             raise ConfigError(f"out={self.out} is a file; it must be a folder, which is made if it is missing.")
         size = self.module_for_size
+        if self.keep is not None and self.save_every is None:
+            raise ConfigError(f"keep={self.keep} says how many checkpoints stay, and save_every that there are any.")
         build_method(self, self.max_steps or _MANY, 1 if size is not None else None)
         if self.report_to:
             check_trackers(self.report_to)

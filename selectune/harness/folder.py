@@ -73,7 +73,7 @@ def run_folder(out: str | os.PathLike[str], resume: bool = False, overwrite: boo
     with own(out, id) as owned:
         if not resume and not overwrite:
             refuse_used(owned.folder)
-        gone = sweep(owned.folder)
+        gone = [name for folder in (owned.folder, *checkpoints(owned.folder)) for name in sweep(folder)]
         if gone:
             log.info("Removed %d temporary files in %s, of a run that died.", len(gone), owned.folder)
         yield RunFolder(owned.folder, id, overwrite)

@@ -146,7 +146,11 @@ def _wrong(told: Any, manifest: Manifest) -> str:
 
 def _explicit(folder: Path) -> Checkpoint:
     if not folder.is_dir():
-        raise ConfigError(f"The checkpoint {folder} does not exist; expected a folder such as OUT/checkpoint-100.")
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise ConfigError(f"The checkpoint {folder} {what}; expected a folder such as OUT/checkpoint-100.")
+    inside = [path.name for path in checkpoints(folder)]
+    if inside:
+        raise ConfigError(f"{folder} is the folder of a run. Its checkpoints, newest first: {', '.join(inside[:5])}.")
     try:
         return read(folder)
     except CheckpointError as error:

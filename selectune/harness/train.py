@@ -8,7 +8,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -144,11 +144,15 @@ def run(
     """
     if config.out is None:
         raise ConfigError("out is missing: the folder that the delta is written to.")
-    if resume is not False and overwrite:
-        raise ConfigError("resume goes on with a run and overwrite removes it: give one of the two.")
+    if resume is True and overwrite:
+        raise ConfigError("resume goes on with the run in out and overwrite removes it: give one of the two.")
     owned = run_folder(config.out, resume is not False, overwrite) if folder is None else nullcontext(folder)
+    stop = stop or Stop()
     with owned as folder:
-        return _run(config, progress, None if resume is False else find(config, resume), folder, stop or Stop())
+        try:
+            return _run(config, progress, None if resume is False else find(config, resume), folder, stop)
+        finally:
+            stop.listening = False
 
 
 def _run(
@@ -172,13 +176,13 @@ def _run(
     loaded.model.to(device())
     tuner = _attach(config, loaded, rows["train"], steps, size)
     folder.check_space(_space(config, tuner))
-    folder.begin(None if checkpoint is None else checkpoint.folder)
-    history = _train(config, loaded, tuner, task, rows, steps, base, progress, keep, checkpoint, stop)
+    history = _train(config, loaded, tuner, task, rows, steps, base, progress, keep, checkpoint, stop, folder)
     delta, verification = _save(config, tuner, base, max_length)
     counts = {"selected": tuner.selected, "budget": tuner.budget, "trained": tuner.trained}
     events, taken = dict(tuner.events), tuner.step
     tuner.detach()
-    stop.where = f"after its last step: {delta} is whole, and was not measured"
+    stop.listening = False
+    stop.where = f"after its last step: {delta} is whole; it was not measured, which `selectune eval` does"
     if stop.asked:
         raise StoppedError(f"{stop.where}.", taken, stop.signal or 0)
     with st.load(delta).applied(loaded.model):
@@ -203,6 +207,7 @@ def _run(
     )
     text = json.dumps({**result.as_json(), "history": list(history)}, indent=2, allow_nan=False)
     write_durably(folder.path / RUN_FILE, text.encode())
+    stop.where = "after its end: all of it is written"
     return result
 
 
@@ -232,15 +237,18 @@ def _train(
     keep: Keep,
     checkpoint: Checkpoint | None,
     stop: Stop,
+    folder: RunFolder,
 ) -> list[dict[str, Any]]:
     """Trains for `steps` steps; returns the log: losses, and the metric where it was asked for on the way."""
     history = [] if checkpoint is None else [dict(record) for record in checkpoint.history]
     if checkpoint is not None:
         load_module(checkpoint, loaded.adapted)
     if checkpoint is not None and checkpoint.step >= steps:  # the Trainer would take a step more
+        stop.listening = True
+        folder.begin(checkpoint.folder)
         tuner.load_state_dict(read_state(checkpoint.folder / STATE_FILE))
         return history
-    from selectune.harness.callback import AfterStep, Follower
+    from selectune.harness.callback import AfterStep, AskedError, Follower
     from selectune.harness.trainer import Rows as Dataset
     from selectune.harness.trainer import RunTrainer, arguments_of, optimizer_of
     from selectune.integrations.transformers import SelectuneCallback
@@ -267,18 +275,20 @@ def _train(
         )
         if progress is not None:
             progress.start(f"{config.method} on {task.name}", steps)
-        stop.listening = True
+        stop.listening = True  # until the delta is saved
+        folder.begin(None if checkpoint is None else checkpoint.folder)
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+            with suppress(AskedError):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
         finally:
-            stop.listening, stop.where = False, "after its last step, before its delta was saved"
             if progress is not None:
                 progress.stop()
     if follower.stopped_at is not None:
         step = follower.stopped_at
         raise StoppedError(
             f"after step {step:,} of {steps:,}, as asked. {Path(str(config.out)) / f'checkpoint-{step}'} has "
-            "all of it: the same run with resume=True (the same command with --resume) goes on from there.",
+            "all of it, and the same run with resume=True goes on from there (command line: --resume, and neither "
+            "--overwrite nor --resume-from).",
             step,
             stop.signal or 0,
         )

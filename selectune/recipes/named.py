@@ -62,7 +62,8 @@ def named(text: str, also: Sequence[str] = ()) -> Named:
     known = parameters(recipe)
     for option in given:
         if option in APART:
-            raise ConfigError(f"'{text}': {option} is no option of a method; it is given by itself, as --{option}.")
+            flag = {"steps": "max-steps", "scope": "include", "train_fully": "train-fully"}.get(option, option)
+            raise ConfigError(f"'{text}': {option} is no option of a method; it is given by itself, as --{flag}.")
         if option not in known:
             raise ConfigError(
                 f"The method '{name}' takes no option {option}. It takes: {', '.join(known) or 'none'}."

@@ -43,7 +43,7 @@ def test_ctrl_c_says_how_to_go_on(command, tmp_path, interrupted):
     out = tmp_path / "out"
     found = call(*command, "--out", out, "--save-every", 2, code=130)
     assert f"stopped: after step 5 of 6, as asked. {out / 'checkpoint-5'} has all of it" in found.stderr
-    assert "the same command with --resume" in found.stderr
+    assert "goes on from there (command line: --resume" in found.stderr
     assert found.stdout == ""
     interrupted()
     call(*command, "--out", tmp_path / "straight", "--save-every", 2)
@@ -94,7 +94,7 @@ def test_a_process_that_is_killed(command, tmp_path):
     (out / "checkpoint-95").mkdir()
     (out / "checkpoint-95" / "optimizer.pt").write_text("half")
     printed = json.loads(call(*command, *long, "--out", out, "--resume", "--json").stdout)
-    assert not [path.name for path in out.rglob("*") if path.name.endswith(".tmp") or path.name == ".lock"]
+    assert not [path.name for path in out.rglob("*") if path.name.endswith(".tmp") or path.name == ".selectune.lock"]
     assert printed["resumed"] >= 10
     call(*command, *long, "--out", tmp_path / "straight")
     assert (out / "delta.safetensors").read_bytes() == (tmp_path / "straight" / "delta.safetensors").read_bytes()

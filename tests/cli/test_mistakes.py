@@ -133,6 +133,42 @@ def test_a_file_of_options(tiny, data, tmp_path):
     ):
         file.write_text(text)
         assert said in call("train", "--config", file, "--out", tmp_path / "no", code=2).stderr
+    strange = {
+        "batch_size: true": "batch_size is True; it takes one value",
+        "resume: 3": "resume is 3; it takes true or false",
+        "include: [1]": "include is [1]; it takes a text or a list of texts",
+        "max-steps: 2\nmax_steps: 3": "the option max_steps is given twice",
+        "config_file: x": "unknown option config_file",
+        "json: true": "unknown option json",
+    }
+    for text, said in strange.items():
+        file.write_text(text)
+        told = call("train", "--config", file, "--out", tmp_path / "no", code=2).stderr
+        assert f"--config {file}: {said}" in told
+    more = ("--include", "*attention*", "--epochs", 0.05)
+    call(
+        "train", "--config", tmp_path / "first", *more, "--out", tmp_path / "folder"
+    )  # a run's folder; typed comes first
+    told = json.loads((tmp_path / "folder" / "run.json").read_text())["config"]
+    assert (told["epochs"], told["max_steps"], told["include"]) == (0.05, None, ["*attention*"])
+    file.write_text("include: '*attention*'")
+    call(
+        "train",
+        "--config",
+        file,
+        "-m",
+        tiny,
+        "-t",
+        "glue/rte",
+        "--data",
+        data,
+        "-b",
+        9,
+        "--max-steps",
+        1,
+        "-o",
+        tmp_path / "one",
+    )
     assert "there is no such file" in call("train", "--config", tmp_path / "nowhere", "--out", tmp_path, code=2).stderr
 
 

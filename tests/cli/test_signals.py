@@ -48,7 +48,7 @@ def test_a_run_is_resumable_or_says_why(command, tmp_path, straight, trial):
     if trial % 3 == 0:
         time.sleep(rng.uniform(0.1, 4.0))  # while it starts
     else:
-        while process.poll() is None and not list(out.glob("checkpoint-*")) and not (out / ".lock").exists():
+        while process.poll() is None and not list(out.glob("checkpoint-*")) and not (out / ".selectune.lock").exists():
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 6.0))
     process.send_signal(number)
@@ -60,7 +60,7 @@ def test_a_run_is_resumable_or_says_why(command, tmp_path, straight, trial):
     assert process.returncode == 128 + number
     assert printed == ""
     if (out / "delta.safetensors").exists():
-        assert "is whole, and was not measured" in told
+        assert "is whole; it was not measured" in told
         rest = out
     elif list(out.glob("checkpoint-*")):
         assert "stopped: after step" in told
@@ -74,7 +74,7 @@ def test_a_run_is_resumable_or_says_why(command, tmp_path, straight, trial):
         call(*command, "--out", tmp_path / "straight")
         straight["delta"] = (tmp_path / "straight" / "delta.safetensors").read_bytes()
     assert (rest / "delta.safetensors").read_bytes() == straight["delta"]
-    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp") or path.name == ".lock"]
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp") or path.name == ".selectune.lock"]
 
 
 def test_the_second_stops_at_once(tiny, data, tmp_path):
@@ -94,7 +94,7 @@ def test_the_second_stops_at_once(tiny, data, tmp_path):
         p.send_signal(signal.SIGINT)
         _, told = p.communicate(timeout=20)
     assert p.returncode == 130
-    assert "SIGTERM: the step is finished and a checkpoint saved; a second one stops at once." in told
+    assert "SIGTERM: finishing the step, then saving a checkpoint; a second one stops at once." in told
     assert "stopped: at once, by a second Ctrl-C" in told
     assert "Traceback" not in told
 
@@ -102,7 +102,7 @@ def test_the_second_stops_at_once(tiny, data, tmp_path):
 def test_two_runs_in_one_folder(command, tmp_path):
     out = tmp_path / "out"
     with started(*command, "--out", out) as first:
-        while first.poll() is None and not (out / ".lock").exists():
+        while first.poll() is None and not (out / ".selectune.lock").exists():
             time.sleep(0.01)
         for more in ((), ("--resume",), ("--overwrite",)):
             found = call(*command, "--out", out, *more, code=2)
@@ -141,5 +141,5 @@ def test_kills_of_runs_that_share_a_folder(command, tmp_path):
     call(*args, "--out", tmp_path / "straight")
     deltas = [(folder / "delta.safetensors").read_bytes() for folder in (out, tmp_path / "straight")]
     assert deltas[0] == deltas[1]
-    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp") or path.name == ".lock"]
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp") or path.name == ".selectune.lock"]
     assert all((folder / "manifest.json").exists() for folder in out.glob("checkpoint-*"))

@@ -60,7 +60,7 @@ def test_what_can_be_no_folder(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(RunFolderError, match="file"):
             own(path, "x").__enter__()
-    (tmp_path / ".lock").symlink_to(tmp_path / "victim")
+    (tmp_path / ".selectune.lock").symlink_to(tmp_path / "victim")
     with pytest.raises(RunFolderError, match="cannot be written into"):
         own(tmp_path, "x").__enter__()
     assert not (tmp_path / "victim").exists()

@@ -16,7 +16,7 @@ import selectune as st
 from selectune.errors import CheckpointError, ConfigError, RunFolderError, SelectuneError, StoppedError
 from selectune.files import seal
 from selectune.harness import folder as folders
-from selectune.harness import resume
+from selectune.harness import resume, train
 from selectune.harness.callback import Follower
 from selectune.harness.config import RunConfig
 from selectune.harness.stop import Stop
@@ -168,6 +168,8 @@ def test_the_newest_are_kept(made, tmp_path):
     assert [path.name for path in folders.checkpoints(tmp_path / "out")] == ["checkpoint-5"]
     with pytest.raises(ConfigError, match="keep=0"):
         dataclasses.replace(config, keep=0)
+    with pytest.raises(ConfigError, match="keep=2 says how many checkpoints stay"):
+        dataclasses.replace(config, keep=2, save_every=None)
 
 
 def test_a_run_is_not_overwritten_without_a_word(made, tmp_path):
@@ -179,6 +181,10 @@ def test_a_run_is_not_overwritten_without_a_word(made, tmp_path):
         run(again)
     with pytest.raises(ConfigError, match="one of the two"):
         run(again, resume=True, overwrite=True)
+    with pytest.raises(ConfigError, match=r"is the folder of a run\. Its checkpoints, newest first: checkpoint-5"):
+        run(again, resume=out)
+    with pytest.raises(ConfigError, match=r"manifest\.json is no folder"):
+        run(again, resume=out / "checkpoint-5" / "manifest.json")
     with pytest.raises(SelectuneError, match="does not exist"):  # refused later, so the earlier run is still there
         run(dataclasses.replace(again, model=str(tmp_path / "no-model")), overwrite=True)
     assert (out / "delta.safetensors").read_bytes() == whole
@@ -254,11 +260,92 @@ def test_a_run_that_is_asked_to_stop(made, tmp_path, monkeypatch, step):
     assert [record["step"] for record in rest.history] == sorted(record["step"] for record in rest.history)
 
 
+def test_a_measurement_that_is_broken_off_twice(made, tmp_path, monkeypatch):
+    config, whole = made
+    config = dataclasses.replace(config, out=str(tmp_path / "out"), eval_every=2, save_every=None)
+    original, stop = Follower.on_step_end, Stop()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            stop.ask()
+        original(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Follower, "on_step_end", on_step_end)
+        with pytest.raises(StoppedError, match="after step 2 of 5"):
+            run(config, stop=stop)
+    again = Stop()
+    again.ask()
+    with pytest.raises(StoppedError, match="after step 2 of 5"):
+        run(config, resume=True, stop=again)
+    rest = run(config, resume=True)
+    assert [record["step"] for record in rest.history if "metric" in record] == [2, 4]
+    assert rest.delta.read_bytes() == whole
+
+
+def test_an_earlier_run_goes_only_when_the_new_one_can_be_stopped_in_order(made, tmp_path, monkeypatch):
+    """Asked to stop while what is overwritten goes: the new run has a checkpoint, so something stands in its place."""
+    config, _ = made
+    shutil.copytree(config.out, tmp_path / "out")
+    again, stop, begin = dataclasses.replace(config, out=str(tmp_path / "out"), seed=2), Stop(), folders.RunFolder.begin
+
+    def asked(self, resumed):
+        assert stop.listening
+        begin(self, resumed)
+        stop.ask()
+
+    monkeypatch.setattr(folders.RunFolder, "begin", asked)
+    with pytest.raises(StoppedError, match="after step 1 of 5"):
+        run(again, overwrite=True, stop=stop)
+    assert [path.name for path in folders.checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+
+
+def test_a_stop_while_the_delta_is_saved(made, tmp_path, monkeypatch):
+    config, whole = made
+    stop, save = Stop(), train._save
+
+    def asked(*args):
+        assert stop.listening
+        stop.ask()
+        return save(*args)
+
+    monkeypatch.setattr(train, "_save", asked)
+    with pytest.raises(StoppedError, match=r"after its last step: .* is whole"):
+        run(dataclasses.replace(config, out=str(tmp_path / "out")), stop=stop)
+    assert (tmp_path / "out/delta.safetensors").read_bytes() == whole
+
+
+def test_a_resumed_run_has_its_own_interval(made, tmp_path):
+    config, whole = made
+    found = run(
+        dataclasses.replace(config, out=str(tmp_path / "out"), save_every=1), resume=f"{config.out}/checkpoint-2"
+    )
+    assert found.delta.read_bytes() == whole
+    assert [path.name for path in folders.checkpoints(tmp_path / "out")] == [
+        "checkpoint-5",
+        "checkpoint-4",
+        "checkpoint-3",
+    ]
+
+
+def test_temporary_files_of_others_stay(made, tmp_path):
+    config, _ = made
+    name = f".delta.safetensors.{'0a' * 8}.tmp"
+    for folder in (tmp_path / "out" / "below", tmp_path / "out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    (tmp_path / "out" / ".lock").write_text("of somebody else")
+    run(dataclasses.replace(config, out=str(tmp_path / "out"), max_steps=1, save_every=None))
+    assert not (tmp_path / "out" / name).exists()
+    assert (tmp_path / "out" / "below" / name).exists()
+    assert (tmp_path / "out" / ".lock").read_text() == "of somebody else"
+
+
 def test_a_stop_after_the_last_step(made, tmp_path, monkeypatch):
     config, whole = made
     stop = Stop()
     monkeypatch.setattr(Follower, "on_train_end", lambda self, *a, **k: stop.ask(), raising=False)
-    with pytest.raises(StoppedError, match=r"after its last step: .*delta\.safetensors is whole, and was not"):
+    with pytest.raises(StoppedError, match=r"after its last step: .*delta\.safetensors is whole; it was not"):
         run(dataclasses.replace(config, out=str(tmp_path / "out")), stop=stop)
     assert (tmp_path / "out/delta.safetensors").read_bytes() == whole
     assert st.load(tmp_path / "out").selected == 120
