@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from selectune.errors import ConfigError, DeltaError, did_you_mean
 from selectune.files import read_owned
+from selectune.files.reading import NotPlain, plain
 
 LIMIT = 1 << 26  # bytes: a run.json with its history
+MAX_YAML = 1 << 16
 APART = ("config_file", "as_json", "help")
 RUN = "run.json"
 
@@ -45,16 +48,38 @@ def settings(path: str, params: Sequence[Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
+    if not path.exists():
+        raise ConfigError(f"--config {path}: there is no such file.")
+    try:
+        data = read_owned(path, limit=LIMIT)
+    except DeltaError as error:
+        raise ConfigError(f"--config {path}: {error}.") from error
+    with contextlib.suppress(NotPlain):
+        return plain(data)
+    if len(data) > MAX_YAML:
+        raise ConfigError(f"--config {path} is no JSON, and of YAML at most {MAX_YAML:,} bytes are read.")
     try:
         import yaml
     except ImportError as error:
         raise ConfigError(f"--config {path} needs the package pyyaml: pip install 'selectune[hf]'.") from error
-    if not path.exists():
-        raise ConfigError(f"--config {path}: there is no such file.")
+
+    class Plain(yaml.SafeLoader):
+        """Values written once: an alias can stand for more than memory holds, a key twice hides a mistake."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases (*name) are not read")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise yaml.YAMLError(f"{twice} is given twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(bytes(read_owned(path, limit=LIMIT)).decode("utf-8-sig"))
-    except DeltaError as error:
-        raise ConfigError(f"--config {path}: {error}.") from error
+        return yaml.load(data.decode("utf-8-sig"), Plain)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ConfigError(f"--config {path} is neither YAML nor JSON: {' '.join(str(error).split())[:200]}") from error
 
