@@ -28,8 +28,8 @@ log = logging.getLogger("selectune")
 class Registration:
     """What `register` put on an Accelerator; `remove` takes it off."""
 
-    def __init__(self, accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None) -> None:
-        self.accelerator, self.tuner, self.base = accelerator, tuner, base
+    def __init__(self, accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None, full: bool) -> None:
+        self.accelerator, self.tuner, self.base, self.full = accelerator, tuner, base, full
         self._guard: KeptOut | None = None
         self._handles = [
             accelerator.register_save_state_pre_hook(self._save),
@@ -56,7 +56,7 @@ class Registration:
         self._prepared(models, "saved")
         state = self.tuner.state_dict()
         if self.accelerator.is_main_process:
-            self.tuner.save(folder, base=self.base, allow_empty=True)
+            self.tuner.save(folder, base=self.base, allow_empty=True, full=self.full)
             write_state(Path(folder) / STATE_FILE, state)
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
@@ -106,14 +106,14 @@ class Registration:
             )
 
 
-def register(accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None = None) -> Registration:
+def register(accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None = None, full: bool = True) -> Registration:
     """Makes `save_state` write the tuner's state and its delta, and `load_state` read the state before any weights.
 
-    Both files lie in the folder beside accelerate's own: `tuner.safetensors` and `delta.safetensors`; `base` is what
-    the delta records of its base, see `Tuner.save`. `manifest.json`, written last, names them all with their sha256:
-    `load_state` takes a folder that is whole, and no other. It takes a fresh tuner, attached alike to the same base, or
-    one that has stepped, which goes back. The folder's weights are not loaded, they are compared: both must agree by
-    bits. Call it after `accelerator.prepare`, in both processes.
+    Both files lie in the folder beside accelerate's own: `tuner.safetensors` and `delta.safetensors`; `base` and `full`
+    are what the delta records of its base, see `Tuner.save`. `manifest.json`, written last, names them all with their
+    sha256: `load_state` takes a folder that is whole, and no other. It takes a fresh tuner, attached alike to the same
+    base, or one that has stepped, which goes back. The folder's weights are not loaded, they are compared: both must
+    agree by bits. Call it after `accelerator.prepare`, in both processes.
 
     Raises ConfigError if the tuner's model was not prepared by this accelerator, if `gradient_accumulation_steps` is
     above 1 and not the tuner's `accumulation_steps`, or under more than one process. `save_state` raises TunerError
@@ -133,6 +133,6 @@ def register(accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None = No
             f"with accumulation_steps={tuner.accumulation_steps}. Both must be the same: attach(..., "
             f"accumulation_steps={passes})."
         )
-    registration = Registration(accelerator, tuner, base)
+    registration = Registration(accelerator, tuner, base, full)
     registration._prepared(accelerator._models, "saved")
     return registration

@@ -50,8 +50,8 @@ class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
     `trainer.fit(..., ckpt_path=)`: with a fresh tuner, attached as the first one was to the same base, or with one that
     has stepped, which goes back. The checkpoint's weights are kept out of the model, which stays the base; the state
     puts them there, and both must agree by bits. Batches, optimizers and learning rates are Lightning's to restore.
-    `base`: what a delta records of its base, see `Tuner.save`. A delta whose checkpoint Lightning removed goes as well;
-    beside a checkpoint that is no local file (`s3://...`) none is written.
+    `base` and `full`: what a delta records of its base, see `Tuner.save`. A delta whose checkpoint Lightning removed
+    goes as well; beside a checkpoint that is no local file (`s3://...`) none is written.
 
     Raises CheckpointError for a checkpoint with another content than was written; ConfigError as fitting or an epoch
     starts, if `accumulate_grad_batches` does not fit the tuner's `accumulation_steps`, if the tuner's model is not part
@@ -60,8 +60,8 @@ class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
     TunerError for a checkpoint within an accumulation window.
     """
 
-    def __init__(self, tuner: Tuner, base: Mapping[str, Any] | None = None) -> None:
-        self.tuner, self.base = tuner, base
+    def __init__(self, tuner: Tuner, base: Mapping[str, Any] | None = None, full: bool = True) -> None:
+        self.tuner, self.base, self.full = tuner, base, full
         self._guard: KeptOut | None = None
         self._deltas: dict[Path, Path] = {}  # {checkpoint: its delta} of this process
 
@@ -118,7 +118,7 @@ class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
         file = _file_of(trainer)
         if file is not None and trainer.is_global_zero:
             delta = file.with_name(file.stem + DELTA_SUFFIX)
-            self.tuner.save(delta, base=self.base, allow_empty=True)
+            self.tuner.save(delta, base=self.base, allow_empty=True, full=self.full)
             self._deltas[file] = delta
         checkpoint[_DIGEST] = {"keys": sorted(checkpoint), "sha256": _digest(checkpoint, sorted(checkpoint))}
 

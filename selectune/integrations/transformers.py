@@ -42,10 +42,11 @@ _ORDER = "trainer.order"  # beside the tuner's tensors in the file
 class SelectuneCallback(TrainerCallback):
     """Saves delta and tuner state in every checkpoint, resumes from one, logs selected, budget and quota.
 
-    `checkpoint-N/delta.safetensors` is the delta after N steps; an early one may be empty. `base`: what a delta records
-    of its base, see `Tuner.save`. `checkpoint-N/tuner.safetensors` is the tuner's state. `checkpoint-N/manifest.json`,
-    written last, names every file with size and sha256, all of them flushed to the disk: a checkpoint is whole with it,
-    and none without. Costs one checked save (a pass over the weights) a checkpoint, and a read of its files.
+    `checkpoint-N/delta.safetensors` is the delta after N steps; an early one may be empty. `base` and `full`: what a
+    delta records of its base, see `Tuner.save`. `checkpoint-N/tuner.safetensors` is the tuner's state.
+    `checkpoint-N/manifest.json`, written last, names every file with size and sha256, all of them flushed to the disk:
+    a checkpoint is whole with it, and none without. Costs one checked save (a pass over the weights) a checkpoint, and
+    a read of its files.
 
     `trainer.train(resume_from_checkpoint=True or a folder)`: with a fresh tuner, attached as the first one was to the
     same base, and the same arguments of the Trainer. True takes the newest checkpoint that is whole. Its weights are
@@ -78,8 +79,9 @@ class SelectuneCallback(TrainerCallback):
         base: Mapping[str, Any] | None = None,
         check: bool | None = None,
         keep: Callable[[Path, int], Mapping[str, Any]] | None = None,
+        full: bool = True,
     ) -> None:
-        self._tuner, self._check, self._keep = tuner, check, keep
+        self._tuner, self._check, self._keep, self._full = tuner, check, keep, full
         self.base = base
         self._guarded = False  # whether trainer.train() looks at checkpoints before anything is read from them
         self._began: _Beginning | None = None
@@ -153,7 +155,7 @@ class SelectuneCallback(TrainerCallback):
             now = self.tuner.state_dict()
             within = self._order is not None and not float(state.epoch or 0).is_integer()
             now["tensors"][_ORDER] = self._order if within else torch.get_rng_state()
-            self.tuner.save(folder, base=self.base, allow_empty=True)
+            self.tuner.save(folder, base=self.base, allow_empty=True, full=self._full)
             write_state(folder / STATE_FILE, now)
             step = int(state.global_step)
             seal(folder, {"step": step} if self._keep is None else self._keep(folder, step))

@@ -209,3 +209,12 @@ def test_taken_off(at_3):
     run.registration.remove()
     with pytest.raises(IntegrityError, match="load the tuner's state before"):
         run.accelerator.load_state(at_3)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_the_digest_of_all_weights_is_recorded_unless_asked_not_to(tmp_path, full):
+    run = Run()
+    run.registration.remove()
+    register(run.accelerator, run.tuner, full=full)
+    run.accelerator.save_state(tmp_path / "at-0")
+    assert (st.load(tmp_path / "at-0").info["base"]["weights"] is not None) is full
