@@ -1,7 +1,6 @@
 """The contract: what a score, a selection and a schedule are, and what a score may read.
 
 A method is these values (`selectune.method.Method`):
-
     scope     which tensors may be selected                    selectune/scope.py
     score     one number per entry, higher = more worth it     selectune/scores/
     select    scores x quota -> exactly that many entries      selectune/select.py

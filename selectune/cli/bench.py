@@ -20,7 +20,7 @@ from selectune.errors import ConfigError
 EXAMPLES = (
     "Examples:  selectune bench --methods full,frozen,lora,id3,id3:every=10 --bars\n\n"
     "selectune bench --model minilm --methods full,frozen,pafi --budget 5% --json bench.json\n\n"
-    "Exit codes: 0 done, 1 a method of ours failed or a bar was missed, 2 it was asked wrongly"
+    "Exit codes: 0 done, 1 a method of ours failed or a bar was missed, 2 usage error"
 )
 METHODS = "full,frozen,lora,dora,super,shira,toolkit-id3,toolkit-pafi,bitfit,pafi,static-d3,random,id3,id3:every=10"
 

@@ -8,8 +8,8 @@ DONE, FAILED, WRONG, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 EXITS = {
     DONE: "done",
-    FAILED: "it could not be done",
-    WRONG: "it was asked wrongly",
+    FAILED: "it failed",
+    WRONG: "usage error",
     INTERRUPTED: "stopped by Ctrl-C",
     TERMINATED: "stopped by SIGTERM",
 }

@@ -67,10 +67,7 @@ def flush_folder(folder: str | os.PathLike[str]) -> None:
     except PermissionError:
         return  # not ours, so nothing of ours is new in it
     try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EROFS, errno.ENOTSUP):
-            raise
+        _flush(handle)
     finally:
         os.close(handle)
 
@@ -112,8 +109,8 @@ def _flush(folder: int) -> None:
     try:
         os.fsync(folder)
     except OSError as error:
-        # some file systems cannot flush a directory; they answer EINVAL
-        if error.errno != errno.EINVAL:
+        # some file systems cannot flush a directory, and a read-only one above ours has nothing to flush
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
             raise
 
 

@@ -21,7 +21,7 @@ VERSION = 1
 LIMIT = 1 << 22
 """Largest manifest that is read, in bytes: some 40,000 files."""
 
-_CHUNK = 1 << 20
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")  # as transformers names them
 _NAME = re.compile(r"[^/\0]+(/[^/\0]+)*")
 
 
@@ -105,6 +105,16 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     return Manifest(folder, listed, about)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders of checkpoints in a run's folder, whole or not, newest first by their step."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _CHECKPOINT.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
 def _files(folder: Path) -> Iterator[Path]:
     """The regular files below a folder; links are not followed and not named."""
     for here, _, names in os.walk(folder):
@@ -116,17 +126,11 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _read(path: Path, flush: bool = False) -> tuple[int, str]:
     """(size, sha256) of a regular file."""
-    found, size = hashlib.sha256(), 0
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        while chunk := os.read(handle, _CHUNK):
-            found.update(chunk)
-            size += len(chunk)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
         if flush:
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-    return size, found.hexdigest()
+            os.fsync(file.fileno())
+        return file.tell(), digest
 
 
 def _problem(path: Path, size: int, digest: str) -> str:

@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from selectune.errors import RunFolderError
@@ -20,21 +19,14 @@ from selectune.files.durable import make_folder
 LOCK = ".selectune.lock"
 
 
-@dataclass(frozen=True)
-class Owner:
-    """Who owns a folder, by the id it gave."""
-
-    folder: Path
-    id: str
-
-
 @contextmanager
-def own(folder: str | os.PathLike[str], id: str) -> Iterator[Owner]:
+def own(folder: str | os.PathLike[str], id: str) -> Iterator[Path]:
     """Owns a folder, which is made if it is missing, while the block runs; other processes are refused at once.
 
-    The kernel gives the lock (flock) back when its owner ends, however it ends. What was made is durable, and removed
-    again if nothing was put into it. Raises
-    RunFolderError where another process owns it, or where it cannot be made or written into.
+    The kernel gives the lock (flock) back when its owner ends, however it ends. A folder that was made
+    is durable, and removed again if nothing was put into it. `id`: whose folder it is, for the message to others.
+
+    Raises RunFolderError where another process owns it, or where it cannot be made or written into.
     """
     folder = Path(folder)
     made: list[Path] = []
@@ -52,7 +44,7 @@ def own(folder: str | os.PathLike[str], id: str) -> Iterator[Owner]:
     except OSError as error:
         raise RunFolderError(f"{folder} cannot be written into: {error.strerror or error}.") from error
     try:
-        yield Owner(folder, id)
+        yield folder
     finally:
         if handle is not None:
             (folder / LOCK).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ callback     what a run does between its steps
 folder       the folder of a run: one owner, nothing overwritten without a word
 resume       which checkpoint a run goes on from, and what must be as it was
 stop         a wish to stop a run
+load         selectune.load_model: base and delta in one call
 restore      a delta on its base again: verify, eval, apply
 demo         base, random mask, LoRA, ID3 and full fine-tuning on one small model
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selectune.errors import CheckpointError, RunFolderError
-from selectune.files import MANIFEST, own, sweep, verify
+from selectune.files import MANIFEST, checkpoints, own, sweep, verify
 
 log = logging.getLogger("selectune")
 
@@ -22,7 +21,6 @@ RUN_FILE = "run.json"
 RESULTS = (RUN_FILE, "delta.safetensors")
 """What a finished run leaves in its folder."""
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
 _MARKS = (MANIFEST, "trainer_state.json", "tuner.safetensors", "optimizer.pt")  # one of them is in every checkpoint
 
 
@@ -70,13 +68,13 @@ def run_folder(out: str | os.PathLike[str], resume: bool = False, overwrite: boo
     cannot be written into, or, without `resume` and `overwrite`, where a run is in it.
     """
     id = secrets.token_hex(8)
-    with own(out, id) as owned:
+    with own(out, id) as folder:
         if not resume and not overwrite:
-            refuse_used(owned.folder)
-        gone = [name for folder in (owned.folder, *checkpoints(owned.folder)) for name in sweep(folder)]
+            refuse_used(folder)
+        gone = [name for inner in (folder, *checkpoints(folder)) for name in sweep(inner)]
         if gone:
-            log.info("Removed %d temporary files in %s, of a run that died.", len(gone), owned.folder)
-        yield RunFolder(owned.folder, id, overwrite)
+            log.info("Removed %d temporary files in %s, of a run that died.", len(gone), folder)
+        yield RunFolder(folder, id, overwrite)
 
 
 def refuse_used(folder: Path) -> None:
@@ -94,16 +92,6 @@ def refuse_used(folder: Path) -> None:
             "(resume=True, command line: --resume), give another folder, or say that they may go (overwrite=True, "
             "command line: --overwrite)."
         )
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The folders of checkpoints in a run's folder, complete or not, newest first by their step."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _CHECKPOINT.fullmatch(path.name)
-        if match and path.is_dir() and not path.is_symlink():
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found, reverse=True)]
 
 
 def _is_whole(folder: Path) -> bool:

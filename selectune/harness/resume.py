@@ -14,9 +14,9 @@ from typing import Any
 from selectune import tasks
 from selectune.adapters import Adapted
 from selectune.errors import CheckpointError, ConfigError
-from selectune.files import Manifest, read_json, verify, write_durably
+from selectune.files import Manifest, checkpoints, read_json, verify, write_durably
 from selectune.harness.config import RunConfig
-from selectune.harness.folder import RUN_FILE, checkpoints
+from selectune.harness.folder import RUN_FILE
 from selectune.harness.models import resolve
 from selectune.train import STATE_FILE, read_state
 

@@ -5,18 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from selectune.errors import CheckpointError
-from selectune.files import verify
+from selectune.files import checkpoints, verify
 
 log = logging.getLogger("selectune")
-
-_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -28,8 +23,7 @@ def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     >>> newest_checkpoint("no-such-folder")
     """
     output, broken = Path(output_dir), []
-    found = [(int(m[1]), path) for path in _folders(output) if (m := _NAME.fullmatch(path.name))]
-    for _, folder in sorted(found, reverse=True):
+    for folder in checkpoints(output):
         try:
             verify(folder)
         except CheckpointError as error:
@@ -67,7 +61,3 @@ def guard(trainer: Any) -> None:
 
     guarded.guarded_by_selectune = True  # type: ignore[attr-defined]
     trainer.train = guarded
-
-
-def _folders(output: Path) -> list[Path]:
-    return [path for path in output.iterdir() if path.is_dir()] if output.is_dir() else []

@@ -16,7 +16,8 @@
     uniform              the next numbers of a stream (`seeds`) in the shape of a tensor
     checksum             one integer of all bits and their places, to see that frozen weights stay
 
-The first six are torch.library ops with loops for the CPU (`cpu`) and Triton kernels (`triton`);
+The ops from `sampled_matmul` to `adamw_step`, `scatter_many` apart, are torch.library ops. They have loops for the CPU
+(`cpu`) and, but for `small_filter`, Triton kernels (`triton`);
 `backend` chooses, `explain()` and `describe()` say what and why.
 """
 

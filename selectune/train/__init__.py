@@ -8,8 +8,11 @@ functions   calls that ask no __torch_function__; check: the engine's gradients 
 scan        scores of a tensor into a collector; calibrate: scores over single examples
 ledger      which entry is trained in which slot, and what stood there before
 adamw       AdamW over the offsets in one pass, with an age per entry if wanted; sm3: a number per row and column
-optimizers  torch's step hooks; package: from the ledger to a delta; copies: what a copied model has of a tuner
-state       a run between two steps, its file, and going on from it; checked: what of it is looked at first
+optimizers  torch's step hooks; package: from the ledger to a delta; base: what the delta says of its base
+window      what makes one step; dense: steps that train everything; ranks: more than one process is refused
+copies      what a copied model has of a tuner; calls: hooks and the calls they tell of; stepping: a parameter's step
+rebuild     inputs made again instead of saved; still: a model held while scores are read from it
+state       a run between two steps, its file, and going on from it; checked, checked_choices: what is looked at first
 """
 
 from selectune.train.adamw import SparseAdamW

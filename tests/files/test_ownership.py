@@ -39,8 +39,8 @@ def test_another_process_is_refused_at_once_and_let_in_after_a_kill(tmp_path):
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    with own(folder, "y") as owner:
-        assert owner.id == "y"
+    with own(folder, "y") as mine:
+        assert mine == folder
         with pytest.raises(RunFolderError, match="in use"):
             own(folder, "z").__enter__()
     assert not folder.exists() or not list(folder.iterdir())
@@ -50,8 +50,8 @@ def test_a_folder_that_was_made_for_nothing_goes(tmp_path):
     with own(tmp_path / "a" / "b", "x"):
         assert (tmp_path / "a" / "b").is_dir()
     assert not (tmp_path / "a").exists()
-    with own(tmp_path / "a" / "b", "x") as owner:
-        (owner.folder / "kept").write_text("")
+    with own(tmp_path / "a" / "b", "x") as folder:
+        (folder / "kept").write_text("")
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["kept"]
 
 

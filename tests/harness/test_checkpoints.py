@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import selectune as st
+from selectune.delta import DELTA_FILE
 from selectune.errors import CheckpointError, ConfigError, RunFolderError, SelectuneError, StoppedError
 from selectune.files import seal
 from selectune.harness import folder as folders
@@ -88,6 +89,11 @@ def test_a_harmed_checkpoint(made, tmp_path, caplog, trial):
     assert found.resumed == (4 if len(harmed) == 1 else 2)
     assert [name in caplog.text for name in harmed] == [kind != "all gone"] * len(harmed)
     assert not list(out.rglob("*.tmp"))
+
+
+def test_the_names_of_results_are_those_that_are_written():
+    """The folder's rules need no torch, so they spell the delta's name themselves."""
+    assert folders.RESULTS == (resume.RUN_FILE, DELTA_FILE)
 
 
 def test_where_none_is_whole(made, tmp_path):

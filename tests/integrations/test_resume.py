@@ -15,11 +15,10 @@ import selectune as st
 from selectune import tasks
 from selectune.adapters import put_on
 from selectune.delta import weights_digest
-from selectune.errors import BaseMismatchError, CheckpointError, ConfigError, DeltaFormatError, IntegrityError
+from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError, IntegrityError
 from selectune.files import seal
 from selectune.harness.evaluate import encode
 from selectune.harness.models import load_model, quiet
-from selectune.integrations.checkpoints import newest_checkpoint
 from selectune.integrations.transformers import SelectuneCallback
 from selectune.train import STATE_FILE
 
@@ -289,41 +288,6 @@ def test_a_damaged_state(runs, stopped):
         with quiet(), pytest.raises(DeltaFormatError, match="damaged"):
             trainer.train(resume_from_checkpoint=True)
         assert weights_digest(trainer.model) == runs.base
-
-
-HARMS = {
-    "optimizer.pt": lambda path: path.write_bytes(b""),
-    "scheduler.pt": lambda path: path.unlink(),
-    "rng_state.pth": lambda path: path.write_bytes(path.read_bytes()[:-9] + b"x" + path.read_bytes()[-8:]),
-    "trainer_state.json": lambda path: path.write_bytes(path.read_bytes()[:-40]),
-    "model.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "delta.safetensors": lambda path: path.write_bytes((path.parents[1] / "checkpoint-2" / path.name).read_bytes()),
-}
-
-
-@pytest.mark.parametrize("name", HARMS)
-def test_a_harmed_checkpoint_is_passed_over(runs, stopped, tmp_path, caplog, name):
-    straight, whole = runs.trainer(lambda: st.id3(60, STEPS), folder=tmp_path / "straight")
-    with quiet():
-        straight.train()
-    HARMS[name](stopped / name)
-    trainer, tuner = runs.trainer(lambda: st.id3(60, STEPS))
-    with quiet(), pytest.raises(CheckpointError, match=r"checkpoint-4 is (damaged|incomplete)"):
-        trainer.train(resume_from_checkpoint=str(stopped))
-    assert weights_digest(trainer.model) == runs.base
-    with quiet():
-        trainer.train(resume_from_checkpoint=True)
-    assert "Passed over: " in caplog.text and "checkpoint-4" in caplog.text  # noqa: PT018
-    assert tuner.delta().to_bytes() == whole.delta().to_bytes()
-
-
-def test_where_no_checkpoint_is_whole(runs, stopped):
-    for folder in runs.folder.iterdir():
-        (folder / "optimizer.pt").write_bytes(b"")
-    trainer, _ = runs.trainer(lambda: st.id3(60, STEPS))
-    with quiet(), pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole.*optimizer\.pt has 0 bytes"):
-        trainer.train(resume_from_checkpoint=True)
-    assert newest_checkpoint(runs.folder / "nowhere") is None
 
 
 def test_a_tuner_that_has_trained_goes_back(runs):
