@@ -3,7 +3,7 @@
     SELECTUNE_DATA=... python benchmarks/compare.py --task glue/stsb \
         --methods id3,id3:every=10,pafi,random,bitfit,full --budget 0.0017 --epochs 2 --out runs/stsb
 
-Every row is made by the same loop (`selectune.harness.train.run`), measured from its saved delta. `id3:every=10` is
+Every row is made by the same loop (`selectune.runs.training.run`), measured from its saved delta. `id3:every=10` is
 `id3` with every=10, `id3+lora:r=32` selects from LoRA, `lora:r=2` is a dense peer.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from selectune import tasks
 from selectune.bench.methods import base_of, parts
-from selectune.harness.train import RunConfig, RunResult, run
 from selectune.recipes import RECIPES
+from selectune.runs.training import RunConfig, RunResult, run
 from selectune.spec import names
 
 HEAD = "| method | {metric} | trained | changed | delta bytes | bytes / scalar | lr | seconds |\n" + "|---" * 8 + "|"

@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from selectune.bench.models import Bench
 from selectune.bench.rounds import Settings
 from selectune.bench.rows import run
+from selectune.bench.workload import Bench
 
 DENSITIES = (0.0005, 0.0017, 0.005, 0.05, 0.1)
 SIZES = ("minilm", "bert-6l", "deberta-v3-base")

@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import selectune as st
 from selectune.bench import bars, table
-from selectune.bench.models import DTYPES, Bench, batches, config_of, prepare
 from selectune.bench.rounds import Settings
 from selectune.bench.rows import run
+from selectune.bench.workload import DTYPES, Bench, batches, config_of, prepare
 
 METHODS = ("full", "frozen", "lora", "pafi", "static-d3", "id3", "id3:every=10")
 CASES = (

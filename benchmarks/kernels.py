@@ -71,14 +71,6 @@ def passes(arguments: argparse.Namespace, clock: Callable[[], float]) -> None:
             "torch": lambda e=exp, c=cutoff: reference.score_filter(w, g, e, 1.0, c),
         }
         show(f"score_filter, exp {exp}", measure(ways, arguments.rounds, clock), "copy")
-    t = arguments.tokens
-    dy, x, weight = torch.randn(t, o), torch.randn(t, i), w.view(o, i)
-    ways = {
-        "dense product": lambda: dy.mT @ x,
-        "then score_filter": lambda: ops.score_filter(w, (dy.mT @ x).view(-1), 2.0, 1.0, 60.0),
-        "matmul_score_filter": lambda: ops.matmul_score_filter(dy, x, weight, 2.0, 1.0, 60.0),
-    }
-    show("matmul_score_filter", measure(ways, arguments.rounds, clock), "dense product")
     k = 320_000
     flat, slots, values = torch.randperm(n)[:k].sort().values, torch.randperm(k), torch.randn(k)
     for dtype in (torch.float32, torch.bfloat16):

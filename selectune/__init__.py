@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers, pyright and IDEs; `__getattr__` finds the same things in the same places
     from selectune import errors, scores
-    from selectune.delta import Delta, Shelf, algebra, diff, load, switch
-    from selectune.harness.load import load_model
+    from selectune.delta import Delta, Shelf, diff, load, switch
+    from selectune.delta.combine import algebra
     from selectune.method import Method
+    from selectune.models.load import load_model
     from selectune.recipes import (
         bitfit,
         child_tuning_d,
@@ -55,8 +56,8 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = ("delta", "method", "recipes", "scope", "train", "types")  # where public names are looked for, in this order
-_ABOVE = {"load_model": "harness.load"}  # what is made of the core, and lives above it
-_MODULES = (*_HOMES, "dense", "errors", "ops", "schedule", "scores", "select")  # what `import selectune` gives too
+_ABOVE = {"load_model": "models.load"}  # what is made of the core, and lives above it
+_MODULES = (*_HOMES, "errors", "ops", "phases", "schedule", "scores", "select")  # what `import selectune` gives too
 
 
 def __getattr__(name: str) -> Any:

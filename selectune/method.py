@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from selectune.errors import ConfigError
+from selectune.phases import DensePhase
 from selectune.scope import Scope, patterns
 from selectune.select import GlobalTopK
-from selectune.types import Allocating, DensePhase, Exchanging, Phased, Reads, Schedule, Score, Select
+from selectune.types import Allocating, DropAndGrow, Phased, Reads, Schedule, Score, Select
 
 Patterns = str | Sequence[str]
 
@@ -85,7 +86,7 @@ class Method:
 
     def _check_exchange(self) -> None:
         factors = self.score is not None and self.score.reads is Reads.FACTORS
-        if not isinstance(self.schedule, Exchanging):
+        if not isinstance(self.schedule, DropAndGrow):
             if factors:
                 raise ConfigError(
                     f"The score '{getattr(self.score, 'name', '')}' reads what the optimizer holds for rows and "

@@ -23,7 +23,6 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Generator, Tensor
 
 from selectune.errors import ConfigError
-from selectune.seeds import Stream
 
 
 class Reads(enum.StrEnum):
@@ -239,72 +238,8 @@ class Phased(Schedule, Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Here:
-    """One tensor at one step of a dense phase: what its functions may read, and, in the last four, may use."""
-
-    base: Tensor  # the weight as the phase found it; this and all below in float32, or float64 for float64 weights
-    latents: tuple[Tensor, ...]
-    stream: Stream  # of run, step and tensor: asked twice within a step, it draws the same
-    total: int  # N, the entries in scope
-    target: Tensor | None = None  # where `weight` may write its answer
-    in_place: bool = False  # `step` may write into its gradients
-    lend: Callable[[Tensor], Tensor] | None = None  # memory like that of a tensor, undefined, until the next asks
-    draw: Callable[[Tensor, Stream, Tensor | None], Tensor] | None = None  # `seeds.uniform`, only faster
-
-
 @runtime_checkable
-class DensePhase(Protocol):
-    """What is trained while every entry in scope is, and what becomes of it.
-
-    A weight is a function of *latents*, tensors that the user's optimizer trains in its place. In a step:
-
-        forward   the weights are `weight(here)`
-        backward  the weight's dense gradient becomes the latents' through `pull`, and is freed
-        step      `step` has the last word on the latents' gradients, after clipping and unscaling
-
-    At the end `change` is what the score reads, the weights are rewound to the bits they had, entries are
-    selected, and the latents are freed with their gradients and optimizer state. Pure but for what `Here` offers.
-    """
-
-    @property
-    def latents(self) -> Mapping[str, float | None]:
-        """The latents of a tensor by name, each with its own learning rate; None: that of the optimizer."""
-        ...
-
-    @property
-    def itself(self) -> bool:
-        """Whether the one latent is the weight itself: it is then trained in place, where its dtype allows."""
-        ...
-
-    @property
-    def found(self) -> bool:
-        """Whether selected entries go on from the values that the phase found, and not from those before it."""
-        ...
-
-    def start(self, base: Tensor) -> tuple[Tensor, ...]:
-        """The latents of a tensor at the phase's first step, at which the weight is `base`."""
-        ...
-
-    def weight(self, here: Here) -> Tensor:
-        """The weight in the next forward."""
-        ...
-
-    def pull(self, gradient: Tensor, here: Here) -> tuple[Tensor, ...]:
-        """The latents' gradients out of the weight's: linear, so that the passes of a step add up."""
-        ...
-
-    def step(self, gradients: tuple[Tensor, ...], here: Here) -> tuple[Tensor, ...]:
-        """The gradients that the optimizer sees: with penalties added, or masked."""
-        ...
-
-    def change(self, here: Here) -> Tensor:
-        """What the phase adds to `base`, without noise."""
-        ...
-
-
-@runtime_checkable
-class Exchanging(Schedule, Protocol):
+class DropAndGrow(Schedule, Protocol):
     """A schedule that drops and grows. The budget is selected at random before step 0, divided by an `Allocating`.
 
     At every due step and in every tensor, the entries that moved least are dropped (they are the base again, bit for
@@ -337,63 +272,4 @@ class Exchanging(Schedule, Protocol):
 
     def share(self, step: int) -> Fraction:
         """The share of a tensor's entries that is exchanged at this step; of k entries, floor(share k)."""
-        ...
-
-
-class Places(Protocol):
-    """Where the entries of the trained vector stand: row and column in their tensors, seen as matrices.
-
-    A matrix is the first dimension by the others, a vector one row. They are counted through; free slots have the last.
-    """
-
-    @property
-    def rows(self) -> Tensor:
-        """(B,) int64."""
-        ...
-
-    @property
-    def columns(self) -> Tensor:
-        """(B,) int64."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """How many rows and columns there are."""
-        ...
-
-
-@runtime_checkable
-class Placed(Protocol):
-    """An optimizer that wants to know where its entries stand."""
-
-    def place(self, values: Tensor, places: Places) -> None:
-        """Called before the first step and before a step whose support changed."""
-        ...
-
-
-@dataclass(frozen=True)
-class News:
-    """Slots whose entries are new, and what was seen of their gradients before."""
-
-    slots: Tensor  # (k,) int64
-    mean: Tensor | None = None  # (k,) of the steps' gradients; None: they were not watched
-    square: Tensor | None = None  # (k,) mean of their squares
-    age: int = 0  # steps watched
-
-
-@runtime_checkable
-class Inheriting(Protocol):
-    """An optimizer that knows what to make of new entries; any other has its elementwise state set to 0 there."""
-
-    def inherit(self, values: Tensor, news: News) -> None:
-        """Called before the step that is the first of these entries."""
-        ...
-
-
-@runtime_checkable
-class Factored(Protocol):
-    """An optimizer that holds one number for every row and every column."""
-
-    def factors(self, values: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Rows (R,) and columns (C,) as `Places` counts them; None before the first step."""
         ...

@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 import selectune as st
-from selectune.dense import Gates, Weights
 from selectune.errors import BudgetError, ConfigError, ScheduleError
+from selectune.phases import Gates, Here, Weights
 from selectune.schedule import OneShot, Rounds
 from selectune.seeds import Stream, uniform
-from selectune.types import Here
 
 
 def one(value):
@@ -117,7 +116,7 @@ def test_the_change_of_gates_has_no_noise():
 
 def test_a_masked_gradient_is_0_or_the_gradient_over_p(monkeypatch):
     """p = .25, g = [4, 4, 4, 4], mask [1, 0, 0, 1] -> [16, 0, 0, 16]."""
-    monkeypatch.setattr("selectune.dense.uniform", lambda like, stream: torch.tensor([0.1, 0.25, 0.9, 0.2]))
+    monkeypatch.setattr("selectune.phases.uniform", lambda like, stream: torch.tensor([0.1, 0.25, 0.9, 0.2]))
     base = torch.zeros(4)
     (masked,) = Weights(p=0.25).step((torch.full((4,), 4.0),), here(base, base))
     assert masked.tolist() == [16.0, 0.0, 0.0, 16.0]

@@ -13,10 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from selectune import dense, ops
-from selectune.dense import Gates, Weights
+from selectune import ops, phases
+from selectune.phases import Gates, Here, Weights
 from selectune.seeds import Stream, uniform
-from selectune.types import Here
 
 PIECE = 64  # in place of what fits in a cache; torch computes the last few entries of a call in another way
 DTYPES = [torch.float32, torch.float64]
@@ -26,7 +25,7 @@ DTYPES = [torch.float32, torch.float64]
 def small_pieces(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(dense, "PIECE", PIECE)
+    monkeypatch.setattr(phases, "PIECE", PIECE)
     yield
     torch.set_num_threads(threads)
 

@@ -269,7 +269,7 @@ def test_fish_sums_squares_of_single_examples():
 def test_fish_with_the_models_labels_is_the_true_fisher():
     """methods 2.6: logits [theta, 0], theta = 0: F = .5 * .25 + .5 * .25 = .25."""
     from selectune.scope import Scope
-    from selectune.train.calibrate import calibrate
+    from selectune.train.choose.calibrate import calibrate
 
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)

@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from selectune.adapters.kinds import KINDS, LINEARS, Spec, targets_of
 from selectune.adapters.roles import Role, linears, of_kind
-from selectune.adapters.spec import KINDS, LINEARS, Spec, targets_of
 from selectune.errors import ConfigError, ModelError
 
 ADAPTER = "default"  # the name that peft gives an adapter
@@ -54,7 +54,7 @@ class Ranks:
 
 
 @dataclass
-class Put:
+class Injected:
     """What was put on: the model to be trained, how to take it off, to fold it in, and what follows a step."""
 
     model: nn.Module
@@ -71,7 +71,7 @@ def put_on(
     seed: int,
     steps: int | None,
     names: Sequence[str] | None = None,
-) -> Put:
+) -> Injected:
     """Puts a module of peft on a model. `names`: the linear layers to adapt, in place of those of `targets`."""
     peft = package()
     config = config_of(peft, spec, model, found, seed, steps, names)
@@ -103,7 +103,7 @@ def put_on(
         penalty = _with_orthogonality(model, config)
     moves = steps is not None and spec.kind == "adalora"
     after, ranks = (tuner.update_and_allocate, Ranks(tuner)) if moves else (None, None)
-    return Put(model, lambda: take_off(False), lambda: take_off(True), after, ranks)
+    return Injected(model, lambda: take_off(False), lambda: take_off(True), after, ranks)
 
 
 def package() -> Any:
@@ -258,7 +258,7 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
             yield model.get_submodule(parent), name, module
 
 
-def _wrapped(peft: Any, model: nn.Module, config: Any) -> Put:
+def _wrapped(peft: Any, model: nn.Module, config: Any) -> Injected:
     """Virtual tokens: peft's model stands around ours. It would also copy the head, which has its own rule here."""
     trainable = {p: p.requires_grad for p in model.parameters()}
     with _quietly():
@@ -270,7 +270,7 @@ def _wrapped(peft: Any, model: nn.Module, config: Any) -> Put:
             model.get_submodule(parent)._modules[name] = cast(Any, module).original_module
     for parameter, was in trainable.items():
         parameter.requires_grad_(was)
-    return Put(around, lambda: None)
+    return Injected(around, lambda: None)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

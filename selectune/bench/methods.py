@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from selectune.adapters import KINDS, LINEARS, Spec, linears, make, parse, put_on, two_rates
 from selectune.errors import ConfigError, ModelError, did_you_mean
-from selectune.harness.calibration import calibration
-from selectune.harness.modules import peer, spec_of
-from selectune.harness.optimizers import OPTIMIZERS
 from selectune.method import Method
+from selectune.models.adapted import peer, spec_of
 from selectune.recipes import RECIPES
 from selectune.recipes.named import named, parameters
+from selectune.runs.calibration import calibration
+from selectune.runs.trainer import OPTIMIZERS
 from selectune.schedule import resolve_budget
 from selectune.train import attach
 

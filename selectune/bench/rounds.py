@@ -23,7 +23,7 @@ import torch
 
 from selectune.bench import methods
 from selectune.bench.meter import MIB, available
-from selectune.bench.models import DTYPES, Bench, build, config_of
+from selectune.bench.workload import DTYPES, Bench, build, config_of
 from selectune.errors import ConfigError, SelectuneError
 
 WARMUP = 2

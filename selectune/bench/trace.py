@@ -19,10 +19,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from selectune.bench.models import DTYPES, Bench
+from selectune.bench.workload import DTYPES, Bench
 from selectune.internals import TorchDispatchMode, data_is_all_there, tree_iter
-from selectune.train.autograd import SparseLayerNorm
-from selectune.train.rebuild import rebuilt, source
+from selectune.train.graph.nodes import SparseLayerNorm
+from selectune.train.graph.recompute import rebuilt, source
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import nn
 
 from selectune.bench import methods
 from selectune.bench.meter import MIB, Memory, copy_seconds, wait
-from selectune.bench.models import Bench, batches, config_of, loss_of, prepare
+from selectune.bench.workload import Bench, batches, config_of, loss_of, prepare
 from selectune.errors import SelectuneError
 
 INITS = 3  # times that the initialisation is timed, where a method can be taken off again

@@ -2,6 +2,17 @@
 
 Results go to stdout, all else to stderr. The modules here import at their top what is needed to say `--help`; what a
 command works with, torch first of all, it imports in its own first lines (tests/test_structure.py asserts that).
+
+app        the tree of commands, and what every command has in common
+commands/  the commands
+options    options that several commands share
+values     values as people write them: budgets, dtypes
+settings   `--config FILE`
+output     results, progress, log and errors
+mistakes   what is said about a command line that cannot be understood
+exits      what an exit code says
+signals    Ctrl-C and SIGTERM
+catalogue  what `selectune methods` lists, kept in methods.json
 """
 
 from __future__ import annotations

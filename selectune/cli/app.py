@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import selectune
-from selectune.cli import algebra, deltas, demo, lists, measure, runs
+from selectune.cli.commands import arithmetic, bench, deltas, demo, doctor, lists, plan, runs
 from selectune.cli.exits import FAILED, INTERRUPTED, TABLE, WRONG, code_of
 from selectune.cli.mistakes import UsageError, explained, wants_json
 from selectune.cli.output import fail, log_to_stderr, refuse
@@ -100,9 +100,11 @@ def root(
 app.command("train", epilog=runs.TRAIN_EXAMPLES)(runs.train)
 app.command("eval", epilog=runs.EVAL_EXAMPLES)(runs.evaluate)
 app.command("verify", epilog=deltas.VERIFY_EXAMPLES)(deltas.verify)
-algebra.register(deltas.app)
+arithmetic.register(deltas.app)
 app.add_typer(deltas.app, name="delta")
 app.command("tasks")(lists.tasks)
 app.command("methods")(lists.methods)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
-measure.register(app)
+app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
+app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)

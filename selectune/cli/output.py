@@ -22,7 +22,7 @@ from selectune.errors import SelectuneError
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from selectune.harness.train import Update
+    from selectune.runs.training import Update
 
 TRACEBACK = "SELECTUNE_TRACEBACK"
 BETWEEN_LINES = 30.0  # seconds, where progress is written in lines
@@ -101,7 +101,7 @@ class _Handler(logging.Handler):
         stderr().print(f"[{style}]{record.levelname.lower()}:[/] {escape(record.getMessage())}")
 
 
-class Bar:
+class ProgressBar:
     """Progress on stderr: loss, selected/budget, steps a second, metric. A bar on a terminal; a line now and then in
     a file or a pipe.
     """
@@ -152,7 +152,7 @@ class Bar:
 def state_line(update: Update, rate: float) -> str:
     """What stands beside the bar.
 
-    >>> from selectune.harness.train import Update
+    >>> from selectune.runs.training import Update
     >>> state_line(Update(10, 100, 0.5, 40, 400, None), 2.5)
     'loss 0.5000  40/400 selected  2.5 steps/s'
     """

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from selectune.harness.stop import Stop
+    from selectune.runs.stop import Stop
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}

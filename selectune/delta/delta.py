@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from selectune.delta import apply as live
-from selectune.delta import format as layout
-from selectune.delta import parts
-from selectune.delta.bits import raw, same_bits
-from selectune.delta.fingerprint import Inventory, delta_fingerprint, digest_bits
-from selectune.delta.parts import Dense, Patch
-from selectune.delta.schema import canonical_json, check_info, parse_json
-from selectune.delta.writing import write_all
+from selectune.bits import raw, same_bits
+from selectune.delta.file import format as layout
+from selectune.delta.file import parts
+from selectune.delta.file.fingerprint import Inventory, delta_fingerprint, digest_bits
+from selectune.delta.file.parts import Dense, Patch
+from selectune.delta.file.schema import canonical_json, check_info, parse_json
+from selectune.delta.live import apply as live
+from selectune.delta.live.writing import write_all
 from selectune.errors import DeltaError, DeltaFormatError, DeltaStateError
 from selectune.files import make_folder, read_owned, write_durably
 
 if TYPE_CHECKING:
-    from selectune.delta.verify import Report
+    from selectune.delta.live.verify import Report
 
 DELTA_FILE = "delta.safetensors"
 """Name of the delta's file in a directory."""
@@ -263,7 +263,7 @@ class Delta:
         is reported (`report.ok`, `report.problem`), not raised. Raises DeltaStateError if a tuner or another
         delta is on the model.
         """
-        from selectune.delta.verify import verify
+        from selectune.delta.live.verify import verify
 
         return verify(self, model, full=full)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from selectune.delta.base import base_info, model_info
-from selectune.delta.bits import dtype_name, gather, int_view, same_bits
+from selectune.bits import dtype_name, gather, int_view, same_bits
 from selectune.delta.delta import Delta
-from selectune.delta.fingerprint import Inventory, inventory
-from selectune.delta.parts import Dense, Patch
+from selectune.delta.file.fingerprint import Inventory, inventory
+from selectune.delta.file.model_info import base_info, model_info
+from selectune.delta.file.parts import Dense, Patch
 from selectune.errors import BaseMismatchError
 
 

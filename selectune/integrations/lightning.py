@@ -18,7 +18,6 @@ Works with `pytorch_lightning`, the same package under its older name, where `li
 from __future__ import annotations
 
 import hashlib
-import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ except ImportError:
 
 from selectune.delta import digest_bits
 from selectune.errors import CheckpointError, ConfigError, IntegrityError, TunerError
+from selectune.frames import methods_of
 from selectune.integrations.loading import KeptOut
 from selectune.train import Tuner
 
@@ -184,11 +184,8 @@ def _digest(checkpoint: Mapping[str, Any], keys: Iterable[str]) -> str:
 
 def _file_of(trainer: Any) -> Path | None:
     """The local file that is being saved. Callbacks are not told, so it is read off the Trainer that is calling."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        variables = frame.f_locals
-        if variables.get("self") is trainer and frame.f_code.co_name == "save_checkpoint":
+    for name, variables in methods_of(trainer):
+        if name == "save_checkpoint":
             path = str(variables.get("filepath"))
             return None if "://" in path else Path(path)
-        frame = frame.f_back
     return None

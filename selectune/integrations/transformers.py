@@ -12,10 +12,9 @@ with the bits of a run that was not.
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +28,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from selectune.delta import digest_bits
 from selectune.errors import ConfigError, DetachedError, IntegrityError
 from selectune.files import read_manifest, seal, verify
+from selectune.frames import methods_of
 from selectune.integrations.checkpoints import guard
 from selectune.integrations.first_rows import check_first_rows
-from selectune.integrations.reference import pair_up
+from selectune.integrations.ref_model import pair_up
 from selectune.train import STATE_FILE, Tuner, read_state, write_state
 
 log = logging.getLogger("selectune")
@@ -101,7 +101,7 @@ class SelectuneCallback(TrainerCallback):
         """From here to the start of training, no weights get into the attached model."""
         self._go_first()
         self._release()
-        for variables in _trainers():
+        for _, variables in methods_of(Trainer):
             guard(variables["self"])
             self._guarded = True
             break
@@ -140,7 +140,7 @@ class SelectuneCallback(TrainerCallback):
                 "of it. Load weights before attach, or resume with trainer.train(resume_from_checkpoint=...)."
             )
         else:
-            trainer = next((variables["self"] for variables in _trainers()), None)
+            trainer = next((variables["self"] for _, variables in methods_of(Trainer)), None)
             check_first_rows(tuner, trainer, kwargs.get("train_dataloader"), self._check)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -183,7 +183,7 @@ class SelectuneCallback(TrainerCallback):
 
     def _go_first(self) -> None:
         """Trackers stand before the callbacks that users give; what they log has to be complete when they see it."""
-        for variables in _trainers():
+        for _, variables in methods_of(Trainer):
             handler = getattr(variables["self"], "callback_handler", None)
             if handler is not None and handler.callbacks[0] is not self:
                 # a new list: the one that stood there is being gone through
@@ -243,7 +243,7 @@ class SelectuneCallback(TrainerCallback):
         keys = [key for key in weights if key.startswith(prefix)]
         if not keys or self._tuner_is_off():
             return
-        if next(_trainers(), None) is None:
+        if next(methods_of(Trainer), None) is None:
             raise ConfigError(
                 f"{len(keys)} tensors are to be loaded into a model with a tuner whose training has not begun. Load "
                 "weights before attach, or resume with trainer.train(resume_from_checkpoint=...)."
@@ -303,7 +303,7 @@ def _passes(batches: int, wanted: int) -> int:
 def _saved_to(args: Any, state: Any) -> Path:
     """The folder of the checkpoint that was just written: under that of its trial in a search."""
     folder = Path(args.output_dir)
-    for variables in _trainers():
+    for _, variables in methods_of(Trainer):
         if "trial" in variables:
             folder = Path(variables["self"]._get_output_dir(trial=variables["trial"]))
             break
@@ -312,18 +312,8 @@ def _saved_to(args: Any, state: Any) -> Path:
 
 def _checkpoint(args: Any, state: Any) -> Path:
     """The folder that is being resumed. Callbacks are not told, so it is read off the Trainer that is calling."""
-    for variables in _trainers():
+    for _, variables in methods_of(Trainer):
         told = variables.get("resume_from_checkpoint")
         if isinstance(told, str | os.PathLike):
             return Path(told)
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _trainers() -> Iterator[Mapping[str, Any]]:
-    """The variables of a Trainer's methods that are running, innermost first."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        variables = frame.f_locals
-        if isinstance(variables.get("self"), Trainer):
-            yield variables
-        frame = frame.f_back

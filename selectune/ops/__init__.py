@@ -2,7 +2,6 @@
 
     sampled_matmul       the weight gradient at the support only
     score_filter         entries whose score reaches a cutoff, in one pass over weight and gradient
-    matmul_score_filter  the same out of the operands of the gradient, which never exists whole
     small_filter         entries with -|w| above a cutoff, in one pass over the weight
     scatter_values       slots of the trained vector into a weight, rounded, in place
     scatter_many         the same for all weights of a model at once
@@ -19,12 +18,20 @@
 The ops from `sampled_matmul` to `adamw_step`, `scatter_many` apart, are torch.library ops. They have loops for the CPU
 (`cpu`) and, but for `small_filter`, Triton kernels (`triton`);
 `backend` chooses, `explain()` and `describe()` say what and why.
+
+    declare    every op once: schema, shapes without data, gradient, checks
+    reference  every op in plain torch
+    backend    which implementation runs; cost: what each way of summing costs, as constants
+    cpu        the CPU's ops; loops, passes: their compiled loops; vectors: intrinsics; threads: torch's own
+    scratch    memory that calls use again
+    triton/    the kernels for CUDA
 """
 
+from selectune.bits import flat_view as bits
+from selectune.bits import gather_entries, scatter_entries
 from selectune.ops.backend import checksum, describe, explain, uniform
 from selectune.ops.declare import (
     adamw_step,
-    matmul_score_filter,
     sampled_matmul,
     scatter_many,
     scatter_values,
@@ -32,19 +39,16 @@ from selectune.ops.declare import (
     small_filter,
 )
 from selectune.ops.reference import (
-    bits,
-    gather_entries,
     into_scratch,
     row_sums,
     sampled_rows,
     sampled_sum,
-    scatter_entries,
     weight_gradient,
 )
 from selectune.ops.scratch import release
 
 __all__ = [
     "adamw_step", "bits", "checksum", "describe", "explain", "gather_entries", "into_scratch",
-    "matmul_score_filter", "release", "row_sums", "sampled_matmul", "sampled_rows", "sampled_sum", "scatter_entries",
+    "release", "row_sums", "sampled_matmul", "sampled_rows", "sampled_sum", "scatter_entries",
     "scatter_many", "scatter_values", "score_filter", "small_filter", "uniform", "weight_gradient",
 ]  # fmt: skip

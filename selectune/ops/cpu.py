@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from selectune import seeds
+from selectune import bits, seeds
 from selectune.errors import ConfigError
 from selectune.ops import reference
 from selectune.ops.scratch import scratch
@@ -45,7 +45,7 @@ def tiles(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     if entries is None:
         return _unsorted(tiles, dy, x, rows, cols)
     rows, cols, starts = entries
-    loops, wide, dy, x = _module("loops"), reference.wide(dy.dtype), _rows(dy), _rows(x)
+    loops, wide, dy, x = _module("loops"), bits.wide(dy.dtype), _rows(dy), _rows(x)
     (t, o), i, k = dy.shape, x.shape[1], rows.numel()
     out = torch.zeros(k, dtype=wide)
     if t == 0 or k == 0:
@@ -102,7 +102,7 @@ def small_filter(weight: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]
 def _filtered(
     weight: Tensor, gradient: Tensor, kind: int, exp: float, eps: float, cutoff: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, wide, passes = weight.numel(), reference.wide(weight.dtype), _module("passes")
+    n, wide, passes = weight.numel(), bits.wide(weight.dtype), _module("passes")
     blocks = -(-n // passes.BLOCK)
     room = min(n, max(1 << 14, min(n // 4, _STAGED)))  # candidates beyond it are found a second time
     stage = scratch("staged positions", (room,), torch.int64), scratch(f"staged scores {wide}", (room,), wide)
@@ -123,13 +123,6 @@ def _filtered(
         alone = found <= _FEW and found <= room  # copied from the stage: not worth waking others for
         launch(loop, [*common, found, positions.data_ptr(), scores.data_ptr(), 1], 1 if alone else blocks)
     return positions, scores, state[1] == 0
-
-
-def matmul_score_filter(
-    dy: Tensor, x: Tensor, weight: Tensor, exp: float, eps: float, cutoff: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.matmul_score_filter` with the loop's scoring of every band."""
-    return reference.matmul_score_filter(dy, x, weight, exp, eps, cutoff, find=score_filter)
 
 
 def scatter_values(weight: Tensor, flat: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -215,7 +208,7 @@ def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
     """`reference.checksum` of a whole tensor in one pass."""
     if at is not None:
         return reference.checksum(tensor, at)
-    found, total = reference.bits(tensor), torch.zeros(1, dtype=torch.int64)
+    found, total = bits.flat_view(tensor), torch.zeros(1, dtype=torch.int64)
     blocks = -(-found.numel() // _module("passes").SUMMED)
     launch(_loop("passes", "sum", found.dtype), [found.numel(), found.data_ptr(), total.data_ptr()], blocks)
     return int(total) % (1 << 64)
@@ -233,7 +226,7 @@ def uniform(like: Tensor, stream: Stream, out: Tensor | None = None) -> Tensor:
 @functools.cache
 def _drawing(dtype: torch.dtype) -> Callable[..., None]:
     numba = importlib.import_module("numba")
-    function = getattr(_module("draws"), f"uniform_{str(dtype).removeprefix('torch.')}")
+    function = getattr(_module("passes"), f"uniform_{str(dtype).removeprefix('torch.')}")
     return _cached(lambda cache: numba.njit(cache=cache), function.py_func)
 
 
@@ -258,7 +251,7 @@ def _entries(rows: Tensor, cols: Tensor, o: int, i: int) -> tuple[Tensor, Tensor
 
 def _unsorted(way: Callable[..., Tensor], dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     order = torch.argsort(rows, stable=True)
-    out = torch.empty(rows.numel(), dtype=reference.wide(dy.dtype))
+    out = torch.empty(rows.numel(), dtype=bits.wide(dy.dtype))
     out[order] = way(dy, x, rows[order], cols[order])
     return out
 

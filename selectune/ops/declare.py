@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selectune import internals
+from selectune import bits, internals
 from selectune.errors import ConfigError
-from selectune.ops import backend, reference
+from selectune.ops import backend
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -22,9 +22,6 @@ SCHEMAS = {
     "sampled_matmul": "(Tensor dy, Tensor x, Tensor rows, Tensor cols) -> Tensor",
     "score_filter": "(Tensor weight, Tensor gradient, float exp, float eps, float cutoff) -> (Tensor, Tensor, Tensor)",
     "small_filter": "(Tensor weight, float cutoff) -> (Tensor, Tensor, Tensor)",
-    "matmul_score_filter": (
-        "(Tensor dy, Tensor x, Tensor weight, float exp, float eps, float cutoff) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
     "scatter_values": "(Tensor(a!) weight, Tensor flat, Tensor values, Tensor slots) -> ()",
     "adamw_step": (
         "(Tensor(a!) values, Tensor gradient, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? ages, int step, float lr, "
@@ -43,7 +40,7 @@ for _name, _schema in SCHEMAS.items():
 
 @torch.library.register_fake("selectune::sampled_matmul")
 def _(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    return dy.new_empty(rows.shape, dtype=reference.wide(dy.dtype))
+    return dy.new_empty(rows.shape, dtype=bits.wide(dy.dtype))
 
 
 @torch.library.register_fake("selectune::score_filter")
@@ -51,7 +48,7 @@ def _(weight: Tensor, gradient: Tensor, exp: float, eps: float, cutoff: float) -
     m = torch.library.get_ctx().new_dynamic_size()
     return (
         weight.new_empty(m, dtype=torch.int64),
-        weight.new_empty(m, dtype=reference.wide(weight.dtype)),
+        weight.new_empty(m, dtype=bits.wide(weight.dtype)),
         weight.new_empty((), dtype=torch.bool),
     )
 
@@ -61,21 +58,8 @@ def _(weight: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
     m = torch.library.get_ctx().new_dynamic_size()
     return (
         weight.new_empty(m, dtype=torch.int64),
-        weight.new_empty(m, dtype=reference.wide(weight.dtype)),
+        weight.new_empty(m, dtype=bits.wide(weight.dtype)),
         weight.new_empty((), dtype=torch.bool),
-    )
-
-
-@torch.library.register_fake("selectune::matmul_score_filter")
-def _(
-    dy: Tensor, x: Tensor, weight: Tensor, exp: float, eps: float, cutoff: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    m = torch.library.get_ctx().new_dynamic_size()
-    return (
-        dy.new_empty(m, dtype=torch.int64),
-        dy.new_empty(m, dtype=reference.wide(weight.dtype)),
-        dy.new_empty(m, dtype=reference.wide(dy.dtype)),
-        dy.new_empty((), dtype=torch.bool),
     )
 
 
@@ -173,32 +157,6 @@ def small_filter(weight: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]
     _check_floats("small_filter", weight)
     _check_cutoff("small_filter", cutoff)
     return _call("small_filter", weight, float(cutoff))
-
-
-def matmul_score_filter(
-    dy: Tensor,  # (t, o)
-    x: Tensor,  # (t, i)
-    weight: Tensor,  # (o, i)
-    exp: float,
-    eps: float,
-    cutoff: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (m,) int64 ascending, (m,) scores, (m,) gradients, () bool
-    """`score_filter` of the weight gradient dy^T x without that gradient ever existing whole.
-
-    >>> import torch
-    >>> dy, x = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
-    >>> at, score, gradient, finite = matmul_score_filter(dy, x, torch.zeros(2, 2), 2.0, 1.0, 5.0)
-    >>> at.tolist(), gradient.tolist()
-    ([2, 3], [6.0, 8.0])
-    """
-    _check(dy.dim() == 2 and x.dim() == 2 and dy.shape[0] == x.shape[0] and weight.shape == (dy.shape[1], x.shape[1]),
-           "matmul_score_filter", "dy (t, o), x (t, i) and weight (o, i)", dy, x, weight)  # fmt: skip
-    _check_floats("matmul_score_filter", dy, x, weight)
-    _check_cutoff("matmul_score_filter", cutoff)
-    if dy.dtype != x.dtype:
-        common = torch.promote_types(dy.dtype, x.dtype)
-        dy, x = dy.to(common), x.to(common)
-    return torch.ops.selectune.matmul_score_filter(dy, x, weight, float(exp), float(eps), float(cutoff))
 
 
 def scatter_values(

@@ -6,27 +6,18 @@ Letters: t tokens, o outputs, i inputs of a linear layer, k entries of the suppo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from selectune.bits import flat_view, scatter_entries, wide
 from selectune.ops.scratch import scratch
 
 _CHUNK = 1 << 24  # scalars of a gathered product held at once
 
 _PIECE = 1 << 20  # scalars scored at once
 _SUMMED = 1 << 20  # scalars summed at once
-_BAND = 1 << 19  # scalars of a weight gradient that exist at once
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers of the same width, flat: equal bits, not equal numbers."""
-    flat = tensor.detach().reshape(-1)
-    return flat.view(_INTEGERS[min(8, tensor.element_size())])
 
 
 def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
@@ -34,7 +25,7 @@ def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
 
     Any one entry that changes, and any two that change places (less than 2^31 apart), change it.
     """
-    found, total = bits(tensor), torch.zeros((), dtype=torch.int64, device=tensor.device)
+    found, total = flat_view(tensor), torch.zeros((), dtype=torch.int64, device=tensor.device)
     mask = -1 if found.element_size() == 8 else (1 << 8 * found.element_size()) - 1
     for first in range(0, found.numel(), _SUMMED):
         part = found[first : first + _SUMMED].long() & mask
@@ -44,25 +35,6 @@ def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
             places = at[first : first + _SUMMED].to(tensor.device)
         total += (part * ((2 * places + 1) & 0xFFFFFFFF)).sum()
     return int(total) % (1 << 64)
-
-
-def gather_entries(tensor: Tensor, flat: Tensor) -> Tensor:
-    """Entries of `tensor` at flat row-major indices (k,), without a copy of a strided tensor."""
-    tensor = tensor.detach()
-    if tensor.is_contiguous():
-        return tensor.view(-1)[flat]
-    return tensor[torch.unravel_index(flat, tensor.shape)]
-
-
-def scatter_entries(tensor: Tensor, flat: Tensor, values: Tensor) -> None:
-    """Writes `values` (k,) at flat row-major indices (k,), unique, into `tensor` itself."""
-    tensor = tensor.detach()
-    if flat.numel() == 0:
-        return
-    if tensor.is_contiguous():
-        tensor.view(-1).index_copy_(0, flat, values.to(tensor.dtype))
-    else:  # reshape(-1) would write into a copy
-        tensor.index_put_(torch.unravel_index(flat, tensor.shape), values.to(tensor.dtype))
 
 
 def sampled_matmul(
@@ -138,33 +110,6 @@ def small_filter(
         positions.append(good + start)
         kept.append(scores[good])
     return torch.cat(positions), torch.cat(kept), finite
-
-
-def matmul_score_filter(
-    dy: Tensor,  # (t, o)
-    x: Tensor,  # (t, i)
-    weight: Tensor,  # (o, i)
-    exp: float,
-    eps: float,
-    cutoff: float,
-    *,
-    find: Callable[..., tuple[Tensor, Tensor, Tensor]] = score_filter,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (m,) int64 ascending, (m,) scores, (m,) gradients, () bool
-    """`score_filter` of the weight gradient dy^T x, of which only a band of rows exists at a time."""
-    width = x.shape[1]
-    step = max(1, _BAND // max(1, width))
-    finite = torch.ones((), dtype=torch.bool, device=dy.device)
-    parts = []
-    for start in range(0, dy.shape[1], step):
-        gradient = product(dy[:, start : start + step], x).view(-1)
-        positions, scores, fine = find(weight[start : start + step].reshape(-1), gradient, exp, eps, cutoff)
-        finite &= fine
-        parts.append((positions + start * width, scores, gradient[positions]))
-    if not parts:
-        none = dy.new_empty(0, dtype=wide(dy.dtype))
-        return none.long(), none.to(wide(weight.dtype)), none, finite
-    positions, scores, gradients = (torch.cat(column) for column in zip(*parts, strict=True))
-    return positions, scores, gradients, finite
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -248,11 +193,6 @@ def adamw_step(
     moved = values * (1 - lr * weight_decay) - lr / first * new_m / (new_v.sqrt() / second.sqrt() + eps)
     for old, new in ((values, moved), (m, new_m), (v, new_v)):
         old.copy_(torch.where(awake, new, old))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums of this dtype are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sampled_sum(dy: Tensor, cols: Tensor) -> Tensor:

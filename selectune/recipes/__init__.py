@@ -1,4 +1,15 @@
-"""Recipes: named methods, sorted by when they choose the support. A new one is a function and a row here."""
+"""Recipes: named methods, sorted by when they select. A new one is a function and a row here.
+
+increment   more entries at every step: ID3
+repeat      all of them again, every so many steps
+static      once, from the weights or the first gradient
+calibrated  once, from data at fixed weights
+drop_grow   drop and grow: RigL, SET, SpIEL
+phased      where a dense phase ends: LT-SFT, diff pruning
+whole       whole tensors: full fine-tuning and its kin
+named       recipes by name, with options: `id3:exp=1,every=10`
+parameters  checks that recipes share
+"""
 
 from __future__ import annotations
 
@@ -7,12 +18,12 @@ from dataclasses import dataclass
 
 from selectune.method import Method
 from selectune.recipes.calibrated import child_tuning_d, fish, grasp, movement, snip, sparse_adapter, synflow
-from selectune.recipes.dense import child_tuning_f, full, xattn
-from selectune.recipes.exchange import rigl, sparse_evolution, spiel_ag, spiel_ma
+from selectune.recipes.drop_grow import rigl, sparse_evolution, spiel_ag, spiel_ma
 from selectune.recipes.increment import id3, increment_pafi
 from selectune.recipes.phased import diff_pruning, lt_sft
 from selectune.recipes.repeat import fish_dip, repeat_d3
 from selectune.recipes.static import bitfit, gallop, magnitude, pafi, random, static_d3
+from selectune.recipes.whole import child_tuning_f, full, xattn
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,7 @@ class Recipe:
     source: str
     passes: str  # cost of choosing: passes over the weights beyond those of frozen training
     bytes: str  # memory beside the model, fp32 with AdamW
-    optimizer: str = "adamw"  # what a run from the command line trains with (selectune.harness.optimizers)
+    optimizer: str = "adamw"  # what a run from the command line trains with (selectune.runs.optimizers)
 
     @property
     def summary(self) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from selectune import scores
-from selectune.dense import Gates, Weights
 from selectune.method import Method, Patterns, compose
+from selectune.phases import Gates, Weights
 from selectune.schedule import Budget, Rounds
 from selectune.scope import Scope
 

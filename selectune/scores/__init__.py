@@ -1,7 +1,14 @@
-"""Scores by what they read. A new one is one function here or anywhere (docs/extend.md)."""
+"""Scores by what they read. A new one is one function here or anywhere (docs/extend.md).
 
-from selectune.scores.calibrated import fisher, fisher_batches, grasp, movement, snip, synflow
+weight    the weight alone: |w|, -|w|, chance
+gradient  the step's gradient: ID3's |g| / (|w| + eps)^exp
+data      data at fixed weights: Fisher, SNIP, GraSP, SynFlow, movement
+change    what a dense phase changed
+factors   what an optimizer holds for rows and columns
+"""
+
 from selectune.scores.change import change
+from selectune.scores.data import fisher, fisher_batches, grasp, movement, snip, synflow
 from selectune.scores.factors import row_times_column
 from selectune.scores.gradient import d3
 from selectune.scores.weight import constant, magnitude, pafi, random

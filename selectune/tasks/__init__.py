@@ -1,4 +1,10 @@
-"""Tasks: what a model is tuned for and measured on. A task has a metric, a chance level and a source."""
+"""Tasks: what a model is tuned for and measured on. A task has a metric, a chance level and a source.
+
+common   what a task is, and where its rows come from
+glue     the GLUE tasks, as a table
+metrics  (predictions, labels) -> one number
+demo/    tasks that are generated here
+"""
 
 from __future__ import annotations
 

@@ -1,27 +1,28 @@
 """The engine, from loss.backward() to the optimizer and back into the weights.
 
 attach      the door: attach, Tuner
-tracker     follows the run from backward pass to step
-chooser     which entries are trained, decided in between; exchange: by dropping and growing
-weights     how every use of a weight is seen; sparse, autograd: the nodes it becomes; taps: the graph these are in
-functions   calls that ask no __torch_function__; check: the engine's gradients held against plain autograd's
-scan        scores of a tensor into a collector; calibrate: scores over single examples
+tracker     follows a run from backward pass to optimizer step, and selects in between
+window      what makes one optimizer step, and what has become of its gradient since
 ledger      which entry is trained in which slot, and what stood there before
-adamw       AdamW over the offsets in one pass, with an age per entry if wanted; sm3: a number per row and column
-optimizers  torch's step hooks; package: from the ledger to a delta; base: what the delta says of its base
-window      what makes one step; dense: steps that train everything; ranks: more than one process is refused
-copies      what a copied model has of a tuner; calls: hooks and the calls they tell of; stepping: a parameter's step
-rebuild     inputs made again instead of saved; still: a model held while scores are read from it
-state       a run between two steps, its file, and going on from it; checked, checked_choices: what is looked at first
+step_hooks  torch's step hooks: which optimizer steps, and when
+own_hooks   hooks of a tuner that a copied module does not take along
+proof       what the base was, and that nothing outside the support moved
+check       the engine's gradients held against plain autograd's on one small batch
+ranks       more than one process is refused
+
+graph/      how every use of a weight is seen, and the autograd nodes it becomes
+choose/     which entries are trained: choosers, scores over tensors, calibration, dense phases
+optim/      the optimizers of our own, and what an optimizer may ask of the engine
+saved/      what leaves the engine: a delta, and the state that a later process goes on from
 """
 
-from selectune.train.adamw import SparseAdamW
 from selectune.train.attach import Tuner, attach
 from selectune.train.check import Check, same_chance
-from selectune.train.copies import strip, tuner_of
-from selectune.train.package import Verification
-from selectune.train.sm3 import SparseSM3
-from selectune.train.state import STATE_FILE, read_state, write_state
+from selectune.train.graph.copies import strip, tuner_of
+from selectune.train.optim.adamw import SparseAdamW
+from selectune.train.optim.sm3 import SparseSM3
+from selectune.train.proof import Verification
+from selectune.train.saved.state import STATE_FILE, read_state, write_state
 
 __all__ = [
     "STATE_FILE", "Check", "SparseAdamW", "SparseSM3", "Tuner", "Verification", "attach", "read_state", "same_chance",

@@ -17,14 +17,16 @@ from selectune.delta import Delta
 from selectune.errors import ConfigError, DetachedError, IntegrityError
 from selectune.method import Method
 from selectune.scope import VALUES, Found
-from selectune.train import copies, package, ranks, state
-from selectune.train.calibrate import Batches, Loss, again, calibrate, check_rereadable
+from selectune.train import proof, ranks
 from selectune.train.check import Check, check
-from selectune.train.dense import Phase
+from selectune.train.choose.calibrate import Batches, Loss, again, calibrate, check_rereadable
+from selectune.train.choose.dense_phase import Phase
+from selectune.train.choose.scan import check_score
+from selectune.train.graph import copies
 from selectune.train.ledger import Ledger
-from selectune.train.optimizers import Follower
-from selectune.train.package import Verification
-from selectune.train.scan import check_score
+from selectune.train.proof import Verification
+from selectune.train.saved import state, to_delta
+from selectune.train.step_hooks import StepHooks
 from selectune.train.tracker import Tracker
 
 log = logging.getLogger("selectune")
@@ -72,7 +74,7 @@ def attach(
     if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
         raise ConfigError(f"accumulation_steps= must be an int of at least 1, got {accumulation_steps!r}.")
     copies.refuse_attached(model)
-    package.check_names(model)
+    to_delta.check_names(model)
     ranks.refuse_many()
     return Tuner(model, method, seed, accumulation_steps, calibration, loss)
 
@@ -120,8 +122,8 @@ class Tuner:
     ) -> None:
         method, schedule, seed, tensors = self.method, self.schedule, self.seed, self._all.tensors
         self._ledger = Ledger(tensors, self.budget)
-        package.warn_of_zeros(method, self._all, self.budget)
-        self._base = package.BaseCopy(model, self._all)
+        to_delta.warn_of_zeros(method, self._all, self.budget)
+        self._base = proof.BaseCopy(model, self._all)
         on.enter_context(copies.frozen(model))
         on.callback(copies.sweep, model)  # nothing is left, wherever it is interrupted
         ready = None
@@ -146,9 +148,9 @@ class Tuner:
                 f"{self._phase.bytes():,}",
             )  # fmt: skip
         frozen = [t.parameter for t in tensors]
-        self._follower = Follower(self._tracker, self.parameters(), frozen, self._phase)
-        self._tracker.keepalive = self._follower  # training goes on when only the model is kept
-        on.callback(self._follower.remove)
+        self._step_hooks = StepHooks(self._tracker, self.parameters(), frozen, self._phase)
+        self._tracker.keepalive = self._step_hooks  # training goes on when only the model is kept
+        on.callback(self._step_hooks.remove)
         for handle in (
             carrier.register_state_dict_post_hook(copies.hide_vector),
             carrier.register_load_state_dict_post_hook(copies.expect_no_vector),
@@ -283,7 +285,7 @@ class Tuner:
         if not self.in_dense_phase:
             strays = self._ledger.strays() if self._tracker.current else []
             if strays:
-                raise IntegrityError(package.written(strays))
+                raise IntegrityError(proof.written(strays))
             self._tracker.write_weights()
         self._base.check(model, self._ledger)
         changed = sum(
@@ -314,7 +316,7 @@ class Tuner:
     ) -> Delta:
         """The delta as it stands, in memory, verified. See `save`."""
         changed, kept = self.verify().changed, (self._found, self._ledger, self._base)
-        return package.delta_of(self, *kept, changed, base, info or {}, old_values, order, allow_empty, full)
+        return to_delta.delta_of(self, *kept, changed, base, info or {}, old_values, order, allow_empty, full)
 
     def save(
         self,

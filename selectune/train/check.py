@@ -17,9 +17,9 @@ from selectune import ops
 from selectune.errors import ConfigError, IntegrityError
 from selectune.internals import will_reach
 from selectune.scope import VALUES, ScopedTensor
-from selectune.train.autograd import Link
+from selectune.train.graph.nodes import Link
+from selectune.train.graph.weights import follow, let_go
 from selectune.train.ledger import Ledger, Page
-from selectune.train.weights import follow, let_go
 
 if TYPE_CHECKING:
     from selectune.train.attach import Tuner

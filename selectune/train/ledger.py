@@ -90,8 +90,8 @@ class Snapshot:
     start: Tensor | None = None
 
 
-class Places:
-    """Where the entries stand (`selectune.types.Places`), computed when asked for."""
+class LedgerPlaces:
+    """Where the entries stand (`optim.contract.Places`), computed when asked for."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger, self._pages = ledger, list(ledger.pages)

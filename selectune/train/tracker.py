@@ -21,19 +21,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from selectune import bits
 from selectune.errors import AccumulationError
+from selectune.frames import Call
 from selectune.internals import after_backward, backward_id, will_reach
 from selectune.method import Method
 from selectune.scope import ScopedTensor
 from selectune.train import ranks
-from selectune.train.autograd import Link
-from selectune.train.calls import Call, weakly
-from selectune.train.chooser import Afresh, Chooser, Growing, scattered
-from selectune.train.exchange import Exchange
+from selectune.train.choose.chooser import Chooser, scattered
+from selectune.train.choose.dropping import Dropping
+from selectune.train.choose.growing import Afresh, Growing
+from selectune.train.graph.nodes import Link
+from selectune.train.graph.taps import Taps
 from selectune.train.ledger import Ledger, Page
-from selectune.train.taps import Taps
+from selectune.train.own_hooks import weakly
 from selectune.train.window import OtherWays, Window, scale_between
-from selectune.types import Exchanging, Schedule
+from selectune.types import DropAndGrow, Schedule
 
 log = logging.getLogger("selectune")
 
@@ -54,8 +57,8 @@ class Tracker:
         self.method, self.tensors, self.ledger = method, tensors, ledger
         self.seed, self.accumulation_steps, self.step = seed, accumulation_steps, 0  # optimizer steps committed
         self.events: Counter[str] = Counter()
-        if isinstance(schedule, Exchanging):
-            kind = Exchange
+        if isinstance(schedule, DropAndGrow):
+            kind = Dropping
         else:
             kind = Growing if schedule is None or schedule.keeps else Afresh
         self.chooser: Chooser = kind(method, schedule, tensors, ledger, seed, self.events)
@@ -326,7 +329,7 @@ class Tracker:
 
     def _hold(self, index: int, gradient: Tensor, rows: Tensor | None) -> None:
         held, tensor = self._window.held, self.tensors[index]
-        wide = torch.float64 if tensor.parameter.dtype == torch.float64 else torch.float32
+        wide = bits.wide(tensor.parameter.dtype)
         if rows is not None:
             if index in held:
                 held[index].index_add_(0, rows, gradient.to(wide))

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from selectune.train.calls import weakly
 from selectune.train.ledger import Snapshot
+from selectune.train.own_hooks import weakly
 
 log = logging.getLogger("selectune")
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from selectune.adapters import linears
 from selectune.bench import bars, methods, rounds, rows, table, worker
-from selectune.bench.models import CONFIGS, Bench, batches, build, config_of, loss_of, prepare
 from selectune.bench.rounds import Samples, Settings
+from selectune.bench.workload import CONFIGS, Bench, batches, build, config_of, loss_of, prepare
 from selectune.cli.app import app
 from selectune.errors import ConfigError, ModelError
 

@@ -8,10 +8,10 @@ from test_bench import asked, load
 from selectune import spec
 from selectune.adapters import KINDS, linears
 from selectune.bench import methods
-from selectune.bench.models import Bench, prepare
-from selectune.bench.plan import plan
+from selectune.bench.estimate import plan
 from selectune.bench.rounds import Settings
 from selectune.bench.rows import whole
+from selectune.bench.workload import Bench, prepare
 from selectune.errors import ConfigError
 
 pytest.importorskip("peft")

@@ -10,8 +10,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from selectune.bench import trace
-from selectune.bench.models import Bench, config_of, prepare
-from selectune.bench.plan import plan, updates_of
+from selectune.bench.estimate import plan, updates_of
+from selectune.bench.workload import Bench, config_of, prepare
 from selectune.cli.app import app
 from selectune.errors import BudgetError, ConfigError
 from selectune.ops import loops

@@ -14,9 +14,9 @@ from tiny_kit import make_model
 import selectune as st
 from selectune.adapters import KINDS
 from selectune.cli.app import app
-from selectune.cli.demo import page
-from selectune.harness.demo import DemoResult, Revert, Row
+from selectune.cli.commands.demo import page
 from selectune.recipes import RECIPES
+from selectune.runs.comparison import DemoResult, Revert, Row
 from selectune.tasks import TASKS
 
 pytest_plugins = ("tiny_fixtures",)
@@ -292,11 +292,11 @@ def test_real_data_is_reproduced(tiny, real_data, tmp_path):
 
 def test_progress_in_a_pipe_is_a_line_now_and_then(capsys, monkeypatch):
     from selectune.cli import output
-    from selectune.harness.train import Update
+    from selectune.runs.training import Update
 
     clock = iter([0.0, 1.0, 31.0, 40.0, 62.0])
     monkeypatch.setattr(output.time, "perf_counter", lambda: next(clock))
-    bar = output.Bar()
+    bar = output.ProgressBar()
     bar.start("id3 on glue/rte", 100)
     for step in (1, 10, 20, 30):
         bar.update(Update(step, 100, 0.5, step, 400, None))

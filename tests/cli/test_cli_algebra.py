@@ -8,8 +8,8 @@ import pytest
 from cli_kit import call
 
 import selectune as st
-from selectune.delta import algebra
-from selectune.harness.restore import Source, load_base
+from selectune.delta.combine import algebra
+from selectune.models.restore import Source, load_base
 
 pytest_plugins = ("tiny_fixtures",)
 

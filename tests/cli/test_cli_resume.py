@@ -12,7 +12,7 @@ import time
 import pytest
 from cli_kit import call
 
-from selectune.harness.callback import Follower
+from selectune.runs.progress import RunCallback
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -28,15 +28,15 @@ def command(tiny, data):
 @pytest.fixture
 def interrupted(monkeypatch):
     """Ctrl-C in the fifth step."""
-    original = Follower.on_step_end
+    original = RunCallback.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 5:
             self.stop.ask(signal.SIGINT)
         original(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(Follower, "on_step_end", on_step_end)
-    return lambda: monkeypatch.setattr(Follower, "on_step_end", original)
+    monkeypatch.setattr(RunCallback, "on_step_end", on_step_end)
+    return lambda: monkeypatch.setattr(RunCallback, "on_step_end", original)
 
 
 def test_ctrl_c_says_how_to_go_on(command, tmp_path, interrupted):

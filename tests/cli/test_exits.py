@@ -15,7 +15,8 @@ import typer
 from cli_kit import call
 
 from selectune.cli import app as apps
-from selectune.cli import catalogue, lists
+from selectune.cli import catalogue
+from selectune.cli.commands import lists
 from selectune.cli.exits import DONE, EXITS, FAILED, INTERRUPTED, TABLE, TERMINATED, WRONG, code_of
 from selectune.cli.mistakes import wants_json
 from selectune.cli.output import refuse

@@ -13,7 +13,7 @@ from selectune.cli import values
 from selectune.cli.app import app
 from selectune.cli.output import fitted
 from selectune.errors import BudgetError
-from selectune.harness.models import DTYPES
+from selectune.models.bases import DTYPES
 from selectune.recipes.named import named
 
 pytest_plugins = ("tiny_fixtures",)

@@ -6,8 +6,8 @@ import pytest
 from cli_kit import call
 
 from selectune.errors import ConfigError
-from selectune.harness.config import RunConfig
-from selectune.harness.resume import settings_of
+from selectune.runs.config import RunConfig
+from selectune.runs.resume import settings_of
 
 pytest_plugins = ("tiny_fixtures",)
 

@@ -81,7 +81,7 @@ def test_the_second_stops_at_once(tiny, data, tmp_path):
     """The first waits for a step that never ends; the second does not."""
     code = (
         "import sys, time; from selectune.cli import signals, main\n"
-        "from selectune.harness.stop import Stop\n"
+        "from selectune.runs.stop import Stop\n"
         "signals.watch(); stop = Stop(); signals.heed(stop); stop.listening = True\n"
         "print('ready', flush=True)\n"
         "end = time.monotonic() + 60\n"

@@ -14,7 +14,7 @@ from cli_kit import call
 
 import selectune
 from selectune.cli import catalogue
-from selectune.harness import demo
+from selectune.runs import comparison
 
 HEAVY = ("torch", "numpy", "numba", "transformers", "safetensors", "peft", "sklearn", "rich.progress")
 _PROBE = """
@@ -97,7 +97,7 @@ def test_the_kept_list_of_methods_is_the_codes():
 
 
 def test_the_demo_tells_its_budget():
-    assert f"Default: {demo.BUDGET:.2%}." in " ".join(call("demo", "--help").stdout.replace("│", " ").split())
+    assert f"Default: {comparison.BUDGET:.2%}." in " ".join(call("demo", "--help").stdout.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from algebra_kit import dense_values, families, flat, rounded, settle, table, va
 from delta_kit import Bag, make_delta, random_bits, snapshot, subset
 from hypothesis import strategies as st
 
-from selectune.delta import Delta, algebra
-from selectune.delta.bits import round_once
+from selectune.bits import round_once
+from selectune.delta import Delta
+from selectune.delta.combine import algebra
 
 NARROW = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 weights_for = st.lists(st.sampled_from([-1.5, -1.0, 0.0, 0.3, 1.0, 2.0]), min_size=4, max_size=4)

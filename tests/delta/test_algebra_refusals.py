@@ -9,7 +9,8 @@ import torch
 from delta_kit import Bag, finite, make_delta, random_bits, small, snapshot
 from torch import nn
 
-from selectune.delta import Delta, Patch, Shelf, algebra, base_info, digest_bits, switch
+from selectune.delta import Delta, Patch, Shelf, base_info, digest_bits, switch
+from selectune.delta.combine import algebra
 from selectune.errors import BaseMismatchError, ConfigError, DeltaError, DeltaStateError, NonFiniteError
 
 

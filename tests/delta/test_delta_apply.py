@@ -9,7 +9,8 @@ import torch
 from delta_kit import Bag, make_delta, small, snapshot
 from torch import nn
 
-from selectune.delta import Delta, base_info, bits, diff
+from selectune import bits
+from selectune.delta import Delta, base_info, diff
 from selectune.errors import BaseMismatchError, DeltaStateError, IntegrityError
 
 

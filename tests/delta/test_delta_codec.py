@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from selectune.delta.codec import decode_gaps, encode_gaps
+from selectune.delta.file.codec import decode_gaps, encode_gaps
 from selectune.errors import DeltaFormatError
 
 VECTORS = [

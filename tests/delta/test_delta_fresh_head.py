@@ -8,7 +8,8 @@ from delta_kit import snapshot
 from test_delta_wrong_base import CLASSES, Tiny, one_ulp, replaced, trained
 from torch import nn
 
-from selectune.delta import Delta, Dense, Shelf, algebra, base_info, diff, switch, weights_digest
+from selectune.delta import Delta, Dense, Shelf, base_info, diff, switch, weights_digest
+from selectune.delta.combine import algebra
 from selectune.errors import BaseMismatchError, DeltaError
 
 HEAD = ("head.bias", "head.weight")

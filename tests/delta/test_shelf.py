@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import selectune
-from selectune.delta import Delta, Shelf, bits, switch
-from selectune.delta.writing import Write, write_all
+from selectune import bits
+from selectune.delta import Delta, Shelf, switch
+from selectune.delta.live.writing import Write, write_all
 from selectune.errors import BaseMismatchError, ConfigError, DeltaStateError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2, torch.float64]

@@ -14,8 +14,8 @@ import torch
 from threads_kit import Beside, until
 from torch import nn
 
-from selectune.delta import door
-from selectune.delta.door import Hold, alone, beside, claim_of, enter, leave
+from selectune.delta.live import door
+from selectune.delta.live.door import Hold, alone, beside, claim_of, enter, leave
 from selectune.errors import ConfigError, DeltaStateError, DeltaTimeoutError
 
 MODELS = nn.Linear(1, 1), nn.Linear(1, 1)  # kept alive: a claim speaks of addresses

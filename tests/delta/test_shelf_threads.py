@@ -15,7 +15,10 @@ from test_shelf import line
 from threads_kit import Beside, until
 from torch import nn
 
-from selectune.delta import Delta, Shelf, algebra, bits, door, switch
+from selectune import bits
+from selectune.delta import Delta, Shelf, switch
+from selectune.delta.combine import algebra
+from selectune.delta.live import door
 from selectune.errors import BaseMismatchError, ConfigError, DeltaStateError, DeltaTimeoutError
 
 

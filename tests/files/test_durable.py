@@ -11,7 +11,7 @@ import pytest
 from selectune.delta import Delta, load
 from selectune.errors import DeltaError, DeltaFormatError, ModelError, RunFolderError
 from selectune.files import durable, make_folder, own, read_owned, write_durably
-from selectune.harness.models import resolve
+from selectune.models.bases import resolve
 
 OLD, NEW = b"old bytes", b"new bytes, longer" * 100
 CALLS = ["open", "write", "fchmod", "fsync", "close", "replace", "stat"]

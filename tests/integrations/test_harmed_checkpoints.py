@@ -9,8 +9,8 @@ from trainer_kit import STEPS
 import selectune as st
 from selectune.delta import weights_digest
 from selectune.errors import CheckpointError
-from selectune.harness.models import quiet
 from selectune.integrations.checkpoints import newest_checkpoint
+from selectune.models.bases import quiet
 
 pytest_plugins = ("tiny_fixtures",)
 

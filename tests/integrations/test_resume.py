@@ -17,9 +17,9 @@ from selectune.adapters import put_on
 from selectune.delta import weights_digest
 from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError, IntegrityError
 from selectune.files import seal
-from selectune.harness.evaluate import encode
-from selectune.harness.models import load_model, quiet
 from selectune.integrations.transformers import SelectuneCallback
+from selectune.models.bases import load_model, quiet
+from selectune.models.evaluate import encode
 from selectune.train import STATE_FILE
 
 pytest_plugins = ("tiny_fixtures",)

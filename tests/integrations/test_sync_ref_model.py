@@ -9,9 +9,9 @@ import torch
 from trainer_kit import causal
 
 import selectune as st
-from selectune.harness.models import quiet
-from selectune.integrations.reference import pair_up
+from selectune.integrations.ref_model import pair_up
 from selectune.integrations.transformers import SelectuneCallback
+from selectune.models.bases import quiet
 
 callbacks = pytest.importorskip("trl.trainer.callbacks", reason="TRL is not installed")
 

@@ -9,9 +9,9 @@ from trainer_kit import STEPS, trainer_of
 
 import selectune as st
 from selectune import tasks
-from selectune.harness.evaluate import encode
-from selectune.harness.models import load_model, quiet
 from selectune.integrations.transformers import SelectuneCallback
+from selectune.models.bases import load_model, quiet
+from selectune.models.evaluate import encode
 
 pytest_plugins = ("tiny_fixtures",)
 RTE = tasks.get("glue/rte")

@@ -11,9 +11,9 @@ from trainer_kit import STEPS, trainer_of
 import selectune as st
 from selectune import tasks
 from selectune.errors import ConfigError
-from selectune.harness.evaluate import collate, encode
-from selectune.harness.models import load_model, quiet
 from selectune.integrations.transformers import SelectuneCallback
+from selectune.models.bases import load_model, quiet
+from selectune.models.evaluate import collate, encode
 from selectune.train import STATE_FILE
 
 pytest_plugins = ("tiny_fixtures",)

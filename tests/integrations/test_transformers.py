@@ -12,9 +12,9 @@ import selectune as st
 from selectune import tasks
 from selectune.delta import weights_digest
 from selectune.errors import ConfigError
-from selectune.harness.evaluate import encode
-from selectune.harness.models import load_model, quiet
 from selectune.integrations.transformers import SelectuneCallback
+from selectune.models.bases import load_model, quiet
+from selectune.models.evaluate import encode
 
 pytest_plugins = ("tiny_fixtures",)
 

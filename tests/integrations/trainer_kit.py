@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tiny_kit import WORDS, make_tokenizer
 
-from selectune.harness.evaluate import collate
+from selectune.models.evaluate import collate
 
 STEPS = 6
 

@@ -13,7 +13,6 @@ from selectune import ops
 from selectune.ops import backend, reference
 from selectune.ops import triton as kernels
 from selectune.ops.triton.language import interpreted
-from selectune.ops.triton.matmul_score_filter import candidates
 
 
 def test_the_interpreter_runs_and_is_chosen():
@@ -51,35 +50,6 @@ def test_score_filter_repeats_with_room_enough():
     positions, _, finite = ops.score_filter(weight, gradient, 2.0, 1.0, 0.5)
     assert torch.equal(positions, torch.arange(20_000))
     assert finite
-
-
-@settings(max_examples=15)
-@given(products(most=37, tokens=40))
-def test_matmul_score_filter(case):
-    dy, x, _ = case
-    weight = torch.randn(dy.shape[1], x.shape[1]).to(dy.dtype)
-    got = ops.matmul_score_filter(dy, x, weight, 2.0, 1.0, 0.5)
-    wanted = reference.matmul_score_filter(dy, x, weight, 2.0, 1.0, 0.5)
-    assert torch.equal(got[0], wanted[0])
-    size = (dy.double().abs().mT @ x.double().abs()).view(-1)[got[0]]
-    close("matmul_score_filter", got[1], wanted[1], dy.dtype, size)
-    close("matmul_score_filter", got[2], wanted[2], dy.dtype, size)
-    assert got[3]
-
-
-def test_an_overflow_is_reported_and_the_caller_falls_back():
-    dy, x, weight = torch.randn(8, 20), torch.randn(8, 30), torch.randn(20, 30)
-    *_, count, _ = candidates(dy, x, weight, 2.0, 1.0, 0.0, room=10)
-    wanted = reference.matmul_score_filter(dy, x, weight, 2.0, 1.0, 0.0)
-    assert int(count) == wanted[0].numel() > 10
-    got = kernels.matmul_score_filter(dy, x, weight, 2.0, 1.0, 0.0, room=10)
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-
-
-def test_a_gradient_that_is_not_finite_is_reported():
-    dy, x, weight = torch.randn(8, 20), torch.randn(8, 30), torch.randn(20, 30)
-    dy[3, 7] = float("nan")
-    assert not ops.matmul_score_filter(dy, x, weight, 2.0, 1.0, 0.5)[3]
 
 
 @pytest.mark.parametrize("stored", FLOATS)

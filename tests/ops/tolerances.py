@@ -13,10 +13,6 @@ TOLERANCE = {
     ("sampled_matmul", torch.bfloat16): 2e-6,
     ("sampled_matmul", torch.float16): 2e-6,
     ("sampled_matmul", torch.float64): 4e-15,
-    ("matmul_score_filter", torch.float32): 2e-6,
-    ("matmul_score_filter", torch.bfloat16): 2e-6,
-    ("matmul_score_filter", torch.float16): 2e-6,
-    ("matmul_score_filter", torch.float64): 4e-15,
     # elementwise: the same bits for exp 0, 1 and 2; a power is right to some units in the last place
     ("score_filter, any power", torch.float32): 1e-6,
     ("score_filter, any power", torch.float64): 1e-14,

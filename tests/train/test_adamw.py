@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from selectune.errors import ConfigError
-from selectune.train.adamw import SparseAdamW
+from selectune.train.optim.adamw import SparseAdamW
 
 
 def test_the_published_first_step_of_a_late_entry():

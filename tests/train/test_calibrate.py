@@ -11,8 +11,8 @@ from train_kit import Mixed, bits, mixed_loss, same, tokens
 
 import selectune as st
 from selectune.errors import CalibrationError
-from selectune.train.calibrate import calibrate
-from selectune.train.still import absolute, drawn
+from selectune.train.choose.calibrate import calibrate
+from selectune.train.choose.still import absolute, drawn
 
 BATCHES = [torch.randn(4, 5, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in range(3)]
 

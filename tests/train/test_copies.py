@@ -169,7 +169,7 @@ def test_what_cannot_be_followed_is_refused_and_the_model_is_as_it_was(make):
 
 
 attaching = importlib.import_module("selectune.train.attach")
-STAGES = ("Ledger", "Tracker", "Follower", "copies.carrier", "package.BaseCopy", "copies.OfTuner")
+STAGES = ("Ledger", "Tracker", "StepHooks", "copies.carrier", "proof.BaseCopy", "copies.OfTuner")
 
 
 @pytest.mark.parametrize("stage", STAGES)

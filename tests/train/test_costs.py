@@ -11,7 +11,9 @@ from torch import nn
 import selectune as st
 from selectune import ops
 from selectune.bench.trace import Storages
-from selectune.train import autograd, chooser, ledger, scan
+from selectune.train import ledger
+from selectune.train.choose import chooser, scan
+from selectune.train.graph import nodes
 
 WIDTH = 64
 DENSE = WIDTH * WIDTH * 4  # bytes of one layer's gradient
@@ -101,4 +103,4 @@ def test_one_dense_gradient_is_alive_at_a_time():
 
 
 def test_names_that_are_counted_exist():
-    assert autograd.ops is ledger.ops is scan.ops is ops
+    assert nodes.ops is ledger.ops is scan.ops is ops

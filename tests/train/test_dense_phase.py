@@ -13,7 +13,7 @@ from torch.func import functional_call
 from train_kit import Mixed, bits, changed, same, steps
 
 import selectune as st
-from selectune.dense import Gates
+from selectune.phases import Gates
 from selectune.scope import OWN
 from selectune.seeds import uniform
 

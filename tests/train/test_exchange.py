@@ -51,7 +51,7 @@ def test_drop_the_smallest_change_grow_the_best_candidate():
     assert weight[3].item() == torch.tensor(0.4).item()
     assert tuner._ledger.pages[0].watched is None
     assert tuner.verify().touched == 3
-    tuner._follower._tell(optimizer)
+    tuner._step_hooks._tell(optimizer)
     state, slot = optimizer.state[tuner.parameters()[0]], tuner._ledger.pages[0].slot[1]
     assert state["age"][slot].item() == 2
     assert state["exp_avg"][slot].item() == pytest.approx(6 * (1 - 0.81))
@@ -99,7 +99,7 @@ def test_grow_by_the_accumulators_of_rows_and_columns():
 
 
 def test_the_accumulators_are_never_multiplied_out_whole(monkeypatch):
-    from selectune.train import exchange
+    from selectune.train.choose import dropping
 
     def run():
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ def test_the_accumulators_are_never_multiplied_out_whole(monkeypatch):
         return supports(tuner)
 
     whole = run()
-    monkeypatch.setattr(exchange, "PIECE", 20)
+    monkeypatch.setattr(dropping, "PIECE", 20)
     assert run() == whole
 
 

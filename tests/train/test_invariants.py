@@ -119,7 +119,7 @@ def test_scaling_the_loss_by_a_power_of_two_selects_the_same(power, seed):
 @settings(max_examples=20)
 @given(some.integers(0, 100), some.sampled_from([1, 7, 64, 1 << 20]))
 def test_the_size_of_a_scanned_piece_changes_nothing(seed, piece):
-    from selectune.train import scan
+    from selectune.train.choose import scan
 
     def support():
         torch.manual_seed(seed)

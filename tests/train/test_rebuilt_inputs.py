@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import selectune as st
-from selectune.train import rebuild
+from selectune.train.graph import recompute
 
 MAKERS = {
     "gelu": F.gelu,
@@ -75,7 +75,7 @@ def bits(tensor):
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_gradient_has_the_bits_of_one_from_a_saved_input(monkeypatch, name, dtype):
     got, less = gradient(MAKERS[name], dtype=dtype)
-    monkeypatch.setattr(rebuild, "OUTPUTS", {})
+    monkeypatch.setattr(recompute, "OUTPUTS", {})
     wanted, more = gradient(MAKERS[name], dtype=dtype)
     assert bits(got) == bits(wanted)
     assert got.count_nonzero() == 40
@@ -87,8 +87,8 @@ def test_the_gradient_has_the_bits_of_one_from_a_saved_input(monkeypatch, name, 
 def test_two_layers_that_share_the_memory(monkeypatch, backend, method):
     monkeypatch.setenv("SELECTUNE_BACKEND", backend)
     runs = []
-    for outputs in (dict(rebuild.OUTPUTS), {}):
-        monkeypatch.setattr(rebuild, "OUTPUTS", outputs)
+    for outputs in (dict(recompute.OUTPUTS), {}):
+        monkeypatch.setattr(recompute, "OUTPUTS", outputs)
         torch.manual_seed(0)
         model = Deep()
         tuner = st.attach(model, method, seed=1)
@@ -106,7 +106,7 @@ def test_it_holds_under_checkpointing(monkeypatch):
         return checkpoint(block, x, use_reentrant=False)
 
     got, _ = gradient(F.gelu, wrap=wrap)
-    monkeypatch.setattr(rebuild, "OUTPUTS", {})
+    monkeypatch.setattr(recompute, "OUTPUTS", {})
     assert bits(got) == bits(gradient(F.gelu)[0])
 
 
@@ -123,7 +123,7 @@ def scaled_in_silence(x):
 )
 def test_what_cannot_be_made_again_is_saved(monkeypatch, after):
     got, _ = gradient(F.gelu, after)
-    monkeypatch.setattr(rebuild, "OUTPUTS", {})
+    monkeypatch.setattr(recompute, "OUTPUTS", {})
     assert bits(got) == bits(gradient(F.gelu, after)[0])
 
 

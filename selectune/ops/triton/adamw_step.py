@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from selectune import bits
 from selectune.ops import reference
 from selectune.ops.triton.language import accumulator, block, jit, tl, triton
 
@@ -18,7 +19,7 @@ def adamw_step(
     if not all(part.is_contiguous() for part in (values, gradient, m, v)):
         reference.adamw_step(values, gradient, m, v, ages, step, lr, beta1, beta2, eps, weight_decay)
         return
-    wide = reference.wide(values.dtype)
+    wide = bits.wide(values.dtype)
     # numbers travel as a tensor: a kernel argument would be rounded to float32
     numbers = [1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, lr, 1 - beta1**step, (1 - beta2**step) ** 0.5]
     real = torch.tensor(numbers, dtype=wide).to(values.device)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from selectune.ops import reference
+from selectune import bits
 from selectune.ops.triton.language import accumulator, block, jit, tl, triton
 
 
@@ -16,7 +16,7 @@ def sampled_matmul(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     Operands are read with tokens innermost, so that a read is a run of memory and not one scalar of
     every line; that turned copy lives for the call.
     """
-    out = torch.empty(rows.numel(), dtype=reference.wide(dy.dtype), device=dy.device)
+    out = torch.empty(rows.numel(), dtype=bits.wide(dy.dtype), device=dy.device)
     if rows.numel() == 0:
         return out
     turned_dy, turned_x = dy.mT.contiguous(), x.mT.contiguous()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from selectune.ops import reference
+from selectune import bits
 from selectune.ops.triton.language import accumulator, block, interpreted, jit, tl, triton
 
 KINDS = {0.0: 0, 1.0: 1, 2.0: 2}
@@ -21,7 +21,7 @@ def score_filter(
     repeated with one that is large enough.
     """
     weight, gradient = weight.contiguous(), gradient.contiguous()
-    n, wide = weight.numel(), reference.wide(weight.dtype)
+    n, wide = weight.numel(), bits.wide(weight.dtype)
     room = min(n, max(1 << 14, n // 64)) if cutoff > 0 else n
     real = torch.tensor([exp, eps, cutoff], dtype=torch.float64).to(weight.device)
     size = block(1024, 128)

@@ -1,0 +1,180 @@
+"""put_on: a module on a model, drawn from a seed; rebuild: the same module again, out of a delta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from selectune.adapters import bottleneck, peers
+from selectune.adapters.kinds import KINDS, LINEARS, Spec, make, parse
+from selectune.adapters.roles import RoleMap, find
+from selectune.delta import Delta, belongs, forget_module, inventory, module_digest, module_of, record_module
+from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError
+
+_NO_ROLES = ("ln", "prefix", "prompt", "ptuning")
+
+
+@dataclass
+class Adapted:
+    """A model that carries a module: what to train, what belongs to it, and the way back."""
+
+    model: nn.Module  # the model that was given, or peft's around it (virtual tokens)
+    base: nn.Module  # the model that was given
+    spec: Spec
+    seed: int
+    _put: peers.Injected = field(repr=False)
+    _requires_grad: dict[nn.Parameter, bool] = field(repr=False)
+    on: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the module's tensors in `model`."""
+        return [name for name in self.model.state_dict() if belongs(self.spec.kind, name)]
+
+    @property
+    def size(self) -> int:
+        """Scalars of the module's parameters."""
+        return sum(p.numel() for name, p in self.model.named_parameters() if belongs(self.spec.kind, name))
+
+    @property
+    def after_step(self) -> Callable[[int], None] | None:
+        """To be called with the step's number after the optimizer's step and before zero_grad, if not None."""
+        return self._put.after_step
+
+    @property
+    def ranks(self) -> peers.Ranks | None:
+        """What `after_step` keeps between steps, with state_dict and load_state_dict; None where it keeps nothing."""
+        return self._put.ranks
+
+    def save(self, folder: Path) -> int:
+        """Writes what is trained as one safetensors file, as peft has it where the module is peft's: its bytes."""
+        path = folder / "module.safetensors"
+        save_file(peers.state_of(self.model, self.spec), path)
+        return path.stat().st_size
+
+    def remove(self) -> None:
+        """Takes the module off: the base has its modules, hooks, bits and requires_grad as before."""
+        self._off(self._put.remove)
+
+    def merge(self) -> None:
+        """Folds the module into the base's weights, W + (alpha / r) B A, and takes it off.
+
+        Raises ConfigError for kinds that are no change of weights: bottlenecks and virtual tokens.
+        """
+        if self._put.merge is None:
+            raise ConfigError(
+                f"{self.spec.kind} computes something of its own, which no change of the base's weights can stand for. "
+                f"These can be merged: {', '.join(kind.name for kind in KINDS.values() if kind.merges)}."
+            )
+        self._off(self._put.merge)
+
+    def _off(self, how: Callable[[], None]) -> None:
+        if not self.on:
+            raise ConfigError(f"This {self.spec.kind} was taken off its model already.")
+        with torch.no_grad():
+            how()
+        _restore(self._requires_grad)
+        forget_module(self.model)
+        self.on = False
+
+
+def put_on(
+    model: nn.Module,
+    spec: str | Spec,
+    seed: int = 0,
+    *,
+    keep: Collection[str] = (),
+    roles: RoleMap | None = None,
+    steps: int | None = None,
+    names: Sequence[str] | None = None,
+    record: bool = True,
+) -> Adapted:
+    """Puts a module on a model and freezes the rest: what `attach` then finds is the module.
+
+    `spec`: such as "lora:r=8,alpha=16" or "pfeiffer:reduction=8"; `KINDS` has the kinds and their options. The module's
+    tensors are drawn from `seed` on the CPU, so the same call gives the same bits; call it before the model moves to a
+    GPU. `keep`: names of parameters that stay trainable, a fresh head. `roles`: an own role map, see `roles.find`.
+    `steps`: optimizer steps of the run, in which AdaLoRA moves its ranks; None: they stay. `names`: linear layers in
+    place of those that the option `targets` stands for. Costs the module's memory and, unless `record` is False, one
+    read of it; without that record a delta does not know its module.
+
+    Raises ConfigError for unknown kinds, options, parameters and architectures, and for a model that carries a module;
+    ModelError where peft is needed and missing. Then the model is as it was.
+
+    >>> import torch
+    >>> layer = torch.nn.ModuleDict({"up": torch.nn.Linear(8, 16), "down": torch.nn.Linear(16, 8)})
+    >>> model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])})
+    >>> own = {"layers.#.up": "ffn1", "layers.#.down": "ffn2"}
+    >>> adapted = put_on(model, "parallel:reduction=4", roles=own)
+    >>> adapted.size == 2 * 8 * 2 + 2 + 8
+    True
+    >>> adapted.remove()
+    """
+    chosen = parse(spec) if isinstance(spec, str) else spec
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed!r}: must be an int from 0 to {2**32 - 1}.")
+    if module_of(model) is not None:
+        raise ConfigError(f"The model carries {module_of(model)['kind']} already; take it off first.")  # pyright: ignore
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    unknown = sorted(set(keep) - parameters.keys() - {name for name, _ in model.named_buffers()})
+    if unknown:
+        raise ConfigError(f"keep= names '{unknown[0]}', which the model does not have.")
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    needs_roles = chosen.kind not in _NO_ROLES and names is None and chosen.options.get("targets") != LINEARS
+    found = find(model, roles) if needs_roles else ()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if KINDS[chosen.kind].peft is None:
+                put = peers.Injected(model, bottleneck.put_on(model, chosen.kind, chosen.options, found))
+            else:
+                put = peers.put_on(model, chosen, found, seed, steps, names)
+    except BaseException:
+        _restore(before)
+        raise
+    trained = [parameters[name] for name in keep if name in parameters]
+    if chosen.options.get("norms"):
+        trained += [p for name in peers.norms(model) for p in model.get_submodule(name).parameters(recurse=False)]
+    for parameter in before:
+        parameter.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    if record and not next(model.parameters()).is_meta:
+        record_module(put.model, chosen.kind, chosen.options, seed)
+    return Adapted(put.model, model, chosen, seed, put, before)
+
+
+def rebuild(model: nn.Module, delta: Delta, *, keep: Collection[str] = (), roles: RoleMap | None = None) -> Adapted:
+    """Puts the module of a delta on a plain base: kind, options and seed are the delta's, and so must be the bits.
+
+    `delta.apply(rebuild(model, delta).model)` is the trained model. Raises ConfigError for a delta without a module,
+    DeltaFormatError for options that this version does not know, BaseMismatchError (and the module is off again) where
+    the tensors come out otherwise: another version of torch or peft, another base, another device.
+    """
+    recorded = delta.info.get("module")
+    if recorded is None:
+        raise ConfigError(f"{delta.label} was trained on the base itself: there is no module to rebuild.")
+    try:
+        spec = make(recorded["kind"], recorded["options"])
+    except ConfigError as error:
+        raise DeltaFormatError(f"info.module cannot be rebuilt: {error}") from error
+    adapted = put_on(model, spec, recorded["seed"], keep=keep, roles=roles)
+    if module_digest(spec.kind, inventory(adapted.model)) != recorded["digest"]:
+        versions = ", ".join(f"{name} {version}" for name, version in delta.info["versions"].items())
+        adapted.remove()
+        raise BaseMismatchError(
+            f"{spec} drawn from seed {recorded['seed']} does not have the bits that the delta was trained on, so its "
+            f"unselected entries would be wrong. Nothing was changed. The delta was made with {versions}; load the "
+            "same base, on the CPU, with the same versions of torch and peft."
+        )
+    return adapted
+
+
+def _restore(requires_grad: dict[nn.Parameter, bool]) -> None:
+    for parameter, trainable in requires_grad.items():
+        parameter.requires_grad_(trainable)

@@ -1,0 +1,144 @@
+"""Models from configs with random weights, and batches of random tokens for them: no hub, no downloads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selectune.bench.configs import CONFIGS
+from selectune.errors import ConfigError, ModelError
+from selectune.models.bases import quiet, resolve
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured: a model and the shape of a step."""
+
+    model: str
+    batch: int = 8
+    length: int = 128
+    dtype: str = "fp32"
+    autocast: str | None = None
+    checkpointing: bool = False
+    device: str = "cpu"
+    seed: int = 6
+
+    def __post_init__(self) -> None:
+        for name, value in (("--dtype", self.dtype), ("--autocast", self.autocast)):
+            if value is not None and value not in DTYPES:
+                raise ConfigError(f"{name} {value}: unknown. Known: {', '.join(DTYPES)}.")
+        for name, value in (("--batch", self.batch), ("--length", self.length)):
+            if value < 1:
+                raise ConfigError(f"{name} {value}: at least 1 is needed.")
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"--device {self.device}: unknown. Known: cpu, cuda.")
+
+
+def config_of(name: str) -> Any:
+    """The config of a bench model, a local folder, `demo` or a hub id; weights are not read.
+
+    Raises ModelError for what cannot be found.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError("Models need the package `transformers`: pip install 'selectune[hf]'.") from error
+    if name in CONFIGS:
+        return transformers.AutoConfig.for_model(**CONFIGS[name])
+    place = resolve(name)
+    where = {} if place.local else {"revision": place.revision or "main"}
+    with quiet():
+        try:
+            return transformers.AutoConfig.from_pretrained(place.location, **where)
+        except Exception as error:
+            raise ModelError(
+                f"There is no config for '{name}': {' '.join(str(error).split())[:200]} Known without a hub: "
+                f"{', '.join(CONFIGS)}; a folder with config.json works too."
+            ) from error
+
+
+def is_causal(config: Any) -> bool:
+    """Whether the model predicts the next token; all others get a classification head."""
+    named = (getattr(config, "architectures", None) or [""])[0]
+    return "CausalLM" in named or (not named and config.model_type in ("llama", "gpt2", "qwen2", "qwen3", "mistral"))
+
+
+def build(config: Any, dtype: torch.dtype, device: str | torch.device, seed: int = 6) -> nn.Module:
+    """A model with random weights, in train mode. On the device "meta" it has shapes and no memory."""
+    import transformers
+
+    auto = transformers.AutoModelForCausalLM if is_causal(config) else transformers.AutoModelForSequenceClassification
+    with quiet(), torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        model = auto.from_config(config, dtype=dtype)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model.train()
+
+
+def prepare(bench: Bench, config: Any | None = None, device: str | None = None) -> nn.Module:
+    """The model of a bench, as a step runs it."""
+    config = config_of(bench.model) if config is None else config
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < bench.length:
+        raise ConfigError(f"--length {bench.length} is more than the {limit} tokens that {bench.model} can take.")
+    model = build(config, DTYPES[bench.dtype], device or bench.device, bench.seed)
+    _fill_zeros(model, bench.seed)
+    if bench.checkpointing:
+        _checkpoint(model)
+    return model
+
+
+def _checkpoint(model: nn.Module) -> None:
+    """Activations are recomputed in backward; transformers renamed the switch."""
+    for prefix in ("activation", "gradient"):
+        switch: Callable[..., Any] | None = getattr(model, f"{prefix}_checkpointing_enable", None)
+        if switch is not None:
+            switch(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
+            return
+    raise ConfigError(f"--checkpointing: {type(model).__name__} cannot recompute its activations.")
+
+
+@torch.no_grad()
+def _fill_zeros(model: nn.Module, seed: int) -> None:
+    """Trained biases are not 0, and masks of small weights would otherwise be all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 1 and not parameter.is_meta and not bool(parameter.any()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def batches(bench: Bench, config: Any, count: int = 4) -> list[dict[str, Tensor]]:
+    """Random tokens and labels, the same for every method."""
+    generator = torch.Generator().manual_seed(bench.seed)
+    shape = (bench.batch, bench.length)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(3, int(config.vocab_size), shape, generator=generator)
+        labels = ids if is_causal(config) else torch.randint(0, 2, shape[:1], generator=generator)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        found.append({name: tensor.to(bench.device) for name, tensor in batch.items()})
+    return found
+
+
+@contextlib.contextmanager
+def mixed(bench: Bench) -> Iterator[None]:
+    """Autocast around the forward pass, where the bench asks for it."""
+    if bench.autocast is None:
+        yield
+        return
+    with torch.autocast(bench.device, dtype=DTYPES[bench.autocast]):
+        yield
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor], bench: Bench) -> Tensor:
+    """One forward pass."""
+    with mixed(bench):
+        return model(**batch).loss

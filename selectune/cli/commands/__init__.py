@@ -1,0 +1,11 @@
+"""The commands, a file for each or for each family.
+
+runs        train, eval
+deltas      verify, delta show, diff, apply
+arithmetic  delta add, scale, ties, dare, overlap
+lists       tasks, methods
+demo        demo
+plan        plan
+bench       bench
+doctor      doctor
+"""

@@ -1,0 +1,369 @@
+"""Arithmetic on deltas of one base: sum, scale, negate, intersect, TIES and DARE merges, overlap.
+
+A delta holds replacement values; what is added and scaled here are its differences from the base, value - base. They
+are taken and summed in float64, and base + sum is rounded once to the weight's dtype, to nearest, ties to even. A
+scalar that one delta alone changes, with factor 1, keeps the bits of that delta; one that nothing changes keeps the
+base's. The base's values come from `base`, the base model, or from the deltas themselves (`old_values=True`); if all
+of them carry those, so does the result. The result is an ordinary delta whose `info["method"]` names its parents.
+
+Tensors that are recorded whole take part entry by entry, buffers and zeroed patches too. Integer tensors are rounded
+to nearest; booleans and complex numbers can be taken over, not computed with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selectune.bits import dtype_name, int_view, round_once
+from selectune.delta.combine.aligned import Rows, align, as_deltas, base_of, check_finite_base, part_of, parts_of
+from selectune.delta.combine.overlap import Conflicts, Overlap, conflicts, count_conflicts, overlap
+from selectune.delta.delta import Delta
+from selectune.delta.file.parts import Dense, Patch
+from selectune.errors import ConfigError, DeltaError
+
+__all__ = ["Conflicts", "Overlap", "add", "conflicts", "dare", "intersect", "negate", "overlap", "scale", "ties"]
+
+_AGREED = ("task", "max_length", "architecture", "num_labels")
+_EXACT = 2.0**53
+
+
+def add(deltas: Sequence[Delta], *, weights: Sequence[float] | None = None, base: nn.Module | None = None) -> Delta:
+    """The sum of several deltas: base + w_1 d_1 + w_2 d_2 + ..., all weights 1 unless given.
+
+    Deltas that do not overlap give the bits of applying one after another. Costs float64 of all scalars of a tensor
+    at a time. Raises BaseMismatchError for deltas of different bases, DeltaError if the base's values are unknown,
+    NonFiniteError if a sum leaves the dtype's range, ConfigError for weights that do not fit.
+
+    Source: Ansell et al. 2022, arXiv 2110.07560, section 3.2; Ilharco et al. 2023, arXiv 2212.04089, section 2.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> deltas = [_example(model, 0, 1.0), _example(model, 1, 2.0)]
+    >>> add(deltas, base=model).values["weight"].tolist()
+    [1.0, 2.0]
+    """
+    deltas = as_deltas(deltas)
+    factors = _weights(weights, len(deltas))
+    return _summed("add", deltas, factors, {"weights": factors}, base)
+
+
+def scale(delta: Delta, factor: float, *, base: nn.Module | None = None) -> Delta:
+    """A delta made stronger or weaker: base + factor d. It writes where the delta does.
+
+    Raises as `add` does. Source: Ilharco et al. 2023, arXiv 2212.04089, section 2 (the scaling term lambda).
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> _ = model.weight.data.fill_(1.0)
+    >>> scale(_example(model, 0, 3.0), 0.5, base=model).values["weight"].tolist()
+    [2.0]
+    """
+    deltas = as_deltas(delta)
+    factor = _number("factor", factor)
+    return _summed("scale", deltas, [factor], {"factor": factor}, base)
+
+
+def negate(delta: Delta, *, base: nn.Module | None = None) -> Delta:
+    """The delta that leads the other way: base - d.
+
+    Raises as `add` does. Source: Ilharco et al. 2023, arXiv 2212.04089, section 2 (forgetting by negation).
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> _ = model.weight.data.fill_(1.0)
+    >>> negate(_example(model, 0, 3.0), base=model).values["weight"].tolist()
+    [-1.0]
+    """
+    return _summed("negate", as_deltas(delta), [-1.0], {}, base)
+
+
+def intersect(delta: Delta, other: Delta, *, base: nn.Module | None = None) -> Delta:
+    """`delta`, where `other` writes too: the values are `delta`'s, bit for bit.
+
+    Raises BaseMismatchError for deltas of different bases, DeltaError if the base's values are unknown.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> both = add([_example(model, 0, 1.0), _example(model, 1, 2.0)], base=model)
+    >>> intersect(both, _example(model, 1, 5.0), base=model).values["weight"].tolist()
+    [2.0]
+    """
+    deltas = as_deltas([delta, other])
+    parts: list[Patch | Dense] = []
+    for rows in align(deltas, base):
+        if None in rows.at:
+            continue
+        kept = rows.written.all(0)
+        if not rows.whole or bool(kept.all()):
+            parts.append(part_of(rows, kept, rows.new[0], _carried(deltas)))
+            continue
+        # whole in one delta, scattered in the other
+        parts.append(part_of(dataclasses.replace(rows, whole=False), kept, rows.new[0], _carried(deltas)))
+    return _made("intersect", deltas, parts, {})
+
+
+def ties(
+    deltas: Sequence[Delta],
+    *,
+    density: float,
+    weights: Sequence[float] | None = None,
+    scale: float = 1.0,
+    base: nn.Module | None = None,
+) -> Delta:
+    """TIES merge: trim small differences, elect a sign for each scalar, average those that have it.
+
+        trim      of each delta the round(density n) largest |d| of its n scalars stay; ties go to the first
+        elect     s = sign(w_1 d_1 + w_2 d_2 + ...)
+        merge     base + scale (sum of w_i d_i with sign s) / (sum of their w_i)
+
+    `weights` are positive, 1 unless given. A scalar whose trimmed differences sum to 0 keeps the base's value. The
+    result holds the scalars that got a value. Buffers are no part of the task vector: they are averaged over the
+    deltas that change them. The paper keeps 20 % of all weights; sparse deltas hold far fewer already, so `density`
+    counts scalars of the delta. Costs float64 of all scalars. Raises as `add` does, and ConfigError for a density
+    outside (0, 1].
+
+    Source: Yadav et al. 2023, arXiv 2306.01708, algorithm 1; the weights are ours.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> _ = model.weight.data.fill_(1.0)
+    >>> deltas = [_example(model, 0, 3.0), _example(model, 0, 5.0), _example(model, 0, -1.0)]
+    >>> ties(deltas, density=1.0, base=model).values["weight"].tolist()
+    [4.0]
+    """
+    deltas = as_deltas(deltas)
+    factors, strength = _weights(weights, len(deltas)), _number("scale", scale)
+    if min(factors) <= 0:
+        raise ConfigError(f"weights of a TIES merge must be above 0, they weigh votes; got {factors}.")
+    if not 0 < _number("density", density) <= 1:
+        raise ConfigError(f"density is the share of each delta's scalars that stays, in (0, 1]; got {density}.")
+    aligned = align(deltas, base)
+    stays = _trimmed(deltas, aligned, density)
+    parts: list[Patch | Dense] = []
+    column = torch.tensor(factors, dtype=torch.float64)[:, None]
+    for rows in aligned:
+        moved, change = rows.changed, rows.differences
+        buffer = rows.kind == "buffer"
+        if not buffer:
+            moved &= _placed(rows, [stays[number].get(rows.name) for number in range(len(deltas))])
+        voted = column * torch.where(moved, change, 0.0)
+        agree = moved if buffer else moved & (voted.sign() == _in_turn(voted).sign()) & (voted != 0)
+        votes = _in_turn(column * agree).clamp_min(min(factors))
+        total = strength * (_in_turn(torch.where(agree, voted, 0.0)) / votes)
+        exact = agree & (strength == 1.0)
+        parts.append(part_of(rows, agree.any(0), _settled(rows, agree, total, exact), _carried(deltas)))
+    parameters = {"density": density, "weights": factors, "scale": strength}
+    return _made("ties", deltas, parts, {**parameters, "conflicts": count_conflicts(aligned).totals})
+
+
+def dare(
+    deltas: Sequence[Delta],
+    *,
+    drop: float,
+    seed: int = 0,
+    weights: Sequence[float] | None = None,
+    base: nn.Module | None = None,
+) -> Delta:
+    """DARE merge: each difference is dropped with probability `drop`, the rest grow by 1 / (1 - drop), then sum.
+
+        base + sum_i w_i m_i d_i / (1 - drop),   m_i = 1 with probability 1 - drop, so the mean is that of `add`
+
+    One generator, seeded with `seed`, draws one float64 for each scalar of each delta, delta after delta, tensor
+    after tensor, the scattered ones before the whole ones; a scalar stays if its number is at least `drop`. The
+    result holds the scalars that stay. Buffers are summed undropped. For DARE before another merge, call it with each
+    delta alone and its own seed. Raises as `add` does, and ConfigError for a drop outside [0, 1).
+
+    Source: Yu et al. 2024, arXiv 2311.03099, section 3.2 (drop and rescale), 3.3 (merging).
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> _ = model.weight.data.fill_(1.0)
+    >>> dare([_example(model, 0, 3.0)], drop=0.5, seed=2, base=model).values["weight"].tolist()
+    [5.0]
+    """
+    deltas = as_deltas(deltas)
+    factors = _weights(weights, len(deltas))
+    if not 0 <= _number("drop", drop) < 1:
+        raise ConfigError(f"drop is the probability that a difference is dropped, in [0, 1); got {drop}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1; got {seed!r}.")
+    aligned = align(deltas, base)
+    stays = _drawn(deltas, drop, seed)
+    parts: list[Patch | Dense] = []
+    for rows in aligned:
+        buffer = rows.kind == "buffer"
+        kept = rows.written
+        if not buffer:
+            kept &= _placed(rows, [stays[number].get(rows.name) for number in range(len(deltas))])
+        column = torch.tensor([w if buffer else w / (1 - drop) for w in factors], dtype=torch.float64)[:, None]
+        moved = rows.changed & kept
+        total = _in_turn(column * torch.where(moved, rows.differences, 0.0))
+        values = _settled(rows, moved & (column != 0), total, moved & (column == 1))
+        parts.append(part_of(rows, kept.any(0), values, _carried(deltas)))
+    parameters = {"drop": drop, "seed": seed, "weights": factors}
+    return _made("dare", deltas, parts, {**parameters, "conflicts": count_conflicts(aligned).totals})
+
+
+# --- the arithmetic -----------------------------------------------------------------------------------------
+
+
+def _summed(
+    name: str, deltas: list[Delta], factors: list[float], parameters: dict[str, Any], base: nn.Module | None
+) -> Delta:
+    column = torch.tensor(factors, dtype=torch.float64)[:, None]
+    aligned = align(deltas, base)
+    parts: list[Patch | Dense] = []
+    for rows in aligned:
+        moved = rows.changed & (column != 0)
+        total = _in_turn(column * torch.where(moved, rows.differences, 0.0))
+        values = _settled(rows, moved, total, moved & (column == 1))
+        parts.append(part_of(rows, None, values, _carried(deltas)))
+    if len(deltas) > 1:
+        parameters = {**parameters, "conflicts": count_conflicts(aligned).totals}
+    return _made(name, deltas, parts, parameters, budget=deltas[0].info["budget"] if len(deltas) == 1 else None)
+
+
+def _in_turn(terms: Tensor) -> Tensor:
+    """Sum of the rows of (k, n), first to last: torch's own sum promises no order."""
+    total = torch.zeros_like(terms[0])
+    for row in terms:
+        total += row
+    return total
+
+
+def _settled(rows: Rows, moved: Tensor, total: Tensor, exact: Tensor) -> Tensor:
+    """base + total (n,), rounded once; where one delta alone moves an entry (k, n) and exactly, its bits."""
+    alone = (moved.sum(0) == 1) & exact.any(0)
+    computed = moved.any(0) & ~alone
+    check_finite_base(rows, computed)
+    base, source = int_view(rows.base), exact.int().argmax(0, keepdim=True)
+    taken = torch.where(alone, int_view(rows.new).gather(0, source)[0], base)
+    if not bool(computed.any()):
+        return taken.view(rows.dtype)
+    if rows.dtype.is_floating_point:
+        made = round_once(rows.base.double() + total, rows.dtype)
+    else:
+        made = _whole_numbers(rows, total, computed)
+    return torch.where(computed & (total != 0), int_view(made), taken).view(rows.dtype)
+
+
+def _whole_numbers(rows: Rows, total: Tensor, where: Tensor) -> Tensor:
+    if rows.dtype == torch.bool or rows.dtype.is_complex:
+        raise DeltaError(
+            f'"{rows.name}" has dtype {dtype_name(rows.dtype)} and would have to be added or scaled; such tensors can '
+            f"only be taken over from the one delta that changes them"
+        )
+    limits = torch.iinfo(rows.dtype)
+    found = (rows.base.double() + total).round()
+    bad = where & ((found < max(limits.min, -_EXACT)) | (found > min(limits.max, _EXACT)))
+    if bool(bad.any()):
+        at = int(bad.int().argmax())
+        raise DeltaError(
+            f'entry {int(rows.indices[at])} of "{rows.name}" comes to {found[at].item():.0f}, beyond what '
+            f"{dtype_name(rows.dtype)} or float64 holds exactly"
+        )
+    return torch.where(where, found, 0.0).to(rows.dtype)
+
+
+def _placed(rows: Rows, stays: Sequence[Tensor | None]) -> Tensor:
+    """(k, n) out of what stays of each delta's own entries."""
+    found = torch.zeros(rows.new.shape, dtype=torch.bool)
+    for row, at, own in zip(found, rows.at, stays, strict=True):
+        if at is not None and own is not None:
+            row[at] = own
+    return found
+
+
+def _trimmed(deltas: list[Delta], aligned: list[Rows], density: float) -> list[dict[str, Tensor]]:
+    """For each delta and tensor which of its entries are among the delta's round(density n) largest differences."""
+    magnitudes: list[dict[str, Tensor]] = [{} for _ in deltas]
+    for rows in aligned:
+        check_finite_base(rows, rows.changed.any(0))
+        for own, at, change in zip(magnitudes, rows.at, rows.differences, strict=True):
+            if at is not None:
+                own[rows.name] = change[at].abs()
+    found = []
+    for delta, own in zip(deltas, magnitudes, strict=True):
+        names = [part.name for part in _parameters(delta)]
+        every = torch.cat([own[name] for name in names]) if names else torch.zeros(0)
+        stays = torch.zeros(every.numel(), dtype=torch.bool)
+        count = max(1, round(density * every.numel()))
+        stays[every.sort(descending=True, stable=True).indices[:count]] = True
+        found.append(dict(zip(names, stays.split([own[name].numel() for name in names]), strict=True)))
+    return found
+
+
+def _drawn(deltas: list[Delta], drop: float, seed: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            part.name: torch.rand(_size(part), generator=generator, dtype=torch.float64) >= drop
+            for part in _parameters(delta)
+        }
+        for delta in deltas
+    ]
+
+
+def _parameters(delta: Delta) -> list[Patch | Dense]:
+    return [part for part in parts_of(delta) if isinstance(part, Patch) or part.kind == "parameter"]
+
+
+def _size(part: Patch | Dense) -> int:
+    return part.indices.numel() if isinstance(part, Patch) else part.tensor.numel()
+
+
+# --- the result ---------------------------------------------------------------------------------------------
+
+
+def _made(
+    name: str,
+    deltas: list[Delta],
+    parts: list[Patch | Dense],
+    parameters: dict[str, Any],
+    budget: int | None = None,
+) -> Delta:
+    methods = [delta.info["method"] for delta in deltas]
+    agreed = {
+        key: methods[0][key]
+        for key in _AGREED
+        if key in methods[0] and all(m.get(key) == methods[0][key] for m in methods)
+    }
+    parents = [
+        {"digest": delta.digest, "name": method.get("name", "delta"), "selected": delta.selected}
+        for delta, method in zip(deltas, methods, strict=True)
+    ]
+    info = {"method": {"name": name, **parameters, "parents": parents, **agreed}, "budget": budget}
+    first = deltas[0].info
+    info |= {key: first[key] for key in ("module", "model") if key in first}
+    patches = [part for part in parts if isinstance(part, Patch)]
+    dense = [part for part in parts if isinstance(part, Dense)]
+    return Delta(patches, dense, {**info, "base": base_of(deltas)})
+
+
+def _carried(deltas: list[Delta]) -> bool:
+    """Whether the result carries the base's values: if every parent does."""
+    return all(delta.reversible for delta in deltas)
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1.0] * count
+    found = [_number("a weight", weight) for weight in weights]
+    if len(found) != count:
+        raise ConfigError(f"weights must have a number for each delta: {count}; got {len(found)}.")
+    return found
+
+
+def _number(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{what} must be a finite number; got {value!r}.")
+    return float(value)
+
+
+def _example(model: nn.Linear, at: int, value: float) -> Delta:
+    """A delta of one scalar, for the examples above."""
+    from selectune.delta.file.model_info import base_info
+
+    old = model.weight.detach().reshape(-1)[at : at + 1]
+    patch = Patch.make("weight", tuple(model.weight.shape), torch.tensor([at]), torch.tensor([value]), old)
+    return Delta([patch], [], {"base": base_info(model)})

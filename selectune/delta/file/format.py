@@ -1,0 +1,313 @@
+"""A delta as bytes and back: the only reader and the only writer (docs/delta-format.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selectune.bits import DTYPES, FLOATS, dtype_name, raw
+from selectune.delta.file import schema
+from selectune.delta.file.codec import decode_gaps, encode_gaps
+from selectune.delta.file.container import MAX_HEADER, ByteStream, layout, pack, read_metadata
+from selectune.delta.file.fingerprint import delta_fingerprint
+from selectune.delta.file.parts import KINDS, Dense, Patch, check_parts
+from selectune.delta.file.schema import (
+    canonical_json,
+    check_hex,
+    check_int,
+    check_keys,
+    check_name,
+    parse_json,
+    sha256,
+)
+from selectune.errors import DeltaError, DeltaFormatError
+
+FORMAT = "selectune-delta"
+VERSION = 1
+MAX_TENSORS = 65_536
+MAX_DIMS = 16
+HEAD = 8 + MAX_HEADER
+"""Bytes from the file's start that always hold the whole header."""
+
+_KEYS = {"format", "version", "patches", "dense", "digests", "info", "digest"}
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def encode(patches: Sequence[Patch], dense: Sequence[Dense], info: dict[str, Any]) -> bytes:
+    """Serialise a delta; the same delta always gives the same bytes. Patches without scalars are left out.
+
+    Raises DeltaError or NonFiniteError for parts that do not fit each other, DeltaFormatError for an `info`
+    outside the schema.
+    """
+    patches = [patch for patch in patches if patch.indices.numel() or patch.zeroed]
+    dense = list(dense)
+    check_parts(patches, dense)
+    schema.check_info(info, sum(patch.indices.numel() for patch in patches))
+    words = [encode_gaps(patch.indices.numpy()) for patch in patches]
+    payload = _payload(patches, dense, words)
+    metadata: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "patches": [
+            [p.name, list(p.shape), dtype_name(p.dtype), p.indices.numel(), len(w), p.base_digest]
+            for p, w in zip(patches, words, strict=True)
+        ],
+        "dense": [[d.kind, d.name, list(d.tensor.shape), dtype_name(d.tensor.dtype), d.base_digest] for d in dense],
+        "digests": {key: sha256(data) for key, data in payload.items()},
+        "info": info,
+    }
+    if any(p.zeroed for p in patches):
+        metadata["zeroed"] = [p.name for p in patches if p.zeroed]
+    metadata["digest"] = sha256(canonical_json(metadata))
+    streams = _streams(metadata)
+    head = pack(canonical_json(metadata), streams)
+    return b"".join([head, *(payload[stream.key].data for stream in streams)])
+
+
+def _payload(patches: Sequence[Patch], dense: Sequence[Dense], words: list[np.ndarray]) -> dict[str, np.ndarray]:
+    chunks: dict[str, list[np.ndarray]] = {}
+    for patch, coded in zip(patches, words, strict=True):
+        name = dtype_name(patch.dtype)
+        chunks.setdefault("indices", []).append(coded)
+        chunks.setdefault(f"values.{name}", []).append(raw(patch.values))
+        if patch.base_values is not None:
+            chunks.setdefault(f"old.{name}", []).append(raw(patch.base_values))
+        if patch.order is not None:
+            chunks.setdefault("order", []).append(patch.order.numpy().astype("<u4"))
+    for i, entry in enumerate(dense):
+        chunks[f"dense.{i}"] = [raw(entry.tensor)]
+        if entry.base_tensor is not None:
+            chunks[f"old_dense.{i}"] = [raw(entry.base_tensor)]
+    return {key: np.concatenate(parts) for key, parts in chunks.items()}
+
+
+def _streams(metadata: dict[str, Any]) -> list[ByteStream]:
+    """The streams that a checked metadata announces, in the file's order."""
+    digests = metadata["digests"]
+    counts: dict[str, int] = {}
+    olds: dict[str, int] = {}
+    zeroed = set(metadata.get("zeroed", ()))
+    for name, shape, dtype, count, _, _ in metadata["patches"]:
+        counts[dtype] = counts.get(dtype, 0) + count
+        olds[dtype] = olds.get(dtype, 0) + (math.prod(shape) if name in zeroed else count)
+    found = []
+    if counts:
+        found.append(ByteStream("indices", "U16", (sum(row[4] for row in metadata["patches"]),)))
+    if counts and "order" in digests:
+        found.append(ByteStream("order", "U32", (sum(counts.values()),)))
+    old = any(key.startswith("old") for key in digests)
+    for prefix, sizes in (("values", counts), ("old", olds)) if old else (("values", counts),):
+        found += [ByteStream(f"{prefix}.{dtype}", dtype, (count,)) for dtype, count in sizes.items()]
+    for prefix in ("dense", "old_dense") if old else ("dense",):
+        found += [
+            ByteStream(f"{prefix}.{i}", dtype, tuple(shape))
+            for i, (_, _, shape, dtype, _) in enumerate(metadata["dense"])
+        ]
+    return layout(found)
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def check_head(head: bytearray, size: int) -> None:
+    """Refuse a file by its first HEAD bytes and its size, before the rest is read."""
+    _read_head(head, size)
+
+
+def decode(data: bytes | bytearray) -> tuple[list[Patch], list[Dense], dict[str, Any]]:
+    """Read a delta from bytes, checking everything that docs/delta-format.md lists; nothing is run or opened.
+
+    The tensors returned share memory with `data` if it is a bytearray (which the caller must then leave
+    alone). Raises DeltaFormatError for whatever is wrong.
+    """
+    owned = data if isinstance(data, bytearray) else bytearray(data)
+    metadata, streams, begin = _read_head(owned, len(owned))
+    payload = _split(owned, streams, begin, metadata["digests"])
+    try:
+        patches = _read_patches(metadata, payload)
+        dense = _read_dense(metadata, payload)
+        check_parts(patches, dense)
+    except DeltaFormatError:
+        raise
+    except DeltaError as error:
+        raise DeltaFormatError(f"the delta is damaged: {error}") from error
+    base = metadata["info"]["base"]
+    if delta_fingerprint(base["structure"], patches, dense) != base["fingerprint"]:
+        raise DeltaFormatError("info.base.fingerprint does not agree with the digests of the patches")
+    return patches, dense, metadata["info"]
+
+
+def _read_head(head: bytes | bytearray, size: int) -> tuple[dict[str, Any], list[ByteStream], int]:
+    text, raw_header, entries = read_metadata(head, size)
+    metadata = _read_metadata(text)
+    streams = _streams(metadata)
+    announced, there = {stream.key for stream in streams}, set(entries)
+    if announced != there or announced != set(metadata["digests"]):
+        odd = sorted((announced ^ there) | (announced ^ set(metadata["digests"])))[:3]
+        raise DeltaFormatError(
+            "tensors of the file are not those that its metadata announces: "
+            + ", ".join(ascii(key)[:80] for key in odd)
+        )
+    if raw_header != pack(text, streams):
+        raise DeltaFormatError(
+            "the file's header is not the one that its metadata calls for: wrong dtype, shape, "
+            "offsets, order or spacing"
+        )
+    expected = len(raw_header) + sum(stream.nbytes for stream in streams)
+    if size != expected:
+        raise DeltaFormatError(
+            f"the file has {size} bytes; its metadata calls for {expected}: cut short or appended to"
+        )
+    return metadata, streams, len(raw_header)
+
+
+def _read_metadata(text: str) -> dict[str, Any]:
+    metadata = parse_json(text, "the delta's metadata")
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise DeltaFormatError(f'the file is no delta: its metadata does not say format "{FORMAT}"')
+    version = metadata.get("version")
+    if type(version) is not int or version != VERSION:
+        raise DeltaFormatError(
+            f"the delta has format version {ascii(version)[:40]}; this selectune reads version {VERSION}. "
+            f"A newer selectune may have written it"
+        )
+    check_keys(metadata, _KEYS, "the delta's metadata", {"zeroed"})
+    if sum(len(metadata[key]) for key in ("patches", "dense") if isinstance(metadata[key], list)) > MAX_TENSORS:
+        raise DeltaFormatError(f"the delta names more than {MAX_TENSORS} tensors")
+    check_hex(metadata["digest"], 64, "the metadata's digest")
+    if canonical_json(metadata) != text:
+        raise DeltaFormatError("the delta's metadata is not in canonical form: damaged, or not written by selectune")
+    rest = {key: value for key, value in metadata.items() if key != "digest"}
+    if sha256(canonical_json(rest)) != metadata["digest"]:
+        raise DeltaFormatError("the delta's metadata does not have the digest it claims: damaged or edited")
+    _check_rows(metadata)
+    if not isinstance(metadata["digests"], dict):
+        raise DeltaFormatError("the delta's digests must be an object")
+    for key, digest in metadata["digests"].items():
+        check_hex(digest, 64, f"the digest of stream {ascii(key)[:80]}")
+    schema.check_info(metadata["info"], sum(row[3] for row in metadata["patches"]))
+    return metadata
+
+
+def _check_rows(metadata: dict[str, Any]) -> None:
+    for what, width in (("patches", 6), ("dense", 5)):
+        rows = metadata[what]
+        if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != width for row in rows):
+            raise DeltaFormatError(f"the delta's {what} must be a list of rows of {width}")
+    zeroed = _check_zeroed(metadata)
+    for name, shape, dtype, count, words, base in metadata["patches"]:
+        check_name(name)
+        numel = _check_shape(name, shape)
+        if dtype not in tuple(FLOATS):
+            raise DeltaFormatError(f'patch "{name}" has dtype {ascii(dtype)[:40]}; allowed: {", ".join(FLOATS)}')
+        check_int(count, f'the count of "{name}"', 0 if name in zeroed else 1, numel)
+        check_int(words, f'the words of "{name}"', count, count + numel // 0xFFFF if count else 0)
+        check_hex(base, 16, f'the base digest of "{name}"')
+    for kind, name, shape, dtype, base in metadata["dense"]:
+        check_name(name)
+        _check_shape(name, shape)
+        if kind not in KINDS:
+            raise DeltaFormatError(f'dense "{name}" has kind {ascii(kind)[:40]}; allowed: {", ".join(KINDS)}')
+        if dtype not in tuple(DTYPES):
+            raise DeltaFormatError(f'dense "{name}" has dtype {ascii(dtype)[:40]}; allowed: {", ".join(DTYPES)}')
+        check_hex(base, 16, f'the base digest of "{name}"')
+
+
+def _check_zeroed(metadata: dict[str, Any]) -> set[str]:
+    """The names of the patches whose unlisted entries are 0: some of the patches, in their order, or no key at all."""
+    if "zeroed" not in metadata:
+        return set()
+    names = metadata["zeroed"]
+    if not isinstance(names, list) or not names or any(not isinstance(name, str) for name in names):
+        raise DeltaFormatError("the delta's zeroed must be a list of names, and absent where there are none")
+    known = set(names)
+    if [row[0] for row in metadata["patches"] if isinstance(row[0], str) and row[0] in known] != names:
+        raise DeltaFormatError("the delta's zeroed must name some of its patches, each once, in their order")
+    return known
+
+
+def _check_shape(name: str, shape: Any) -> int:
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS:
+        raise DeltaFormatError(f'the shape of "{name}" must be a list of at most {MAX_DIMS} sizes')
+    for size in shape:
+        check_int(size, f'a size of "{name}"')
+    return check_int(math.prod(shape), f'the number of entries of "{name}"', 0, 2**62)
+
+
+def _split(data: bytearray, streams: list[ByteStream], begin: int, digests: dict[str, str]) -> dict[str, memoryview]:
+    payload = {}
+    view = memoryview(data)
+    for stream in streams:
+        end = begin + stream.nbytes
+        payload[stream.key] = view[begin:end]
+        if sha256(payload[stream.key]) != digests[stream.key]:
+            raise DeltaFormatError(f'stream "{stream.key}" does not have the digest it should: the file is damaged')
+        begin = end
+    return payload
+
+
+def _tensor(data: memoryview, dtype: torch.dtype) -> Tensor:
+    """A flat tensor over the bytes, in the machine's byte order."""
+    if not len(data):
+        return torch.empty(0, dtype=dtype)
+    integers = np.frombuffer(data, dtype=f"<u{dtype.itemsize}").astype(f"=u{dtype.itemsize}", copy=False)
+    if dtype == torch.bool and integers.max() > 1:
+        raise DeltaFormatError("a stream of booleans holds bytes other than 0 and 1")
+    return torch.from_numpy(integers).view(dtype)
+
+
+def _read_patches(metadata: dict[str, Any], payload: dict[str, memoryview]) -> list[Patch]:
+    words = np.frombuffer(payload.get("indices", b""), dtype="<u2")
+    order = _tensor(payload["order"], torch.int32) if "order" in payload else None
+    flat = {
+        key: _tensor(data, DTYPES[key.partition(".")[2]])
+        for key, data in payload.items()
+        if key.startswith(("values.", "old."))
+    }
+    done: dict[str, int] = {}
+    done_old: dict[str, int] = {}
+    zeroed = set(metadata.get("zeroed", ()))
+    word = scalar = 0
+    patches = []
+    for name, shape, dtype, count, length, base in metadata["patches"]:
+        indices = decode_gaps(words[word : word + length], count, math.prod(shape), name)
+        at = slice(done.get(dtype, 0), done.get(dtype, 0) + count)
+        covered = math.prod(shape) if name in zeroed else count
+        at_old = slice(done_old.get(dtype, 0), done_old.get(dtype, 0) + covered)
+        old = flat.get(f"old.{dtype}")
+        patches.append(
+            Patch(
+                name,
+                tuple(shape),
+                DTYPES[dtype],
+                torch.from_numpy(indices),
+                flat[f"values.{dtype}"][at],
+                base,
+                None if old is None else old[at_old],
+                None if order is None else order[scalar : scalar + count],
+                name in zeroed,
+            )
+        )
+        word, scalar, done[dtype], done_old[dtype] = word + length, scalar + count, at.stop, at_old.stop
+    return patches
+
+
+def _read_dense(metadata: dict[str, Any], payload: dict[str, memoryview]) -> list[Dense]:
+    found: Iterable[Any] = enumerate(metadata["dense"])
+    return [
+        Dense(
+            name,
+            kind,
+            _tensor(payload[f"dense.{i}"], DTYPES[dtype]).view(shape),
+            base,
+            _tensor(payload[f"old_dense.{i}"], DTYPES[dtype]).view(shape) if f"old_dense.{i}" in payload else None,
+        )
+        for i, (kind, name, shape, dtype, base) in found
+    ]

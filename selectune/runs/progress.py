@@ -1,0 +1,120 @@
+"""What a run does between the Trainer's steps: measure, keep the log, tell whoever follows, stop when asked to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from selectune.runs.folder import rotate
+from selectune.runs.stop import Stop
+from selectune.train import Tuner
+
+if TYPE_CHECKING:
+    from selectune.runs.training import Progress
+
+
+class AskedError(Exception):
+    """A measurement was broken off, since the run is to stop: where it is, its checkpoint has all there is."""
+
+
+class RunCallback(TrainerCallback):
+    """Keeps `history`: one record for each logged loss and each evaluation, in checkpoints too.
+
+    `history`: of the run up to its checkpoint. `unmeasured`: whether that checkpoint's step has yet to be measured.
+    `stop`: when it is asked, this step's checkpoint is written and training ends. `keep`: how many checkpoints stay.
+    """
+
+    def __init__(
+        self,
+        tuner: Tuner,
+        steps: int,
+        measure: Callable[[Callable[[], None]], float],
+        eval_every: int | None,
+        progress: Progress | None,
+        stop: Stop,
+        keep: int | None = None,
+        history: list[dict[str, Any]] | None = None,
+        unmeasured: bool = False,
+    ) -> None:
+        self.tuner, self.steps, self.measure = tuner, steps, measure
+        self.eval_every, self.progress, self.stop, self.keep = eval_every, progress, stop, keep
+        self.history: list[dict[str, Any]] = history or []
+        self.unmeasured = unmeasured
+        self.stopped_at: int | None = None
+        self.loss: float | None = None
+        self.metric: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.save_steps = args.save_steps  # a resumed run has those of its checkpoint otherwise
+        if self.unmeasured:
+            self._measure(int(state.global_step))
+            if self.unmeasured:
+                self.stopped_at = int(state.global_step)
+                raise AskedError
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = int(state.global_step)
+        if self.eval_every and step % self.eval_every == 0 and step < self.steps:
+            self._measure(step)
+        if self.stop.asked:
+            self.stopped_at = step
+            control.should_save = control.should_training_stop = True
+        if control.should_save:
+            control.should_log = True  # else a resumed run's next loss would be the mean over fewer steps
+        self._tell(step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.keep is not None:
+            rotate(Path(args.output_dir), self.keep)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self.loss = float(logs["loss"])
+        kept = ("loss", "grad_norm", "learning_rate", "epoch", "selected", "quota")
+        self.history.append({"step": int(state.global_step), **{k: _plain(logs[k]) for k in kept if k in logs}})
+        if not math.isfinite(self.loss):
+            control.should_training_stop = True
+        self._tell(int(state.global_step))
+
+    def _measure(self, step: int) -> None:
+        """The metric, unless the run is to stop: a measurement may take long, and the resumed run makes it first."""
+        self.unmeasured = True
+        try:
+            self.metric = self.measure(self._look)
+        except AskedError:
+            return
+        self.unmeasured = False
+        before = [record["step"] < step for record in self.history]  # a resumed run has the step's loss already
+        at = before.index(False) if False in before else len(before)
+        self.history.insert(at, {"step": step, "metric": self.metric, "selected": self.tuner.selected})
+
+    def _look(self) -> None:
+        if self.stop.asked:
+            raise AskedError
+
+    def _tell(self, step: int) -> None:
+        if self.progress is not None:
+            from selectune.runs.training import Update
+
+            self.progress.update(
+                Update(step, self.steps, self.loss, self.tuner.selected, self.tuner.budget, self.metric)
+            )
+
+
+class AfterStep(TrainerCallback):
+    """Calls a function with the step's number after the optimizer's step, while gradients are still there."""
+
+    def __init__(self, function: Callable[[int], None]) -> None:
+        self.function = function
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.function(int(state.global_step))
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int) else float(value)

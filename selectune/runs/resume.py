@@ -1,0 +1,174 @@
+"""Going on with a run: what is kept in its checkpoints, which one is taken, and what must be as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selectune import tasks
+from selectune.adapters import Adapted
+from selectune.errors import CheckpointError, ConfigError
+from selectune.files import Manifest, checkpoints, read_json, verify, write_durably
+from selectune.models.bases import resolve
+from selectune.runs.config import RunConfig
+from selectune.runs.folder import RUN_FILE
+from selectune.train import STATE_FILE, read_state
+
+log = logging.getLogger("selectune")
+
+MODULE_FILE = "module.safetensors"
+"""What a module keeps between steps beside its weights, in a checkpoint."""
+
+_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE, RUN_FILE)
+_FIELDS: dict[str, Any] = {
+    "step": int, "settings": dict, "rows": str, "seconds": int | float, "versions": dict, "unmeasured": bool,
+    "history": list,
+}  # fmt: skip
+MAX_RUN = 1 << 26
+"""Bytes of a run.json, whose history grows with a run."""
+_FREE = ("out", "data", "eval_every", "save_every", "keep", "full_checkpoints", "report_to")  # no bit depends on these
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint of `selectune train`. `unmeasured`: its step was to be measured, and stopped before."""
+
+    folder: Path
+    run: str
+    step: int
+    settings: Mapping[str, Any]
+    rows: str
+    seconds: float
+    history: Sequence[Mapping[str, Any]]
+    versions: Mapping[str, str]
+    unmeasured: bool = False
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """What a delta's bits depend on, with defaults filled in; the model by its name, since a folder may be moved."""
+    settings = {key: value for key, value in config.as_json().items() if key not in _FREE}
+    settings["lr"], settings["method"] = config.learning_rate, config.canonical
+    settings["model"] = resolve(config.model, config.revision).id
+    if config.max_steps is None and config.epochs is None:
+        settings["epochs"] = tasks.get(config.task).epochs
+    return settings
+
+
+def digest_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """16 hex digits over encoded rows, in their order."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps(row, sort_keys=True).encode())
+    return found.hexdigest()[:16]
+
+
+def write_run(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes a checkpoint's run.json: what `Checkpoint` holds."""
+    write_durably(folder / RUN_FILE, json.dumps(record, indent=2).encode())
+
+
+def load_module(found: Checkpoint, adapted: Adapted | None) -> None:
+    """Gives a module what it had kept; raises ConfigError for a checkpoint that lacks it."""
+    if adapted is None or adapted.ranks is None:
+        return
+    if not (found.folder / MODULE_FILE).is_file():
+        raise ConfigError(f"{found.folder} has no {MODULE_FILE}, which {adapted.spec.kind} needs to go on.")
+    adapted.ranks.load_state_dict(read_state(found.folder / MODULE_FILE))
+
+
+def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:
+    """The checkpoint that a run is to go on from: a folder, or the newest whole one in `out` (True).
+
+    Raises ConfigError where there is none, and for one of another run, naming each setting that differs;
+    CheckpointError for one that is incomplete or damaged. Of those in `out` the log says which were passed over, and
+    why. Reads no model and no data.
+    """
+    if not isinstance(resume, bool):
+        found = _explicit(Path(resume))
+        _same_run(found, config)
+        return found
+    out, mine = Path(str(config.out)), settings_of(config)
+    others: list[Checkpoint] = []
+    broken: list[str] = []
+    for folder in checkpoints(out):
+        try:
+            found = read(folder)
+        except CheckpointError as error:
+            broken.append(str(error))
+            continue
+        if found.settings == mine:
+            for problem in broken:
+                log.warning("Passed over: %s", problem)
+            return found
+        others.append(found)
+    if others:
+        _same_run(others[0], config)
+    if broken:
+        raise CheckpointError(f"No checkpoint in {out} is whole, so there is nothing to go on from: {' '.join(broken)}")
+    raise ConfigError(
+        f"There is no checkpoint to resume in {config.out}. A run writes them with save_every=K (command line: "
+        "--save-every K); without one, start anew."
+    )
+
+
+def read(folder: Path) -> Checkpoint:
+    """A folder as a checkpoint, each of its files as its manifest says; CheckpointError says what is wrong."""
+    manifest = verify(folder)
+    missing = [name for name in _FILES if name not in manifest.files]
+    if missing:
+        raise CheckpointError(f"{folder} is no checkpoint of selectune train: it was made without {missing[0]}.")
+    told = read_json(folder / RUN_FILE, limit=MAX_RUN, error=CheckpointError)
+    wrong = _wrong(told, manifest)
+    if wrong:
+        raise CheckpointError(f"{folder / RUN_FILE} is not that of a checkpoint: {wrong}.")
+    return Checkpoint(folder=folder, run=str(manifest.about["run"]), **told)
+
+
+def _wrong(told: Any, manifest: Manifest) -> str:
+    """What in a checkpoint's run.json is not as `write_run` writes it, or nothing."""
+    if not isinstance(told, dict) or told.keys() != _FIELDS.keys():
+        return f"it must have the keys {', '.join(_FIELDS)}"
+    for name, kind in _FIELDS.items():
+        if not isinstance(told[name], kind) or (isinstance(told[name], bool) and kind is not bool):
+            return f"its {name} is {told[name]!r:.60}"
+    if not all(isinstance(record, dict) and type(record.get("step")) is int for record in told["history"]):
+        return "its history has a record without a step"
+    if manifest.about.get("step") != told["step"] or not isinstance(manifest.about.get("run"), str):
+        return f"its step {told['step']} is not the manifest's"
+    return ""
+
+
+def _explicit(folder: Path) -> Checkpoint:
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise ConfigError(f"The checkpoint {folder} {what}; expected a folder such as OUT/checkpoint-100.")
+    inside = [path.name for path in checkpoints(folder)]
+    if inside:
+        raise ConfigError(f"{folder} is the folder of a run. Its checkpoints, newest first: {', '.join(inside[:5])}.")
+    try:
+        return read(folder)
+    except CheckpointError as error:
+        others = []
+        for other in checkpoints(folder.parent):
+            with contextlib.suppress(CheckpointError):
+                if other != folder:
+                    others.append(read(other).folder.name)
+        whole = f" Beside it these are whole: {', '.join(others)}." if others else ""
+        raise CheckpointError(f"{error}{whole}") from error
+
+
+def _same_run(found: Checkpoint, config: RunConfig) -> None:
+    mine = settings_of(config)
+    names = [n for n in {**found.settings, **mine} if found.settings.get(n) != mine.get(n)]
+    if names:
+        told = ", ".join(f"{n} ({found.settings.get(n)!r} there, {mine.get(n)!r} now)" for n in names)
+        raise ConfigError(
+            f"The checkpoint {found.folder} is of a run with other settings: {told}. Resume with the settings that "
+            "made it, or start anew without --resume."
+        )

@@ -1,0 +1,386 @@
+"""The dense phase of a run: latents in, their gradients, the weights that follow, and the way back to sparse.
+
+While the phase is on, autograd gives every weight in scope its ordinary dense gradient and the taps are
+asleep. Latents that are not the weight itself are parameters on the model, hidden from its state dict;
+a hook turns a weight's gradient into theirs as it appears. At the end the weights are the base again, bit
+for bit, the best entries get their slots, and of the phase nothing stays that is larger than O(B).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from selectune import bits, internals, ops
+from selectune.errors import ConfigError, IntegrityError, NonFiniteError, OptimizerError
+from selectune.frames import Call
+from selectune.ops.scratch import scratch
+from selectune.phases import DensePhase, Here
+from selectune.scope import OWN, Found
+from selectune.seeds import Stream, mixed
+from selectune.train.choose.scan import scan
+from selectune.train.proof import BaseCopy
+from selectune.train.tracker import Tracker
+from selectune.types import Phased, Schedule
+
+log = logging.getLogger("selectune")
+
+WIDE = (torch.float32, torch.float64)
+
+
+class Phase:
+    """Turns a run's dense phase on and off, and follows its steps."""
+
+    def __init__(
+        self,
+        carrier: nn.Module,
+        kind: DensePhase,
+        schedule: Schedule | None,
+        found: Found,
+        tracker: Tracker,
+        base: BaseCopy,
+    ) -> None:
+        self.kind, self.tracker, self.tensors = kind, tracker, found.tensors
+        self.schedule = schedule if isinstance(schedule, Phased) else None
+        self.on = False
+        self.reached: set[int] = set()  # tensors that ever sent a gradient here
+        self._carrier, self._base, self._heads, self._total = carrier, base, found.dense, found.eligible
+        self._before: list[Tensor] = []  # what the heads were when the phase began
+        self._hooks: list[RemovableHandle] = []
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._step_call: Call | None = None  # the running optimizer.step()
+        self._pulled = False  # a gradient came since the last step
+        self._seen: list[int] = []  # versions of the latents that the weights follow
+        self.latents = [self._make(t.parameter) for t in self.tensors]
+        tracker.taps.before_forward = self.before_forward
+        self.begin()
+
+    def _make(self, weight: nn.Parameter) -> list[nn.Parameter]:
+        if self.kind.itself and weight.dtype in WIDE:
+            return [weight]
+        return [nn.Parameter(torch.empty(0, dtype=_wide(weight), device=weight.device)) for _ in self.kind.latents]
+
+    # -- what is trained
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The latents while the phase is on, tensor by tensor."""
+        return [latent for latents in self.latents for latent in latents] if self.on else []
+
+    def rates(self) -> dict[int, float]:
+        """{id of a latent: its own learning rate}, of latents that have one."""
+        own = list(self.kind.latents.values())
+        rates = [(latent, rate) for latents in self.latents for latent, rate in zip(latents, own, strict=True)]
+        return {id(latent): rate for latent, rate in rates if rate is not None}
+
+    def bytes(self) -> int:
+        """Bytes beside the model while the phase is on: base, latents, gradients, and two moments each of AdamW.
+
+        Beside them: the heads as they were, and memory in the size of the largest tensor that all of them use in turn.
+        """
+        total = sum(t.numel() * t.element_size() for t in self._before)
+        total += self._largest(lambda index, weight: any(p.shape != weight.shape for p in self.latents[index]))
+        total += self._largest(self._works_on_a_base)
+        for tensor, latents in zip(self.tensors, self.latents, strict=True):
+            weight = tensor.parameter
+            own = len(latents) == 1 and latents[0] is weight
+            trained = sum(latent.numel() * latent.element_size() for latent in latents)
+            total += weight.numel() * weight.element_size() + trained * (3 if own else 4)
+        return total
+
+    def _largest(self, which: Callable[[int, nn.Parameter], bool]) -> int:
+        """Bytes of memory that these tensors use in turn."""
+        weights = [t.parameter for t in self.tensors if which(t.index, t.parameter)]
+        return max((w.numel() * _wide(w).itemsize for w in weights), default=0)
+
+    def _works_on_a_base(self, index: int, weight: nn.Parameter) -> bool:
+        """Whether the base of a phase is not the copy that is held: widened, or with the values of earlier rounds."""
+        return weight.dtype not in WIDE or self.tracker.ledger.pages[index].flat.numel() > 0
+
+    # -- on and off
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Every entry in scope is trained from here on."""
+        self.on, self._pulled = True, False
+        self.tracker.taps.asleep = True
+        self.tracker.taps.forget()
+        self.tracker.ledger.offsets.grad = None
+        self._base.hold(self.tensors, self.tracker.ledger)
+        self._before = [] if self.kind.found else [t.parameter.detach().clone() for t in self._heads]
+        for index, (tensor, latents) in enumerate(zip(self.tensors, self.latents, strict=True)):
+            tensor.parameter.requires_grad_(True)
+            if latents[0] is not tensor.parameter:
+                begun = self.kind.start(_widened(tensor.parameter.detach()))
+                for name, latent, start in zip(self.kind.latents, latents, begun, strict=True):
+                    latent.data = start
+                    self._carrier.register_parameter(f"{OWN}{name}_{index}", latent)
+            hook = functools.partial(self._pull, index)
+            self._hooks.append(tensor.parameter.register_post_accumulate_grad_hook(hook))
+        self.refresh()
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Rewinds the weights, gives the best entries their slots, and frees all that is dense.
+
+        Raises NonFiniteError, with nothing changed, if the phase ended in numbers that cannot be compared.
+        """
+        tracker, ledger = self.tracker, self.tracker.ledger
+        broken = [t.name for t in self.tensors if not bool(torch.isfinite(self.kind.change(self._here(t.index))).all())]
+        if broken:
+            raise NonFiniteError(
+                f"The dense phase ended at step {tracker.step} with NaN or infinity in {len(broken)} tensors "
+                f"({', '.join(broken[:3])}), so its changes cannot be ranked. Lower its learning rate."
+            )
+        quota = 0 if self.schedule is None else self.schedule.target(tracker.step) - ledger.selected
+        method = tracker.method
+        collector = method.select.collector(quota, [t.parameter.numel() for t in self.tensors], tracker.seed)
+        for tensor in self.tensors:
+            change = self.kind.change(self._here(tensor.index))
+            tensor.parameter.copy_(self._base.dense[tensor.name])
+            if method.score is not None and quota > 0:
+                scan(collector, method.score, tensor, ledger.pages[tensor.index].flat, change)
+        tensors, flat, found = collector.close()
+        if flat.numel() < quota:
+            tracker.events["shortfall"] += quota - flat.numel()
+        slots = ledger.add(tensors, flat)
+        if self.kind.found:
+            ledger.offsets[slots] = found.to(ledger.offsets)
+        tracker.write_weights()
+        self._rewind_heads()
+        self._restart(ledger.offsets)
+        self.free()
+
+    def free(self) -> None:
+        """Turns the phase off: what it held is released, whatever the weights are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for index, (tensor, latents) in enumerate(zip(self.tensors, self.latents, strict=True)):
+            tensor.parameter.requires_grad_(False)
+            tensor.parameter.grad = None
+            for name, latent in zip(self.kind.latents, latents, strict=True):
+                latent.grad = None
+                for optimizer in self._optimizers:
+                    internals.forget(optimizer, latent)
+                if latent is not tensor.parameter:
+                    latent.data = latent.data.new_empty(0)
+                    self._carrier._parameters.pop(f"{OWN}{name}_{index}", None)
+        self._base.release(self.tensors)
+        self._before.clear()
+        ops.release()
+        self.tracker.taps.asleep = False
+        self.on = False
+
+    def _rewind_heads(self) -> None:
+        if self.kind.found:
+            return
+        for tensor, before in zip(self._heads, self._before, strict=True):
+            tensor.parameter.copy_(before)
+            self._restart(tensor.parameter)
+
+    def _restart(self, parameter: nn.Parameter) -> None:
+        """A tensor that goes on from its old value starts with a fresh optimizer state."""
+        parameter.grad = None
+        for optimizer in self._optimizers:
+            internals.forget(optimizer, parameter)
+
+    # -- forward and backward
+
+    def before_forward(self, inside: bool = True) -> None:
+        """Brings the weights up to date before the outermost module runs."""
+        if not self.on:
+            self.tracker.before_forward(inside)
+            self.turn()
+            return
+        self.tracker.ledger.follow()
+        if self._versions() == self._seen:
+            return
+        if self._pulled and not self._in_step():
+            raise OptimizerError(
+                "The tensors of the dense phase changed without a step of a torch.optim.Optimizer, whose hooks tell "
+                "when the phase is over. Use an optimizer made from torch.optim.Optimizer."
+            )
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Writes the weights that the latents stand for."""
+        for tensor, latents in zip(self.tensors, self.latents, strict=True):
+            weight = tensor.parameter.detach()
+            if latents[0] is tensor.parameter:
+                continue
+            made = self.kind.weight(self._here(tensor.index, weight if weight.dtype in WIDE else None))
+            if made is not weight:
+                weight.copy_(made)
+        self._seen = self._versions()
+
+    @torch.no_grad()
+    def _pull(self, index: int, weight: Tensor) -> None:
+        """A weight's gradient is complete: it becomes that of the latents."""
+        self._pulled = True
+        self.reached.add(index)
+        latents, gradient = self.latents[index], weight.grad
+        if gradient is None:
+            return
+        if gradient.is_sparse:
+            gradient = weight.grad = gradient.to_dense()
+        if latents[0] is not weight:
+            weight.grad = None
+            for latent, part in zip(latents, self.kind.pull(_widened(gradient), self._here(index)), strict=True):
+                latent.grad = _laid_out(part, latent) if latent.grad is None else latent.grad.add_(part)
+        if self._in_step():
+            self._finish(index, lambda latent: True)  # a closure: the optimizer's hook has been and gone
+
+    def _in_step(self) -> bool:
+        return self._step_call is not None and not self._step_call.over()
+
+    def _versions(self) -> list[int]:
+        return [latent._version for latents in self.latents for latent in latents]
+
+    def _here(self, index: int, target: Tensor | None = None) -> Here:
+        """Valid until the next one is made: a base that is not there as such is made in memory used again."""
+        tensor, ledger = self.tensors[index], self.tracker.ledger
+        base, page = self._base.held(tensor), ledger.pages[index]
+        if self._works_on_a_base(index, tensor.parameter):
+            base = _lend(base, "base").copy_(base)
+        if page.flat.numel():  # a later round: selected entries began it at their values
+            values = ledger.values()[page.slot].to(base.device, tensor.parameter.dtype)
+            ops.scatter_entries(base, page.flat, values)
+        stream = Stream(mixed(self.tracker.seed, self.tracker.step, index))
+        latents = tuple(latent.detach() for latent in self.latents[index])
+        return Here(base, latents, stream, self._total, target, True, _lend, ops.uniform)
+
+    # -- the optimizer's step
+
+    def before_step(self, optimizer: torch.optim.Optimizer, call: Call, held: set[int], frozen: set[int]) -> None:
+        """The optimizer is about to step: the phase has its last word on the gradients."""
+        mine = {id(p) for p in self.parameters()}
+        if not held & mine:
+            if held & (frozen | {id(self.tracker.ledger.offsets)}):
+                raise OptimizerError(
+                    f"This {type(optimizer).__name__} holds nothing that the dense phase trains, which is on. Make the "
+                    "optimizer right after attach, over tuner.parameters(): then it holds what all phases train."
+                )
+            return
+        if self._leads(held) and self.schedule is not None and id(self.tracker.ledger.offsets) not in held:
+            raise OptimizerError(
+                f"This {type(optimizer).__name__} holds the tensors of the dense phase and not the tuner's values, so "
+                "nothing would be trained once the phase is over. Make it after attach, over tuner.parameters()."
+            )
+        self._optimizers.add(optimizer)
+        self._step_call = call
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its step
+        for index in range(len(self.tensors)):
+            self._finish(index, lambda latent: id(latent) in held, scale)
+
+    @torch.no_grad()
+    def _finish(self, index: int, holds: Callable[[nn.Parameter], bool], scale: Tensor | None = None) -> None:
+        latents = self.latents[index]
+        gradients = tuple(latent.grad for latent in latents if latent.grad is not None)
+        if len(gradients) < len(latents):
+            return  # no use of this tensor in the step
+        if scale is not None:
+            gradients = tuple(g / scale for g in gradients)
+        else:  # what another optimizer holds gets its last word there
+            gradients = tuple(g if holds(latent) else g.clone() for g, latent in zip(gradients, latents, strict=True))
+        for latent, gradient in zip(latents, self.kind.step(gradients, self._here(index)), strict=True):
+            if holds(latent):
+                latent.grad = _laid_out(gradient if scale is None else gradient * scale, latent)
+
+    def after_step(self, held: set[int], skipped: bool) -> None:
+        """The optimizer has stepped; the one that holds the first latent counts the step."""
+        self._step_call = None
+        if skipped or not self._leads(held) or not self._pulled:
+            return
+        self._pulled = False
+        self.tracker.step += 1
+        self.turn()
+        if self.on:
+            self.refresh()
+
+    def turn(self) -> None:
+        """Begins or ends the phase if the schedule says so."""
+        wanted = self.schedule is None or self.schedule.dense(self.tracker.step)
+        if self.on and not wanted:
+            self.end()
+        elif wanted and not self.on:
+            self.begin()
+
+    def weights_changed(self) -> None:
+        """Somebody loaded weights into the model: latents follow where they can be told from weights."""
+        for tensor, latents in zip(self.tensors, self.latents, strict=True):
+            weight, latent = tensor.parameter.detach(), latents[0].detach()
+            if latents[0] is tensor.parameter:
+                continue
+            meant = self.kind.weight(self._here(tensor.index)).to(weight)
+            same = ops.bits(meant) == ops.bits(weight)
+            if self.kind.itself:
+                latent.copy_(torch.where(same.view_as(latent), latent, weight.to(latent)))
+            elif not bool(same.all()):
+                raise IntegrityError(
+                    f'load_state_dict changed "{tensor.name}" in a dense phase whose weights follow from other '
+                    "tensors, which a state dict does not hold. Detach first, or load before attach."
+                )
+        self._seen = self._versions()
+
+    def _leads(self, held: set[int]) -> bool:
+        return id(self.latents[0][0]) in held
+
+    # -- resuming a run
+
+    def state(self) -> dict[str, Any]:
+        """What a later process needs beside the tracker's step and the ledger; dense while the phase is on."""
+        latents = [[p.detach().clone() for p in latents] for latents in self.latents] if self.on else []
+        return {"on": self.on, "latents": latents, "before": [t.clone() for t in self._before]}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes a `state`, after step and ledger: an optimizer made before still holds its tensors."""
+        self._pulled = False
+        if not state["on"]:
+            if self.on:
+                for tensor in self.tensors:
+                    tensor.parameter.copy_(self._base.dense[tensor.name])
+                self.tracker.write_weights()
+                self.free()
+            return
+        if not self.on:
+            self.begin()
+        saved = [latent for latents in state["latents"] for latent in latents]
+        if [tuple(t.shape) for t in saved] != [tuple(p.shape) for p in self.parameters()]:
+            raise ConfigError(
+                "The saved dense phase is that of another model or method: its tensors have other shapes."
+            )
+        for latent, value in zip(self.parameters(), saved, strict=True):
+            latent.copy_(value)
+        for before, value in zip(self._before, state["before"], strict=True):
+            before.copy_(value)
+        self.refresh()
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return bits.wide(weight.dtype)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide(tensor))
+
+
+def _lend(like: Tensor, purpose: str = "lent") -> Tensor:
+    """Memory of a tensor's shape and strides in a wide dtype: on the CPU the same for all of them."""
+    dtype = _wide(like)
+    if like.device.type == "cpu" and like.is_contiguous():
+        return scratch(f"dense {purpose}", like.shape, dtype)
+    return torch.empty_like(like, dtype=dtype)
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient in the memory layout of its tensor, which fused optimizers take for granted."""
+    return gradient if gradient.stride() == like.stride() else torch.empty_like(like).copy_(gradient)

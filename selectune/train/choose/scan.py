@@ -1,0 +1,200 @@
+"""Scanning: a tensor's scores, piece by piece, into a collector.
+
+Exact and streaming: at most one dense gradient and one piece of scores are alive at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selectune import bits, ops
+from selectune.errors import ConfigError
+from selectune.scope import ScopedTensor
+from selectune.types import Collector, Queueing, Reads, Score
+
+PIECE = 1 << 20  # scalars scored at once: small enough for the caches, large enough to be cheap
+QUEUED_PIECE = 1 << 22  # on a GPU: a few launches for each, 12 bytes of temporary memory a scalar
+
+NOT_ELIGIBLE = float("-inf")
+
+SAME_BITS = (0.0, 1.0, 2.0)  # exponents whose fused scores have the bits of the score's own function
+
+
+def scan(
+    collector: Collector,
+    score: Score,
+    tensor: ScopedTensor,
+    taken: Tensor | None,  # (n,) int64 ascending: flat indices that may not be chosen
+    gradient: Tensor | None = None,  # the weight's shape, or (r, d) for given rows
+    rows: Tensor | None = None,  # (r,) ascending
+    generator: torch.Generator | None = None,
+    ready: Tensor | None = None,  # scores known beforehand, the weight's shape
+) -> bool:
+    """Scores one tensor and offers it; False if a score is NaN or infinite (then it is not offered whole).
+
+    A score that `ops` can filter goes in one pass as soon as the collector has a cutoff, in pieces that
+    double as the cutoff gets better: each then has about as many candidates as the quota.
+    """
+    weight = tensor.parameter.detach()
+    w, g, known = _flat(weight, rows), _flat(gradient), _flat(ready)
+    barred = _barred(tensor, taken, rows)
+    filtered = ready is None and _has_one_pass(score)
+    start, size = 0, max(1, PIECE // 4) if filtered else PIECE
+    if filtered and _cutoff(collector) > NOT_ELIGIBLE:
+        size = max(1, w.numel())
+    while start < w.numel():
+        part = slice(start, start + size)
+        piece = w[part], None if g is None else g[part]
+        mine = barred[torch.searchsorted(barred, start) : torch.searchsorted(barred, start + size)] - start
+        cutoff = _cutoff(collector)
+        if filtered and cutoff > NOT_ELIGIBLE:
+            found = _in_one_pass(score, *piece, mine, cutoff)
+            size *= 2
+        else:
+            found = _one_by_one(score, *piece, mine, None if known is None else known[part], generator)
+        if found is None:
+            return False
+        at, scores, carry = found
+        if rows is None:
+            collector.offer(tensor.index, start if at is None else at + start, scores, carry)
+        else:
+            at = torch.arange(start, start + scores.numel(), device=w.device) if at is None else at + start
+            width = weight.shape[-1]
+            collector.offer(tensor.index, rows[at // width] * width + at % width, scores, carry)
+        start = part.stop
+    return True
+
+
+def queues(tensor: ScopedTensor, collector: Collector) -> bool:
+    """Whether a scan of this tensor can go without the host waiting, and there is a device to wait for."""
+    return tensor.parameter.device.type == "cuda" and isinstance(collector, Queueing)
+
+
+def scan_queued(
+    collector: Queueing,
+    score: Score,
+    tensor: ScopedTensor,
+    taken: Tensor | None,
+    gradient: Tensor,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """As `scan` with a gradient, and nothing is waited for: whether all scores are finite, bool (), is read later."""
+    weight = tensor.parameter.detach()
+    w, g = _flat(weight, rows), _flat(gradient)
+    barred, width = _barred(tensor, taken, None), weight.shape[-1] if weight.ndim else 1
+    wide = bits.wide(w.dtype)
+    finite = torch.ones((), dtype=torch.bool, device=w.device)
+    if rows is not None:  # where each row stands in the block; one past its end if it does not
+        at = w.new_full((weight.shape[0],), rows.numel(), dtype=torch.int64)
+        at[rows] = torch.arange(rows.numel(), device=w.device)
+        barred = at[barred // width] * width + barred % width
+    for start in range(0, w.numel(), QUEUED_PIECE):
+        piece, gradients = w[start : start + QUEUED_PIECE].to(wide), g[start : start + QUEUED_PIECE].to(wide)
+        scores = score(piece, gradients, None)
+        size = scores.numel()
+        finite &= torch.isfinite(scores).all()
+        here = barred - start
+        not_free = torch.zeros(size + 1, dtype=torch.bool, device=w.device)  # the last one stands for all elsewhere
+        not_free[torch.where((here >= 0) & (here < size), here, size)] = True
+        if score.above is not None:
+            not_free[:size] |= scores <= score.above
+        flat: Tensor | int = start
+        if rows is not None:
+            local = torch.arange(start, start + size, device=w.device)
+            flat = rows[local // width] * width + local % width
+        collector.queue(tensor.index, flat, scores.masked_fill(not_free[:size], NOT_ELIGIBLE), gradients)
+    return finite
+
+
+_Found = tuple[Tensor | None, Tensor, Tensor | None]  # positions in the piece (None: all), scores, gradients
+
+
+def _one_by_one(
+    score: Score, w: Tensor, g: Tensor | None, barred: Tensor, known: Tensor | None, generator: torch.Generator | None
+) -> _Found | None:
+    """Every score of a piece; None if one is not finite."""
+    wide = bits.wide(w.dtype)
+    g = None if g is None else g.to(wide)
+    scores = score(w.to(wide), g, generator) if known is None else known
+    if not _finite(scores):
+        return None
+    if score.above is not None:
+        scores = scores.masked_fill(scores <= score.above, NOT_ELIGIBLE)
+    if barred.numel():
+        scores = scores.index_fill(0, barred, NOT_ELIGIBLE)
+    return None, scores, g
+
+
+def _in_one_pass(score: Score, w: Tensor, g: Tensor | None, barred: Tensor, cutoff: float) -> _Found | None:
+    """The scores of a piece that reach the cutoff, none of the others written down; None if one is not finite."""
+    if g is None:
+        at, scores, finite = ops.small_filter(w, cutoff)
+    else:
+        at, scores, finite = ops.score_filter(w, g, score.parameters["exp"], score.parameters["eps"], cutoff)
+    if not bool(finite):
+        return None
+    if barred.numel() and at.numel():
+        nearest = torch.searchsorted(barred, at).clamp_(max=barred.numel() - 1)
+        free = barred[nearest] != at
+        at, scores = at[free], scores[free]
+    return at, scores, None if g is None else g[at]
+
+
+def _has_one_pass(score: Score) -> bool:
+    return score.fused == "small" or (score.fused == "ratio" and score.parameters["exp"] in SAME_BITS)
+
+
+def _cutoff(collector: Collector) -> float:
+    return getattr(collector, "cutoff", NOT_ELIGIBLE)
+
+
+def check_score(score: Score, tensors: Sequence[ScopedTensor]) -> None:
+    """Raises ConfigError for a score that breaks its contract, or whose (|w| + eps)^exp leaves the range of floats."""
+    gradient = None if score.reads in (Reads.WEIGHT, Reads.NOTHING) else torch.linspace(0.5, 1.5, 64)
+    score(torch.linspace(-1.0, 1.0, 64), gradient, torch.Generator().manual_seed(0))  # tried on numbers of no model
+    if score.fused != "ratio" or abs(score.parameters["exp"]) <= 8:
+        return
+    exp, eps = float(score.parameters["exp"]), float(score.parameters["eps"])
+    for tensor in tensors:
+        weight = tensor.parameter.detach()
+        if not weight.numel():
+            continue
+        info = torch.finfo(bits.wide(weight.dtype))
+        ends = [float(weight.abs().min()) + eps, float(weight.abs().max()) + eps]
+        logs = [exp * math.log(end) if end > 0 else -math.copysign(math.inf, exp) for end in ends]
+        if max(logs) >= math.log(info.max) or min(logs) <= math.log(info.tiny):
+            raise ConfigError(
+                f"The score '{score.name}' divides by (|w| + eps)^exp, which with exp={exp:g} and eps={eps:g} leaves "
+                f'the range of {info.dtype} for weights of "{tensor.name}" ({ends[0]:.3g} to {ends[1]:.3g} with '
+                "eps), so scores would be 0 or infinite. Take an exp nearer to 0 (the paper's is 2), or a larger eps."
+            )
+
+
+def _flat(tensor: Tensor | None, rows: Tensor | None = None) -> Any:
+    if tensor is None:
+        return None
+    return (tensor.detach() if rows is None else tensor.detach()[rows]).reshape(-1)
+
+
+def _barred(tensor: ScopedTensor, taken: Tensor | None, rows: Tensor | None) -> Tensor:
+    """Positions that may not be chosen, ascending: in the tensor, or in the block of rows."""
+    device = tensor.parameter.device
+    parts = [torch.arange(tensor.padding.start, tensor.padding.stop, device=device)]
+    if taken is not None:
+        parts.append(taken)
+    barred = parts[0] if taken is None else torch.sort(torch.cat(parts)).values
+    if rows is None or barred.numel() == 0 or rows.numel() == 0:
+        return barred if rows is None else barred[:0]
+    width = tensor.parameter.shape[-1]
+    at = torch.searchsorted(rows, barred // width).clamp_(max=rows.numel() - 1)
+    here = rows[at] == barred // width
+    return at[here] * width + barred[here] % width
+
+
+def _finite(scores: Tensor) -> bool:
+    return bool(torch.isfinite(scores.sum())) or bool(torch.isfinite(scores).all())

@@ -1,0 +1,248 @@
+"""The nodes of the autograd graph that stand between the weights and the one trainable vector.
+
+    offsets (B,) --SplitOffsets--> pieces (n_j,) --SparseLinear | SparseEmbedding | SparseLayerNorm | Tap--> the loss
+
+Forward, the pieces carry no numbers: the weights hold start + offset in place. Backward, every node turns
+its gradient into the gradient of its piece, at the support only, and SplitOffsets gathers the pieces'
+gradients into one (B,) gradient. Dense gradients are formed only for a listener that wants them, and
+live no longer than its `offer`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from selectune import bits, ops
+from selectune.internals import saved_tensors_are_hooked
+from selectune.train.graph.recompute import forget, rebuilt, source
+from selectune.train.ledger import Page, Spots
+
+
+class Listener(Protocol):
+    """What the nodes tell whoever selects."""
+
+    def wants_dense(self, link: Link) -> bool:
+        """Whether this backward pass shall show dense gradients."""
+        ...
+
+    def offer(self, link: Link, gradient: Tensor, rows: Tensor | None = None) -> None:
+        """The dense gradient of a tensor, or of the given rows of it when all others are 0.
+
+        Its memory is used again for the next tensor: what shall outlive the call is copied.
+        """
+        ...
+
+    def watch(self, link: Link, piece: Tensor) -> None:
+        """The gradient (w,) of watched entries of a tensor."""
+        ...
+
+    def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
+        """Ends a backward pass: the gradient (B,) out of the gradients of the pieces."""
+        ...
+
+
+@dataclass(frozen=True)
+class Link:
+    """One tensor in one graph: its number, its entries when the graph was built, who listens, how often it is used."""
+
+    index: int
+    page: Page
+    listener: Listener
+    uses: list[int]  # by tensor, of this graph: gradients expected yet
+    split: Any  # the node where the pieces of this graph come from
+
+
+class SplitOffsets(torch.autograd.Function):
+    """offsets (B,) -> one piece (n_j,) per tensor. Its backward runs when every tensor is done."""
+
+    @staticmethod
+    def forward(ctx: Any, offsets: Tensor, pages: Sequence[Page], listener: Listener) -> tuple[Tensor, ...]:
+        ctx.pages, ctx.listener = pages, listener
+        ctx.set_materialize_grads(False)
+        return tuple(offsets.new_empty(page.flat.numel()) for page in pages)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *pieces: Tensor | None) -> tuple[Tensor, None, None]:
+        forget()
+        return ctx.listener.close(ctx.pages, pieces), None, None
+
+
+class Tap(torch.autograd.Function):
+    """Any use of a weight: forward the weight itself, backward a gather from the dense gradient.
+
+    Not batched by torch.func's vmap, since the weight is the same for all; so it is made outside of the transform.
+    """
+
+    @staticmethod
+    def forward(piece: Tensor, weight: Tensor, link: Link) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        piece, _, ctx.link = inputs
+        ctx.wide, ctx.home = piece.dtype, piece.device
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise NotImplementedError("A weight in scope is not batched.")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        piece = _at_support(ctx.link, lambda spots: ops.gather_entries(gradient, spots.flat), lambda: gradient)
+        return piece.to(ctx.home, ctx.wide), None, None
+
+
+class Reach(torch.autograd.Function):
+    """An output that no selected entry leads to: the same numbers, on a path to the offsets whose gradient is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, piece: Tensor) -> Tensor:
+        return output.clone()  # not a view: it may be changed in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class SparseLinear(torch.autograd.Function):
+    """y = x W^T + b; the gradients of W and b only at their support, or dense on a selecting step.
+
+    x is saved, unless the node that made it can make it again (`rebuild`). Without a link W is frozen;
+    without a `bias_link` the bias is a tensor like any other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, piece: Tensor | None, weight: Tensor, link: Link | None,
+        bias: Tensor | None, bias_piece: Tensor | None, bias_link: Link | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.link, ctx.bias_link, ctx.shape = link, bias_link, x.shape
+        ctx.wide = (bias_piece if piece is None else piece).dtype  # type: ignore[union-attr]
+        ctx.source = None if link is None else source(x)
+        ctx.save_for_backward(x if link is not None and ctx.source is None else None, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return _own(F.linear(x, weight.to(x.dtype), bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = piece = dbias = bias_piece = None
+        with torch.autocast(dy.device.type, enabled=False):
+            flat_dy = _rows(dy)
+            if ctx.needs_input_grad[0]:
+                dx = (flat_dy @ weight.to(dy.dtype)).view(ctx.shape)  # of the flat one: a strided dy is copied once
+            if ctx.needs_input_grad[4]:
+                dbias = flat_dy.sum(0)
+            if ctx.bias_link is not None:
+                bias_piece = _at_support(
+                    ctx.bias_link, lambda spots: ops.sampled_sum(flat_dy, spots.flat), lambda: flat_dy.sum(0)
+                ).to(ctx.wide)
+            if ctx.link is not None:
+                x = rebuilt(ctx.source) if x is None else x
+                flat_x = _rows(x)
+                piece = _at_support(
+                    ctx.link,
+                    lambda spots: ops.sampled_matmul(flat_dy, flat_x, *spots.coordinates(flat_x.shape[-1])),
+                    lambda: ops.weight_gradient(flat_dy, flat_x),
+                ).to(ctx.wide)
+        return dx, piece, None, None, dbias, bias_piece, None
+
+
+class SparseLayerNorm(torch.autograd.Function):
+    """Layer norm over the last dimension; the gradients of its weight and bias only at their support, as above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, eps: float, weight: Tensor, piece: Tensor | None, link: Link | None,
+        bias: Tensor, bias_piece: Tensor | None, bias_link: Link | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.eps, ctx.link, ctx.bias_link = eps, link, bias_link
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.kept_plain = not saved_tensors_are_hooked()
+        return _own(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        links = ctx.link, ctx.bias_link
+        dense = any(link is not None and link.listener.wants_dense(link) for link in links)
+        mask = [ctx.needs_input_grad[0], dense, dense]
+        dx, *whole = torch.ops.aten.native_layer_norm_backward(dy, x, weight.shape, mean, rstd, weight, bias, mask)
+        flat_dy, flat_x = _rows(dy), _rows(x)
+        wide = bits.wide(x.dtype)
+
+        def of_weight(spots: Spots) -> Tensor:
+            normed = (flat_x[:, spots.flat].to(wide) - mean.view(-1, 1)) * rstd.view(-1, 1)
+            return (flat_dy[:, spots.flat] * normed).sum(0)
+
+        def of_bias(spots: Spots) -> Tensor:
+            return ops.sampled_sum(flat_dy, spots.flat)
+
+        pieces = [
+            None if link is None else _at_support(link, sample, lambda k=k: whole[k])
+            for k, (link, sample) in enumerate(zip(links, (of_weight, of_bias), strict=True))
+        ]
+        return dx, None, None, pieces[0], None, None, pieces[1], None
+
+
+class SparseEmbedding(torch.autograd.Function):
+    """Rows of a table; the gradient of the table only at its support, or only of the rows that occur."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, piece: Tensor, table: Tensor, padding: int, link: Link) -> Tensor:
+        ctx.link, ctx.padding, ctx.wide = link, padding, piece.dtype
+        ctx.save_for_backward(ids)
+        return _own(F.embedding(ids, table))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        ids, dy = ids.reshape(-1).long(), _rows(dy)
+        if ctx.padding >= 0:
+            ids = ids.masked_fill(ids == ctx.padding, -1)
+        piece = _at_support(ctx.link, lambda spots: ops.sampled_rows(dy, ids, *spots.coordinates(dy.shape[-1])))
+        if ctx.link.listener.wants_dense(ctx.link):
+            rows, block = ops.row_sums(dy, ids)
+            ctx.link.listener.offer(ctx.link, block, rows)
+        return None, piece.to(ctx.wide), None, None, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """All but the last dimension as one; also where one of them is 0."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _own(output: Tensor) -> Tensor:
+    """An output that may be changed in place: torch does not allow that for a view that a Function made."""
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+
+
+def _at_support(link: Link, sample: Callable[[Any], Tensor], dense: Callable[[], Tensor] | None = None) -> Tensor:
+    """A tensor's gradient at its support, by `sample`; the listener is shown the dense one, and what it watches."""
+    page, listener = link.page, link.listener
+    if dense is not None and listener.wants_dense(link):
+        whole = dense()
+        piece = ops.gather_entries(whole, page.flat)
+        listener.offer(link, whole)
+    else:
+        piece = sample(page)
+    if page.watched is not None:
+        listener.watch(link, sample(page.watched))
+    return piece

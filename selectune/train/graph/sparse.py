@@ -1,0 +1,104 @@
+"""torch's functions of a weight whose gradient can be formed at its support only, each in place of torch's own.
+
+A function returns NotImplemented where it cannot: the weight is then tapped, and its gradient dense for a moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from selectune.internals import in_transform
+from selectune.train.graph.nodes import Link, SparseEmbedding, SparseLayerNorm, SparseLinear
+from selectune.train.graph.weights import SPARSE, Use, Weight, tapped, use_of
+
+
+def _instead_of(function: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def put(ours: Callable[..., Any]) -> Callable[..., Any]:
+        SPARSE[function] = ours
+        return ours
+
+    return put
+
+
+@_instead_of(F.linear)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if in_transform() or weight.dim() != 2:
+        return NotImplemented
+    use, own = use_of(weight), use_of(bias)
+    if use is None and (own is None or _trains(weight)):
+        return NotImplemented
+    x, weight, bias = tapped(input), _numbers(weight, use), _numbers(bias, own)
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    elif x.dtype != weight.dtype or x.is_nested:
+        return NotImplemented
+    piece, link = _counted(use, x)
+    return SparseLinear.apply(x, piece, weight, link, bias, *_counted(own, x))
+
+
+@_instead_of(F.layer_norm)
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    parts = (weight, bias)
+    uses = [use_of(part) for part in parts]
+    if in_transform() or any(p is None or (u is None and _trains(p)) for p, u in zip(parts, uses, strict=True)):
+        return NotImplemented
+    if all(use is None for use in uses):
+        return NotImplemented
+    x, plain = tapped(input), [_numbers(part, use) for part, use in zip(parts, uses, strict=True)]
+    one_type = all(p.dtype == x.dtype and p.device == x.device for p in plain)
+    if len(normalized_shape) != 1 or not one_type or torch.is_autocast_enabled(x.device.type):
+        return NotImplemented
+    arguments: list[Any] = []
+    for use, value in zip(uses, plain, strict=True):
+        arguments += [value, *_counted(use, x)]
+    return SparseLayerNorm.apply(x, eps, *arguments)
+
+
+@_instead_of(F.embedding)
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    del norm_type, sparse
+    use = use_of(weight)
+    if use is None or max_norm is not None or scale_grad_by_freq or in_transform():
+        return NotImplemented
+    padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+    use.count(rows=padding >= 0)
+    return SparseEmbedding.apply(input, use.piece.to(input.device), use.weight, padding, use.link)
+
+
+def _trains(part: Tensor | None) -> bool:
+    """Whether a gradient of its own is asked of what is no weight in scope."""
+    return part is not None and not isinstance(part, Weight) and part.requires_grad
+
+
+def _numbers(part: Tensor | None, use: Use | None) -> Any:
+    if use is not None:
+        return use.weight
+    return part.detach() if isinstance(part, Weight) else part
+
+
+def _counted(use: Use | None, x: Tensor) -> tuple[Tensor | None, Link | None]:
+    """The piece and the link of one more use, if there is one."""
+    if use is None:
+        return None, None
+    use.count()
+    return use.piece.to(x.device), use.link

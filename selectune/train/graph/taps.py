@@ -1,0 +1,236 @@
+"""Taps: what is kept of one autograd graph, and where a forward pass of the attached model begins and ends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from selectune import internals, ops
+from selectune.frames import Call
+from selectune.internals import go_on_compiling, in_backward, never_compiled, stop_compiling
+from selectune.scope import ScopedTensor
+from selectune.train.graph import functions, sparse
+from selectune.train.graph.nodes import Link, Listener, Reach, SplitOffsets
+from selectune.train.graph.weights import Use, follow, let_go
+from selectune.train.ledger import Page
+from selectune.train.own_hooks import Own
+
+log = logging.getLogger("selectune")
+UNKNOWN = 1 << 60  # of uses: more than will ever be counted down
+
+__all__ = ["Taps", "sparse"]
+
+
+class _Running(threading.local):
+    """The hooked modules whose forward runs in a thread, the outermost first."""
+
+    def __init__(self) -> None:
+        self.entered: list[tuple[nn.Module, Any]] = []  # with what compiled code before it
+        self.call: Call | None = None  # of the outermost
+        self.with_gradients = False  # whether it began with gradients on
+        self.busy = False  # the engine works, and does not use weights
+
+
+class Taps:
+    """Keeps the present graph: made when the first weight in scope is used, shared by all forwards until a backward.
+
+    `before_forward(True)` runs as the outermost module is entered, with False before a use outside; `pages()` gives the
+    ledger's pages for a new graph, and whether each tensor needs a gradient in it; `recompute()` runs when a forward is
+    repeated inside a backward pass; `stale()` says whether the present graph is of another step or support.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: Sequence[ScopedTensor],
+        offsets: nn.Parameter,
+        listener: Listener,
+        before_forward: Callable[[bool], None],
+        pages: Callable[[], Sequence[tuple[Page, bool]]],
+        recompute: Callable[[], None],
+        stale: Callable[[], bool],
+    ) -> None:
+        self.offsets, self.listener, self.tensors = offsets, listener, tensors
+        self.before_forward, self.pages, self.recompute, self.stale = before_forward, pages, recompute, stale
+        self.uses = [0] * len(tensors)  # gradients expected per tensor in the next backward pass through this graph
+        self.grad_was_off = False  # part of a forward ran without gradients: reentrant checkpointing, perhaps
+        self._repeats = False  # and it was in another's autograd function, which may be a checkpoint
+        self.asleep = False  # weights are trained as torch does it
+        self.whole: set[int] = set()  # tensors of which more than looked-up rows was ever used
+        self.skip_unneeded = True  # until then: reentrant checkpointing needs inputs that require gradients
+        self._running = _Running()
+        self.thread: int | None = None  # the one that trains; others may look on
+        self._told = False  # that compiled code is run as it is written
+        self._graph: list[Use | None] | None = None
+        self._making = threading.RLock()
+        self._spare: Tensor | None = None  # a piece of the present graph
+        self._handles: list[RemovableHandle] = []
+        try:
+            self._handles.extend(self._hook(model))
+            functions.watch(self)
+            for tensor in tensors:
+                follow(tensor.parameter, self, tensor.index)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        functions.unwatch(self)
+        for tensor in self.tensors:
+            let_go(tensor.parameter)
+        self.forget()
+        ops.release()
+
+    def forget(self) -> None:
+        """Ends the life of the present nodes, and of what is known of the coming backward pass."""
+        self.renew()
+        self.grad_was_off = self._repeats = False
+
+    def renew(self) -> None:
+        """The next use starts a new graph."""
+        self._graph = self._spare = None
+        self.uses[:] = [UNKNOWN] * len(self.uses)  # a second backward pass through this graph takes other ways
+        self.uses = [0] * len(self.tensors)
+        self.grad_was_off = self._repeats
+
+    def trains_here(self) -> bool:
+        """Whether this is the thread that trains, as far as is known; one that has ended trains no more."""
+        if self.thread is None or self.thread == threading.get_ident():
+            return True
+        if all(thread.ident != self.thread for thread in threading.enumerate()):
+            self.thread = None
+        return self.thread is None
+
+    def resting(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """The function, during which weights are used as torch does it."""
+
+        def run() -> Any:
+            before, self.asleep = self.asleep, True
+            try:
+                return function()
+            finally:
+                self.asleep = before
+
+        return run
+
+    # -- weights (User)
+
+    def use(self, index: int) -> Use | None:
+        """What stands for a weight in the present graph; None where it needs no gradient."""
+        if self.asleep or not self.offsets.requires_grad:  # the attached model is held frozen for a while
+            return None
+        if in_backward():
+            self.recompute()
+        elif not self._running.entered and self.trains_here() and (self._graph is None or self.stale()):
+            self._prepare(False)
+        return self._open()[index]
+
+    def in_forward(self) -> bool:
+        return bool(self._running.entered) and not self.asleep
+
+    def used_without_gradients(self) -> None:
+        running = self._running
+        if running.busy or self.asleep or in_backward() or not self.trains_here():
+            return  # the engine's own, or a look from another thread
+        self.grad_was_off = True
+        self._repeats = self._repeats or functions.in_forward_of_function()
+        if running.with_gradients and running.entered:
+            self.skip_unneeded = False
+
+    def _prepare(self, inside: bool) -> None:
+        self._running.busy = True
+        try:
+            self.before_forward(inside)
+        finally:
+            self._running.busy = False
+
+    def _open(self) -> list[Use | None]:
+        graph = self._graph
+        if graph is None:
+            with self._making:
+                graph = self._graph = self._graph or self._new_graph()
+        return graph
+
+    def _new_graph(self) -> list[Use | None]:
+        pages = self.pages()
+        with internals.outside_transforms() if internals.in_transform() else nullcontext():
+            pieces = SplitOffsets.apply(self.offsets, [page for page, _ in pages], self.listener)
+        self._spare = pieces[0] if pieces else None
+        return [
+            Use(Link(t.index, page, self.listener, self.uses, piece.grad_fn), t.parameter.detach(), piece, self.whole)
+            if needed or not self.skip_unneeded
+            else None
+            for t, piece, (page, needed) in zip(self.tensors, pieces, pages, strict=True)
+        ]
+
+    # -- forward
+
+    def _hook(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        scoped = {id(tensor.parameter) for tensor in self.tensors}
+        for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule) or not any(id(p) in scoped for p in module.parameters()):
+                continue
+            yield module.register_forward_pre_hook(Own(self._enter), prepend=True)
+            yield module.register_forward_hook(Own(self._leave), always_call=True)
+
+    @never_compiled
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        del args
+        compiling, running = stop_compiling(), self._running
+        if compiling is not None and not self._told:
+            self._told = True
+            log.warning("torch.compile: while a tuner is on, the forward of the attached model runs uncompiled.")
+        if running.call is not None and running.call.over():  # interrupted
+            running.entered.clear()
+        running.entered.append((module, compiling))
+        if len(running.entered) > 1:
+            return
+        running.call = Call(above=2)  # torch's, above the hook
+        running.with_gradients = torch.is_grad_enabled()
+        if in_backward():
+            self.recompute()
+        elif self.trains_here():
+            if running.with_gradients:
+                self.thread = threading.get_ident()
+            self._prepare(True)
+            if running.with_gradients:
+                self.grad_was_off = self._repeats  # else they were an evaluation's
+        if running.with_gradients and not self.asleep and self.offsets.requires_grad:
+            self._open()
+
+    @never_compiled
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        del args
+        running = self._running
+        if not running.entered or running.entered[-1][0] is not module:
+            return None  # another hook raised before it was entered
+        _, compiling = running.entered.pop()
+        if not running.entered:
+            running.call = None
+            output = self._reached(output)
+        else:
+            output = None
+        go_on_compiling(compiling)
+        return output
+
+    def _reached(self, output: Any) -> Any:
+        """The output, if backward() would otherwise fail because no selected entry took part in it; else None."""
+        if self.asleep or not self.offsets.requires_grad or not torch.is_grad_enabled() or in_backward():
+            return None
+        tensors = [part for part in internals.tree_leaves(output) if isinstance(part, Tensor)]
+        if any(part.requires_grad for part in tensors) or not any(part.is_floating_point() for part in tensors):
+            return None
+        self._open()
+        spare = self._spare
+        if spare is None:
+            return None
+        return internals.tree_map_only(Tensor, lambda t: Reach.apply(t, spare) if t.is_floating_point() else t, output)

@@ -1,0 +1,159 @@
+"""The proof that nothing but the support moved: what the base was, in checksums and copies, and what differs now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from selectune import ops
+from selectune.errors import IntegrityError
+from selectune.scope import Found, ScopedTensor, is_own
+from selectune.train.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `Tuner.verify` found: scalars that differ from the base, counted by their bits."""
+
+    changed: int
+    selected: int
+    touched: int
+    budget: int
+    dense: int
+    tensors: int
+    zeroed: int = 0  # entries outside the support that the method's fill set to 0
+
+
+class BaseCopy:
+    """What it takes to see and to undo changes: a checksum a frozen tensor, a copy of dense tensors and buffers."""
+
+    def __init__(self, model: nn.Module, found: Found) -> None:
+        self.scoped = {id(t.parameter): t for t in found.tensors}
+        self.dense = {t.name: t.parameter.detach().clone() for t in found.dense}
+        whole = {id(t.parameter) for t in found.dense}
+        self.sums = {n: ops.checksum(p) for n, p in model.named_parameters() if id(p) not in whole}
+        self.buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+        self.filled: dict[str, Tensor] = {}
+        self.objects = dict(model.named_parameters(remove_duplicate=False))
+        self.digests: dict[str, str] = {}  # of the base's tensors, as far as they were asked for: it never changes
+
+    @torch.no_grad()
+    def zero_unselected(self, model: nn.Module, ledger: Ledger) -> None:
+        """Sets all of the scope to 0 but the support, and keeps a copy of what was there: no entry is trained yet."""
+        self.filled = {t.name: t.parameter.detach().clone() for t in self.scoped.values()}
+        for tensor in self.scoped.values():
+            page = ledger.pages[tensor.index]
+            tensor.parameter.zero_()
+            ops.scatter_entries(tensor.parameter.detach(), page.flat, page.base)
+        names = {id(p): n for n, p in model.named_parameters()}
+        self.sums |= {names[id(t.parameter)]: ops.checksum(t.parameter) for t in self.scoped.values()}
+
+    def hold(self, tensors: Sequence[ScopedTensor], ledger: Ledger) -> None:
+        """Copies of tensors in scope that are to be trained wholly for a while; touched entries as they were."""
+        for tensor in tensors:
+            copy = tensor.parameter.detach().clone()
+            ops.scatter_entries(copy, *ledger.pages[tensor.index].touched())
+            self.dense[tensor.name] = copy
+
+    def held(self, tensor: ScopedTensor) -> Tensor:
+        """The base of a tensor that is trained wholly, where its weight is now."""
+        copy = self.dense[tensor.name]
+        if copy.device != tensor.parameter.device:
+            copy = self.dense[tensor.name] = copy.to(tensor.parameter.device)
+        return copy
+
+    def release(self, tensors: Sequence[ScopedTensor]) -> None:
+        for tensor in tensors:
+            self.dense.pop(tensor.name, None)
+
+    def check(self, model: nn.Module, ledger: Ledger) -> None:
+        """Raises IntegrityError where a parameter joined, left or was replaced, or a frozen entry moved."""
+        now = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not is_own(n)}
+        joined, gone = sorted(now.keys() - self.objects.keys()), sorted(self.objects.keys() - now.keys())
+        replaced = self.replaced(now)
+        if joined:
+            raise IntegrityError(
+                f"{len(joined)} parameters joined the model after attach: {_some(joined)}. The tuner neither follows "
+                "nor saves them, so the delta would be incomplete. Build the whole model first, then attach; "
+                "Scope(train_fully=...) trains a new head wholly."
+            )
+        if replaced or gone:
+            what = "were replaced by other Parameters" if replaced else "left the model"
+            raise IntegrityError(
+                f"{len(replaced or gone)} parameters {what} since attach: {_some(replaced or gone)}. The tuner follows "
+                "those that were there. Change the model first (resize embeddings, add heads), then attach."
+            )
+        moved = self.moved(model, ledger)
+        if moved:
+            raise IntegrityError(
+                f"{len(moved)} tensors changed outside the support since attach: {_some(moved)}. Something besides the "
+                "tuner wrote into the frozen weights: load_state_dict, an optimizer, or the model's own forward "
+                "(tensors that it writes can be kept out: Scope(exclude=...))."
+            )
+
+    def replaced(self, now: Mapping[str, Tensor]) -> list[str]:
+        """Names under which other Parameters stand than at attach."""
+        return [name for name, parameter in self.objects.items() if name in now and now[name] is not parameter]
+
+    def moved(self, model: nn.Module, ledger: Ledger) -> list[str]:
+        """Names of tensors whose untouched entries are not the base's."""
+        moved = []
+        for name, before in self.sums.items():
+            if name in self.dense:
+                continue
+            parameter = self.objects[name]
+            tensor = self.scoped.get(id(parameter))
+            now = ops.checksum(parameter.detach())
+            if tensor is not None:
+                flat, base = ledger.pages[tensor.index].touched()
+                now += ops.checksum(base, flat) - ops.checksum(ops.gather_entries(parameter.detach(), flat), flat)
+            if (now - before) % (1 << 64):
+                moved.append(name)
+        return moved
+
+    def changed_buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        """Persistent buffers whose bits differ from the base's (batch-norm statistics, say)."""
+        persistent = set(model.state_dict().keys())
+        now = dict(model.named_buffers())
+        return {
+            n: now[n].detach()
+            for n, old in self.buffers.items()
+            if n in persistent and n in now and not same(old, now[n])
+        }
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        parameters = dict(model.named_parameters())
+        for name, before in self.dense.items():
+            parameters[name].copy_(before)
+        for tensor in self.scoped.values():
+            if tensor.name in self.filled:
+                tensor.parameter.copy_(self.filled[tensor.name])
+        self.restore_buffers(model)
+
+    @torch.no_grad()
+    def restore_buffers(self, model: nn.Module) -> None:
+        for name, buffer in model.named_buffers():
+            old = self.buffers.get(name)
+            if old is not None and not same(old, buffer):
+                buffer.copy_(old)
+
+
+def written(names: Sequence[str]) -> str:
+    """What is said of selected weights that are not what the tuner wrote."""
+    return (
+        f"Selected weights of {len(names)} tensors are not what the tuner wrote: {_some(names)}. Something besides it "
+        "writes them, such as a clamp in the model's own forward, so what is trained is not what the model computes "
+        "with. Keep these tensors out of the scope: Scope(exclude=...)."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool((ops.bits(a) == ops.bits(b)).all())

@@ -1,0 +1,212 @@
+"""Following any torch optimizer through torch's own step hooks, without a call in the user's loop."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from selectune.errors import OptimizerError
+from selectune.frames import Call
+from selectune.train.choose.dense_phase import Phase
+from selectune.train.ledger import LedgerPlaces
+from selectune.train.optim.contract import Factored, Inheriting, Placed
+from selectune.train.tracker import Tracker
+from selectune.types import Reads
+
+_all_hooks: weakref.WeakSet[StepHooks] = weakref.WeakSet()
+
+
+class StepHooks:
+    """Tells a tracker when the optimizer that holds its parameters steps, for as long as it is kept alive."""
+
+    def __init__(
+        self, tracker: Tracker, trained: list[nn.Parameter], frozen: list[nn.Parameter], phase: Phase | None = None
+    ) -> None:
+        self.tracker, self.phase = tracker, phase
+        self._placed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._steppers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._looked = False  # for an optimizer that holds the offsets and has not stepped yet
+        tracker.by_hooks = self.by_hooks
+        self.trained = {id(p) for p in trained}
+        self.frozen = {id(p) for p in frozen}
+        self._met: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those that stepped under this run
+        _install()
+        _all_hooks.add(self)
+
+    def remove(self) -> None:
+        _all_hooks.discard(self)
+
+    def strangers(self) -> None:
+        """The run is at another step: what optimizers did before belongs to another."""
+        self._met.clear()
+
+    def before_step(self, optimizer: torch.optim.Optimizer, call: Call, closure: bool) -> None:
+        tracker, held = self.tracker, _held(optimizer)
+        if optimizer not in self._met and held & self.trained:
+            self._meet(optimizer)
+        if self.phase is not None and self.phase.on:
+            self.phase.before_step(optimizer, call, held, self.frozen)
+        elif held & self.trained:
+            if tracker.tensors and id(tracker.ledger.offsets) not in held:
+                return
+            self._check(optimizer)
+            scale = getattr(optimizer, "grad_scale", None)  # a scaler's, left to the optimizer's own kernel
+            self._steppers.add(optimizer)
+            tracker.before_step(call, 1.0 if scale is None else 1.0 / float(scale))
+            if not closure:
+                tracker.close_short()
+            if not _skips(optimizer):
+                self._tell(optimizer)
+        elif held & self.frozen:
+            raise OptimizerError(
+                f"This {type(optimizer).__name__} holds {len(held & self.frozen)} weights that attach froze and not "
+                "the tuner's values, so its step would train nothing. Make the optimizer after attach, over "
+                "tuner.parameters()."
+            )
+
+    def after_closure(self, optimizer: torch.optim.Optimizer) -> None:
+        """The closure of a step has run: its backward passes belong to the window that the step ends."""
+        tracker = self.tracker
+        if (self.phase is None or not self.phase.on) and id(tracker.ledger.offsets) in _held(optimizer):
+            tracker.close_short()
+            self._tell(optimizer)
+
+    def by_hooks(self) -> bool:
+        """Whether an optimizer with torch's hooks holds the offsets, so that steps are known and need no guess.
+
+        One that has not stepped yet is looked for once among all objects that live.
+        """
+        if not self._looked and not self._steppers:
+            self._looked, wanted = True, id(self.tracker.ledger.offsets)
+            for found in gc.get_objects():
+                if issubclass(type(found), torch.optim.Optimizer) and wanted in _held(found):
+                    self._steppers.add(found)
+        return bool(self._steppers)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        tracker = self.tracker
+        skipped = _skips(optimizer)
+        if self.phase is not None and self.phase.on:
+            self.phase.after_step(_held(optimizer), skipped)
+            return
+        if skipped:
+            tracker.step_call = None
+            return
+        wanted = {id(tracker.ledger.offsets)} if tracker.tensors else self.trained
+        if _held(optimizer) & wanted:
+            if tracker.chooser.score.reads is Reads.FACTORS and isinstance(optimizer, Factored):
+                tracker.chooser.factors = optimizer.factors(tracker.ledger.offsets)
+            tracker.commit()
+            if self.phase is not None:
+                self.phase.turn()
+
+    def _meet(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer steps for the first time: what it holds for the run's own parameters must be of this run.
+
+        A weight that is its own latent counts only beside the values: an optimizer may have trained it before attach.
+        """
+        values = self.tracker.ledger.offsets
+        own = {id(values)} | {id(p) for p in ([] if self.phase is None else self.phase.parameters())}
+        for group in optimizer.param_groups:
+            beside = any(p is values for p in group["params"])
+            for parameter in group["params"]:
+                if id(parameter) in own and (beside or id(parameter) not in self.frozen):
+                    taken = _taken(optimizer.state.get(parameter, {}), parameter.detach())
+                    if self.tracker.step == 0 and taken:
+                        raise OptimizerError(
+                            f"This {type(optimizer).__name__} has {taken} behind it with the tuner's values, and the "
+                            "tuner is at step 0: the optimizer's state was loaded and the tuner's was not. Call "
+                            "tuner.load_state_dict with the state saved beside it (SelectuneCallback does, see "
+                            "selectune.integrations), or make a new optimizer to start anew."
+                        )
+        self._met.add(optimizer)
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
+        score = self.tracker.chooser.score
+        if score.reads is Reads.FACTORS and not isinstance(optimizer, Factored):
+            raise OptimizerError(
+                f"The score '{score.name}' reads what the optimizer holds for rows and columns, and a "
+                f"{type(optimizer).__name__} holds no such thing. Take selectune.SparseSM3."
+            )
+
+    def _tell(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer learns which entries are new, and where they stand, if it asks."""
+        ledger, news = self.tracker.ledger, self.tracker.chooser.news
+        if isinstance(optimizer, Placed) and self._placed.get(optimizer) != ledger.changes:
+            self._placed[optimizer] = ledger.changes
+            optimizer.place(ledger.offsets, LedgerPlaces(ledger))
+        if news is None:
+            return
+        if isinstance(optimizer, Inheriting):
+            optimizer.inherit(ledger.offsets, news)
+        else:
+            _forget(optimizer, ledger.offsets, news.slots)
+
+
+@functools.cache
+def _install() -> None:
+    """One pair of hooks for the life of the process; torch cannot remove them while it runs them."""
+
+    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        call, all_hooks = Call(), list(_all_hooks)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        for hooks in all_hooks:
+            hooks.before_step(optimizer, call, callable(closure))
+        if not all_hooks or not callable(closure):
+            return None
+        watched = _watched(closure, optimizer, all_hooks)
+        return ((args[0], watched, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": watched})
+
+    def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        for hooks in list(_all_hooks):
+            hooks.after_step(optimizer)
+
+    register_optimizer_step_pre_hook(before)
+    register_optimizer_step_post_hook(after)
+
+
+def _watched(closure: Callable[..., Any], optimizer: torch.optim.Optimizer, all_hooks: list[StepHooks]) -> Any:
+    """The closure of a step, and then what follows from its backward passes."""
+
+    @functools.wraps(closure)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = closure(*args, **kwargs)
+        for hooks in all_hooks:
+            hooks.after_closure(optimizer)
+        return result
+
+    return run
+
+
+def _skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused optimizer skips a scaler's step by itself."""
+    broken = getattr(optimizer, "found_inf", None)
+    return broken is not None and bool(broken)
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _taken(state: Mapping[str, Any], parameter: Tensor) -> str:
+    """What an optimizer did with a parameter, in words, as far as its state tells; "" for nothing."""
+    if "step" in state:
+        steps = int(torch.as_tensor(state["step"]).max())
+        return f"{steps} step{'s' if steps != 1 else ''}" if steps > 0 else ""
+    held = [tensor for tensor in state.values() if isinstance(tensor, Tensor) and bool(tensor.any())]
+    return "steps" if any(t.shape != parameter.shape or not torch.equal(t, parameter) for t in held) else ""
+
+
+def _forget(optimizer: torch.optim.Optimizer, values: Tensor, slots: Tensor) -> None:
+    """Slots that changed hands start with a fresh elementwise state (moments 0)."""
+    for state in optimizer.state.get(values, {}).values():
+        if isinstance(state, Tensor) and state.shape == values.shape:
+            state[slots] = 0

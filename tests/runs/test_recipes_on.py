@@ -1,0 +1,51 @@
+"""Every recipe on a module of peft and on an adapter of ours: what it takes, that it learns, the same number again."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from selectune import tasks
+from selectune.errors import CalibrationError, ConfigError
+from selectune.models.restore import Source, evaluate_delta, verify_delta
+from selectune.recipes import RECIPES
+from selectune.runs.config import RunConfig
+from selectune.runs.training import run
+from selectune.spec import join
+
+pytest_plugins = ("tiny_fixtures",)
+LITTLE = {"examples": 4, "batches": 2}  # of what a recipe reads before training, where it can be told
+
+
+PRODUCTS = ("snip", "synflow", "movement")  # of weight and gradient: of LoRA's A and its B = 0 they are all 0
+
+
+@pytest.mark.parametrize("on", ["lora:r=4", "lora:r=4,init=normal", "pfeiffer:reduction=8"])
+@pytest.mark.parametrize("method", RECIPES)
+def test_a_recipe_on_a_module(tiny, data, tmp_path, method, on):
+    if on.startswith("lora"):
+        pytest.importorskip("peft")
+    takes = inspect.signature(RECIPES[method].function).parameters
+    written = join(method, {name: value for name, value in LITTLE.items() if name in takes})
+    needs = "budget" in takes and (takes["budget"].default is inspect.Parameter.empty or method == "sparse-adapter")
+    budget = 60 if needs else None
+    config = RunConfig(
+        model=str(tiny), task="glue/rte", method=written, on=on, max_steps=4, lr=5e-3, data=str(data),
+        out=str(tmp_path / "out"), seed=1, train_fully=("classifier.*",) if "train_fully" in takes else (),
+        budget=budget,
+    )  # fmt: skip
+    if method == "xattn" or (method == "bitfit" and on.startswith("lora")):
+        with pytest.raises(ConfigError):  # an encoder has no cross-attention, LoRA has no biases
+            run(config)
+        return
+    if method in PRODUCTS and on == "lora:r=4":
+        with pytest.raises(CalibrationError, match="every score is 0"):
+            run(config)
+        return
+    result = run(config)
+    assert evaluate_delta(Source(str(tiny)), result.delta, tasks.get("glue/rte"), str(data)) == result.evaluation
+    report = verify_delta(Source(str(tiny)), result.delta)
+    assert report.ok, report.problem
+    if budget:
+        assert 0 < result.selected <= 60

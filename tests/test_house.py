@@ -1,0 +1,146 @@
+"""The house: rooms that say what is in them, names that stand once, and things that never occur."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "selectune"
+FILES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = sorted({path.parent for path in FILES} - {PACKAGE})
+MOST = 10  # files of a room, beside its __init__
+
+# Within these rooms a file or sub-room may import from the rows above its own, never from below or beside.
+WITHIN = {
+    "train": (
+        ("own_hooks", "ranks"),
+        ("ledger",),
+        ("optim", "graph", "window", "proof"),
+        ("choose",),
+        ("tracker",),
+        ("step_hooks",),
+        ("saved", "check"),
+        ("attach",),
+    ),
+    "delta": (("file",), ("live",), ("delta",), ("diff", "combine")),
+}
+
+
+def where(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def _doc(room: Path) -> str:
+    return ast.get_docstring(tree(room / "__init__.py")) or ""
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=where)
+def test_a_room_names_all_its_files_and_has_few(room):
+    files = {p.stem for p in room.glob("*.py")} - {"__init__"}
+    rooms = {p.name for p in room.iterdir() if (p / "__init__.py").exists()}
+    assert len(files) <= MOST, f"{len(files)} files in {where(room)}: give some of them a room of their own"
+    missing = {name for name in files | rooms if not re.search(rf"(?<![\w.]){name}(?!\w)", _doc(room))}
+    assert not missing, f"the docstring of {where(room)} does not name {sorted(missing)}"
+
+
+def _standing_twice(found: dict[str, set[Path]]) -> dict[str, list[str]]:
+    return {name: sorted(map(where, rooms)) for name, rooms in found.items() if len(rooms) > 1}
+
+
+def test_no_file_stem_stands_in_two_rooms():
+    """The ops are excepted: a kernel has the name of its op."""
+    found = defaultdict(set)
+    for path in FILES:
+        if path.stem not in ("__init__", "__main__") and "ops" not in path.parts:
+            found[path.stem].add(path.parent)
+    assert not _standing_twice(found)
+
+
+def test_no_class_name_stands_in_two_rooms():
+    found = defaultdict(set)
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found[node.name].add(path.parent)
+    assert not _standing_twice(found)
+
+
+def _inner(room: str) -> Iterator[tuple[Path, int, str, str]]:
+    """(file, line, its name within the room, the name it imports) of every import inside a room, lazy ones too."""
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        mine = path.relative_to(PACKAGE / room).parts[0].removesuffix(".py")
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"selectune.{room}"):
+                rest = node.module.split(".")[2:]
+                for name in [rest[0]] if rest else [alias.name for alias in node.names]:
+                    yield path, node.lineno, mine, name
+
+
+@pytest.mark.parametrize("room", WITHIN)
+def test_imports_point_one_way_within_the_large_rooms(room):
+    """Also what is imported for type checkers only: a circle that is hidden is one."""
+    rank = {name: rank for rank, names in enumerate(WITHIN[room]) for name in names}
+    wrong = [
+        f"{where(path)}:{line} ({mine}) imports {name}"
+        for path, line, mine, name in _inner(room)
+        if mine not in ("__init__", name) and not rank[name] < rank[mine]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_frames_are_read_in_one_file():
+    pattern = re.compile(r"sys\._getframe|f_locals|currentframe")
+    assert [where(path) for path in FILES if pattern.search(path.read_text("utf-8"))] == ["selectune/frames.py"]
+
+
+def _forbidden(node: ast.AST) -> str | None:
+    """What a node does that never happens in selectune/."""
+    if isinstance(node, ast.ExceptHandler) and node.type is None:
+        return "a bare except"
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        found = {n.partition(".")[0] for n in names} & {
+            "pickle",
+            "cPickle",
+            "dill",
+            "cloudpickle",
+            "joblib",
+            "marshal",
+        }
+        return f"an import of {found.pop()}" if found else None
+    if isinstance(node, ast.Call):
+        if isinstance(node.func, ast.Name) and node.func.id in ("print", "eval", "exec", "breakpoint"):
+            return f"{node.func.id}()"
+        if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+            called = f"{node.func.value.id}.{node.func.attr}"
+            return called if called in ("torch.load", "torch.save", "np.load", "numpy.load") else None
+    return None
+
+
+def test_forbidden_things_do_not_occur():
+    wrong = [
+        f"{where(path)}:{node.lineno} has {what}"  # pyright: ignore[reportAttributeAccessIssue]
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if (what := _forbidden(node))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["print(1)", "eval('1')", "import pickle", "from pickle import loads", "torch.load(f)", "exec('1')",
+     "try:\n    f()\nexcept:\n    pass"],
+)  # fmt: skip
+def test_the_forbidden_check_sees(code):
+    assert any(_forbidden(node) for node in ast.walk(ast.parse(code)))
