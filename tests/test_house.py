@@ -19,12 +19,14 @@ MOST = 10  # files of a room, beside its __init__
 # Within these rooms a file or sub-room may import from the rows above its own, never from below or beside.
 WITHIN = {
     "train": (
-        ("own_hooks", "ranks"),
-        ("ledger",),
-        ("optim", "graph", "window", "proof"),
+        ("ranks", "ledger"),
+        ("graph", "proof"),
+        ("optim", "window"),
         ("choose",),
+        ("step",),
         ("tracker",),
         ("step_hooks",),
+        ("engine",),
         ("saved", "check"),
         ("attach",),
     ),

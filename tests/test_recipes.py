@@ -144,7 +144,7 @@ def filled(base, tuner):
     """What the base's bits are before the first step: under fill="zero", 0 wherever nothing is selected."""
     if tuner.method.fill == "keep":
         return base
-    zeroed = {t.name: torch.zeros_like(base[t.name]) for t in tuner._found.tensors}
+    zeroed = {t.name: torch.zeros_like(base[t.name]) for t in tuner.engine.now.tensors}
     for name, flat in tuner.support.items():
         zeroed[name][flat] = base[name][flat]
     assert tuner.verify().zeroed == sum(b.numel() for b in zeroed.values()) - tuner.selected > 0
@@ -158,7 +158,7 @@ def test_untouched_bits_and_exact_detach(row, dtype):
     base = bits(Mixed(dtype))
     model, tuner = run(row, dtype)
     moved = changed(filled(base, tuner), bits(model))
-    dense = {t.name for t in tuner._found.dense}
+    dense = {t.name for t in tuner.engine.now.dense}
     assert all(where <= set(tuner.delta().support[n].tolist()) for n, where in moved.items() if n not in dense)
     assert tuner.verify().changed == sum(len(w) for n, w in moved.items() if n not in dense) > 0 or dense
     tuner.detach()

@@ -1,11 +1,12 @@
 """The engine, from loss.backward() to the optimizer and back into the weights.
 
 attach      the door: attach, Tuner
-tracker     follows a run from backward pass to optimizer step, and selects in between
+engine      the parts of one attached tuner, and how they are put on a model
+step        one optimizer step, from forward to commit: the algorithm
+tracker     finds out when forwards, backward passes and steps happen
 window      what makes one optimizer step, and what has become of its gradient since
 ledger      which entry is trained in which slot, and what stood there before
 step_hooks  torch's step hooks: which optimizer steps, and when
-own_hooks   hooks of a tuner that a copied module does not take along
 proof       what the base was, and that nothing outside the support moved
 check       the engine's gradients held against plain autograd's on one small batch
 ranks       more than one process is refused
@@ -16,9 +17,9 @@ optim/      the optimizers of our own, and what an optimizer may ask of the engi
 saved/      what leaves the engine: a delta, and the state that a later process goes on from
 """
 
-from selectune.train.attach import Tuner, attach
+from selectune.train.attach import Tuner, attach, tuner_of
 from selectune.train.check import Check, same_chance
-from selectune.train.graph.copies import strip, tuner_of
+from selectune.train.graph.copies import strip
 from selectune.train.optim.adamw import SparseAdamW
 from selectune.train.optim.sm3 import SparseSM3
 from selectune.train.proof import Verification

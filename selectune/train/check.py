@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +17,10 @@ from selectune import ops
 from selectune.errors import ConfigError, IntegrityError
 from selectune.internals import will_reach
 from selectune.scope import VALUES, ScopedTensor
+from selectune.train.engine import Engine
 from selectune.train.graph.nodes import Link
 from selectune.train.graph.weights import follow, let_go
 from selectune.train.ledger import Ledger, Page
-
-if TYPE_CHECKING:
-    from selectune.train.attach import Tuner
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}  # of a tensor's gradient, relative to its norm; halves: 0.1
 NOTHING = 1e-6  # of the norm of all gradients: below that a tensor's is rounding
@@ -54,13 +52,25 @@ class Projected:
 
 
 class _Recorder:
-    """Listens in the tracker's place (`autograd.Listener`)."""
+    """Follows the passes in the tracker's place (`taps.Follower`)."""
 
     def __init__(self, ledger: Ledger, dense: bool) -> None:
         self.dense, self.seen = dense, Projected(ledger.tensors)
         self.at_support = torch.zeros_like(ledger.offsets)
         self.vector = False  # the loss depends on the vector itself
         self._ledger = ledger
+
+    def before_forward(self, inside: bool) -> None:
+        del inside
+
+    def pages(self) -> list[tuple[Page, bool]]:
+        return [(page, True) for page in self._ledger.pages]
+
+    def recompute(self) -> None:
+        pass
+
+    def stale(self) -> bool:
+        return False
 
     def wants_dense(self, link: Link) -> bool:
         return self.dense and will_reach(link.split)
@@ -76,15 +86,15 @@ class _Recorder:
         return torch.zeros_like(self.at_support)
 
 
-def check(tuner: Tuner, batch: Any, loss: Callable[[nn.Module, Any], Tensor] | None) -> Check:
+def check(engine: Engine, batch: Any, loss: Callable[[nn.Module, Any], Tensor] | None) -> Check:
     """See `Tuner.check`."""
-    model, tensors, ledger = tuner.model, tuner._all.tensors, tuner._ledger
-    if tuner.in_dense_phase or not tensors:
+    model, tensors, ledger = engine.model, engine.found.tensors, engine.ledger
+    if engine.chooser.dense or not tensors:
         return Check(0, ())
     run = partial(_run, loss or _model_s_own, model, batch)
-    tuner._tracker.write_weights()
-    plain, support = _plain(tuner, run)
-    dense, sampled = (_engine(tuner, dense, run) for dense in (True, False))
+    engine.tracker.write_weights()
+    plain, support = _plain(engine, run)
+    dense, sampled = (_followed(engine, dense, run) for dense in (True, False))
     whole = sum(plain.squares) ** 0.5
     wrong, nothing = [], []
     for tensor, page in zip(tensors, ledger.pages, strict=True):
@@ -126,24 +136,22 @@ def _run(loss: Callable[[nn.Module, Any], Tensor], model: nn.Module, batch: Any)
         result.backward()
 
 
-def _engine(tuner: Tuner, dense: bool, run: Callable[[], None]) -> _Recorder:
+def _followed(engine: Engine, dense: bool, run: Callable[[], None]) -> _Recorder:
     """One pass with the weights followed, told to somebody else than the tracker."""
-    taps, ledger = tuner._tracker.taps, tuner._ledger
+    ledger = engine.ledger
     recorder = _Recorder(ledger, dense)
-    with _untouched(tuner):
-        taps.listener = recorder
-        taps.pages = lambda: [(page, True) for page in ledger.pages]
+    with _untouched(engine, recorder):
         run()
         straight = ledger.offsets.grad  # what came through weights went to the recorder
         recorder.vector = straight is not None and bool(straight.any())
     return recorder
 
 
-def _plain(tuner: Tuner, run: Callable[[], None]) -> tuple[Projected, Tensor]:
+def _plain(engine: Engine, run: Callable[[], None]) -> tuple[Projected, Tensor]:
     """One pass as torch makes it, of a model without tuner: projections, and the gradient at the support (B,)."""
-    tensors, ledger, taps = tuner._all.tensors, tuner._ledger, tuner._tracker.taps
+    tensors, ledger, taps = engine.found.tensors, engine.ledger, engine.tracker.taps
     seen, support = Projected(tensors), torch.zeros_like(ledger.offsets)
-    carrier = next(m for m in tuner.model.modules() if VALUES in m._parameters)
+    carrier = next(m for m in engine.model.modules() if VALUES in m._parameters)
 
     def took(tensor: ScopedTensor) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
@@ -157,9 +165,8 @@ def _plain(tuner: Tuner, run: Callable[[], None]) -> tuple[Projected, Tensor]:
         return hook
 
     hooks = []
-    with _untouched(tuner):
+    with _untouched(engine, _Recorder(ledger, False)), taps.resting():
         vector = carrier._parameters.pop(VALUES)
-        taps.asleep = True
         try:
             for tensor in tensors:
                 let_go(tensor.parameter)
@@ -174,7 +181,6 @@ def _plain(tuner: Tuner, run: Callable[[], None]) -> tuple[Projected, Tensor]:
                 tensor.parameter.grad = None
                 follow(tensor.parameter, taps, tensor.index)
             carrier._parameters[VALUES] = vector
-            taps.asleep = False
     return seen, support
 
 
@@ -191,21 +197,16 @@ def same_chance() -> Iterator[None]:
 
 
 @contextmanager
-def _untouched(tuner: Tuner) -> Iterator[None]:
+def _untouched(engine: Engine, recorder: _Recorder) -> Iterator[None]:
     """Gradients, buffers and random states are afterwards what they were, and the tracker has seen nothing."""
-    parameters, taps = tuner.parameters(), tuner._tracker.taps
-    told = taps.listener, taps.before_forward, taps.pages, taps.recompute, taps.stale
-    grads, buffers = [p.grad for p in parameters], [(b, b.detach().clone()) for b in tuner.model.buffers()]
+    parameters = engine.parameters()
+    grads, buffers = [p.grad for p in parameters], [(b, b.detach().clone()) for b in engine.model.buffers()]
     for parameter in parameters:
         parameter.grad = None
-    taps.forget()
-    taps.before_forward, taps.recompute, taps.stale = (lambda inside: None), (lambda: None), (lambda: False)
     try:
-        with same_chance(), torch.enable_grad():
+        with engine.tracker.taps.followed_by(recorder), same_chance(), torch.enable_grad():
             yield
     finally:
-        taps.listener, taps.before_forward, taps.pages, taps.recompute, taps.stale = told
-        taps.forget()
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
         with torch.no_grad():

@@ -349,6 +349,16 @@ class Ledger:
         ]
 
     @torch.no_grad()
+    def changed(self) -> int:
+        """How many touched entries differ from the base, by their bits."""
+        count = 0
+        for tensor, page in zip(self.tensors, self.pages, strict=True):
+            flat, base = page.touched()
+            now = ops.gather_entries(tensor.parameter.detach(), flat)
+            count += int((ops.bits(now) != ops.bits(base)).sum())
+        return count
+
+    @torch.no_grad()
     def write_base(self) -> None:
         """Puts the base value back at every touched entry, bit for bit."""
         for tensor, page in zip(self.tensors, self.pages, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,9 +13,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from selectune.errors import OptimizerError
 from selectune.frames import Call
-from selectune.train.choose.dense_phase import Phase
+from selectune.train.choose.dense_phase import DenseThenSparse
 from selectune.train.ledger import LedgerPlaces
 from selectune.train.optim.contract import Factored, Inheriting, Placed
+from selectune.train.optim.holders import held
 from selectune.train.tracker import Tracker
 from selectune.types import Reads
 
@@ -26,14 +26,9 @@ _all_hooks: weakref.WeakSet[StepHooks] = weakref.WeakSet()
 class StepHooks:
     """Tells a tracker when the optimizer that holds its parameters steps, for as long as it is kept alive."""
 
-    def __init__(
-        self, tracker: Tracker, trained: list[nn.Parameter], frozen: list[nn.Parameter], phase: Phase | None = None
-    ) -> None:
-        self.tracker, self.phase = tracker, phase
+    def __init__(self, tracker: Tracker, trained: list[nn.Parameter], frozen: list[nn.Parameter]) -> None:
+        self.tracker = tracker
         self._placed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._steppers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._looked = False  # for an optimizer that holds the offsets and has not stepped yet
-        tracker.by_hooks = self.by_hooks
         self.trained = {id(p) for p in trained}
         self.frozen = {id(p) for p in frozen}
         self._met: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those that stepped under this run
@@ -47,65 +42,54 @@ class StepHooks:
         """The run is at another step: what optimizers did before belongs to another."""
         self._met.clear()
 
+    @property
+    def phase(self) -> DenseThenSparse | None:
+        """The dense phase that is on, if any."""
+        chooser = self.tracker.chooser
+        return chooser if isinstance(chooser, DenseThenSparse) and chooser.dense else None
+
     def before_step(self, optimizer: torch.optim.Optimizer, call: Call, closure: bool) -> None:
-        tracker, held = self.tracker, _held(optimizer)
-        if optimizer not in self._met and held & self.trained:
+        tracker, mine, phase = self.tracker, held(optimizer), self.phase
+        if optimizer not in self._met and mine & self.trained:
             self._meet(optimizer)
-        if self.phase is not None and self.phase.on:
-            self.phase.before_step(optimizer, call, held, self.frozen)
-        elif held & self.trained:
-            if tracker.tensors and id(tracker.ledger.offsets) not in held:
+        if phase is not None:
+            if phase.last_word(optimizer, mine, self.frozen):
+                tracker.clock.call = call
+        elif mine & self.trained:
+            if tracker.tensors and id(tracker.ledger.offsets) not in mine:
                 return
             self._check(optimizer)
             scale = getattr(optimizer, "grad_scale", None)  # a scaler's, left to the optimizer's own kernel
-            self._steppers.add(optimizer)
+            tracker.holders.add(optimizer)
             tracker.before_step(call, 1.0 if scale is None else 1.0 / float(scale))
             if not closure:
                 tracker.close_short()
             if not _skips(optimizer):
                 self._tell(optimizer)
-        elif held & self.frozen:
+        elif mine & self.frozen:
             raise OptimizerError(
-                f"This {type(optimizer).__name__} holds {len(held & self.frozen)} weights that attach froze and not "
+                f"This {type(optimizer).__name__} holds {len(mine & self.frozen)} weights that attach froze and not "
                 "the tuner's values, so its step would train nothing. Make the optimizer after attach, over "
                 "tuner.parameters()."
             )
 
     def after_closure(self, optimizer: torch.optim.Optimizer) -> None:
         """The closure of a step has run: its backward passes belong to the window that the step ends."""
-        tracker = self.tracker
-        if (self.phase is None or not self.phase.on) and id(tracker.ledger.offsets) in _held(optimizer):
-            tracker.close_short()
+        if self.phase is None and id(self.tracker.ledger.offsets) in held(optimizer):
+            self.tracker.close_short()
             self._tell(optimizer)
 
-    def by_hooks(self) -> bool:
-        """Whether an optimizer with torch's hooks holds the offsets, so that steps are known and need no guess.
-
-        One that has not stepped yet is looked for once among all objects that live.
-        """
-        if not self._looked and not self._steppers:
-            self._looked, wanted = True, id(self.tracker.ledger.offsets)
-            for found in gc.get_objects():
-                if issubclass(type(found), torch.optim.Optimizer) and wanted in _held(found):
-                    self._steppers.add(found)
-        return bool(self._steppers)
-
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        tracker = self.tracker
-        skipped = _skips(optimizer)
-        if self.phase is not None and self.phase.on:
-            self.phase.after_step(_held(optimizer), skipped)
+        tracker, mine, phase = self.tracker, held(optimizer), self.phase
+        if phase is not None or _skips(optimizer):
+            tracker.clock.call = None
+            if phase is not None and not _skips(optimizer) and phase.counts(mine):
+                tracker.commit_dense()
             return
-        if skipped:
-            tracker.step_call = None
-            return
-        wanted = {id(tracker.ledger.offsets)} if tracker.tensors else self.trained
-        if _held(optimizer) & wanted:
+        if mine & ({id(tracker.ledger.offsets)} if tracker.tensors else self.trained):
             if tracker.chooser.score.reads is Reads.FACTORS and isinstance(optimizer, Factored):
                 tracker.chooser.factors = optimizer.factors(tracker.ledger.offsets)
             tracker.commit()
-            if self.phase is not None:
-                self.phase.turn()
 
     def _meet(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer steps for the first time: what it holds for the run's own parameters must be of this run.
@@ -113,7 +97,8 @@ class StepHooks:
         A weight that is its own latent counts only beside the values: an optimizer may have trained it before attach.
         """
         values = self.tracker.ledger.offsets
-        own = {id(values)} | {id(p) for p in ([] if self.phase is None else self.phase.parameters())}
+        phase = self.phase
+        own = {id(values)} | {id(p) for p in ([] if phase is None else phase.parameters())}
         for group in optimizer.param_groups:
             beside = any(p is values for p in group["params"])
             for parameter in group["params"]:
@@ -190,10 +175,6 @@ def _skips(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a fused optimizer skips a scaler's step by itself."""
     broken = getattr(optimizer, "found_inf", None)
     return broken is not None and bool(broken)
-
-
-def _held(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _taken(state: Mapping[str, Any], parameter: Tensor) -> str:

@@ -10,10 +10,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from selectune.bits import wide
+from selectune.frames import Call
+from selectune.scope import ScopedTensor
+from selectune.train.graph.own_hooks import weakly
 from selectune.train.ledger import Snapshot
-from selectune.train.own_hooks import weakly
 
 log = logging.getLogger("selectune")
+
+
+@dataclass
+class Clock:
+    """How many optimizer steps a run has taken, and whether one is being taken now."""
+
+    step: int = 0
+    call: Call | None = None  # the running optimizer.step(), where a closure may run backward again
+
+    @property
+    def in_step(self) -> bool:
+        """Whether optimizer.step() is running."""
+        return self.call is not None and not self.call.over()
 
 
 @dataclass
@@ -28,6 +44,24 @@ class Window:
     gradient: Tensor | None = None  # (B,) what the window gave so far, kept under accumulation only
     expected: Tensor | None = None  # (B,) what the optimizer will find, unless it is scaled; kept while watching
     left: tuple[int, int] | None = None  # where the gradient lies, and its version, as autograd left it
+    watched: dict[int, Tensor] = field(default_factory=dict)  # gradients of watched entries in this backward pass
+    scale: float = 1.0  # what clipping and unscaling made of the gradient
+
+    @property
+    def selects(self) -> bool:
+        """Whether the present backward pass is read by a selection."""
+        return self.reads > 0 and not self.closed
+
+    def hold(self, tensor: ScopedTensor, gradient: Tensor, rows: Tensor | None) -> None:
+        """Adds a dense gradient, or the given rows of one, to the sum that is kept for a tensor."""
+        dtype, total = wide(tensor.parameter.dtype), self.held.get(tensor.index)
+        if total is None:
+            whole = gradient.to(dtype, copy=True) if rows is None else scattered(gradient.to(dtype), rows, tensor)
+            self.held[tensor.index] = whole
+        elif rows is None:
+            total.add_(gradient)
+        else:
+            total.index_add_(0, rows, gradient.to(dtype))
 
     def keep_track(self, gradient: Tensor | None) -> None:
         """Autograd has added to the gradient (B,) that the optimizer will find."""
@@ -44,6 +78,12 @@ class Window:
         if gradient is None:
             return True
         return (gradient.data_ptr(), gradient._version) != self.left and selected > 0 and not bool(gradient.any())
+
+
+def scattered(block: Tensor, rows: Tensor, tensor: ScopedTensor) -> Tensor:
+    """Rows of a gradient as the dense gradient they stand for."""
+    dense = block.new_zeros(tensor.parameter.shape)
+    return dense.index_copy_(0, rows, block)
 
 
 def scale_between(then: Tensor | None, now: Tensor) -> float:

@@ -24,19 +24,19 @@ def one(values):
 
 def plant(tuner, flat, changes):
     """Makes these the entries of the first tensor, moved from the base by `changes`."""
-    ledger = tuner._ledger
+    ledger = tuner.engine.ledger
     ledger.drop(0, torch.ones(ledger.pages[0].flat.shape, dtype=torch.bool))
     ledger.settle()
     slots = ledger.add(torch.zeros(len(flat), dtype=torch.int64), torch.tensor(flat))
     with torch.no_grad():
         ledger.offsets[slots] = torch.tensor(changes)
-    tuner._tracker.write_weights()
+    tuner.engine.tracker.write_weights()
 
 
 def changes(tuner):
     """{flat index: value - base} of the first tensor."""
-    page = tuner._ledger.pages[0]
-    moved = tuner._ledger.values()[page.slot] - page.base
+    page = tuner.engine.ledger.pages[0]
+    moved = tuner.engine.ledger.values()[page.slot] - page.base
     return dict(zip(page.flat.tolist(), moved.tolist(), strict=True))
 
 

@@ -168,8 +168,8 @@ def test_what_cannot_be_followed_is_refused_and_the_model_is_as_it_was(make):
     assert tuner.verify().selected == 5
 
 
-attaching = importlib.import_module("selectune.train.attach")
-STAGES = ("Ledger", "Tracker", "StepHooks", "copies.carrier", "proof.BaseCopy", "copies.OfTuner")
+attaching, assembling = (importlib.import_module(f"selectune.train.{name}") for name in ("attach", "engine"))
+STAGES = ("Ledger", "Tracker", "StepHooks", "copies.carrier", "BaseCopy", "copies.OfTuner")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -188,7 +188,8 @@ def test_an_attach_that_fails_anywhere_leaves_the_model_as_it_was(monkeypatch, s
 
     before, numbers = state(), bits(model)
     place, _, name = stage.rpartition(".")
-    where = getattr(attaching, place) if place else attaching
+    home = attaching if name == "OfTuner" else assembling
+    where = getattr(home, place) if place else home
     real = getattr(where, name)
 
     def fails(*args, **kwargs):

@@ -12,7 +12,7 @@ import selectune as st
 from selectune import ops
 from selectune.bench.trace import Storages
 from selectune.train import ledger
-from selectune.train.choose import chooser, scan
+from selectune.train.choose import growing, scan
 from selectune.train.graph import nodes
 
 WIDTH = 64
@@ -29,7 +29,7 @@ def count_calls(monkeypatch) -> Counter[str]:
     counted = ("sampled_matmul", "weight_gradient", "score_filter", "scatter_many", "sampled_sum", "gather_entries")
     for name in counted:
         monkeypatch.setattr(ops, name, _counting(calls, name, getattr(ops, name)))
-    monkeypatch.setattr(chooser, "scan", _counting(calls, "scan", chooser.scan))
+    monkeypatch.setattr(growing, "scan", _counting(calls, "scan", growing.scan))
     return calls
 
 

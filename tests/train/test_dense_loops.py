@@ -17,7 +17,7 @@ GATES = {"alpha": 0.2, "structured": True}
 
 def gated(budget=30, count=8, share=4, **options):
     """Gates that start half open, so that a few steps move them."""
-    kind = st.dense.Gates(**{**GATES, **options})
+    kind = st.phases.Gates(**{**GATES, **options})
     return st.Method(score=st.scores.change(), schedule=Rounds(budget, count, share), dense=kind, name="gated")
 
 
@@ -50,7 +50,7 @@ def test_a_step_has_one_draw_whatever_its_passes():
         model, tuner = attached(gated, torch.float64, accumulation_steps=chunks)
         for _ in steps(model, torch.optim.SGD(tuner.parameters(), lr=0.1), 2):  # w leaves 0, gates get gradients
             pass
-        tuner._tracker.accumulation_steps = chunks
+        tuner.engine.tracker.accumulation_steps = chunks
         model.zero_grad()
         weights = bits(model)
         for part in tokens(9, n=4).chunk(chunks):
@@ -183,7 +183,7 @@ def test_a_step_without_gradients_does_not_count():
 def test_a_second_round_of_gates_begins_at_the_weights_of_the_first(dtype):
     """theta_0 of the round holds what sparse training found; the delta and detach know the base all the same."""
     method = st.Method(
-        score=st.scores.change(), schedule=Rounds(30, 8, 2, 2), dense=st.dense.Gates(**GATES), name="gated twice"
+        score=st.scores.change(), schedule=Rounds(30, 8, 2, 2), dense=st.phases.Gates(**GATES), name="gated twice"
     )
     model, tuner = attached(lambda: method, dtype)
     base = bits(model)
@@ -193,7 +193,7 @@ def test_a_second_round_of_gates_begins_at_the_weights_of_the_first(dtype):
     assert (tuner.in_dense_phase, tuner.selected) == (True, 15)
     now = bits(model)
     assert 0 < sum(int((now[n] != base[n]).sum()) for n in base) <= 15
-    tuner._phase.refresh()
+    tuner.engine.phase._write()
     assert same(bits(model), now)
     for _ in steps(model, optimizer, 2, start=4):
         pass
@@ -234,22 +234,24 @@ def test_a_state_dict_is_that_of_an_ordinary_model_and_loads(make):
 @pytest.mark.parametrize("at", [2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_saved_phase_goes_on_to_the_bit(make, at, dtype):
-    """What `Phase.state` holds, with the step and the ledger, is enough."""
+    """What `DenseThenSparse.phase` holds, with the step and the ledger, is enough."""
     model, tuner = attached(make, dtype, seed=4)
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
     for _ in steps(model, optimizer, at):
         pass
-    phase, moments = tuner._phase.state(), copy.deepcopy(optimizer.state_dict())
-    ledger = (tuner._ledger.pages, tuner._ledger.free, tuner._ledger.offsets.detach().clone(), tuner._ledger.start)
+    phase, moments = tuner.engine.phase.phase(), copy.deepcopy(optimizer.state_dict())
+    ledger = tuner.engine.ledger
 
     again, second = attached(make, dtype, seed=4)
     later = torch.optim.AdamW(second.parameters(), lr=1e-2)
-    second._tracker.step, second._tracker.reached = at, set(tuner._tracker.reached)  # which tensors are tapped
-    second._ledger.pages, second._ledger.free = list(ledger[0]), ledger[1]
+    second.engine.tracker.load_state(at, tuner.engine.tracker.reached, {})  # which tensors are tapped
+    mine = second.engine.ledger
+    mine.pages, mine.free = list(ledger.pages), ledger.free
     with torch.no_grad():
-        second._ledger.offsets.copy_(ledger[2])
-        second._ledger.start.copy_(ledger[3])
-    second._phase.load_state(phase)
+        mine.offsets.copy_(ledger.offsets)
+        mine.start.copy_(ledger.start)
+    second.engine.phase.load_phase(phase)
+    second.engine.tracker.follow_phase()
     later.load_state_dict(moments)
     assert second.in_dense_phase is tuner.in_dense_phase
     assert same(bits(model), bits(again))
@@ -257,10 +259,10 @@ def test_a_saved_phase_goes_on_to_the_bit(make, at, dtype):
         for _ in steps(one, other, 3, start=at):
             pass
     assert same(bits(model), bits(again))
-    assert torch.equal(tuner._ledger.offsets, second._ledger.offsets)
+    assert torch.equal(tuner.engine.ledger.offsets, second.engine.ledger.offsets)
     tuner = st.attach(nn.Linear(6, 6), make())
     with pytest.raises(st.errors.ConfigError, match="another model or method"):
-        tuner._phase.load_state({"on": True, "latents": [[torch.zeros(2)]], "before": []})
+        tuner.engine.phase.load_phase({"on": True, "latents": [[torch.zeros(2)]], "before": []})
 
 
 # -- what cannot work is said at once

@@ -22,10 +22,10 @@ def step(model, optimizer):
 
 
 def held(tuner, optimizer):
-    phase = tuner._phase
+    phase = tuner.engine.phase
     weights = [t.parameter for t in phase.tensors]
     latents = phase.parameters()
-    found = [tuner._base.dense[t.name] for t in phase.tensors] + phase._before
+    found = [tuner.engine.base.dense[t.name] for t in phase.tensors] + phase._before
     trained = {id(p): p for p in [*latents, *weights]}.values()
     found += [p.grad for p in trained if p.grad is not None]
     found += [p for p in latents if all(p is not w for w in weights)]
@@ -53,8 +53,8 @@ def test_what_is_said_is_held(make, heads, dtype, caplog):
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-3)
     for _ in range(2):
         step(model, optimizer)
-    assert held(tuner, optimizer) == tuner._phase.bytes()
-    assert f"holds {tuner._phase.bytes():,} bytes" in caplog.text
+    assert held(tuner, optimizer) == tuner.engine.phase.bytes()
+    assert f"holds {tuner.engine.phase.bytes():,} bytes" in caplog.text
     tuner.detach()
     assert not _blocks()
 
@@ -62,15 +62,15 @@ def test_what_is_said_is_held(make, heads, dtype, caplog):
 def test_a_later_round_works_on_a_copy_of_the_base():
     release()
     model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 5))
-    method = st.Method(score=st.scores.change(), schedule=Rounds(30, 12, 4, 2), dense=st.dense.Gates(), name="gated")
+    method = st.Method(score=st.scores.change(), schedule=Rounds(30, 12, 4, 2), dense=st.phases.Gates(), name="gated")
     tuner = st.attach(model, method)
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
-    first = tuner._phase.bytes()
+    first = tuner.engine.phase.bytes()
     for _ in range(8):
         step(model, optimizer)
     assert tuner.in_dense_phase
     assert tuner.selected == 15
-    assert first < held(tuner, optimizer) == tuner._phase.bytes()
+    assert first < held(tuner, optimizer) == tuner.engine.phase.bytes()
     for _ in range(4):
         step(model, optimizer)
     assert not tuner.in_dense_phase

@@ -35,7 +35,7 @@ def watched_run():
     plant(tuner, [0, 2, 4], [0.5, -0.01, 0.2])
     optimizer = adamw(tuner, lr=0.0)
     feed(tuner, optimizer, [9.0, 1.0, 0.5, 7.0, 8.0, 2.0])
-    assert tuner._ledger.pages[0].watched.flat.tolist() == [0, 3, 4]
+    assert tuner.engine.ledger.pages[0].watched.flat.tolist() == [0, 3, 4]
     feed(tuner, optimizer, [1.0, 3.0, 1.0, 5.0, -2.0, 30.0])
     return tuner, optimizer
 
@@ -49,10 +49,10 @@ def test_drop_the_smallest_change_grow_the_best_candidate():
     weight = tuner.model.weight[0]
     assert weight[2].item() == torch.tensor(0.3).item()  # the base again, bit for bit
     assert weight[3].item() == torch.tensor(0.4).item()
-    assert tuner._ledger.pages[0].watched is None
+    assert tuner.engine.ledger.pages[0].watched is None
     assert tuner.verify().touched == 3
-    tuner._step_hooks._tell(optimizer)
-    state, slot = optimizer.state[tuner.parameters()[0]], tuner._ledger.pages[0].slot[1]
+    tuner.engine.step_hooks._tell(optimizer)
+    state, slot = optimizer.state[tuner.parameters()[0]], tuner.engine.ledger.pages[0].slot[1]
     assert state["age"][slot].item() == 2
     assert state["exp_avg"][slot].item() == pytest.approx(6 * (1 - 0.81))
     assert state["exp_avg_sq"][slot].item() == pytest.approx(37 * (1 - 0.998001))
@@ -68,8 +68,8 @@ def test_with_a_shared_age_bias_correction_gives_the_window_back_too():
     for _ in range(4):
         values.grad = torch.ones(3)
         optimizer._step(values, optimizer.param_groups[0])
-    optimizer.inherit(values, tuner._tracker.chooser.news)
-    state, slot = optimizer.state[values], tuner._ledger.pages[0].slot[1]
+    optimizer.inherit(values, tuner.engine.tracker.chooser.news)
+    state, slot = optimizer.state[values], tuner.engine.ledger.pages[0].slot[1]
     assert state["exp_avg"][slot].item() / (1 - 0.9**4) == pytest.approx(6)
     assert state["exp_avg_sq"][slot].item() / (1 - 0.999**4) == pytest.approx(37)
 
@@ -91,9 +91,9 @@ def test_grow_by_the_accumulators_of_rows_and_columns():
     method = growing(st.scores.row_times_column(), 1, 10, every=2, window=1, fraction=1.0, regrow=False)
     tuner = st.attach(model, method)
     plant(tuner, [0], [0.5])
-    tuner._tracker.chooser.factors = (torch.tensor([4.0, 1.0, 0.0]), torch.tensor([1.0, 9.0, 0.0]))
-    tuner._tracker.step = 1
-    tuner._tracker.select_ahead()
+    tuner.engine.tracker.chooser.factors = (torch.tensor([4.0, 1.0, 0.0]), torch.tensor([1.0, 9.0, 0.0]))
+    tuner.engine.tracker.clock.step = 1
+    tuner.engine.tracker.select_ahead()
     assert supports(tuner) == {"weight": [1]}
     assert changes(tuner) == {1: 0.0}
 
@@ -133,9 +133,9 @@ def test_an_entry_dropped_and_grown_keeps_its_value_and_state():
     plant(tuner, [0, 1], [0.5, 0.1])
     optimizer = torch.optim.SGD(tuner.parameters(), lr=1.0, momentum=0.5)
     feed(tuner, optimizer, [0.0, 1.0, 0.0, 0.0])
-    slot = tuner._ledger.pages[0].slot[1].item()
+    slot = tuner.engine.ledger.pages[0].slot[1].item()
     feed(tuner, optimizer, [0.0, 3.0, 0.0, 2.0])  # all are dropped; 1 and 3 grow: 1 stays where it is
-    assert tuner._ledger.pages[0].slot.tolist() == [slot, 1 - slot]
+    assert tuner.engine.ledger.pages[0].slot.tolist() == [slot, 1 - slot]
     assert changes(tuner) == pytest.approx({1: 0.1 - 1.0 - 3.5, 3: -2.0})
     feed(tuner, optimizer, [0.0, 0.0, 0.0, 1.0])  # fewer grow than are dropped: the smallest only are replaced
     assert set(changes(tuner)) == {1, 3}
@@ -192,7 +192,7 @@ def test_a_step_that_the_scaler_skips_leaves_no_trace(name, dtype):
     skipping, _ = train(name, [n for i in range(10) for n in (-20 - i, -30 - i, i)], dtype, scaler(), late=True)
     clean, _ = train(name, range(10), dtype, scaler(), late=True)
     assert same(bits(skipping.model), bits(clean.model))
-    assert torch.equal(skipping._ledger.offsets, clean._ledger.offsets)
+    assert torch.equal(skipping.engine.ledger.offsets, clean.engine.ledger.offsets)
     assert supports(skipping) == supports(clean)
     assert skipping.events["skipped_steps"] == 20
 
@@ -208,7 +208,7 @@ def test_a_fused_optimizer_skips_a_step_by_itself(name):
     assert supports(skipping) == supports(clean)
     if name == "watch":  # a window is open
         unscaled, _ = train(name, range(10), torch.float64, fused=True)
-        sums, plain = (t._tracker.chooser.state()["window"]["square"] for t in (clean, unscaled))
+        sums, plain = (t.engine.tracker.chooser.state()["window"]["square"] for t in (clean, unscaled))
         assert sums
         assert all(torch.equal(sums[i], plain[i]) for i in plain)
 
@@ -255,7 +255,7 @@ def test_a_window_that_opened_in_a_skipped_step_is_gone():
             scaler.step(optimizer)
             scaler.update(4.0)
         assert (tuner.step, tuner.events["skipped_steps"]) == (1, int(skips))
-        windows.append((tuner._tracker.chooser.watching, tuner._tracker.chooser.state()["window"]))
+        windows.append((tuner.engine.tracker.chooser.watching, tuner.engine.tracker.chooser.state()["window"]))
         for _ in range(3):  # to the exchange that this window would have ended in
             feed(tuner, optimizer, [1.0, 2.0, 3.0, 4.0])
         assert supports(tuner) == before
@@ -295,7 +295,7 @@ def test_memory_is_small_but_for_the_first_pass_of_a_window():
         with Largest(net) as seen:
             optimizer.step()
         assert seen.numel < 65_536
-        window = tuner._tracker.chooser.state()["window"]
+        window = tuner.engine.tracker.chooser.state()["window"]
         kept = [t for key in ("watched", "sum", "square") for t in window[key].values()]
         assert sum(t.numel() * t.element_size() for t in kept) <= 300 * (8 + 4 + 4)
     assert dense == [(0, 0), (7, 0), (15, 0)]

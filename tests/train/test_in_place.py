@@ -46,5 +46,5 @@ def test_every_node_and_every_operation(layer, operation):
         tuner = st.attach(model, st.random(budget=entries))
         (OPERATIONS[operation](model(x)) ** 2).sum().backward()
         expected = torch.cat([p.grad.reshape(-1) for p in plain.parameters()])
-        slots = torch.cat([page.slot for page in tuner._ledger.pages])
+        slots = torch.cat([page.slot for page in tuner.engine.ledger.pages])
         assert torch.allclose(tuner.parameters()[0].grad[slots], expected, rtol=1e-12, atol=1e-14)

@@ -201,7 +201,7 @@ def test_adam_kicks_a_late_entry_as_the_reference_does():
     nn.init.zeros_(model.weight)
     tuner = st.attach(model, st.id3(2, 1000, every=999, exp=0.0))
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=0.1, eps=1e-30, weight_decay=0.0)
-    tuner._tracker.chooser.schedule = st.schedule.Quotas([1] + [0] * 998 + [1])
+    tuner.engine.tracker.chooser.schedule = st.schedule.Quotas([1] + [0] * 998 + [1])
     for step in range(1000):
         model(torch.tensor([[5.0, 0.0 if step < 999 else 1.0]], dtype=torch.float64)).sum().backward()
         optimizer.step()

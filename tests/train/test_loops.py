@@ -266,7 +266,7 @@ def test_sampled_gradients_are_the_dense_ones():
     mixed_loss(model, tokens(0)).backward()
     (values,) = tuner.parameters()
     checked = 0
-    for tensor, page in zip(tuner._found.tensors, tuner._ledger.pages, strict=True):
+    for tensor, page in zip(tuner.engine.now.tensors, tuner.engine.ledger.pages, strict=True):
         expected = dense[tensor.name]
         got = values.grad[page.slot]
         assert torch.allclose(got, torch.zeros_like(got) if expected is None else expected[page.flat], atol=1e-14), (

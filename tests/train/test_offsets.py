@@ -135,9 +135,9 @@ def test_a_tuned_state_dict_of_the_run_comes_back(dtype):
         optimizer.zero_grad()
         if step == 2:
             kept = copy.deepcopy(model.state_dict())
-    start = tuner._ledger.start.clone()
+    start = tuner.engine.ledger.start.clone()
     model.load_state_dict(kept)
-    assert torch.equal(tuner._ledger.start, start)  # an offset is found, so decay still pulls to where it did
+    assert torch.equal(tuner.engine.ledger.start, start)  # an offset is found, so decay still pulls to where it did
     tuner.verify()
     with torch.no_grad():
         model(X[0].to(dtype))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selectune as st
-from selectune.train.choose import chooser, scan
+from selectune.train.choose import growing, scan
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")
 
@@ -42,8 +42,8 @@ def queued(monkeypatch):
         scanned.append(tensor.name)
         return scan.scan_queued(collector, score, tensor, *rest)
 
-    monkeypatch.setattr(chooser, "queues", lambda tensor, collector: True)
-    monkeypatch.setattr(chooser, "scan_queued", call)
+    monkeypatch.setattr(growing, "queues", lambda tensor, collector: True)
+    monkeypatch.setattr(growing, "scan_queued", call)
     monkeypatch.setattr(scan, "QUEUED_PIECE", 700)
     return scanned
 

@@ -48,7 +48,7 @@ def test_the_whole_matrix_selected_is_sm3():
     optimizer = st.SparseSM3([values], lr=0.1)
     for first, second in zip(grads((4, 3), 6), grads((2, 4), 6), strict=True):
         model(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
-        for page, g in zip(tuner._ledger.pages, (first, second), strict=True):
+        for page, g in zip(tuner.engine.ledger.pages, (first, second), strict=True):
             values.grad[page.slot] = g.flatten()[page.flat]
         optimizer.step()
         optimizer.zero_grad()

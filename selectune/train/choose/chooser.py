@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,31 +22,40 @@ from selectune.scope import ScopedTensor
 from selectune.scores import constant
 from selectune.train.ledger import Ledger, Snapshot
 from selectune.train.optim.contract import News
+from selectune.train.window import Clock
 from selectune.types import Allocating, Collector, Schedule
 
 log = logging.getLogger("selectune")
 
 
+@dataclass
+class Ground:
+    """What the chooser of a run works on."""
+
+    method: Method
+    schedule: Schedule | None
+    tensors: Sequence[ScopedTensor]
+    ledger: Ledger
+    seed: int
+    rescore: Callable[[], Sequence[Tensor]] | None = None  # calibrated scores at the weights of now
+    clock: Clock = field(default_factory=Clock)
+    events: Counter[str] = field(default_factory=Counter)
+    whole: set[int] = field(default_factory=set)  # tensors of which more than looked-up rows is used: padding counts
+
+
 class Chooser:
     """The contract, and what all choosers share. This one never chooses."""
 
-    def __init__(
-        self,
-        method: Method,
-        schedule: Schedule | None,
-        tensors: Sequence[ScopedTensor],
-        ledger: Ledger,
-        seed: int,
-        events: Counter[str],
-    ) -> None:
-        self.method, self.schedule, self.tensors, self.ledger = method, schedule, tensors, ledger
-        self.seed, self.events = seed, events
-        self.score = method.score or constant()
-        self.rescore: Callable[[], Sequence[Tensor]] | None = None  # calibrated scores at the weights of now
+    def __init__(self, ground: Ground) -> None:
+        self.method, self.schedule, self.tensors, self.ledger = (
+            ground.method, ground.schedule, ground.tensors, ground.ledger,
+        )  # fmt: skip
+        self.seed, self.events, self.clock, self.whole = ground.seed, ground.events, ground.clock, ground.whole
+        self.rescore, self.score = ground.rescore, ground.method.score or constant()
         self.news: News | None = None  # entries that took over slots: the optimizer's state of these is stale
         self.factors: tuple[Tensor, Tensor] | None = None  # what the optimizer holds for rows and columns
-        self.whole: set[int] = set()  # tensors of which more than looked-up rows is used: padding gets a gradient
         self.watching = False  # entries beside the selected ones are watched
+        self.dense = False  # every entry in scope is trained at present, as torch does it
         self._ahead = -1  # the step of the last choice before forward
         self._collector: Collector | None = None
         self._broken: list[str] = []  # tensors with non-finite scores
@@ -96,6 +105,19 @@ class Chooser:
         """The optimizer has stepped; `step` steps are done. `scale`: its gradient over that of the backward passes."""
         del step, scale
         self.news = None
+
+    def turn(self) -> bool:
+        """Begins or ends a dense phase, if the schedule has one and it is time; whether it did."""
+        return False
+
+    def refresh(self) -> None:
+        """In a dense phase: writes the weights that follow from what is trained."""
+
+    def weights_changed(self) -> None:
+        """In a dense phase: somebody loaded weights into the model."""
+
+    def leave(self) -> None:
+        """The tuner comes off the model, whose weights are the base again."""
 
     def state(self) -> dict[str, Any]:
         """What a later process needs beside the ledger: tensors and plain values. Taken between steps."""
@@ -159,9 +181,3 @@ class Chooser:
 def seed_of(seed: int, step: int) -> int:
     """A seed for one step of a run."""
     return (seed * 0x9E3779B97F4A7C15 + step) % (1 << 63)
-
-
-def scattered(block: Tensor, rows: Tensor, tensor: ScopedTensor) -> Tensor:
-    """Rows of a gradient as the dense gradient they stand for."""
-    dense = block.new_zeros(tensor.parameter.shape)
-    return dense.index_copy_(0, rows, block)

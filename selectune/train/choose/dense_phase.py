@@ -20,58 +20,47 @@ from torch.utils.hooks import RemovableHandle
 
 from selectune import bits, internals, ops
 from selectune.errors import ConfigError, IntegrityError, NonFiniteError, OptimizerError
-from selectune.frames import Call
 from selectune.ops.scratch import scratch
 from selectune.phases import DensePhase, Here
 from selectune.scope import OWN, Found
 from selectune.seeds import Stream, mixed
+from selectune.train.choose.chooser import Chooser, Ground
 from selectune.train.choose.scan import scan
 from selectune.train.proof import BaseCopy
-from selectune.train.tracker import Tracker
-from selectune.types import Phased, Schedule
+from selectune.types import Phased
 
 log = logging.getLogger("selectune")
 
 WIDE = (torch.float32, torch.float64)
 
 
-class Phase:
-    """Turns a run's dense phase on and off, and follows its steps."""
+class DenseThenSparse(Chooser):
+    """Selects where a dense phase ends; turns the phase on and off, and follows its steps."""
 
-    def __init__(
-        self,
-        carrier: nn.Module,
-        kind: DensePhase,
-        schedule: Schedule | None,
-        found: Found,
-        tracker: Tracker,
-        base: BaseCopy,
-    ) -> None:
-        self.kind, self.tracker, self.tensors = kind, tracker, found.tensors
-        self.schedule = schedule if isinstance(schedule, Phased) else None
-        self.on = False
+    def __init__(self, ground: Ground, kind: DensePhase, found: Found, base: BaseCopy, carrier: nn.Module) -> None:
+        super().__init__(ground)
+        self.kind, self.phased = kind, ground.schedule if isinstance(ground.schedule, Phased) else None
         self.reached: set[int] = set()  # tensors that ever sent a gradient here
         self._carrier, self._base, self._heads, self._total = carrier, base, found.dense, found.eligible
         self._before: list[Tensor] = []  # what the heads were when the phase began
         self._hooks: list[RemovableHandle] = []
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._step_call: Call | None = None  # the running optimizer.step()
         self._pulled = False  # a gradient came since the last step
-        self._seen: list[int] = []  # versions of the latents that the weights follow
+        self._written: list[int] = []  # versions of the latents that the weights follow
         self.latents = [self._make(t.parameter) for t in self.tensors]
-        tracker.taps.before_forward = self.before_forward
-        self.begin()
 
     def _make(self, weight: nn.Parameter) -> list[nn.Parameter]:
         if self.kind.itself and weight.dtype in WIDE:
             return [weight]
-        return [nn.Parameter(torch.empty(0, dtype=_wide(weight), device=weight.device)) for _ in self.kind.latents]
+        return [
+            nn.Parameter(torch.empty(0, dtype=bits.wide(weight.dtype), device=weight.device)) for _ in self.kind.latents
+        ]
 
     # -- what is trained
 
     def parameters(self) -> list[nn.Parameter]:
         """The latents while the phase is on, tensor by tensor."""
-        return [latent for latents in self.latents for latent in latents] if self.on else []
+        return [latent for latents in self.latents for latent in latents] if self.dense else []
 
     def rates(self) -> dict[int, float]:
         """{id of a latent: its own learning rate}, of latents that have one."""
@@ -97,22 +86,20 @@ class Phase:
     def _largest(self, which: Callable[[int, nn.Parameter], bool]) -> int:
         """Bytes of memory that these tensors use in turn."""
         weights = [t.parameter for t in self.tensors if which(t.index, t.parameter)]
-        return max((w.numel() * _wide(w).itemsize for w in weights), default=0)
+        return max((w.numel() * bits.wide(w.dtype).itemsize for w in weights), default=0)
 
     def _works_on_a_base(self, index: int, weight: nn.Parameter) -> bool:
         """Whether the base of a phase is not the copy that is held: widened, or with the values of earlier rounds."""
-        return weight.dtype not in WIDE or self.tracker.ledger.pages[index].flat.numel() > 0
+        return weight.dtype not in WIDE or self.ledger.pages[index].flat.numel() > 0
 
     # -- on and off
 
     @torch.no_grad()
     def begin(self) -> None:
         """Every entry in scope is trained from here on."""
-        self.on, self._pulled = True, False
-        self.tracker.taps.asleep = True
-        self.tracker.taps.forget()
-        self.tracker.ledger.offsets.grad = None
-        self._base.hold(self.tensors, self.tracker.ledger)
+        self.dense, self._pulled = True, False
+        self.ledger.offsets.grad = None
+        self._base.hold(self.tensors, self.ledger)
         self._before = [] if self.kind.found else [t.parameter.detach().clone() for t in self._heads]
         for index, (tensor, latents) in enumerate(zip(self.tensors, self.latents, strict=True)):
             tensor.parameter.requires_grad_(True)
@@ -123,7 +110,7 @@ class Phase:
                     self._carrier.register_parameter(f"{OWN}{name}_{index}", latent)
             hook = functools.partial(self._pull, index)
             self._hooks.append(tensor.parameter.register_post_accumulate_grad_hook(hook))
-        self.refresh()
+        self._write()
 
     @torch.no_grad()
     def end(self) -> None:
@@ -131,28 +118,27 @@ class Phase:
 
         Raises NonFiniteError, with nothing changed, if the phase ended in numbers that cannot be compared.
         """
-        tracker, ledger = self.tracker, self.tracker.ledger
+        ledger, step = self.ledger, self.clock.step
         broken = [t.name for t in self.tensors if not bool(torch.isfinite(self.kind.change(self._here(t.index))).all())]
         if broken:
             raise NonFiniteError(
-                f"The dense phase ended at step {tracker.step} with NaN or infinity in {len(broken)} tensors "
+                f"The dense phase ended at step {step} with NaN or infinity in {len(broken)} tensors "
                 f"({', '.join(broken[:3])}), so its changes cannot be ranked. Lower its learning rate."
             )
-        quota = 0 if self.schedule is None else self.schedule.target(tracker.step) - ledger.selected
-        method = tracker.method
-        collector = method.select.collector(quota, [t.parameter.numel() for t in self.tensors], tracker.seed)
+        quota = 0 if self.phased is None else self.phased.target(step) - ledger.selected
+        collector = self.method.select.collector(quota, [t.parameter.numel() for t in self.tensors], self.seed)
         for tensor in self.tensors:
             change = self.kind.change(self._here(tensor.index))
             tensor.parameter.copy_(self._base.dense[tensor.name])
-            if method.score is not None and quota > 0:
-                scan(collector, method.score, tensor, ledger.pages[tensor.index].flat, change)
+            if self.method.score is not None and quota > 0:
+                scan(collector, self.score, tensor, ledger.pages[tensor.index].flat, change)
         tensors, flat, found = collector.close()
         if flat.numel() < quota:
-            tracker.events["shortfall"] += quota - flat.numel()
+            self.events["shortfall"] += quota - flat.numel()
         slots = ledger.add(tensors, flat)
         if self.kind.found:
             ledger.offsets[slots] = found.to(ledger.offsets)
-        tracker.write_weights()
+        ledger.write_weights()
         self._rewind_heads()
         self._restart(ledger.offsets)
         self.free()
@@ -175,8 +161,11 @@ class Phase:
         self._base.release(self.tensors)
         self._before.clear()
         ops.release()
-        self.tracker.taps.asleep = False
-        self.on = False
+        self.dense = False
+
+    def leave(self) -> None:
+        if self.dense:
+            self.free()
 
     def _rewind_heads(self) -> None:
         if self.kind.found:
@@ -193,24 +182,18 @@ class Phase:
 
     # -- forward and backward
 
-    def before_forward(self, inside: bool = True) -> None:
-        """Brings the weights up to date before the outermost module runs."""
-        if not self.on:
-            self.tracker.before_forward(inside)
-            self.turn()
+    def refresh(self) -> None:
+        if self._versions() == self._written:
             return
-        self.tracker.ledger.follow()
-        if self._versions() == self._seen:
-            return
-        if self._pulled and not self._in_step():
+        if self._pulled and not self.clock.in_step:
             raise OptimizerError(
                 "The tensors of the dense phase changed without a step of a torch.optim.Optimizer, whose hooks tell "
                 "when the phase is over. Use an optimizer made from torch.optim.Optimizer."
             )
-        self.refresh()
+        self._write()
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def _write(self) -> None:
         """Writes the weights that the latents stand for."""
         for tensor, latents in zip(self.tensors, self.latents, strict=True):
             weight = tensor.parameter.detach()
@@ -219,7 +202,7 @@ class Phase:
             made = self.kind.weight(self._here(tensor.index, weight if weight.dtype in WIDE else None))
             if made is not weight:
                 weight.copy_(made)
-        self._seen = self._versions()
+        self._written = self._versions()
 
     @torch.no_grad()
     def _pull(self, index: int, weight: Tensor) -> None:
@@ -235,50 +218,47 @@ class Phase:
             weight.grad = None
             for latent, part in zip(latents, self.kind.pull(_widened(gradient), self._here(index)), strict=True):
                 latent.grad = _laid_out(part, latent) if latent.grad is None else latent.grad.add_(part)
-        if self._in_step():
+        if self.clock.in_step:
             self._finish(index, lambda latent: True)  # a closure: the optimizer's hook has been and gone
-
-    def _in_step(self) -> bool:
-        return self._step_call is not None and not self._step_call.over()
 
     def _versions(self) -> list[int]:
         return [latent._version for latents in self.latents for latent in latents]
 
     def _here(self, index: int, target: Tensor | None = None) -> Here:
         """Valid until the next one is made: a base that is not there as such is made in memory used again."""
-        tensor, ledger = self.tensors[index], self.tracker.ledger
+        tensor, ledger = self.tensors[index], self.ledger
         base, page = self._base.held(tensor), ledger.pages[index]
         if self._works_on_a_base(index, tensor.parameter):
             base = _lend(base, "base").copy_(base)
         if page.flat.numel():  # a later round: selected entries began it at their values
             values = ledger.values()[page.slot].to(base.device, tensor.parameter.dtype)
             ops.scatter_entries(base, page.flat, values)
-        stream = Stream(mixed(self.tracker.seed, self.tracker.step, index))
+        stream = Stream(mixed(self.seed, self.clock.step, index))
         latents = tuple(latent.detach() for latent in self.latents[index])
         return Here(base, latents, stream, self._total, target, True, _lend, ops.uniform)
 
     # -- the optimizer's step
 
-    def before_step(self, optimizer: torch.optim.Optimizer, call: Call, held: set[int], frozen: set[int]) -> None:
-        """The optimizer is about to step: the phase has its last word on the gradients."""
+    def last_word(self, optimizer: torch.optim.Optimizer, held: set[int], frozen: set[int]) -> bool:
+        """The optimizer is about to step: the last word on its gradients; whether it trains anything of the phase."""
         mine = {id(p) for p in self.parameters()}
         if not held & mine:
-            if held & (frozen | {id(self.tracker.ledger.offsets)}):
+            if held & (frozen | {id(self.ledger.offsets)}):
                 raise OptimizerError(
                     f"This {type(optimizer).__name__} holds nothing that the dense phase trains, which is on. Make the "
                     "optimizer right after attach, over tuner.parameters(): then it holds what all phases train."
                 )
-            return
-        if self._leads(held) and self.schedule is not None and id(self.tracker.ledger.offsets) not in held:
+            return False
+        if self._leads(held) and self.phased is not None and id(self.ledger.offsets) not in held:
             raise OptimizerError(
                 f"This {type(optimizer).__name__} holds the tensors of the dense phase and not the tuner's values, so "
                 "nothing would be trained once the phase is over. Make it after attach, over tuner.parameters()."
             )
         self._optimizers.add(optimizer)
-        self._step_call = call
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its step
         for index in range(len(self.tensors)):
             self._finish(index, lambda latent: id(latent) in held, scale)
+        return True
 
     @torch.no_grad()
     def _finish(self, index: int, holds: Callable[[nn.Parameter], bool], scale: Tensor | None = None) -> None:
@@ -294,27 +274,22 @@ class Phase:
             if holds(latent):
                 latent.grad = _laid_out(gradient if scale is None else gradient * scale, latent)
 
-    def after_step(self, held: set[int], skipped: bool) -> None:
-        """The optimizer has stepped; the one that holds the first latent counts the step."""
-        self._step_call = None
-        if skipped or not self._leads(held) or not self._pulled:
-            return
+    def counts(self, held: set[int]) -> bool:
+        """Whether the step that an optimizer has taken is one of the run: it holds the first latent, and was needed."""
+        if not self._leads(held) or not self._pulled:
+            return False
         self._pulled = False
-        self.tracker.step += 1
-        self.turn()
-        if self.on:
-            self.refresh()
+        return True
 
-    def turn(self) -> None:
-        """Begins or ends the phase if the schedule says so."""
-        wanted = self.schedule is None or self.schedule.dense(self.tracker.step)
-        if self.on and not wanted:
-            self.end()
-        elif wanted and not self.on:
-            self.begin()
+    def turn(self) -> bool:
+        wanted = self.phased is None or self.phased.dense(self.clock.step)
+        if wanted == self.dense:
+            return False
+        self.begin() if wanted else self.end()
+        return True
 
     def weights_changed(self) -> None:
-        """Somebody loaded weights into the model: latents follow where they can be told from weights."""
+        """Latents follow the weights where they can be told from them."""
         for tensor, latents in zip(self.tensors, self.latents, strict=True):
             weight, latent = tensor.parameter.detach(), latents[0].detach()
             if latents[0] is tensor.parameter:
@@ -328,30 +303,29 @@ class Phase:
                     f'load_state_dict changed "{tensor.name}" in a dense phase whose weights follow from other '
                     "tensors, which a state dict does not hold. Detach first, or load before attach."
                 )
-        self._seen = self._versions()
+        self._written = self._versions()
 
     def _leads(self, held: set[int]) -> bool:
         return id(self.latents[0][0]) in held
 
     # -- resuming a run
 
-    def state(self) -> dict[str, Any]:
-        """What a later process needs beside the tracker's step and the ledger; dense while the phase is on."""
-        latents = [[p.detach().clone() for p in latents] for latents in self.latents] if self.on else []
-        return {"on": self.on, "latents": latents, "before": [t.clone() for t in self._before]}
+    def phase(self) -> dict[str, Any]:
+        """What a later process needs of the phase, beside step and ledger; of the model's size while it is on."""
+        latents = [[p.detach().clone() for p in latents] for latents in self.latents] if self.dense else []
+        return {"on": self.dense, "latents": latents, "before": [t.clone() for t in self._before]}
 
     @torch.no_grad()
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes a `state`, after step and ledger: an optimizer made before still holds its tensors."""
+    def load_phase(self, state: Mapping[str, Any]) -> None:
+        """Takes a `phase`, after step and ledger: an optimizer made before still holds its tensors."""
         self._pulled = False
         if not state["on"]:
-            if self.on:
+            if self.dense:
                 for tensor in self.tensors:
                     tensor.parameter.copy_(self._base.dense[tensor.name])
-                self.tracker.write_weights()
                 self.free()
             return
-        if not self.on:
+        if not self.dense:
             self.begin()
         saved = [latent for latents in state["latents"] for latent in latents]
         if [tuple(t.shape) for t in saved] != [tuple(p.shape) for p in self.parameters()]:
@@ -362,20 +336,16 @@ class Phase:
             latent.copy_(value)
         for before, value in zip(self._before, state["before"], strict=True):
             before.copy_(value)
-        self.refresh()
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    return bits.wide(weight.dtype)
+        self._write()
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(_wide(tensor))
+    return tensor.to(bits.wide(tensor.dtype))
 
 
 def _lend(like: Tensor, purpose: str = "lent") -> Tensor:
     """Memory of a tensor's shape and strides in a wide dtype: on the CPU the same for all of them."""
-    dtype = _wide(like)
+    dtype = bits.wide(like.dtype)
     if like.device.type == "cpu" and like.is_contiguous():
         return scratch(f"dense {purpose}", like.shape, dtype)
     return torch.empty_like(like, dtype=dtype)

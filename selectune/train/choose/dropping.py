@@ -16,10 +16,11 @@ from torch import Tensor
 
 from selectune.errors import OptimizerError
 from selectune.scores import random
-from selectune.train.choose.chooser import Chooser, scattered, seed_of
+from selectune.train.choose.chooser import Chooser, Ground, seed_of
 from selectune.train.choose.scan import NOT_ELIGIBLE, PIECE, scan
 from selectune.train.ledger import Snapshot, matrix
 from selectune.train.optim.contract import News
+from selectune.train.window import scattered
 from selectune.types import Allocating, Collector, DropAndGrow, Reads
 
 
@@ -28,8 +29,8 @@ class Dropping(Chooser):
 
     schedule: DropAndGrow  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, *ground: Any) -> None:
-        super().__init__(*ground)
+    def __init__(self, ground: Ground) -> None:
+        super().__init__(ground)
         self._steps = 0  # steps of the window so far
         self._sum: dict[int, Tensor] = {}  # gradients of watched entries (w_j,) by tensor: of the window's steps,
         self._square: dict[int, Tensor] = {}  # their squares,

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selectune.train.choose.chooser import Chooser, scattered, seed_of
+from selectune.train.choose.chooser import Chooser, Ground, seed_of
 from selectune.train.choose.scan import queues, scan, scan_queued
 from selectune.train.ledger import Snapshot
 from selectune.train.optim.contract import News
+from selectune.train.window import scattered
 from selectune.types import Queueing, Reads
 
 log = logging.getLogger("selectune")
@@ -21,8 +22,8 @@ log = logging.getLogger("selectune")
 class Growing(Chooser):
     """The best entries that are not in the support yet join it; none leaves."""
 
-    def __init__(self, *ground: Any) -> None:
-        super().__init__(*ground)
+    def __init__(self, ground: Ground) -> None:
+        super().__init__(ground)
         self._queue: tuple[Tensor, Tensor] | None = None  # entries in the order known beforehand
 
     def quota(self, step: int) -> int:
@@ -78,6 +79,19 @@ class Growing(Chooser):
     def load_state(self, state: Mapping[str, Any]) -> None:
         super().load_state(state)
         self._queue = state.get("queue")
+
+    def expected(self) -> tuple[Tensor, Tensor] | None:
+        """The order of what is still to be selected: the known one, or what it will be where nothing is selected yet.
+
+        None where it is not known beforehand. Nothing is changed.
+        """
+        if self._queue is None and self.ledger.touched == 0:
+            events = self.events.copy()
+            found = self._rank(0, self.ledger.offsets.numel())
+            self.events.clear()
+            self.events.update(events)
+            return found
+        return self._queue
 
     def _next(self, step: int, quota: int) -> tuple[Tensor, Tensor]:
         if self._queue is None:
@@ -139,6 +153,19 @@ class Afresh(Growing):
 
     def _seed_of(self, step: int) -> int:
         return seed_of(self.seed, step)
+
+    def expected(self) -> tuple[Tensor, Tensor] | None:
+        """The order of what is still to be selected: the known one, or what it will be where nothing is selected yet.
+
+        None where it is not known beforehand. Nothing is changed.
+        """
+        if self._queue is None and self.ledger.touched == 0:
+            events = self.events.copy()
+            found = self._rank(0, self.ledger.offsets.numel())
+            self.events.clear()
+            self.events.update(events)
+            return found
+        return self._queue
 
     def _next(self, step: int, quota: int) -> tuple[Tensor, Tensor]:
         return self._rank(step, quota)

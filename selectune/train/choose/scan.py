@@ -5,6 +5,7 @@ Exact and streaming: at most one dense gradient and one piece of scores are aliv
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from selectune import bits, ops
 from selectune.errors import ConfigError
+from selectune.method import Method
 from selectune.scope import ScopedTensor
 from selectune.types import Collector, Queueing, Reads, Score
+
+log = logging.getLogger("selectune")
 
 PIECE = 1 << 20  # scalars scored at once: small enough for the caches, large enough to be cheap
 QUEUED_PIECE = 1 << 22  # on a GPU: a few launches for each, 12 bytes of temporary memory a scalar
@@ -173,6 +177,28 @@ def check_score(score: Score, tensors: Sequence[ScopedTensor]) -> None:
                 f'the range of {info.dtype} for weights of "{tensor.name}" ({ends[0]:.3g} to {ends[1]:.3g} with '
                 "eps), so scores would be 0 or infinite. Take an exp nearer to 0 (the paper's is 2), or a larger eps."
             )
+
+
+def warn_of_zeros(method: Method, tensors: Sequence[ScopedTensor], budget: int) -> None:
+    """LoRA's B matrices start at 0: when more zeros than the budget tie for the best score, order alone decides."""
+    score = method.score
+    if score is None or score.reads is not Reads.WEIGHT or getattr(method.select, "tie", "") != "order":
+        return
+    zero_wins = bool(torch.diff(score(torch.tensor([0.0, 1.0]))) < 0)
+    weights = [t.parameter.detach().reshape(-1) for t in tensors] if zero_wins else []
+    zeros = sum(ops.small_filter(w, 0.0)[0].numel() for w in weights if _has_zeros(w))
+    if zeros > budget:
+        log.warning(
+            "At least %d scalars in scope are exactly 0, more than the budget of %d: the first of them in the model's "
+            "order are selected. tie='random' spreads them.", zeros, budget,
+        )  # fmt: skip
+
+
+def _has_zeros(weight: Tensor) -> bool:
+    """Whether a thousandth of a flat weight has a zero: a look, not a count."""
+    step = max(1, weight.numel() // 1024)
+    look = weight[step // 2 :: step]  # not the first ones: a row of padding is zero by rights
+    return int(look.count_nonzero()) < look.numel()
 
 
 def _flat(tensor: Tensor | None, rows: Tensor | None = None) -> Any:

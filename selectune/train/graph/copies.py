@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from selectune.errors import AlreadyAttachedError, TunerError
 from selectune.scope import VALUES, is_own
+from selectune.train.graph.own_hooks import Own, ours
 from selectune.train.graph.weights import Weight, let_go
-from selectune.train.own_hooks import Own, ours
-
-if TYPE_CHECKING:
-    from selectune.train.attach import Tuner
 
 _TRAINABLE = "_selectune_trainable"  # on an attached model: the names of what was trainable before
 
@@ -73,15 +70,8 @@ def refuse_attached(model: nn.Module) -> None:
         )
 
 
-def tuner_of(model: nn.Module) -> Tuner | None:
-    """The tuner that a model, or a part of it, carries; None for a model without one, and for a copy of one with.
-
-    >>> import copy, torch, selectune as st
-    >>> model = torch.nn.Linear(8, 4)
-    >>> tuner = st.attach(model, st.id3(budget=6, steps=3))
-    >>> st.tuner_of(model) is tuner, st.tuner_of(copy.deepcopy(model))
-    (True, None)
-    """
+def owner_of(model: nn.Module) -> Any:
+    """The tuner that a model, or a part of it, carries; None for a model without one, and for a copy of one with."""
     for module in model.modules():
         for hook in module._load_state_dict_post_hooks.values():
             if isinstance(hook, OfTuner):
@@ -102,7 +92,7 @@ def strip(model: nn.Module) -> nn.Module:
     >>> [name for name, _ in st.strip(copy.deepcopy(model)).named_parameters()]
     ['weight', 'bias']
     """
-    if tuner_of(model) is not None:
+    if owner_of(model) is not None:
         raise TunerError("This model's own tuner is on. Take it off with selectune.tuner_of(model).detach().")
     for root in list(model.modules()):
         for name in root.__dict__.pop(_TRAINABLE, ()):

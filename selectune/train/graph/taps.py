@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from selectune.internals import go_on_compiling, in_backward, never_compiled, st
 from selectune.scope import ScopedTensor
 from selectune.train.graph import functions, sparse
 from selectune.train.graph.nodes import Link, Listener, Reach, SplitOffsets
+from selectune.train.graph.own_hooks import Own
 from selectune.train.graph.weights import Use, follow, let_go
 from selectune.train.ledger import Page
-from selectune.train.own_hooks import Own
 
 log = logging.getLogger("selectune")
 UNKNOWN = 1 << 60  # of uses: more than will ever be counted down
@@ -38,32 +38,43 @@ class _Running(threading.local):
         self.busy = False  # the engine works, and does not use weights
 
 
-class Taps:
-    """Keeps the present graph: made when the first weight in scope is used, shared by all forwards until a backward.
+class Follower(Listener, Protocol):
+    """Who follows the passes of a model: the tracker, or `check` in its place."""
 
-    `before_forward(True)` runs as the outermost module is entered, with False before a use outside; `pages()` gives the
-    ledger's pages for a new graph, and whether each tensor needs a gradient in it; `recompute()` runs when a forward is
-    repeated inside a backward pass; `stale()` says whether the present graph is of another step or support.
-    """
+    def before_forward(self, inside: bool) -> None:
+        """The outermost module is about to run (`inside`), or a weight is used outside of any module."""
+        ...
+
+    def pages(self) -> Sequence[tuple[Page, bool]]:
+        """The ledger's pages for a new graph, and whether each tensor needs a gradient in it."""
+        ...
+
+    def recompute(self) -> None:
+        """A forward is repeated inside a backward pass."""
+        ...
+
+    def stale(self) -> bool:
+        """Whether the present graph is of another step or support."""
+        ...
+
+
+class Taps:
+    """Keeps the present graph: made when the first weight in scope is used, shared by all forwards until a backward."""
 
     def __init__(
         self,
         model: nn.Module,
         tensors: Sequence[ScopedTensor],
         offsets: nn.Parameter,
-        listener: Listener,
-        before_forward: Callable[[bool], None],
-        pages: Callable[[], Sequence[tuple[Page, bool]]],
-        recompute: Callable[[], None],
-        stale: Callable[[], bool],
+        follower: Follower,
+        whole: set[int],
     ) -> None:
-        self.offsets, self.listener, self.tensors = offsets, listener, tensors
-        self.before_forward, self.pages, self.recompute, self.stale = before_forward, pages, recompute, stale
+        self.offsets, self.follower, self.tensors = offsets, follower, tensors
+        self.whole = whole  # tensors of which more than looked-up rows was ever used
         self.uses = [0] * len(tensors)  # gradients expected per tensor in the next backward pass through this graph
         self.grad_was_off = False  # part of a forward ran without gradients: reentrant checkpointing, perhaps
         self._repeats = False  # and it was in another's autograd function, which may be a checkpoint
         self.asleep = False  # weights are trained as torch does it
-        self.whole: set[int] = set()  # tensors of which more than looked-up rows was ever used
         self.skip_unneeded = True  # until then: reentrant checkpointing needs inputs that require gradients
         self._running = _Running()
         self.thread: int | None = None  # the one that trains; others may look on
@@ -110,17 +121,29 @@ class Taps:
             self.thread = None
         return self.thread is None
 
-    def resting(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        """The function, during which weights are used as torch does it."""
+    def trains_in_this_thread(self) -> None:
+        """An optimizer steps here."""
+        self.thread = threading.get_ident()
 
-        def run() -> Any:
-            before, self.asleep = self.asleep, True
-            try:
-                return function()
-            finally:
-                self.asleep = before
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Within it weights are used as torch does it."""
+        before, self.asleep = self.asleep, True
+        try:
+            yield
+        finally:
+            self.asleep = before
 
-        return run
+    @contextmanager
+    def followed_by(self, follower: Follower) -> Iterator[None]:
+        """Within it somebody else follows the passes, on graphs of their own."""
+        before, self.follower = self.follower, follower
+        self.forget()
+        try:
+            yield
+        finally:
+            self.follower = before
+            self.forget()
 
     # -- weights (User)
 
@@ -129,8 +152,8 @@ class Taps:
         if self.asleep or not self.offsets.requires_grad:  # the attached model is held frozen for a while
             return None
         if in_backward():
-            self.recompute()
-        elif not self._running.entered and self.trains_here() and (self._graph is None or self.stale()):
+            self.follower.recompute()
+        elif not self._running.entered and self.trains_here() and (self._graph is None or self.follower.stale()):
             self._prepare(False)
         return self._open()[index]
 
@@ -149,7 +172,7 @@ class Taps:
     def _prepare(self, inside: bool) -> None:
         self._running.busy = True
         try:
-            self.before_forward(inside)
+            self.follower.before_forward(inside)
         finally:
             self._running.busy = False
 
@@ -161,12 +184,12 @@ class Taps:
         return graph
 
     def _new_graph(self) -> list[Use | None]:
-        pages = self.pages()
+        pages = self.follower.pages()
         with internals.outside_transforms() if internals.in_transform() else nullcontext():
-            pieces = SplitOffsets.apply(self.offsets, [page for page, _ in pages], self.listener)
+            pieces = SplitOffsets.apply(self.offsets, [page for page, _ in pages], self.follower)
         self._spare = pieces[0] if pieces else None
         return [
-            Use(Link(t.index, page, self.listener, self.uses, piece.grad_fn), t.parameter.detach(), piece, self.whole)
+            Use(Link(t.index, page, self.follower, self.uses, piece.grad_fn), t.parameter.detach(), piece, self.whole)
             if needed or not self.skip_unneeded
             else None
             for t, piece, (page, needed) in zip(self.tensors, pieces, pages, strict=True)
@@ -197,10 +220,10 @@ class Taps:
         running.call = Call(above=2)  # torch's, above the hook
         running.with_gradients = torch.is_grad_enabled()
         if in_backward():
-            self.recompute()
+            self.follower.recompute()
         elif self.trains_here():
             if running.with_gradients:
-                self.thread = threading.get_ident()
+                self.trains_in_this_thread()
             self._prepare(True)
             if running.with_gradients:
                 self.grad_was_off = self._repeats  # else they were an evaluation's

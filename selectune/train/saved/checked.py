@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from selectune.delta import inventory
 from selectune.delta.file.fingerprint import never_loaded
 from selectune.errors import BaseMismatchError, ConfigError, SelectuneError
 from selectune.scope import ScopedTensor
+from selectune.train.engine import Engine
 from selectune.train.ledger import Ledger
 from selectune.train.saved.checked_choices import EVENTS, check_choices, named
-
-if TYPE_CHECKING:
-    from selectune.train.attach import Tuner
 
 VERSION = 3
 _INFO = {"version", "run", "step", "reached", "restarted", "events", "chooser", "phase"}
@@ -29,7 +27,7 @@ PAGE = ("flat", "slot", "base", "retired", "retired_base")
 
 
 def checked(
-    tuner: Tuner, state: Mapping[str, Any], mine: Mapping[str, Any]
+    engine: Engine, state: Mapping[str, Any], mine: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The state's two halves, if it is one of this run; nothing is changed.
 
@@ -45,7 +43,7 @@ def checked(
         raise ConfigError(f'The state\'s "info" must hold {", ".join(sorted(_INFO))}; it has {sorted(info)!r:.200}.')
     tensors = dict(tensors)
     try:
-        _look(tuner, info, tensors, mine)
+        _look(engine, info, tensors, mine)
     except SelectuneError:
         raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -53,25 +51,25 @@ def checked(
     return info, tensors
 
 
-def _look(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor], mine: Mapping[str, Any]) -> None:
-    _of_this_run(tuner, json.loads(json.dumps(mine)), info.get("run"))
-    _numbers(tuner, info)
-    _present(tuner, tensors)
-    for tensor in tuner._ledger.tensors:
+def _look(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor], mine: Mapping[str, Any]) -> None:
+    _of_this_run(engine, json.loads(json.dumps(mine)), info.get("run"))
+    _numbers(engine, info)
+    _present(engine, tensors)
+    for tensor in engine.ledger.tensors:
         _page(tensor, tensors)
-    _slots(tuner, tensors)
-    _finite(tuner, tensors)
-    _bases(tuner, tensors)
-    _starts(tuner, info, tensors)
-    check_choices(tuner, info, tensors)
-    _phase(tuner, info, tensors)
-    known = _expected(tuner).keys() | _references(info["chooser"]) | _references(info["phase"])
+    _slots(engine, tensors)
+    _finite(engine, tensors)
+    _bases(engine, tensors)
+    _starts(engine, info, tensors)
+    check_choices(engine, info, tensors)
+    _phase(engine, info, tensors)
+    known = _expected(engine).keys() | _references(info["chooser"]) | _references(info["phase"])
     strange = sorted(ascii(key)[:60] for key in tensors.keys() - known if not str(key).startswith(GUESTS))
     if strange:
         raise ConfigError(f"The state holds tensors that this run has no place for: {', '.join(strange[:3])}.")
 
 
-def _of_this_run(tuner: Tuner, mine: Mapping[str, Any], theirs: Any) -> None:
+def _of_this_run(engine: Engine, mine: Mapping[str, Any], theirs: Any) -> None:
     if not isinstance(theirs, Mapping) or theirs.keys() != mine.keys() or not isinstance(theirs["base"], Mapping):
         raise ConfigError('The state\'s "run" does not say which run it is of, as Tuner.state_dict does.')
     for key in ("method", "seed", "accumulation_steps", "budget"):
@@ -80,7 +78,7 @@ def _of_this_run(tuner: Tuner, mine: Mapping[str, Any], theirs: Any) -> None:
     names = mine["base"].keys() | theirs["base"].keys()
     moved = sorted(name for name in names if mine["base"].get(name) != theirs["base"].get(name))
     if moved:
-        fresh = set(moved) <= set(never_loaded(inventory(tuner.model)))
+        fresh = set(moved) <= set(never_loaded(inventory(engine.model)))
         raise BaseMismatchError(
             f"The state was taken on another base: {len(moved)} tensors differ ({', '.join(moved[:5])}). "
             + (
@@ -92,11 +90,11 @@ def _of_this_run(tuner: Tuner, mine: Mapping[str, Any], theirs: Any) -> None:
         )
 
 
-def _numbers(tuner: Tuner, info: Mapping[str, Any]) -> None:
+def _numbers(engine: Engine, info: Mapping[str, Any]) -> None:
     if not _count(info.get("step")):
         raise ConfigError(f"The state's step is {info.get('step')!r}; it must be a whole number of at least 0.")
     reached, events = info.get("reached"), info.get("events")
-    known = range(len(tuner._ledger.tensors))
+    known = range(len(engine.ledger.tensors))
     if not isinstance(reached, list) or not all(_count(index) and index in known for index in reached):
         raise ConfigError(f'The state\'s "reached" must be a list of numbers of its {len(known)} tensors in scope.')
     if reached != sorted(set(reached)):
@@ -117,28 +115,28 @@ def _references(told: Any) -> set[str]:
     return set().union(*map(_references, told)) if isinstance(told, list) else set()
 
 
-def _expected(tuner: Tuner) -> dict[str, tuple[torch.dtype, torch.Size | None]]:
+def _expected(engine: Engine) -> dict[str, tuple[torch.dtype, torch.Size | None]]:
     """Every tensor that a state has whatever was chosen: dtype and shape, None for a vector of any length."""
-    offsets = tuner._ledger.offsets
+    offsets = engine.ledger.offsets
     expected: dict[str, tuple[torch.dtype, torch.Size | None]] = {
         "offsets": (offsets.dtype, offsets.shape),
         "start": (offsets.dtype, offsets.shape),
         "free": (torch.int64, None),
     }
-    for tensor in tuner._ledger.tensors:
+    for tensor in engine.ledger.tensors:
         own = tensor.parameter.dtype
         for part in (*PAGE, "retired_now"):
             whole = part in ("flat", "slot", "retired")
             expected[f"page.{tensor.index}.{part}"] = (torch.int64 if whole else own, None)
-    expected |= {f"whole.{t.name}": (t.parameter.dtype, t.parameter.shape) for t in tuner._all.dense}
-    buffers = {n: b for n, b in tuner.model.named_buffers() if n in tuner._base.buffers}
+    expected |= {f"whole.{t.name}": (t.parameter.dtype, t.parameter.shape) for t in engine.found.dense}
+    buffers = {n: b for n, b in engine.model.named_buffers() if n in engine.base.buffers}
     expected |= {f"buffer.{name}": (buffer.dtype, buffer.shape) for name, buffer in buffers.items()}
     return expected
 
 
-def _present(tuner: Tuner, tensors: Mapping[str, Any]) -> None:
+def _present(engine: Engine, tensors: Mapping[str, Any]) -> None:
     """Every tensor that will be read is there, in its shape and dtype."""
-    for key, (dtype, shape) in _expected(tuner).items():
+    for key, (dtype, shape) in _expected(engine).items():
         found = tensors.get(key)
         if not isinstance(found, Tensor) or (shape is not None and found.shape != shape):
             raise ConfigError(f'The state\'s tensor "{key}" is missing or has another shape.')
@@ -163,10 +161,10 @@ def _page(tensor: ScopedTensor, tensors: Mapping[str, Tensor]) -> None:
         raise ConfigError(f'The state says of "{tensor.name}" that the same entries are selected and dropped.')
 
 
-def _slots(tuner: Tuner, tensors: Mapping[str, Tensor]) -> None:
+def _slots(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
     """Every slot is used by one entry or free."""
-    used = [tensors[f"page.{tensor.index}.slot"].cpu() for tensor in tuner._ledger.tensors]
-    free, capacity = tensors["free"].cpu(), tuner._ledger.offsets.numel()
+    used = [tensors[f"page.{tensor.index}.slot"].cpu() for tensor in engine.ledger.tensors]
+    free, capacity = tensors["free"].cpu(), engine.ledger.offsets.numel()
     slots = torch.sort(torch.cat([*used, free])).values
     if not torch.equal(slots, torch.arange(capacity)) or not _ascends(free):
         raise ConfigError(
@@ -175,12 +173,12 @@ def _slots(tuner: Tuner, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _finite(tuner: Tuner, tensors: Mapping[str, Tensor]) -> None:
+def _finite(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
     keys = ["offsets", "start"]
-    for tensor in tuner._ledger.tensors:
+    for tensor in engine.ledger.tensors:
         keys.append(f"page.{tensor.index}.retired_now")
     broken = [key for key in keys if not bool(torch.isfinite(tensors[key]).all())]
-    broken += [f"whole.{t.name}" for t in tuner._all.dense if bool(tensors[f"whole.{t.name}"].isnan().any())]
+    broken += [f"whole.{t.name}" for t in engine.found.dense if bool(tensors[f"whole.{t.name}"].isnan().any())]
     if broken:
         raise ConfigError(
             f'The state holds NaN or infinity among its trained values ("{broken[0]}"): the run broke before it was '
@@ -198,22 +196,22 @@ def starts_elsewhere(ledger: Ledger, tensors: Mapping[str, Tensor]) -> bool:
     return False
 
 
-def _starts(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    if not info["restarted"] and starts_elsewhere(tuner._ledger, tensors):
+def _starts(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    if not info["restarted"] and starts_elsewhere(engine.ledger, tensors):
         raise ConfigError("The state says that every slot starts from its entry's base, and one does not.")
-    keeps = tuner.schedule is None or tuner.schedule.keeps
-    dropped = [t.name for t in tuner._ledger.tensors if tensors[f"page.{t.index}.retired"].numel()]
+    keeps = engine.schedule is None or engine.schedule.keeps
+    dropped = [t.name for t in engine.ledger.tensors if tensors[f"page.{t.index}.retired"].numel()]
     if keeps and dropped:
         raise ConfigError(f'The state has entries of "{dropped[0]}" dropped with their values; this method drops none.')
 
 
-def _bases(tuner: Tuner, tensors: Mapping[str, Tensor]) -> None:
+def _bases(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
     """What the state says stood under its entries is what stands under them here."""
     moved = []
-    for tensor in tuner._ledger.tensors:
+    for tensor in engine.ledger.tensors:
         flat, _, base, retired, retired_base = (tensors[f"page.{tensor.index}.{part}"] for part in PAGE)
         where, theirs = torch.cat((flat, retired)), torch.cat((base, retired_base))
-        here = _base_at(tuner, tensor, where.to(tensor.parameter.device)).to(theirs.device)
+        here = _base_at(engine, tensor, where.to(tensor.parameter.device)).to(theirs.device)
         if not torch.equal(ops.bits(here), ops.bits(theirs)):
             moved.append(tensor.name)
     if moved:
@@ -223,32 +221,32 @@ def _bases(tuner: Tuner, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _base_at(tuner: Tuner, tensor: ScopedTensor, flat: Tensor) -> Tensor:
+def _base_at(engine: Engine, tensor: ScopedTensor, flat: Tensor) -> Tensor:
     """The base values of entries, wherever they are kept now."""
-    if tensor.name in tuner._base.dense:
-        return ops.gather_entries(tuner._base.held(tensor), flat)
+    if tensor.name in engine.base.dense:
+        return ops.gather_entries(engine.base.held(tensor), flat)
     found = ops.gather_entries(tensor.parameter.detach(), flat)
-    known, base = tuner._ledger.pages[tensor.index].touched()
+    known, base = engine.ledger.pages[tensor.index].touched()
     if known.numel():
         at = torch.searchsorted(known, flat).clamp_(max=known.numel() - 1)
         found = torch.where(known[at] == flat, base[at], found)
     return found
 
 
-def _phase(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    phase, mine, step = info["phase"], tuner._phase, info["step"]
+def _phase(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    phase, mine, step = info["phase"], engine.phase, info["step"]
     if (mine is None) != (phase is None):
         raise ConfigError("The state is of a method with a dense phase, or without one; this tuner's is the other.")
     if mine is None:
         return
     if not isinstance(phase, Mapping) or phase.keys() != {"on", "latents", "before"} or type(phase["on"]) is not bool:
         raise ConfigError('The state\'s "phase" does not say whether it is on.')
-    dense = mine.schedule is None or mine.schedule.dense(step)
-    waits = mine.schedule is not None and step > 0 and not mine.schedule.dense(step - 1)  # until the next forward
+    dense = mine.phased is None or mine.phased.dense(step)
+    waits = mine.phased is not None and step > 0 and not mine.phased.dense(step - 1)  # until the next forward
     if phase["on"] != dense and not (dense and waits):
         raise ConfigError(f"The state's dense phase is {'on' if phase['on'] else 'off'} at step {step}; it cannot be.")
-    heads = [] if mine.kind.found or not phase["on"] else [t.parameter for t in tuner._all.dense]
-    latents = _latents(tuner) if phase["on"] else []
+    heads = [] if mine.kind.found or not phase["on"] else [t.parameter for t in engine.found.dense]
+    latents = _latents(engine) if phase["on"] else []
     told = [group if isinstance(group, list) else [group, None] for group in phase["latents"]]
     if [len(group) for group in told] != [len(group) for group in latents] or len(phase["before"]) != len(heads):
         raise ConfigError("The saved dense phase is that of another model or method: it has other tensors.")
@@ -262,12 +260,12 @@ def _phase(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor])
         raise ConfigError("The saved dense phase is that of another model or method: its tensors have other shapes.")
 
 
-def _latents(tuner: Tuner) -> list[list[Tensor]]:
+def _latents(engine: Engine) -> list[list[Tensor]]:
     """Tensors of the shapes and dtypes that a dense phase trains, of one weight's memory at a time."""
-    phase = tuner._phase
+    phase = engine.phase
     if phase is None:
         return []
-    if phase.on:
+    if phase.dense:
         return [[latent.detach() for latent in group] for group in phase.latents]
     found = []
     for tensor, latents in zip(phase.tensors, phase.latents, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,29 +12,27 @@ from selectune.errors import ConfigError
 from selectune.train.choose.chooser import Chooser
 from selectune.train.choose.dropping import Dropping
 from selectune.train.choose.growing import Afresh, Growing
+from selectune.train.engine import Engine
 from selectune.train.ledger import LedgerPlaces
 from selectune.types import Phased, Reads, Schedule
-
-if TYPE_CHECKING:
-    from selectune.train.attach import Tuner
 
 EVENTS = ("skipped_steps", "broken_windows", "short_windows", "nonfinite_selections", "shortfall", "zero_scores")
 _LOST = ("broken_windows", "nonfinite_selections", "shortfall")  # after these fewer are selected than were asked for
 _LOOK = 10_000  # steps that are gone back for a selection
 
 
-def check_choices(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def check_choices(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raises ConfigError where the chooser's part is not one that this run can have come to by the state's step."""
-    told, own = info["chooser"], tuner._tracker.chooser
+    told, own = info["chooser"], engine.chooser
     expected = own.state().keys() - {"queue"}
     if not expected <= told.keys() <= expected | {"queue"}:
         raise ConfigError(f"The state's \"chooser\" has {sorted(told)}; this method's has {sorted(expected)}.")
     step, ahead = info["step"], told["ahead"]
     if type(ahead) is not int or not -1 <= ahead <= step:
         raise ConfigError(f'The state\'s "chooser" chose last before step {ahead!r}; the state is of step {step}.')
-    _number(tuner, info, tuner.budget - int(tensors["free"].numel()))
-    _news(tuner, info, tensors)
-    _queue(tuner, info, tensors)
+    _number(engine, info, engine.budget - int(tensors["free"].numel()))
+    _news(engine, info, tensors)
+    _queue(engine, info, tensors)
     if isinstance(own, Dropping):
         _window(own, info, tensors)
         _factors(own, step, told["factors"], tensors)
@@ -50,9 +48,9 @@ def named(told: Any, path: str, tensors: Mapping[str, Any], dtype: torch.dtype |
     return found
 
 
-def _number(tuner: Tuner, info: Mapping[str, Any], selected: int) -> None:
+def _number(engine: Engine, info: Mapping[str, Any], selected: int) -> None:
     """As many are selected as the schedule has asked for by the step; fewer where the events say that some were not."""
-    step, asked = info["step"], _asked(tuner, info["step"], info["chooser"]["ahead"])
+    step, asked = info["step"], _asked(engine, info["step"], info["chooser"]["ahead"])
     lost = any(info["events"].get(name, 0) for name in _LOST)
     if asked is not None and (selected > asked or (selected < asked and not lost)):
         raise ConfigError(
@@ -61,10 +59,10 @@ def _number(tuner: Tuner, info: Mapping[str, Any], selected: int) -> None:
         )
 
 
-def _asked(tuner: Tuner, step: int, ahead: int) -> int | None:
-    schedule, own = tuner.schedule, tuner._tracker.chooser
+def _asked(engine: Engine, step: int, ahead: int) -> int | None:
+    schedule, own = engine.schedule, engine.chooser
     if schedule is None or isinstance(own, Dropping):
-        return tuner.budget
+        return engine.budget
     if isinstance(schedule, Phased):
         return schedule.target(step)
     if own.score.reads is not Reads.GRADIENT and ahead == step and schedule.due(step):
@@ -80,10 +78,10 @@ def _before(schedule: Schedule, step: int) -> int | None:
     return 0 if step <= _LOOK else None
 
 
-def _news(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    told, own, step = info["chooser"], tuner._tracker.chooser, info["step"]
+def _news(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    told, own, step = info["chooser"], engine.chooser, info["step"]
     news, chosen = told["news"], told["ahead"] == step
-    due = tuner.schedule is not None and tuner.schedule.due(step)
+    due = engine.schedule is not None and engine.schedule.due(step)
     if isinstance(own, Afresh) and own.score.reads is not Reads.GRADIENT and chosen and due and news is None:
         raise ConfigError(f"The state's entries were chosen for step {step}, and which of them are new is not said.")
     if news is None:
@@ -95,7 +93,7 @@ def _news(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     if not isinstance(news, Mapping) or news.keys() != {"slots", "mean", "square", "age"}:
         raise ConfigError('The state\'s new entries must have "slots", "mean", "square" and "age".')
     slots = named(news["slots"], "chooser.news.slots", tensors, torch.int64)
-    dtype = tuner._ledger.offsets.dtype
+    dtype = engine.ledger.offsets.dtype
     seen = [
         named(news[part], f"chooser.news.{part}", tensors, dtype).shape
         for part in ("mean", "square")
@@ -106,7 +104,7 @@ def _news(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         raise ConfigError("The state's new entries have parts that do not fit each other.")
     if not (0 < age <= step if seen else age == 0):
         raise ConfigError(f"The state's new entries were watched for {age} steps, which cannot be at step {step}.")
-    if bool((slots < 0).any()) or bool((slots >= tuner.budget).any()) or slots.unique().numel() != slots.numel():
+    if bool((slots < 0).any()) or bool((slots >= engine.budget).any()) or slots.unique().numel() != slots.numel():
         raise ConfigError("The state's new entries name slots that there are not, or one twice.")
     if bool(torch.isin(slots.cpu(), tensors["free"].cpu()).any()):
         raise ConfigError("The state's new entries name slots that no entry has.")
@@ -119,11 +117,11 @@ def _has_window(own: Chooser) -> bool:
 # -- orders known beforehand
 
 
-def _queue(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    own, told = tuner._tracker.chooser, info["chooser"].get("queue")
-    schedule = tuner.schedule if type(own) is Growing else None
+def _queue(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    own, told = engine.chooser, info["chooser"].get("queue")
+    schedule = engine.schedule if type(own) is Growing else None
     ordered = schedule is not None and own.score.reads not in (Reads.GRADIENT, Reads.CHANGE)
-    selected = tuner.budget - int(tensors["free"].numel())
+    selected = engine.budget - int(tensors["free"].numel())
     if told is None:
         if ordered and selected:
             raise ConfigError("The state has no queue of entries to select, and some of it are selected.")
@@ -133,34 +131,29 @@ def _queue(tuner: Tuner, info: Mapping[str, Any], tensors: Mapping[str, Tensor])
     if not isinstance(told, Sequence) or len(told) != 2:
         raise ConfigError("The state's queue of entries to select must be two vectors: tensors and indices.")
     which, flat = (named(part, f"chooser.queue.{k}", tensors, torch.int64).cpu() for k, part in enumerate(told))
-    sizes = torch.tensor([t.parameter.numel() for t in tuner._ledger.tensors])
+    sizes = torch.tensor([t.parameter.numel() for t in engine.ledger.tensors])
     fits = which.shape == flat.shape and not bool(((which < 0) | (which >= len(sizes))).any())
     if not fits or bool(((flat < 0) | (flat >= sizes[which])).any()):
         raise ConfigError("The state's queue of entries to select names entries that there are not.")
     begins = torch.cumsum(sizes, 0) - sizes
-    mine = [tensors[f"page.{t.index}.flat"].cpu() + begins[t.index] for t in tuner._ledger.tensors]
+    mine = [tensors[f"page.{t.index}.flat"].cpu() + begins[t.index] for t in engine.ledger.tensors]
     entries = torch.cat([begins[which] + flat, *mine])
     if torch.unique(entries).numel() != entries.numel():
         raise ConfigError("The state's queue of entries to select names one twice, or one that is selected.")
-    left, lost = tuner.budget - selected, info["events"].get("nonfinite_selections", 0)
+    left, lost = engine.budget - selected, info["events"].get("nonfinite_selections", 0)
     if flat.numel() > left or (flat.numel() < left and not lost):
         raise ConfigError(f"The state's queue has {flat.numel():,} entries to select; {left:,} of the budget are left.")
     before = _before(schedule, info["step"]) if info["chooser"]["ahead"] == info["step"] else None
     if before is not None and bool(tensors["offsets"][before:selected].any()):
         raise ConfigError(f"The state's entries of step {info['step']} are trained already, before that step.")
-    _order(tuner, own, which, flat)
+    _order(engine, own, which, flat)
 
 
-def _order(tuner: Tuner, own: Growing, which: Tensor, flat: Tensor) -> None:
+def _order(engine: Engine, own: Growing, which: Tensor, flat: Tensor) -> None:
     """An order by weights or by draws is the same in every process on a CPU, and is made again here."""
-    if own.score.reads not in (Reads.WEIGHT, Reads.NOTHING) or tuner._ledger.offsets.device.type != "cpu":
+    if own.score.reads not in (Reads.WEIGHT, Reads.NOTHING) or engine.ledger.offsets.device.type != "cpu":
         return
-    known = own._queue
-    if known is None and tuner._ledger.touched == 0:
-        events = own.events.copy()
-        known = own._rank(0, tuner.budget)
-        own.events.clear()
-        own.events.update(events)
+    known = own.expected()
     if known is None:
         return
     for theirs, mine in zip((which, flat), known, strict=True):

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import torch as files
@@ -19,11 +19,9 @@ from selectune.delta import digest_bits
 from selectune.errors import DeltaError, DeltaFormatError, TunerError
 from selectune.files import read_owned, write_durably
 from selectune.files.reading import NotPlain, plain, short
+from selectune.train.engine import Engine
 from selectune.train.ledger import Page
 from selectune.train.saved.checked import PAGE, VERSION, checked, starts_elsewhere
-
-if TYPE_CHECKING:
-    from selectune.train.attach import Tuner
 
 STATE_FILE = "tuner.safetensors"
 """Name of a state's file in a checkpoint."""
@@ -34,17 +32,11 @@ _HEADER = "selectune_state"
 _MOST = 2**64 - 1  # of an integer: a seed
 
 
-def state_of(tuner: Tuner) -> dict[str, Any]:
+def state_of(engine: Engine) -> dict[str, Any]:
     """See `Tuner.state_dict`."""
-    tracker, ledger = tuner._tracker, tuner._ledger
-    tracker.settle()
-    window = tracker._window
-    if window.backwards or tracker._in_backward or tracker.in_step:
-        raise TunerError(
-            f"The state of a run is taken between steps; this one is in step {tracker.step}, after {window.backwards} "
-            f"of {tracker.accumulation_steps} backward passes. Call state_dict() after optimizer.step()."
-        )
-    if not tuner.in_dense_phase:
+    tracker, ledger, phase = engine.tracker, engine.ledger, engine.phase
+    tracker.between_steps()
+    if not engine.chooser.dense:
         tracker.write_weights()
     tensors: dict[str, Tensor] = {"offsets": _own(ledger.offsets), "start": _own(ledger.start)}
     tensors["free"] = _own(ledger.free)
@@ -53,17 +45,17 @@ def state_of(tuner: Tuner) -> dict[str, Any]:
             tensors[f"page.{tensor.index}.{part}"] = _own(getattr(page, part))
         now = ops.gather_entries(tensor.parameter.detach(), page.retired)
         tensors[f"page.{tensor.index}.retired_now"] = _own(now)
-    tensors |= {f"whole.{t.name}": _own(t.parameter) for t in tuner._all.dense}
-    tensors |= {f"buffer.{n}": _own(b) for n, b in tuner.model.named_buffers() if n in tuner._base.buffers}
+    tensors |= {f"whole.{t.name}": _own(t.parameter) for t in engine.found.dense}
+    tensors |= {f"buffer.{n}": _own(b) for n, b in engine.model.named_buffers() if n in engine.base.buffers}
     info = {
         "version": VERSION,
-        "run": _run(tuner),
+        "run": _run(engine),
         "step": tracker.step,
         "reached": sorted(tracker.reached),
         "restarted": starts_elsewhere(ledger, tensors),
         "events": dict(tracker.events),
-        "chooser": _packed(tracker.chooser.state(), "chooser", tensors),
-        "phase": None if tuner._phase is None else _packed(tuner._phase.state(), "phase", tensors),
+        "chooser": _packed(engine.chooser.state(), "chooser", tensors),
+        "phase": None if phase is None else _packed(phase.phase(), "phase", tensors),
     }
     return {"info": json.loads(json.dumps(info, allow_nan=False)), "tensors": tensors}  # as a file would give it back
 
@@ -154,13 +146,13 @@ def _digest(info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 @torch.no_grad()
-def load_into(tuner: Tuner, state: Mapping[str, Any]) -> None:
+def load_into(engine: Engine, state: Mapping[str, Any]) -> None:
     """See `Tuner.load_state_dict`."""
-    tracker, ledger = tuner._tracker, tuner._ledger
+    tracker, ledger, chooser = engine.tracker, engine.ledger, engine.chooser
     if tracker.in_step:
         raise TunerError("A state is loaded between steps; optimizer.step() is running. Load it before or after.")
-    info, tensors = checked(tuner, state, _run(tuner))
-    unread = tracker.chooser.rescore is not None and not ledger.touched  # scores known from attach wait for a selection
+    info, tensors = checked(engine, state, _run(engine))
+    unread = chooser.rescore is not None and not ledger.touched  # scores known from attach wait for a selection
     tracker.restart()
     ledger.write_base()
     for tensor in ledger.tensors:
@@ -173,38 +165,35 @@ def load_into(tuner: Tuner, state: Mapping[str, Any]) -> None:
     ledger.offsets.copy_(tensors["offsets"])
     ledger.start.copy_(tensors["start"])
     ledger.free = tensors["free"].to(ledger.offsets.device, copy=True)
-    for tensor in tuner._all.dense:
+    for tensor in engine.found.dense:
         tensor.parameter.copy_(tensors[f"whole.{tensor.name}"])
-    for name, buffer in tuner.model.named_buffers():
+    for name, buffer in engine.model.named_buffers():
         if f"buffer.{name}" in tensors:
             buffer.copy_(tensors[f"buffer.{name}"])
-    tracker.step, tracker.reached = info["step"], set(info["reached"])
-    tracker.events.clear()
-    tracker.events.update(info["events"])
-    tracker.chooser.load_state(_unpacked(info["chooser"], tensors))
-    if unread and tracker.chooser.rescore is not None and ledger.touched:
-        tracker.chooser.rescore()  # they were used up before the state was taken
-    if not tuner.in_dense_phase:
-        ledger.write_weights()
-    if tuner._phase is not None:
-        tuner._phase.load_state(_unpacked(info["phase"], tensors))
-    if not tuner.in_dense_phase:
-        ledger.write_weights()
-    tracker._version = ledger.offsets._version
-    for parameter in tuner.parameters():
+    chooser.load_state(_unpacked(info["chooser"], tensors))
+    if unread and chooser.rescore is not None and ledger.touched:
+        chooser.rescore()  # they were used up before the state was taken
+    tracker.load_state(info["step"], info["reached"], info["events"])
+    if engine.phase is not None:
+        if not chooser.dense:
+            ledger.write_weights()
+        engine.phase.load_phase(_unpacked(info["phase"], tensors))
+    tracker.follow_phase()
+    tracker.turn()
+    for parameter in engine.parameters():
         parameter.grad = None  # of a step that was not
-    tuner._step_hooks.strangers()
+    engine.step_hooks.strangers()
 
 
-def _run(tuner: Tuner) -> dict[str, Any]:
+def _run(engine: Engine) -> dict[str, Any]:
     """What must be the same in both processes."""
-    base = {name: str(total % (1 << 64)) for name, total in tuner._base.sums.items()}
-    heads = {tensor.name: digest_bits(tuner._base.dense[tensor.name].cpu()) for tensor in tuner._all.dense}
+    base = {name: str(total % (1 << 64)) for name, total in engine.base.sums.items()}
+    heads = {tensor.name: digest_bits(engine.base.dense[tensor.name].cpu()) for tensor in engine.found.dense}
     return {
-        "method": tuner.method.describe(),
-        "seed": tuner.seed,
-        "accumulation_steps": tuner.accumulation_steps,
-        "budget": tuner.budget,
+        "method": engine.method.describe(),
+        "seed": engine.seed,
+        "accumulation_steps": engine.tracker.accumulation_steps,
+        "budget": engine.budget,
         "base": {**base, **heads},
     }
 

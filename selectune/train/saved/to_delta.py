@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,37 +12,17 @@ from torch import Tensor, nn
 from selectune import ops
 from selectune.delta import Delta, Dense, Patch, canonical_name, digest_bits, model_info, module_of, versions
 from selectune.errors import ConfigError, NonFiniteError, NothingTrainedError, ScopeError
-from selectune.method import Method
-from selectune.scope import Found, ScopedTensor
+from selectune.scope import ScopedTensor
+from selectune.train.engine import Engine
 from selectune.train.ledger import Ledger
-from selectune.train.proof import BaseCopy, same
+from selectune.train.proof import same
 from selectune.train.saved.base_digests import base_of
-from selectune.types import Reads, Schedule
 
 log = logging.getLogger("selectune")
 
 
-class Run(Protocol):
-    """What of a tuner goes into a delta's info."""
-
-    method: Method
-    schedule: Schedule | None
-    budget: int
-    seed: int
-
-    @property
-    def model(self) -> nn.Module: ...
-    @property
-    def selected(self) -> int: ...
-    @property
-    def unreached(self) -> list[str]: ...
-
-
 def delta_of(
-    run: Run,
-    found: Found,
-    ledger: Ledger,
-    before: BaseCopy,
+    engine: Engine,
     changed: int,
     base: Mapping[str, Any] | None,
     more: Mapping[str, Mapping[str, Any]],
@@ -52,12 +32,13 @@ def delta_of(
     full: bool,
 ) -> Delta:
     """The delta of a run; refuses one that is empty or not finite."""
+    model, found, ledger, before = engine.model, engine.now, engine.ledger, engine.base
     info = {
-        "method": {**run.method.describe(), "seed": run.seed},
-        "budget": run.budget if found.tensors and run.schedule is not None and run.schedule.keeps else None,
-        "base": base_of(run.model, ledger, before, base, full),
+        "method": {**engine.method.describe(), "seed": engine.seed},
+        "budget": engine.budget if found.tensors and engine.schedule is not None and engine.schedule.keeps else None,
+        "base": base_of(model, ledger, before, base, full),
     }
-    made = {"module": module_of(run.model), "model": model_info(run.model)}
+    made = {"module": module_of(model), "model": model_info(model)}
     info |= {key: value for key, value in made.items() if value is not None}
     info = _with_more({**info, "versions": versions()}, more)
     ranks = _ranks(ledger) if order else {}
@@ -67,12 +48,10 @@ def delta_of(
         if ledger.pages[t.index].touched()[0].numel() or t.name in before.filled
     ]
     dense = [_dense(t.name, "parameter", t.parameter, before.dense[t.name], old_values) for t in found.dense]
-    dense += [
-        _dense(n, "buffer", b, before.buffers[n], old_values) for n, b in before.changed_buffers(run.model).items()
-    ]
+    dense += [_dense(n, "buffer", b, before.buffers[n], old_values) for n, b in before.changed_buffers(model).items()]
     moved = changed or any(not same(before.dense[t.name], t.parameter) for t in found.dense)
     if not moved and not allow_empty:
-        why = "no scalar was selected" if not run.selected and not found.dense else "no trained scalar moved"
+        why = "no scalar was selected" if not ledger.selected and not found.dense else "no trained scalar moved"
         raise NothingTrainedError(
             f"There is nothing to save: {why}. Did loss.backward() and optimizer.step() run, with a learning rate "
             "above 0 and an optimizer over tuner.parameters()? (allow_empty=True saves an empty delta.)"
@@ -80,8 +59,9 @@ def delta_of(
     for part in (*((p.name, p.values) for p in patches), *((d.name, d.tensor) for d in dense)):
         if part[1].is_floating_point() and not bool(torch.isfinite(part[1]).all()):
             raise NonFiniteError(f'Trained values of "{part[0]}" are NaN or infinite; the delta is not saved.')
-    if run.unreached:
-        log.warning("Selected entries of %s never got a gradient.", ", ".join(run.unreached[:5]))
+    unreached = engine.unreached()
+    if unreached:
+        log.warning("Selected entries of %s never got a gradient.", ", ".join(unreached[:5]))
     info["selected"] = sum(p.indices.numel() for p in patches)
     return Delta(patches, dense, info)
 
@@ -97,28 +77,6 @@ def _with_more(info: Mapping[str, Any], more: Mapping[str, Mapping[str, Any]]) -
             raise ConfigError(f"info= names fields of '{name}' that the run records itself: {', '.join(taken)}.")
         found[name] = {**found[name], **fields}
     return found
-
-
-def warn_of_zeros(method: Method, found: Found, budget: int) -> None:
-    """LoRA's B matrices start at 0: when more zeros than the budget tie for the best score, order alone decides."""
-    score = method.score
-    if score is None or score.reads is not Reads.WEIGHT or getattr(method.select, "tie", "") != "order":
-        return
-    zero_wins = bool(torch.diff(score(torch.tensor([0.0, 1.0]))) < 0)
-    weights = [t.parameter.detach().reshape(-1) for t in found.tensors] if zero_wins else []
-    zeros = sum(ops.small_filter(w, 0.0)[0].numel() for w in weights if _has_zeros(w))
-    if zeros > budget:
-        log.warning(
-            "At least %d scalars in scope are exactly 0, more than the budget of %d: the first of them in the model's "
-            "order are selected. tie='random' spreads them.", zeros, budget,
-        )  # fmt: skip
-
-
-def _has_zeros(weight: Tensor) -> bool:
-    """Whether a thousandth of a flat weight has a zero: a look, not a count."""
-    step = max(1, weight.numel() // 1024)
-    look = weight[step // 2 :: step]  # not the first ones: a row of padding is zero by rights
-    return int(look.count_nonzero()) < look.numel()
 
 
 def _ranks(ledger: Ledger) -> dict[int, Tensor]:
