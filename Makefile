@@ -67,6 +67,7 @@ test-cpus: ## all tests, as processors without AVX and with AVX2 only would roun
 # The site is read without a network: check_site.py fails where a page would load something from elsewhere.
 docs: setup $(DOCS_STAMP) ## build the documentation in site/; fails on a broken link or an undocumented name
 	$(BIN)/python docs/gallery.py
+	$(BIN)/python docs/commands.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python docs/check_site.py site
 

@@ -18,16 +18,7 @@ _BULLET = re.compile(r"^(\s*)([*-]) ")
 
 
 def as_markdown(text: str) -> str:
-    """A docstring as Markdown.
-
-    >>> print(as_markdown("|a|*b and `c*d`:\\n\\n>>> 1 + 1\\n2"))
-    |a|\\*b and `c*d`:
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    """
+    """A docstring as Markdown."""
     parts = []
     for part in re.split(r"\n\s*\n", text):
         lines = part.splitlines()

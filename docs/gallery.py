@@ -32,18 +32,19 @@ HEAD = """\
 
 # Methods
 
-Each method is a function of `selectune`, a *recipe*. `selectune methods NAME` prints the same facts on the command line, and
-[How to choose](how-to-choose.md) compares them. In the formulas w is a weight and g its gradient; B is the budget and T the
-number of optimizer steps of the run. The B entries with the highest score are selected.
+Each method is a function of `selectune`, a *recipe*. `selectune methods NAME` prints the same facts on the command
+line, and [How to choose](how-to-choose.md) compares them. In the formulas w is a weight and g its gradient; B is the
+budget and T the number of optimizer steps of the run. The entries with the highest score are selected.
 
 | recipe | formula | chosen | source |
 |---|---|---|---|
 """
 
 SHARED = """
-Most recipes share four parameters. `budget` is a count of scalars (an int) or a density (a float below 1). `steps` is the number
-of optimizer steps of the run. `scope` says which parameters may be selected, by patterns or as an `st.Scope`. `train_fully`
-names parameters that are trained as a whole, outside the budget. Memory is in bytes, beside the model, for float32 and AdamW.
+Most recipes share four parameters. `budget` is a count of scalars (an int) or a density (a float below 1). `steps` is
+the number of optimizer steps of the run. `scope` says which parameters may be selected, by patterns or as an
+`st.Scope`. `train_fully` names parameters that are trained as a whole, outside the budget. Memory is in bytes, beside
+the model, for float32 and AdamW.
 """
 
 

@@ -91,8 +91,10 @@ def test_a_broken_link_is_seen():
     ]
 
 
-def test_the_gallery_is_current():
-    assert (DOCS / "methods.md").read_text("utf-8") == tool("gallery").written(), "run `python docs/gallery.py`"
+@pytest.mark.parametrize("script", ["gallery", "commands"])
+def test_written_pages_are_current(script):
+    made = tool(script)
+    assert made.PAGE.read_text("utf-8") == made.written(), f"run `python docs/{script}.py`"
 
 
 def test_every_public_name_is_in_the_reference():
@@ -109,6 +111,13 @@ def test_every_public_name_is_in_the_reference():
 def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text("utf-8")))
     assert listed == {path.relative_to(DOCS).as_posix() for path in PAGES}
+
+
+def test_docstrings_become_markdown():
+    pytest.importorskip("griffe", reason="griffe is not installed here: `make docs` installs it")
+    text = "Of |a|*b and `c*d`:\n\n* x_1\n\n    a  table\n\n>>> 1 + 1\n2"
+    made = "Of |a|\\*b and `c*d`:\n\n* x\\_1\n\n```text\na  table\n```\n\n```pycon\n>>> 1 + 1\n2\n```"
+    assert tool("doctests").as_markdown(text) == made
 
 
 def test_the_site_builds_and_needs_no_network(tmp_path):
