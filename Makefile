@@ -64,14 +64,14 @@ test-cpus: ## all tests, as processors without AVX and with AVX2 only would roun
 	env $(PLAIN) $(MAKE) test
 	env $(AVX2) $(MAKE) test
 
-# The site is read without a network: check_site.py fails where a page would load something from elsewhere.
-docs: setup $(DOCS_STAMP) ## build the documentation in site/; fails on a broken link or an undocumented name
+# The site can be read without a network. The pages that scripts write are written anew first.
+docs: setup $(DOCS_STAMP) ## build the documentation in site/; fails on a broken link or anything loaded from elsewhere
 	$(BIN)/python docs/gallery.py
 	$(BIN)/python docs/commands.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python docs/check_site.py site
 
-$(DOCS_STAMP): requirements/docs.txt
+$(DOCS_STAMP): requirements/docs.txt | $(STAMP)
 	$(BIN)/python -m pip install -qq --require-hashes --no-deps -r requirements/docs.txt
 	touch $@
 

@@ -66,7 +66,7 @@ def formula(method: st.Method) -> str:
     code = _FORMULA.match(line)[0]  # pyright: ignore[reportOptionalSubscript]  # it matches nothing, too
     usual, own = maker().parameters, method.score.parameters
     numbers = [f"{k}={v:g}" for k, v in own.items() if isinstance(v, float) and v != usual[k] and k in code]
-    return f"`{code}`{line[len(code) :]}" + (f" with {', '.join(numbers)}" if numbers else "")
+    return f"<code>{code}</code>{line[len(code) :]}" + (f" with {', '.join(numbers)}" if numbers else "")
 
 
 def when(method: st.Method) -> str:
@@ -139,7 +139,7 @@ def _first(documented: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return text.replace("|", "&#124;")  # GitHub and Python-Markdown do not agree on an escaped bar within code
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     python examples/trl_sft.py
 
-It needs `pip install "selectune[hf,trl]"` and runs offline on the CPU: a small random Llama, its
-tokenizer and the texts are made in code. Files are written to a temporary folder.
+It needs `pip install "selectune[hf,trl]"` and runs offline on the CPU: model, tokenizer and texts are made in code.
 """
 
 import tempfile
@@ -28,7 +27,8 @@ lookup = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk
 lookup.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
 tokenizer = transformers.PreTrainedTokenizerFast(
     tokenizer_object=lookup, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-)torch.manual_seed(0)
+)
+torch.manual_seed(0)
 model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
     vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
     pad_token_id=0, bos_token_id=2, eos_token_id=3, tie_word_embeddings=True,
