@@ -42,6 +42,8 @@ class _Page(HTMLParser):
             if _ELSEWHERE.match(given.get(name, "")):
                 self.found.append(f"<{tag} {name}={given[name]}>")
         self.found += _IN_STYLE.findall(given.get("style", ""))
+        if "mermaid" in given.get("class", "").split() or given.get("data-md-component") == "source":
+            self.found.append(f"<{tag}>: the theme asks another host for diagrams and repositories")
 
 
 def external(site: Path) -> Iterator[str]:

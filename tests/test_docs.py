@@ -136,10 +136,12 @@ def test_a_resource_from_elsewhere_is_seen(tmp_path):
     (tmp_path / "a.html").write_text(
         '<link rel=canonical href="https://x.org/"><a href="https://x.org/">x</a><img src="a.png">'
         '<script src="//x.org/a.js"></script><style>@import "https://x.org/a.css";</style>'
+        '<pre class="mermaid">a</pre>'
     )
     (tmp_path / "a.css").write_text("a{background:url(https://x.org/a.png)} b{background:url(b.png)}")
     assert list(tool("check_site").external(tmp_path)) == [
         "a.html: <script src=//x.org/a.js>",
+        "a.html: <pre>: the theme asks another host for diagrams and repositories",
         "a.html: https://x.org/a.css",
         "a.css: https://x.org/a.png",
     ]
