@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+DOCS_STAMP := $(VENV)/.docs-done
 LOCKS := requirements/torch.txt requirements/lock.txt requirements/demo.txt
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -16,7 +17,7 @@ export SELECTUNE_DATA := $(abspath $(SELECTUNE_DATA))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-zoo test-torch test-cpus lint format lock clean
+.PHONY: help setup demo test test-zoo test-torch test-cpus docs lint format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -63,6 +64,17 @@ test-cpus: ## all tests, as processors without AVX and with AVX2 only would roun
 	env $(PLAIN) $(MAKE) test
 	env $(AVX2) $(MAKE) test
 
+# The site can be read without a network. The pages that scripts write are written anew first.
+docs: setup $(DOCS_STAMP) ## build the documentation in site/; fails on a broken link or anything loaded from elsewhere
+	$(BIN)/python docs/gallery.py
+	$(BIN)/python docs/commands.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python docs/check_site.py site
+
+$(DOCS_STAMP): requirements/docs.txt | $(STAMP)
+	$(BIN)/python -m pip install -qq --require-hashes --no-deps -r requirements/docs.txt
+	touch $@
+
 lint: setup ## ruff, format check, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,7 +84,7 @@ format: setup ## sort imports, format
 	$(BIN)/ruff check --fix --exit-zero --quiet .
 	$(BIN)/ruff format .
 
-lock: ## resolve requirements/lock.txt anew from pyproject.toml
+lock: ## resolve requirements/lock.txt and docs.txt anew from pyproject.toml
 	$(BIN)/python -m pip install -qq pip-tools==7.6.2
 	$(BIN)/pip-compile --quiet --extra hf --extra trl --extra lightning --extra bench --extra plot --extra dev -c requirements/torch.txt \
 		--unsafe-package torch --generate-hashes --strip-extras --annotation-style line --no-header \
@@ -80,6 +92,11 @@ lock: ## resolve requirements/lock.txt anew from pyproject.toml
 		--output-file requirements/lock.txt pyproject.toml
 	sed -i '/^# WARNING/,$$d' requirements/lock.txt
 	sed -i '1i # Every package but torch, with hashes. Made by `make lock`; installed with --no-deps.' requirements/lock.txt
+	$(BIN)/python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs']))" | \
+		$(BIN)/pip-compile --quiet -c requirements/lock.txt --generate-hashes --strip-extras --annotation-style line \
+		--no-header --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --allow-unsafe \
+		--output-file requirements/docs.txt -
+	sed -i '1i # What `make docs` needs besides, with hashes. Made by `make lock`; installed with --no-deps.' requirements/docs.txt
 
 clean: ## remove what make and the tools made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
