@@ -73,7 +73,7 @@ class Scope:
     def find(self, model: nn.Module) -> Found:
         """The tensors of a model that this scope selects from and trains wholly, checked."""
         names = _names(model)
-        dense: list[ScopedTensor] = []
+        whole: list[ScopedTensor] = []
         scoped: list[ScopedTensor] = []
         matched: set[str] = set()
         for parameter, aliases in names:
@@ -83,7 +83,7 @@ class Scope:
             if not self.include and _matches(aliases, self.exclude):
                 continue
             if _matches(aliases, self.train_fully):
-                dense.append(ScopedTensor(len(dense), aliases, parameter))
+                whole.append(ScopedTensor(len(whole), aliases, parameter))
             elif _matches(aliases, self.include) and not _matches(aliases, self.exclude):
                 scoped.append(ScopedTensor(len(scoped), aliases, parameter, _padding(model, parameter, aliases)))
         for pattern in (*self.include, *self.train_fully):
@@ -97,18 +97,18 @@ class Scope:
             if pattern not in matched:
                 log.warning("exclude: '%s' matches no parameter, so it keeps nothing out of the selection.", pattern)
         _tell_left_out(model, names)
-        if not scoped and not dense:
+        if not scoped and not whole:
             raise ScopeError(
                 f"The scope include={list(self.include)}, exclude={list(self.exclude)} leaves no trainable floating "
                 f"tensor of {type(model).__name__}; parameters with requires_grad=False do not count. "
                 f"Its parameters are named like: {_some(names)}."
             )
-        for tensor in (*scoped, *dense):
+        for tensor in (*scoped, *whole):
             _check(tensor)
         for tensor in scoped:
             _check_owners(model, tensor)
-        _check_overlap([*scoped, *dense])
-        return Found(tuple(scoped), tuple(dense))
+        _check_overlap([*scoped, *whole])
+        return Found(tuple(scoped), tuple(whole))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Found:
     """What a scope found in a model, in the model's order."""
 
     tensors: tuple[ScopedTensor, ...]
-    dense: tuple[ScopedTensor, ...]
+    whole: tuple[ScopedTensor, ...]
 
     @property
     def eligible(self) -> int:

@@ -158,7 +158,7 @@ def test_untouched_bits_and_exact_detach(row, dtype):
     base = bits(Mixed(dtype))
     model, tuner = run(row, dtype)
     moved = changed(filled(base, tuner), bits(model))
-    dense = {t.name for t in tuner.engine.now.dense}
+    dense = {t.name for t in tuner.engine.now.whole}
     assert all(where <= set(tuner.delta().support[n].tolist()) for n, where in moved.items() if n not in dense)
     assert tuner.verify().changed == sum(len(w) for n, w in moved.items() if n not in dense) > 0 or dense
     tuner.detach()

@@ -12,7 +12,7 @@ from selectune.errors import ScopeError
 
 def names(model, **patterns):
     found = st.Scope(**patterns).find(model)
-    return [t.name for t in found.tensors], [t.name for t in found.dense]
+    return [t.name for t in found.tensors], [t.name for t in found.whole]
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ class Tuner:
     @property
     def trained(self) -> int:
         """Scalars that may differ from the base: touched, and all of the tensors trained wholly."""
-        return (0 if self.in_dense_phase else self.touched) + sum(t.parameter.numel() for t in self.engine.now.dense)
+        return (0 if self.in_dense_phase else self.touched) + sum(t.parameter.numel() for t in self.engine.now.whole)
 
     @property
     def values(self) -> Tensor:
@@ -207,7 +207,7 @@ class Tuner:
             engine.tracker.write_weights()
         base.check(self.model, ledger)
         changed = 0 if self.in_dense_phase else ledger.changed()
-        dense = sum(t.parameter.numel() for t in engine.now.dense)
+        dense = sum(t.parameter.numel() for t in engine.now.whole)
         zeroed = sum(kept.numel() for kept in base.filled.values()) - (self.selected if base.filled else 0)
         return Verification(changed, self.selected, self.touched, self.budget, dense, len(self.support), zeroed)
 

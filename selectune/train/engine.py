@@ -56,7 +56,7 @@ class Engine:
     def now(self) -> Found:
         """What is selected from and what is trained wholly, at present."""
         found = self.found
-        return Found((), (*found.dense, *found.tensors)) if self.chooser.dense else found
+        return Found((), (*found.whole, *found.tensors)) if self.chooser.dense else found
 
     def unreached(self) -> list[str]:
         """Names of tensors that hold selected entries and never sent a gradient."""
@@ -73,7 +73,7 @@ def trained(ledger: Ledger, chooser: Chooser, found: Found) -> list[nn.Parameter
     """The offsets, the latents of a dense phase that is on, the tensors trained wholly."""
     offsets = [ledger.offsets] if ledger.offsets.numel() else []
     latents = chooser.parameters() if isinstance(chooser, DenseThenSparse) else []
-    return [*offsets, *latents, *(t.parameter for t in found.dense)]
+    return [*offsets, *latents, *(t.parameter for t in found.whole)]
 
 
 def assemble(
@@ -98,7 +98,7 @@ def assemble(
     if method.score is not None:
         check_score(method.score, found.tensors)
     if schedule is None and method.dense is None:
-        found = Found((), found.dense)
+        found = Found((), found.whole)
     tensors = found.tensors
     ledger = Ledger(tensors, budget)
     warn_of_zeros(method, tensors, budget)
@@ -106,7 +106,7 @@ def assemble(
     on.enter_context(copies.frozen(model))
     on.callback(copies.sweep, model)  # nothing is left, wherever it is interrupted
     ready = _scores_from_data(model, method, schedule, tensors, calibration, loss, seed)
-    for tensor in found.dense:
+    for tensor in found.whole:
         tensor.parameter.requires_grad_(True)
     carrier = copies.carrier(model)
     if tensors:

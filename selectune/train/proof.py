@@ -32,8 +32,8 @@ class BaseCopy:
 
     def __init__(self, model: nn.Module, found: Found) -> None:
         self.scoped = {id(t.parameter): t for t in found.tensors}
-        self.dense = {t.name: t.parameter.detach().clone() for t in found.dense}
-        whole = {id(t.parameter) for t in found.dense}
+        self.whole = {t.name: t.parameter.detach().clone() for t in found.whole}
+        whole = {id(t.parameter) for t in found.whole}
         self.sums = {n: ops.checksum(p) for n, p in model.named_parameters() if id(p) not in whole}
         self.buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         self.filled: dict[str, Tensor] = {}
@@ -56,18 +56,18 @@ class BaseCopy:
         for tensor in tensors:
             copy = tensor.parameter.detach().clone()
             ops.scatter_entries(copy, *ledger.pages[tensor.index].touched())
-            self.dense[tensor.name] = copy
+            self.whole[tensor.name] = copy
 
     def held(self, tensor: ScopedTensor) -> Tensor:
         """The base of a tensor that is trained wholly, where its weight is now."""
-        copy = self.dense[tensor.name]
+        copy = self.whole[tensor.name]
         if copy.device != tensor.parameter.device:
-            copy = self.dense[tensor.name] = copy.to(tensor.parameter.device)
+            copy = self.whole[tensor.name] = copy.to(tensor.parameter.device)
         return copy
 
     def release(self, tensors: Sequence[ScopedTensor]) -> None:
         for tensor in tensors:
-            self.dense.pop(tensor.name, None)
+            self.whole.pop(tensor.name, None)
 
     def check(self, model: nn.Module, ledger: Ledger) -> None:
         """Raises IntegrityError where a parameter joined, left or was replaced, or a frozen entry moved."""
@@ -102,7 +102,7 @@ class BaseCopy:
         """Names of tensors whose untouched entries are not the base's."""
         moved = []
         for name, before in self.sums.items():
-            if name in self.dense:
+            if name in self.whole:
                 continue
             parameter = self.objects[name]
             tensor = self.scoped.get(id(parameter))
@@ -127,7 +127,7 @@ class BaseCopy:
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
         parameters = dict(model.named_parameters())
-        for name, before in self.dense.items():
+        for name, before in self.whole.items():
             parameters[name].copy_(before)
         for tensor in self.scoped.values():
             if tensor.name in self.filled:

@@ -51,7 +51,7 @@ class Tracker:
         self.holders = Holders(offsets)
         offsets.register_post_accumulate_grad_hook(weakly(self.accumulated))
         self._ways = OtherWays(offsets)
-        self.taps = Taps(model, self.tensors, offsets, self, chooser.whole)
+        self.taps = Taps(model, self.tensors, offsets, self, chooser.beyond_rows)
         self.turn()
 
     @property

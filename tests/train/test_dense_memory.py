@@ -25,7 +25,7 @@ def held(tuner, optimizer):
     phase = tuner.engine.phase
     weights = [t.parameter for t in phase.tensors]
     latents = phase.parameters()
-    found = [tuner.engine.base.dense[t.name] for t in phase.tensors] + phase._before
+    found = [tuner.engine.base.whole[t.name] for t in phase.tensors] + phase._before
     trained = {id(p): p for p in [*latents, *weights]}.values()
     found += [p.grad for p in trained if p.grad is not None]
     found += [p for p in latents if all(p is not w for w in weights)]

@@ -232,7 +232,7 @@ def test_every_moment_verifies_saves_and_reverts(make, dtype, tmp_path):
         tuner = st.attach(model, make())
         for _ in steps(model, adamw(tuner, weight_decay=0.1), moment):
             pass
-        whole = {t.name for t in tuner.engine.now.dense}
+        whole = {t.name for t in tuner.engine.now.whole}
         moved = changed(base, bits(model))
         verified = tuner.verify()
         allowed = {n: set(f.tolist()) for n, f in tuner.support.items()}
@@ -259,7 +259,7 @@ def test_the_switch_rewinds_to_the_bit_and_leaves_state_of_the_size_of_the_budge
     tuner = st.attach(model, st.lt_sft(60, 6) if name == "weights" else st.diff_pruning(60, 6, gate_lr=0.05))
     optimizer = adamw(tuner, weight_decay=0.1)
     latents = tuner.parameters()[1:]
-    tensors = len(tuner.engine.now.dense)
+    tensors = len(tuner.engine.now.whole)
     assert sum(p.numel() for p in latents) == (1580 if name == "weights" else 2 * 1580 + tensors)
     turn = 1 if name == "weights" else 3
     run_to(tuner, model, optimizer, turn - 1)
@@ -273,7 +273,7 @@ def test_the_switch_rewinds_to_the_bit_and_leaves_state_of_the_size_of_the_budge
     assert sum(t.numel() for state in optimizer.state.values() for t in state.values()) == 2 * 60 + 1
     assert sum(p.numel() for p in held if p not in set(model.parameters())) == 0  # latents' memory is given back
     assert [n for n, _ in model.named_parameters() if OWN in n] == ["unused.selectune_values"]
-    assert not tuner.engine.base.dense
+    assert not tuner.engine.base.whole
     assert 0 < sum(len(where) for where in changed(base, bits(model)).values()) <= 60
 
 

@@ -40,7 +40,7 @@ class Ground:
     rescore: Callable[[], Sequence[Tensor]] | None = None  # calibrated scores at the weights of now
     clock: Clock = field(default_factory=Clock)
     events: Counter[str] = field(default_factory=Counter)
-    whole: set[int] = field(default_factory=set)  # tensors of which more than looked-up rows is used: padding counts
+    beyond_rows: set[int] = field(default_factory=set)  # tensors used otherwise than by looking up rows: padding counts
 
 
 class Chooser:
@@ -50,7 +50,12 @@ class Chooser:
         self.method, self.schedule, self.tensors, self.ledger = (
             ground.method, ground.schedule, ground.tensors, ground.ledger,
         )  # fmt: skip
-        self.seed, self.events, self.clock, self.whole = ground.seed, ground.events, ground.clock, ground.whole
+        self.seed, self.events, self.clock, self.beyond_rows = (
+            ground.seed,
+            ground.events,
+            ground.clock,
+            ground.beyond_rows,
+        )
         self.rescore, self.score = ground.rescore, ground.method.score or constant()
         self.news: News | None = None  # entries that took over slots: the optimizer's state of these is stale
         self.factors: tuple[Tensor, Tensor] | None = None  # what the optimizer holds for rows and columns
@@ -151,7 +156,7 @@ class Chooser:
     def tensor(self, index: int) -> ScopedTensor:
         """A tensor and what of it may be chosen by its gradient: a row of padding too, where it gets one."""
         tensor = self.tensors[index]
-        return replace(tensor, padding=range(0)) if tensor.padding and index in self.whole else tensor
+        return replace(tensor, padding=range(0)) if tensor.padding and index in self.beyond_rows else tensor
 
     def clear(self, gradient: Tensor | None, slots: Tensor) -> None:
         """Gradients that belong to entries no longer there are 0."""

@@ -41,7 +41,7 @@ class DenseThenSparse(Chooser):
         super().__init__(ground)
         self.kind, self.phased = kind, ground.schedule if isinstance(ground.schedule, Phased) else None
         self.reached: set[int] = set()  # tensors that ever sent a gradient here
-        self._carrier, self._base, self._heads, self._total = carrier, base, found.dense, found.eligible
+        self._carrier, self._base, self._heads, self._total = carrier, base, found.whole, found.eligible
         self._before: list[Tensor] = []  # what the heads were when the phase began
         self._hooks: list[RemovableHandle] = []
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -129,7 +129,7 @@ class DenseThenSparse(Chooser):
         collector = self.method.select.collector(quota, [t.parameter.numel() for t in self.tensors], self.seed)
         for tensor in self.tensors:
             change = self.kind.change(self._here(tensor.index))
-            tensor.parameter.copy_(self._base.dense[tensor.name])
+            tensor.parameter.copy_(self._base.whole[tensor.name])
             if self.method.score is not None and quota > 0:
                 scan(collector, self.score, tensor, ledger.pages[tensor.index].flat, change)
         tensors, flat, found = collector.close()
@@ -322,7 +322,7 @@ class DenseThenSparse(Chooser):
         if not state["on"]:
             if self.dense:
                 for tensor in self.tensors:
-                    tensor.parameter.copy_(self._base.dense[tensor.name])
+                    tensor.parameter.copy_(self._base.whole[tensor.name])
                 self.free()
             return
         if not self.dense:

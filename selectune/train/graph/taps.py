@@ -67,10 +67,10 @@ class Taps:
         tensors: Sequence[ScopedTensor],
         offsets: nn.Parameter,
         follower: Follower,
-        whole: set[int],
+        beyond_rows: set[int],
     ) -> None:
         self.offsets, self.follower, self.tensors = offsets, follower, tensors
-        self.whole = whole  # tensors of which more than looked-up rows was ever used
+        self.beyond_rows = beyond_rows  # tensors that were ever used otherwise than by looking up rows
         self.uses = [0] * len(tensors)  # gradients expected per tensor in the next backward pass through this graph
         self.grad_was_off = False  # part of a forward ran without gradients: reentrant checkpointing, perhaps
         self._repeats = False  # and it was in another's autograd function, which may be a checkpoint
@@ -189,11 +189,14 @@ class Taps:
             pieces = SplitOffsets.apply(self.offsets, [page for page, _ in pages], self.follower)
         self._spare = pieces[0] if pieces else None
         return [
-            Use(Link(t.index, page, self.follower, self.uses, piece.grad_fn), t.parameter.detach(), piece, self.whole)
+            Use(self._link(t, page, piece), t.parameter.detach(), piece, self.beyond_rows)
             if needed or not self.skip_unneeded
             else None
             for t, piece, (page, needed) in zip(self.tensors, pieces, pages, strict=True)
         ]
+
+    def _link(self, tensor: ScopedTensor, page: Page, piece: Tensor) -> Link:
+        return Link(tensor.index, page, self.follower, self.uses, piece.grad_fn)
 
     # -- forward
 

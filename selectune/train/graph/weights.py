@@ -96,8 +96,8 @@ class Watched:
 class Use:
     """A weight in one graph: its link, and the piece of the offsets that stands for it."""
 
-    def __init__(self, link: Link, weight: Tensor, piece: Tensor, whole: set[int]) -> None:
-        self.link, self.weight, self.piece, self.whole = link, weight, piece, whole
+    def __init__(self, link: Link, weight: Tensor, piece: Tensor, beyond_rows: set[int]) -> None:
+        self.link, self.weight, self.piece, self.beyond_rows = link, weight, piece, beyond_rows
         self._dense: Tensor | None = None
         self._version = 0  # of the weight, when it was tapped
 
@@ -116,7 +116,7 @@ class Use:
         `rows`: of looked-up rows only, so that a row of padding gets none.
         """
         if not rows:
-            self.whole.add(self.link.index)
+            self.beyond_rows.add(self.link.index)
         if not in_backward():
             self.link.uses[self.link.index] += 1
 

@@ -42,7 +42,7 @@ def base_of(
 
 def _values(ledger: Ledger, before: BaseCopy, find: Mapping[str, Entry]) -> Any:
     """What gives the base's value of a tensor, in a copy where the model's has moved."""
-    whole = {find[canonical_name(n)].name: t for n, t in (before.dense | before.filled).items()}
+    whole = {find[canonical_name(n)].name: t for n, t in (before.whole | before.filled).items()}
     whole |= {find[name].name: t for n, t in before.buffers.items() if (name := canonical_name(n)) in find}
     scoped = {find[canonical_name(t.name)].name: t for t in before.scoped.values()}
 

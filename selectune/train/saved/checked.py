@@ -128,7 +128,7 @@ def _expected(engine: Engine) -> dict[str, tuple[torch.dtype, torch.Size | None]
         for part in (*PAGE, "retired_now"):
             whole = part in ("flat", "slot", "retired")
             expected[f"page.{tensor.index}.{part}"] = (torch.int64 if whole else own, None)
-    expected |= {f"whole.{t.name}": (t.parameter.dtype, t.parameter.shape) for t in engine.found.dense}
+    expected |= {f"whole.{t.name}": (t.parameter.dtype, t.parameter.shape) for t in engine.found.whole}
     buffers = {n: b for n, b in engine.model.named_buffers() if n in engine.base.buffers}
     expected |= {f"buffer.{name}": (buffer.dtype, buffer.shape) for name, buffer in buffers.items()}
     return expected
@@ -178,7 +178,7 @@ def _finite(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
     for tensor in engine.ledger.tensors:
         keys.append(f"page.{tensor.index}.retired_now")
     broken = [key for key in keys if not bool(torch.isfinite(tensors[key]).all())]
-    broken += [f"whole.{t.name}" for t in engine.found.dense if bool(tensors[f"whole.{t.name}"].isnan().any())]
+    broken += [f"whole.{t.name}" for t in engine.found.whole if bool(tensors[f"whole.{t.name}"].isnan().any())]
     if broken:
         raise ConfigError(
             f'The state holds NaN or infinity among its trained values ("{broken[0]}"): the run broke before it was '
@@ -223,7 +223,7 @@ def _bases(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
 
 def _base_at(engine: Engine, tensor: ScopedTensor, flat: Tensor) -> Tensor:
     """The base values of entries, wherever they are kept now."""
-    if tensor.name in engine.base.dense:
+    if tensor.name in engine.base.whole:
         return ops.gather_entries(engine.base.held(tensor), flat)
     found = ops.gather_entries(tensor.parameter.detach(), flat)
     known, base = engine.ledger.pages[tensor.index].touched()
@@ -245,7 +245,7 @@ def _phase(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor
     waits = mine.phased is not None and step > 0 and not mine.phased.dense(step - 1)  # until the next forward
     if phase["on"] != dense and not (dense and waits):
         raise ConfigError(f"The state's dense phase is {'on' if phase['on'] else 'off'} at step {step}; it cannot be.")
-    heads = [] if mine.kind.found or not phase["on"] else [t.parameter for t in engine.found.dense]
+    heads = [] if mine.kind.found or not phase["on"] else [t.parameter for t in engine.found.whole]
     latents = _latents(engine) if phase["on"] else []
     told = [group if isinstance(group, list) else [group, None] for group in phase["latents"]]
     if [len(group) for group in told] != [len(group) for group in latents] or len(phase["before"]) != len(heads):

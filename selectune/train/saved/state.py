@@ -45,7 +45,7 @@ def state_of(engine: Engine) -> dict[str, Any]:
             tensors[f"page.{tensor.index}.{part}"] = _own(getattr(page, part))
         now = ops.gather_entries(tensor.parameter.detach(), page.retired)
         tensors[f"page.{tensor.index}.retired_now"] = _own(now)
-    tensors |= {f"whole.{t.name}": _own(t.parameter) for t in engine.found.dense}
+    tensors |= {f"whole.{t.name}": _own(t.parameter) for t in engine.found.whole}
     tensors |= {f"buffer.{n}": _own(b) for n, b in engine.model.named_buffers() if n in engine.base.buffers}
     info = {
         "version": VERSION,
@@ -165,7 +165,7 @@ def load_into(engine: Engine, state: Mapping[str, Any]) -> None:
     ledger.offsets.copy_(tensors["offsets"])
     ledger.start.copy_(tensors["start"])
     ledger.free = tensors["free"].to(ledger.offsets.device, copy=True)
-    for tensor in engine.found.dense:
+    for tensor in engine.found.whole:
         tensor.parameter.copy_(tensors[f"whole.{tensor.name}"])
     for name, buffer in engine.model.named_buffers():
         if f"buffer.{name}" in tensors:
@@ -188,7 +188,7 @@ def load_into(engine: Engine, state: Mapping[str, Any]) -> None:
 def _run(engine: Engine) -> dict[str, Any]:
     """What must be the same in both processes."""
     base = {name: str(total % (1 << 64)) for name, total in engine.base.sums.items()}
-    heads = {tensor.name: digest_bits(engine.base.dense[tensor.name].cpu()) for tensor in engine.found.dense}
+    heads = {tensor.name: digest_bits(engine.base.whole[tensor.name].cpu()) for tensor in engine.found.whole}
     return {
         "method": engine.method.describe(),
         "seed": engine.seed,

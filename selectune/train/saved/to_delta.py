@@ -47,11 +47,11 @@ def delta_of(
         for t in found.tensors
         if ledger.pages[t.index].touched()[0].numel() or t.name in before.filled
     ]
-    dense = [_dense(t.name, "parameter", t.parameter, before.dense[t.name], old_values) for t in found.dense]
+    dense = [_dense(t.name, "parameter", t.parameter, before.whole[t.name], old_values) for t in found.whole]
     dense += [_dense(n, "buffer", b, before.buffers[n], old_values) for n, b in before.changed_buffers(model).items()]
-    moved = changed or any(not same(before.dense[t.name], t.parameter) for t in found.dense)
+    moved = changed or any(not same(before.whole[t.name], t.parameter) for t in found.whole)
     if not moved and not allow_empty:
-        why = "no scalar was selected" if not ledger.selected and not found.dense else "no trained scalar moved"
+        why = "no scalar was selected" if not ledger.selected and not found.whole else "no trained scalar moved"
         raise NothingTrainedError(
             f"There is nothing to save: {why}. Did loss.backward() and optimizer.step() run, with a learning rate "
             "above 0 and an optimizer over tuner.parameters()? (allow_empty=True saves an empty delta.)"
