@@ -3,7 +3,8 @@
     python benchmarks/budget.py --seeds 6,7,8 --out runs/budget
 
 writes docs/results/budget.json and its figure, which README.md shows. Each cell is one run of the loop that
-`selectune train` runs, measured from its saved delta. Cells that are in the file are not run again; `--draw` only draws.
+`selectune train` runs, measured from its saved delta. Cells that are in the file are not run again, and `--draw` only
+draws.
 Methods train at their default learning rates, LoRA at 2e-3 and full fine-tuning at 1e-4, as in `selectune demo`.
 Needs `pip install 'selectune[hf,peft,plot]'` and the demo's model.
 """

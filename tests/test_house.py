@@ -146,3 +146,14 @@ def test_forbidden_things_do_not_occur():
 )  # fmt: skip
 def test_the_forbidden_check_sees(code):
     assert any(_forbidden(node) for node in ast.walk(ast.parse(code)))
+
+
+def test_architecture_names_the_rooms_in_their_order():
+    """The picture in docs/architecture.md is the order that the imports have."""
+    from test_structure import ORDER
+
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    picture = re.search(r"## The rooms\n.*?```\n(.*?)```", text, re.DOTALL)
+    assert picture is not None
+    drawn = [tuple(re.split(r" {2,}", line)[0].split()) for line in picture[1].splitlines()]
+    assert drawn == [names for names in ORDER if names != ("__main__",)]
