@@ -157,3 +157,31 @@ def test_architecture_names_the_rooms_in_their_order():
     assert picture is not None
     drawn = [tuple(re.split(r" {2,}", line)[0].split()) for line in picture[1].splitlines()]
     assert drawn == [names for names in ORDER if names != ("__main__",)]
+
+
+TORCHS = {"_version"}  # torch's own, though a class of ours has an attribute of that name
+
+
+def _private_names(path: Path) -> set[str]:
+    """Attributes with one leading underscore that the classes of a file define."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            found.add(node.attr)
+        elif isinstance(node, ast.ClassDef):
+            found |= {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+    return {name for name in found if name.startswith("_") and not name.startswith("__")} - TORCHS
+
+
+def test_nobody_reads_what_another_keeps_to_itself():
+    """State is a value that its owner hands out."""
+    private = set().union(*map(_private_names, FILES))
+    wrong = [
+        f"{where(path)}:{node.lineno} reads {ast.unparse(node)}"
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute)
+        and node.attr in private - _private_names(path)
+        and ast.unparse(node.value) not in ("self", "cls", "super()")
+    ]
+    assert not wrong, "\n".join(wrong)
