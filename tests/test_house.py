@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ def where(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -175,13 +177,12 @@ def _private_names(path: Path) -> set[str]:
 
 def test_nobody_reads_what_another_keeps_to_itself():
     """State is a value that its owner hands out."""
-    private = set().union(*map(_private_names, FILES))
-    wrong = [
-        f"{where(path)}:{node.lineno} reads {ast.unparse(node)}"
-        for path in FILES
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.Attribute)
-        and node.attr in private - _private_names(path)
-        and ast.unparse(node.value) not in ("self", "cls", "super()")
-    ]
+    own = {path: _private_names(path) for path in FILES}
+    private, wrong = set().union(*own.values()), []
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if not isinstance(node, ast.Attribute) or node.attr not in private - own[path]:
+                continue
+            if ast.unparse(node.value) not in ("self", "cls", "super()"):
+                wrong.append(f"{where(path)}:{node.lineno} reads {ast.unparse(node)}")
     assert not wrong, "\n".join(wrong)
