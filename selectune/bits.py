@@ -99,11 +99,6 @@ def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
     scatter_entries(int_view(tensor), indices.to(tensor.device), int_view(values).to(tensor.device))
 
 
-def put(flat: Tensor, indices: Tensor, values: Tensor) -> None:
-    """`scatter` where the work is done beforehand: a flat integer view, indices and integers, all on one device."""
-    flat.index_copy_(0, indices, values)
-
-
 def overwrite(tensor: Tensor, values: Tensor) -> None:
     """Write a whole tensor of the same shape and dtype, bit by bit, whatever the strides."""
     int_view(tensor).copy_(int_view(values))

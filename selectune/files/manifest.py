@@ -14,7 +14,7 @@ from typing import Any
 
 from selectune.errors import CheckpointError, DeltaError
 from selectune.files.durable import flush_folder, write_durably
-from selectune.files.reading import read_json
+from selectune.files.reading import read_json, some
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -75,8 +75,7 @@ def verify(folder: str | os.PathLike[str]) -> Manifest:
         if problem:
             problems.append(f"{name} {problem}")
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{found.folder} is damaged: {', '.join(problems[:3])}{more}.")
+        raise CheckpointError(f"{found.folder} is damaged: {some(problems, ', ', 3)}.")
     return found
 
 

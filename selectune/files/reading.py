@@ -11,7 +11,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from selectune.errors import DeltaError, SelectuneError
@@ -148,6 +148,16 @@ def short(value: Any) -> str:
     """A value in ASCII, of at most 80 characters."""
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def some(items: Sequence[str], between: str = "; ", most: int = 5) -> str:
+    """The first items in one line, and how many more there are.
+
+    >>> some(["a", "b", "c"], ", ", 2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return between.join(items[:most]) + more
 
 
 def _walk(value: Any, depth: int, left: int) -> None:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from selectune.bits import dtype_name, int_view, round_once
-from selectune.delta.combine.aligned import Rows, align, as_deltas, base_of, check_finite_base, part_of, parts_of
+from selectune.delta.combine.aligned import Rows, align, as_deltas, base_of, check_finite_base, part_of
 from selectune.delta.combine.overlap import Conflicts, Overlap, conflicts, count_conflicts, overlap
 from selectune.delta.delta import Delta
-from selectune.delta.file.parts import Dense, Patch
+from selectune.delta.file.parts import Dense, Part, Patch
 from selectune.errors import ConfigError, DeltaError
 
 __all__ = ["Conflicts", "Overlap", "add", "conflicts", "dare", "intersect", "negate", "overlap", "scale", "ties"]
@@ -91,16 +91,14 @@ def intersect(delta: Delta, other: Delta, *, base: nn.Module | None = None) -> D
     [2.0]
     """
     deltas = as_deltas([delta, other])
-    parts: list[Patch | Dense] = []
+    parts: list[Part] = []
     for rows in align(deltas, base):
         if None in rows.at:
             continue
         kept = rows.written.all(0)
-        if not rows.whole or bool(kept.all()):
-            parts.append(part_of(rows, kept, rows.new[0], _carried(deltas)))
-            continue
-        # whole in one delta, scattered in the other
-        parts.append(part_of(dataclasses.replace(rows, whole=False), kept, rows.new[0], _carried(deltas)))
+        if rows.whole and not bool(kept.all()):  # whole in one delta, scattered in the other
+            rows = dataclasses.replace(rows, whole=False)
+        parts.append(part_of(rows, kept, rows.new[0], _carried(deltas)))
     return _made("intersect", deltas, parts, {})
 
 
@@ -140,7 +138,7 @@ def ties(
         raise ConfigError(f"density is the share of each delta's scalars that stays, in (0, 1]; got {density}.")
     aligned = align(deltas, base)
     stays = _trimmed(deltas, aligned, density)
-    parts: list[Patch | Dense] = []
+    parts: list[Part] = []
     column = torch.tensor(factors, dtype=torch.float64)[:, None]
     for rows in aligned:
         moved, change = rows.changed, rows.differences
@@ -189,7 +187,7 @@ def dare(
         raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1; got {seed!r}.")
     aligned = align(deltas, base)
     stays = _drawn(deltas, drop, seed)
-    parts: list[Patch | Dense] = []
+    parts: list[Part] = []
     for rows in aligned:
         buffer = rows.kind == "buffer"
         kept = rows.written
@@ -212,7 +210,7 @@ def _summed(
 ) -> Delta:
     column = torch.tensor(factors, dtype=torch.float64)[:, None]
     aligned = align(deltas, base)
-    parts: list[Patch | Dense] = []
+    parts: list[Part] = []
     for rows in aligned:
         moved = rows.changed & (column != 0)
         total = _in_turn(column * torch.where(moved, rows.differences, 0.0))
@@ -297,19 +295,15 @@ def _drawn(deltas: list[Delta], drop: float, seed: int) -> list[dict[str, Tensor
     generator = torch.Generator().manual_seed(seed)
     return [
         {
-            part.name: torch.rand(_size(part), generator=generator, dtype=torch.float64) >= drop
+            part.name: torch.rand(part.new.numel(), generator=generator, dtype=torch.float64) >= drop
             for part in _parameters(delta)
         }
         for delta in deltas
     ]
 
 
-def _parameters(delta: Delta) -> list[Patch | Dense]:
-    return [part for part in parts_of(delta) if isinstance(part, Patch) or part.kind == "parameter"]
-
-
-def _size(part: Patch | Dense) -> int:
-    return part.indices.numel() if isinstance(part, Patch) else part.tensor.numel()
+def _parameters(delta: Delta) -> list[Part]:
+    return [part for part in delta.parts if part.kind == "parameter"]
 
 
 # --- the result ---------------------------------------------------------------------------------------------
@@ -318,7 +312,7 @@ def _size(part: Patch | Dense) -> int:
 def _made(
     name: str,
     deltas: list[Delta],
-    parts: list[Patch | Dense],
+    parts: list[Part],
     parameters: dict[str, Any],
     budget: int | None = None,
 ) -> Delta:

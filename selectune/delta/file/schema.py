@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
@@ -17,29 +18,10 @@ MAX_NAME = 512
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Name components that DDP, torch.compile, FSDP and activation checkpointing put in."""
 
-_LORA = ("lora_A", "lora_B")
-_VIRTUAL = ("prompt_encoder",)
-MODULES: dict[str, tuple[str, ...]] = {
-    "lora": _LORA,
-    "loraplus": _LORA,
-    "dora": (*_LORA, "lora_magnitude_vector"),
-    "adalora": (*_LORA, "lora_E", "ranknum"),
-    "prefix": _VIRTUAL,
-    "prompt": _VIRTUAL,
-    "ptuning": _VIRTUAL,
-    "ia3": ("ia3_l",),
-    "ln": ("ln_tuning_layers",),
-    "shira": ("shira_weight",),
-    "super": ("supertuning_values", "supertuning_indices"),
-    "houlsby": ("bottleneck",),
-    "pfeiffer": ("bottleneck",),
-    "parallel": ("bottleneck",),
-}
-"""Kinds of modules that may sit on a base: a tensor belongs to one if a component of its name is among these."""
-
 MODEL_DTYPES = ("float64", "float32", "float16", "bfloat16")
 MAX_LABELS = 65536
 
+_KIND = re.compile(r"[a-z][a-z0-9_-]{0,63}")  # of an adapter
 _INFO = {"method", "budget", "selected", "base", "versions"}
 _BASE = {"id", "revision", "seed", "initialised", "structure", "fingerprint", "weights"}
 _MODEL = {"architecture", "dtype", "labels", "num_labels", "pad_token_id", "path", "problem_type"}
@@ -182,17 +164,20 @@ def check_info(info: Any, total: int) -> None:
         check_text(package, "a key of info.versions")
         check_text(version, f"info.versions[{short(package)}]")
     if "module" in info:
-        _check_module(check_keys(info["module"], {"kind", "options", "seed", "digest"}, "info.module"))
+        _check_adapter(check_keys(info["module"], {"kind", "options", "seed", "digest"}, "info.module"))
     if "model" in info:
         _check_model(check_keys(info["model"], _MODEL, "info.model"))
     _check_base(check_keys(info["base"], _BASE, "info.base"))
 
 
-def _check_module(module: Mapping[str, Any]) -> None:
-    kind = module["kind"]
-    if not isinstance(kind, str) or kind not in MODULES:
-        raise DeltaFormatError(f"info.module.kind must be one of {', '.join(MODULES)}; got {short(kind)}")
-    options = module["options"]
+def _check_adapter(adapter: Mapping[str, Any]) -> None:
+    """Only the form: whoever makes the adapter again, `selectune.adapters.rebuild`, checks that the kind exists."""
+    kind = adapter["kind"]
+    if not isinstance(kind, str) or not _KIND.fullmatch(kind):
+        raise DeltaFormatError(
+            f"info.module.kind must be a name of at most 64 lower-case letters, digits, - and _; got {short(kind)}"
+        )
+    options = adapter["options"]
     if not isinstance(options, dict) or len(options) > 32:
         raise DeltaFormatError(f"info.module.options must be an object of at most 32 keys; got {short(options)}")
     for name, value in options.items():
@@ -200,8 +185,8 @@ def _check_module(module: Mapping[str, Any]) -> None:
         if not isinstance(value, str | int | float | bool):
             raise DeltaFormatError(f"info.module.options[{short(name)}] must be a number, a string or a bool")
         check_tree(value, f"info.module.options[{short(name)}]")
-    check_int(module["seed"], "info.module.seed", 0, 2**32 - 1)
-    check_hex(module["digest"], 64, "info.module.digest")
+    check_int(adapter["seed"], "info.module.seed", 0, 2**32 - 1)
+    check_hex(adapter["digest"], 64, "info.module.digest")
 
 
 def _check_model(model: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune import ops
-from selectune.delta import Delta, Dense, Patch, canonical_name, digest_bits, model_info, module_of, versions
+from selectune.delta import Delta, Dense, Patch, adapter_of, canonical_name, digest_bits, model_info, versions
 from selectune.errors import ConfigError, NonFiniteError, NothingTrainedError, ScopeError
 from selectune.method import Method
 from selectune.scope import Found, ScopedTensor
@@ -57,7 +57,8 @@ def delta_of(
         "budget": run.budget if found.tensors and run.schedule is not None and run.schedule.keeps else None,
         "base": base_of(run.model, ledger, before, base, full),
     }
-    made = {"module": module_of(run.model), "model": model_info(run.model)}
+    adapter = adapter_of(run.model)
+    made = {"module": None if adapter is None else adapter.info, "model": model_info(run.model)}
     info |= {key: value for key, value in made.items() if value is not None}
     info = _with_more({**info, "versions": versions()}, more)
     ranks = _ranks(ledger) if order else {}
