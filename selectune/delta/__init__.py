@@ -20,28 +20,7 @@ from selectune.delta.live.shelf import Shelf, switch
 from selectune.delta.live.verify import Report
 
 __all__ = [
-    "DELTA_FILE",
-    "AdapterRecord",
-    "Delta",
-    "Dense",
-    "Patch",
-    "Report",
-    "Shelf",
-    "adapter_digest",
-    "adapter_of",
-    "algebra",
-    "base_info",
-    "canonical_name",
-    "diff",
-    "digest_bits",
-    "forget_adapter",
-    "inventory",
-    "is_marked",
-    "load",
-    "model_info",
-    "record_adapter",
-    "structure_digest",
-    "switch",
-    "versions",
-    "weights_digest",
-]
+    "DELTA_FILE", "AdapterRecord", "Delta", "Dense", "Patch", "Report", "Shelf", "adapter_digest", "adapter_of",
+    "algebra", "base_info", "canonical_name", "diff", "digest_bits", "forget_adapter", "inventory", "is_marked", "load",
+    "model_info", "record_adapter", "structure_digest", "switch", "versions", "weights_digest",
+]  # fmt: skip

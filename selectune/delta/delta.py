@@ -88,9 +88,10 @@ class Delta(Content):
     def verify(self, model: nn.Module, full: bool = False) -> Report:
         """Prove, on a bare base model, what the delta does to it, and leave it as it was.
 
-        Reads all weights twice; `full` also compares them with the recorded digest of the base. A wrong base
-        is reported (`report.ok`, `report.problem`), not raised. Raises DeltaStateError if a tuner or another
-        delta is on the model.
+        It reads all weights twice; `full` also compares them with the recorded digest of the base. A wrong base is
+        reported (`report.ok`, `report.problem`), not raised. Raises DeltaStateError if a tuner or another delta is on
+        the model, or if `full` is asked of a delta without that digest; IntegrityError if the model could not be put
+        back.
         """
         return verify(self, model, full=full)
 

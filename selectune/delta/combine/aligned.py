@@ -36,6 +36,7 @@ class Rows:
     base: Tensor  # (n,)
     new: Tensor  # (k, n): the base where a delta does not write
     at: tuple[Tensor | None, ...]  # for each delta the columns it writes, None if it does not have the tensor
+    old_values: bool  # every delta carries the base's values, so the result does too
 
     @property
     def changed(self) -> Tensor:
@@ -96,7 +97,8 @@ def _align(deltas: Sequence[Delta], base: nn.Module | None) -> list[Rows]:
                 "pass base=the base model, or save the delta with old_values=True; on the command line give --model"
             )
     parts = [{part.name: part for part in delta.parts} for delta in deltas]
-    return [_rows(name, [own.get(name) for own in parts], found, layers) for name in _order(deltas, found)]
+    old = all(delta.reversible for delta in deltas)
+    return [_rows(name, [own.get(name) for own in parts], found, layers, old) for name in _order(deltas, found)]
 
 
 def check_shapes(deltas: Sequence[Delta]) -> None:
@@ -168,16 +170,16 @@ def base_of(deltas: Sequence[Delta]) -> dict[str, Any]:
     }
 
 
-def part_of(rows: Rows, keep: Tensor | None, values: Tensor, old_values: bool) -> Part:
+def part_of(rows: Rows, keep: Tensor | None, values: Tensor) -> Part:
     """A delta's part from values (n,) at the rows' places; a patch holds only those that `keep` (n,) allows."""
     if rows.whole:
         tensor, base = values.view(rows.shape), rows.base.view(rows.shape)
-        return Dense.make(rows.name, rows.kind, tensor, base, old_values=old_values)
+        return Dense.make(rows.name, rows.kind, tensor, base, old_values=rows.old_values)
     indices, base = rows.indices, rows.base
     if keep is not None:
         where = keep.nonzero()[:, 0]
         indices, values, base = indices[where], bits.gather(values, where), bits.gather(base, where)
-    return Patch.make(rows.name, rows.shape, indices, values, base, old_values=old_values)
+    return Patch.make(rows.name, rows.shape, indices, values, base, old_values=rows.old_values)
 
 
 def check_finite_base(rows: Rows, where: Tensor) -> None:
@@ -210,7 +212,7 @@ def _order(deltas: Sequence[Delta], found: Inventory | None) -> list[str]:
         return list(names)
 
 
-def _rows(name: str, parts: list[Part | None], found: Inventory | None, layers: list[Layer]) -> Rows:
+def _rows(name: str, parts: list[Part | None], found: Inventory | None, layers: list[Layer], old: bool) -> Rows:
     some = next(part for part in parts if part is not None)
     numel = math.prod(some.shape)
     places = [part.where for part in parts if part is not None]
@@ -225,7 +227,7 @@ def _rows(name: str, parts: list[Part | None], found: Inventory | None, layers: 
     for row, part, columns in zip(new, parts, at, strict=True):
         if part is not None and columns is not None:
             row[columns] = int_view(part.new).reshape(-1)
-    return Rows(name, some.kind, some.shape, some.dtype, whole, indices, base, new.view(base.dtype), at)
+    return Rows(name, some.kind, some.shape, some.dtype, whole, indices, base, new.view(base.dtype), at, old)
 
 
 def _columns(part: Part, indices: Tensor, numel: int) -> Tensor:

@@ -22,14 +22,7 @@ from selectune.errors import DeltaFormatError
 
 
 class Content:
-    """What a delta holds and how it becomes bytes; it never changes. `Delta` adds what can be done with it.
-
-    `patches` (scattered scalars) and `dense` (whole tensors) are copied. `info` needs `info["base"]` from
-    `base_info(base_model)`; the other keys have defaults. Patches without scalars are dropped, unless they are zeroed.
-
-    Raises DeltaError for parts that do not fit each other, NonFiniteError for NaN or infinity among the values,
-    DeltaFormatError for an `info` outside the schema (docs/delta-format.md).
-    """
+    """The parts of a delta, and its bytes. It never changes. `Delta` explains the arguments and adds the verbs."""
 
     def __init__(self, patches: Sequence[Patch], dense: Sequence[Dense], info: Mapping[str, Any]) -> None:
         own = [parts.own_patch(patch) for patch in patches if patch.indices.numel() or patch.zeroed]

@@ -16,7 +16,7 @@ from selectune.files.reading import MAX_DEPTH, MAX_INT, NotPlain, parse, short
 MAX_NAME = 512
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Name components that DDP, torch.compile, FSDP and activation checkpointing put in."""
+"""Components that DDP, torch.compile, FSDP and activation checkpointing add to a name."""
 
 MODEL_DTYPES = ("float64", "float32", "float16", "bfloat16")
 MAX_LABELS = 65536
@@ -28,7 +28,7 @@ _MODEL = {"architecture", "dtype", "labels", "num_labels", "pad_token_id", "path
 
 
 def canonical_json(value: Any) -> str:
-    """Serialise with sorted keys, no spaces, ASCII only; NaN, infinity and foreign types are refused.
+    """Serialise with sorted keys, no spaces, ASCII only; NaN, infinity and other types are refused.
 
     >>> canonical_json({"b": [1, 2.0], "a": None})
     '{"a":null,"b":[1,2.0]}'
@@ -40,7 +40,7 @@ def canonical_json(value: Any) -> str:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """Parse JSON, refusing what Python's parser lets through: duplicate keys, NaN, huge integers."""
+    """Parse JSON strictly: duplicate keys, NaN and huge integers, which Python's parser accepts, are refused."""
     try:
         return parse(text, MAX_DEPTH)
     except NotPlain as why:
@@ -53,7 +53,7 @@ def sha256(data: Any) -> str:
 
 
 def canonical_name(name: str) -> str:
-    """The parameter's name without what DDP, torch.compile, FSDP and checkpoint wrappers put into it.
+    """The parameter's name without the components that DDP, torch.compile, FSDP and checkpoint wrappers add.
 
     >>> canonical_name("module._orig_mod.encoder._checkpoint_wrapped_module.weight")
     'encoder.weight'
@@ -114,7 +114,7 @@ def check_keys(value: Any, required: set[str], what: str, optional: frozenset[st
 
 
 def check_text(value: Any, what: str, none: bool = False) -> None:
-    """Refuse what is no string that can be encoded (a lone surrogate cannot)."""
+    """Refuse anything but a string that can be encoded (a lone surrogate cannot)."""
     if value is None and none:
         return
     if not isinstance(value, str) or len(value) > 4096 or any("\ud800" <= c <= "\udfff" for c in value):
@@ -122,7 +122,7 @@ def check_text(value: Any, what: str, none: bool = False) -> None:
 
 
 def check_tree(value: Any, what: str, depth: int = 0) -> None:
-    """Refuse what is no plain JSON: foreign types, non-finite floats, endless integers, depth."""
+    """Refuse anything but plain JSON: other types, non-finite floats, large integers, deep nesting."""
     if depth > MAX_DEPTH:
         raise DeltaFormatError(f"{what} is nested too deeply; at most {MAX_DEPTH} levels are allowed")
     if isinstance(value, dict):
@@ -152,10 +152,8 @@ def check_info(info: Any, total: int) -> None:
     check_int(info["selected"], "info.selected")
     if info["selected"] != total:
         raise DeltaFormatError(f"info.selected is {info['selected']}, but the patches hold {total} scalars")
-    if info["budget"] is not None:
-        check_int(info["budget"], "info.budget")
-        if info["budget"] < total:
-            raise DeltaFormatError(f"info.budget is {info['budget']}, below the {total} scalars in the patches")
+    if info["budget"] is not None and check_int(info["budget"], "info.budget") < total:
+        raise DeltaFormatError(f"info.budget is {info['budget']}, below the {total} scalars in the patches")
     if "created_by" in info:
         check_text(info["created_by"], "info.created_by")
     if not isinstance(info["versions"], dict):
@@ -215,14 +213,12 @@ def _check_model(model: Mapping[str, Any]) -> None:
 
 
 def _check_base(base: Mapping[str, Any]) -> None:
-    check_text(base["id"], "info.base.id", none=True)
-    check_text(base["revision"], "info.base.revision", none=True)
+    for key in ("id", "revision"):
+        check_text(base[key], f"info.base.{key}", none=True)
     if base["seed"] is not None:
         check_int(base["seed"], "info.base.seed", -MAX_INT)
-    check_hex(base["structure"], 64, "info.base.structure")
-    check_hex(base["fingerprint"], 64, "info.base.fingerprint")
-    if base["weights"] is not None:
-        check_hex(base["weights"], 64, "info.base.weights")
+    for key in ("structure", "fingerprint") if base["weights"] is None else ("structure", "fingerprint", "weights"):
+        check_hex(base[key], 64, f"info.base.{key}")
     if not isinstance(base["initialised"], list):
         raise DeltaFormatError(f"info.base.initialised must be a list; got {short(base['initialised'])}")
     names = set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from weakref import WeakSet
 
@@ -78,10 +79,15 @@ class SwitchPlan:
     adapter: dict[str, Any] | None
     agreeing: WeakSet[SwitchPlan] = field(default_factory=WeakSet)  # plans with the same base in all common places
 
-    @property
+    @cached_property
     def on(self) -> list[Write]:
         """The writes that put the delta on the model."""
         return [put for group in self.groups.values() for put in group.puts] + list(self.rest)
+
+    @cached_property
+    def off(self) -> list[Write]:
+        """The writes that take it off again."""
+        return [write.reversed() for write in self.on]
 
     def in_place(self) -> bool:
         """Whether the model holds the delta's values, bit for bit."""

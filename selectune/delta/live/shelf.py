@@ -231,8 +231,7 @@ class Shelf:
             return False
         if (leaving is not None and not leaving.in_place()) or (coming is not None and not coming.fits(leaving)):
             return False
-        made = [write.reversed() for write in leaving.on] if leaving else []
-        made += coming.on if coming else []
+        made = [*(leaving.off if leaving else ()), *(coming.on if coming else ())]
         write_all(made, self._stack, [coming.layer] if coming else [])
         return True
 

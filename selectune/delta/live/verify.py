@@ -40,15 +40,10 @@ class Report:
 
 
 def verify(delta: Content, model: nn.Module, full: bool = False) -> Report:
-    """Apply the delta to a bare base model, count the differences, revert, and compare every bit with before.
+    """See `Delta.verify`.
 
-    Revert writes only where apply wrote, so if the digest of all weights is the same before and after, apply
-    touched nothing but the support. Reads all weights twice. `full` also compares them with the recorded
-    digest of the base.
-
-    Raises DeltaStateError if a tuner or another delta is on the model, or if `full` is asked of a delta
-    without that digest; IntegrityError if the model could not be put back. A wrong base is reported, not
-    raised.
+    Revert writes only where apply wrote. So if all weights have the same digest before and after, apply touched nothing
+    but the support.
     """
     with exclusive(model, "verify"):
         found, layers = ready(model), stack_of(model)
