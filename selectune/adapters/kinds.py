@@ -14,7 +14,7 @@ from selectune.delta import is_marked
 from selectune.errors import ConfigError, did_you_mean
 
 Value = int | float | bool | str
-LINEARS = "linears"  # targets=: every linear layer but the head, by its class and without a role map
+LINEARS = "linears"  # targets=: every linear layer outside the head; it needs no role map
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Spec:
-    """A kind and all its options, defaults filled in."""
+    """A kind with a value for each of its options."""
 
     kind: str
     options: Mapping[str, Value]
@@ -55,7 +55,7 @@ class Spec:
 
 
 def parse(text: str) -> Spec:
-    """`kind` or `kind:option=value,option=value` as a Spec; raises ConfigError that lists what is allowed.
+    """Read `kind` or `kind:option=value,option=value`; raises ConfigError that lists the allowed ones.
 
     >>> str(parse("lora:r=16"))
     'lora:r=16,alpha=16.0,dropout=0.0,targets=all,init=zero'
@@ -66,7 +66,7 @@ def parse(text: str) -> Spec:
 
 
 def make(kind: str, given: Mapping[str, Any]) -> Spec:
-    """A Spec with defaults for what is not given, each option checked; raises ConfigError."""
+    """A Spec with defaults for the options that are not given; raises ConfigError for unknown or forbidden ones."""
     if kind not in KINDS:
         raise ConfigError(f"Unknown adapter '{kind}'. Known: {', '.join(KINDS)}.{did_you_mean(kind.lower(), KINDS)}")
     options = KINDS[kind].options
@@ -97,7 +97,7 @@ def belongs(kind: str, name: str) -> bool:
 
 
 def targets_of(text: str) -> tuple[str, ...]:
-    """The roles that `targets=` names: `all`, or some of them joined by +."""
+    """The roles in `targets=`: `all`, or some of them joined by +."""
     return LINEAR if text == "all" else tuple(text.split("+"))
 
 
@@ -150,14 +150,11 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind(
             "lora", "W + (alpha / r) B A, A drawn, B = 0", _LORA, _LOW_RANK,
-            4e-4, "RoBERTa-base on STS-B in the authors' code", "LoraConfig", merges=True,
-            markers=_MATRICES,
+            4e-4, "RoBERTa-base on STS-B in the authors' code", "LoraConfig", merges=True, markers=_MATRICES,
         ),
         Kind(
             "dora", "m (W + B A) / |W + B A|, a magnitude for each output", "Liu et al. 2024, arXiv 2402.09353",
-            _LOW_RANK,
-            4e-4, "as lora", "LoraConfig", merges=True,
-            markers=(*_MATRICES, "lora_magnitude_vector"),
+            _LOW_RANK, 4e-4, "as lora", "LoraConfig", merges=True, markers=(*_MATRICES, "lora_magnitude_vector"),
         ),
         Kind(
             "adalora", "W + P diag(E) Q; ranks are moved to where they count", "Zhang et al. 2023, arXiv 2303.10512",
@@ -175,37 +172,31 @@ KINDS: dict[str, Kind] = {
             "loraplus", "lora, B learns `ratio` times as fast as A", "Hayou, Ghosh, Yu 2024, arXiv 2402.12354",
             {**_LOW_RANK, "ratio": _number(16.0, 1.0, 1e6, "a number of at least 1")},
             1e-4, "that of A, RoBERTa-base on MNLI in the authors' code; B gets 16 times that, there 20",
-            "LoraConfig", merges=True, on=False,
-            markers=_MATRICES,
+            "LoraConfig", merges=True, on=False, markers=_MATRICES,
         ),
         Kind(
             "prefix", "keys and values of virtual tokens in every layer; projection=false is P-tuning v2",
             "Li, Liang 2021, arXiv 2101.00190; Liu et al. 2022, arXiv 2110.07602",
-            {"tokens": _count(20, 4096), "projection": _flag(False), "hidden": _count(512)},
-            5e-3, "RoBERTa-large on RTE in P-tuning v2's code", "PrefixTuningConfig", wraps=True,
-            markers=_VIRTUAL,
+            {**_TOKENS, "projection": _flag(False), "hidden": _count(512)},
+            5e-3, "RoBERTa-large on RTE in P-tuning v2's code", "PrefixTuningConfig", wraps=True, markers=_VIRTUAL,
         ),
         Kind(
             "prompt", "virtual tokens before the input", "Lester, Al-Rfou, Constant 2021, arXiv 2104.08691", _TOKENS,
-            1e-2, "ours; the paper's 0.3 is for Adafactor", "PromptTuningConfig", wraps=True,
-            markers=_VIRTUAL,
+            1e-2, "ours; the paper's 0.3 is for Adafactor", "PromptTuningConfig", wraps=True, markers=_VIRTUAL,
         ),
         Kind(
             "ptuning", "virtual tokens out of a small network (P-tuning v1)", "Liu et al. 2021, arXiv 2103.10385",
             {**_TOKENS, "hidden": _count(128)},
-            1e-3, "peft's guide, RoBERTa-large on MRPC", "PromptEncoderConfig", wraps=True,
-            markers=_VIRTUAL,
+            1e-3, "peft's guide, RoBERTa-large on MRPC", "PromptEncoderConfig", wraps=True, markers=_VIRTUAL,
         ),
         Kind(
             "ia3", "factors, 1 at the start, on keys, values and the FFN's hidden layer",
             "Liu et al. 2022, arXiv 2205.05638", {}, 3e-3, "the authors' code, there for Adafactor", "IA3Config",
-            merges=True,
-            markers=("ia3_l",),
+            merges=True, markers=("ia3_l",),
         ),
         Kind(
             "ln", "the layer norms", "Zhao et al. 2023, arXiv 2312.11420", {}, 1e-3, "ours",
-            "LNTuningConfig", merges=True,
-            markers=("ln_tuning_layers",),
+            "LNTuningConfig", merges=True, markers=("ln_tuning_layers",),
         ),
         Kind(
             "shira", "r (m + n) random entries of each matrix", "Bhardwaj et al. 2024, arXiv 2406.13175",
@@ -225,8 +216,7 @@ KINDS: dict[str, Kind] = {
         Kind(
             "houlsby", "bottlenecks after attention and after the FFN; layer norms are trained too",
             "Houlsby et al. 2019, arXiv 1902.00751", _bottleneck(16, "swish", "normal", 1.0, True),
-            3e-4, "BERT on MRPC in the authors' code",
-            markers=(bottleneck.NAME,),
+            3e-4, "BERT on MRPC in the authors' code", markers=(bottleneck.NAME,),
         ),
         Kind(
             "pfeiffer", "a bottleneck after the FFN", "Pfeiffer et al. 2021, arXiv 2005.00247",

@@ -13,15 +13,7 @@ from torch import nn
 from selectune.adapters import bottleneck, peers
 from selectune.adapters.kinds import KINDS, LINEARS, Spec, belongs, make, parse
 from selectune.adapters.roles import RoleMap, find
-from selectune.delta import (
-    AdapterRecord,
-    Delta,
-    adapter_digest,
-    adapter_of,
-    forget_adapter,
-    inventory,
-    record_adapter,
-)
+from selectune.delta import AdapterRecord, Delta, adapter_digest, adapter_of, forget_adapter, inventory, record_adapter
 from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError
 
 
