@@ -61,7 +61,7 @@ class Delta(Content):
         live.apply(self, model, stack, full)
 
     def revert(self, model: nn.Module) -> None:
-        """Take the delta off again: every bit is what it was before `apply`.
+        """Take the delta off again: every bit is as it was before `apply`.
 
         It must be the last one applied. A delta that carries old values can also be reverted where it was
         merged, or applied in another process, as long as the model holds exactly its values.
@@ -86,7 +86,7 @@ class Delta(Content):
         return live.applied(self, model, stack)
 
     def verify(self, model: nn.Module, full: bool = False) -> Report:
-        """Prove, on a bare base model, what the delta does to it, and leave it as it was.
+        """Prove on a bare base model that the delta changes its support only, and leave the model as it was.
 
         It reads all weights twice; `full` also compares them with the recorded digest of the base. A wrong base is
         reported (`report.ok`, `report.problem`), not raised. Raises DeltaStateError if a tuner or another delta is on

@@ -21,7 +21,7 @@ _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
 
 def write_durably(path: str | os.PathLike[str], data: bytes | bytearray | memoryview) -> Path:
-    """Write `data` so that `path` holds all of it or what it held before, also after a crash.
+    """Write `data` so that `path` holds all of it or its old content, also after a crash.
 
     The steps: a temp file in the same directory, write, fsync, rename, fsync of the directory. A symbolic link at
     `path` is replaced, not followed. The mode is that of the replaced file, or 0666 without the umask's bits. If only

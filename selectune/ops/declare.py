@@ -1,7 +1,7 @@
-"""Every op once: its schema, its shapes without data, its gradient, the checks of its arguments.
+"""The declaration of every op: its schema, its shapes without data, its gradient, the checks of its arguments.
 
-`torch.ops.selectune.<name>` is what torch.compile, fake tensors and the profiler see. Who does the work
-is chosen in `backend`; what the answer is, in `reference`.
+torch.compile, fake tensors and the profiler see `torch.ops.selectune.<name>`. `backend` chooses the implementation;
+`reference` defines the result.
 """
 
 from __future__ import annotations

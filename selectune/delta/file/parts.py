@@ -109,7 +109,7 @@ class Dense:
 
 
 Part = Patch | Dense
-"""Both say what they write (`new`), where, and what the base held there (`old`)."""
+"""Both have the values that they write (`new`), their places (`where`), and the base's values there (`old`)."""
 
 
 def _own(tensor: Tensor | None) -> Tensor | None:

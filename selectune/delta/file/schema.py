@@ -169,7 +169,7 @@ def check_info(info: Any, total: int) -> None:
 
 
 def _check_adapter(adapter: Mapping[str, Any]) -> None:
-    """Only the form: whoever makes the adapter again, `selectune.adapters.rebuild`, checks that the kind exists."""
+    """Check the form only. `selectune.adapters.rebuild`, which makes the adapter again, checks that the kind exists."""
     kind = adapter["kind"]
     if not isinstance(kind, str) or not _KIND.fullmatch(kind):
         raise DeltaFormatError(

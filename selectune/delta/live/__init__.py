@@ -7,5 +7,5 @@ writing     writing into a model, all or nothing
 door        the turns of threads that read or write a model's weights
 shelf       several named deltas on one model, one of them in place
 quick       a shelf's delta made ready once, so that a switch is a few operations a tensor
-verify      the proof that a delta changes what it says and no more
+verify      the proof that a delta changes its own scalars and no others
 """

@@ -95,7 +95,7 @@ class Shelf:
 
     @contextmanager
     def using(self, name: str | None, timeout: float | None = None) -> Iterator[nn.Module]:
-        """The model with one delta in place (None: the base) for the length of a `with` block, whatever others do.
+        """The model with one delta in place (None: the base) for the length of a `with` block.
 
         Threads that use the same name may be inside together. A thread that asks for another name, or switches, waits
         until they have left, and later threads queue behind it: turns come in the order of asking. A thread may nest

@@ -1,4 +1,4 @@
-"""The proof, from a base model and a delta alone, that the delta changes what it says and no more."""
+"""The proof that a delta changes its own scalars of a base model and no others."""
 
 from __future__ import annotations
 
