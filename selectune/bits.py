@@ -1,6 +1,6 @@
-"""Tensors as bits: the only way this package reads, compares and writes weights.
+"""Tensors as bits: this package reads, compares and writes weights only by these functions.
 
-Everything goes through an integer view, so that -0.0, NaN payloads and every dtype survive exactly.
+All of them use an integer view, so that -0.0, NaN payloads and every dtype stay exact.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PLAIN = frozenset(_INTEGER.values())
 
 FLOATS: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -39,7 +40,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype's name in the file; dtypes outside the format are named as torch names them.
+    """The dtype's name in the file; dtypes outside the format have torch's name.
 
     >>> dtype_name(torch.bfloat16)
     'BF16'
@@ -48,7 +49,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def int_view(tensor: Tensor) -> Tensor:
-    """The same memory, any strides, as integers of the same width (16-byte dtypes have none)."""
+    """The same memory, with any strides, as integers of the same width (not for 16-byte dtypes)."""
     return tensor.detach().view(_INTEGER[tensor.element_size()])
 
 
@@ -60,13 +61,13 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def flat_view(tensor: Tensor) -> Tensor:
-    """The entries as integers of the same width, flat (n,): equal bits, not equal numbers; a copy if strided."""
+    """The entries as flat integers (n,) of the same width, with the same bits; a copy if the tensor is strided."""
     flat = tensor.detach().reshape(-1)
     return flat.view(_INTEGER[min(8, tensor.element_size())])
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums, scores and trained values of a tensor have: float64 for float64, else float32."""
+    """The dtype of a tensor's sums, scores and trained values: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -79,7 +80,7 @@ def gather_entries(tensor: Tensor, flat: Tensor) -> Tensor:
 
 
 def scatter_entries(tensor: Tensor, flat: Tensor, values: Tensor) -> None:
-    """Writes `values` (k,) at flat row-major indices (k,), unique, into `tensor` itself, whatever its strides."""
+    """Write `values` (k,) at unique flat row-major indices (k,) into `tensor` itself, whatever its strides."""
     tensor = tensor.detach()
     if flat.numel() == 0:
         return
@@ -96,12 +97,11 @@ def gather(tensor: Tensor, indices: Tensor) -> Tensor:
 
 def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
     """Write `values` `(n,)`, bit by bit, at flat row-major `indices` `(n,)`, whatever the strides."""
+    plain = tensor.dim() == 1 and tensor.dtype in _PLAIN and tensor.dtype == values.dtype
+    if plain and tensor.device == indices.device == values.device:  # as a prepared switch calls it: half the time
+        tensor.index_copy_(0, indices, values)
+        return
     scatter_entries(int_view(tensor), indices.to(tensor.device), int_view(values).to(tensor.device))
-
-
-def put(flat: Tensor, indices: Tensor, values: Tensor) -> None:
-    """`scatter` where the work is done beforehand: a flat integer view, indices and integers, all on one device."""
-    flat.index_copy_(0, indices, values)
 
 
 def overwrite(tensor: Tensor, values: Tensor) -> None:
@@ -119,7 +119,7 @@ def first_non_finite(tensor: Tensor) -> int | None:
     """Flat position of the first NaN or infinity, or None."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
         return None
-    # float8 has no isfinite of its own; widening keeps NaN and infinity what they are
+    # torch has no isfinite for float8; widening keeps NaN and infinity
     wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
     bad = ~torch.isfinite(wide.reshape(-1))
     return int(bad.int().argmax()) if bool(bad.any()) else None
@@ -128,9 +128,9 @@ def first_non_finite(tensor: Tensor) -> int | None:
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 values in another float dtype, rounded once, to nearest, ties to even.
 
-    torch goes through float32 to the narrow dtypes and so rounds twice. Here float32 is reached by rounding to
-    odd, which keeps what decides a tie (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums:
-    proved algorithms using rounding to odd", theorem 3.1).
+    torch converts to float32 first and so rounds twice for narrow dtypes. Here the first step rounds to odd, which
+    preserves the side of a tie (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved
+    algorithms using rounding to odd", theorem 3.1).
 
     >>> middle = torch.tensor([1 + 2**-8 + 2**-40], dtype=torch.float64)  # just above the tie of two bfloat16
     >>> middle.to(torch.bfloat16).item(), round_once(middle, torch.bfloat16).item()

@@ -79,7 +79,7 @@ def test_xattn_on_t5():
     """methods 2.14: per decoder layer q, k, v, o and the layer norm; none in the encoder."""
     transformers = pytest.importorskip("transformers")
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5))
-    names = [t.name for t in st.xattn().scope.find(model).dense]
+    names = [t.name for t in st.xattn().scope.find(model).whole]
     sub = "decoder.block.{}.layer.1.{}.weight"
     parts = [f"EncDecAttention.{p}" for p in "qkvo"] + ["layer_norm"]
     assert sorted(names) == sorted(sub.format(i, p) for i in range(2) for p in parts)
@@ -90,7 +90,7 @@ def test_xattn_on_t5():
 def test_xattn_on_bart_and_on_a_model_without():
     transformers = pytest.importorskip("transformers")
     model = transformers.BartForConditionalGeneration(transformers.BartConfig(**BART))
-    names = {t.name for t in st.xattn().scope.find(model).dense}
+    names = {t.name for t in st.xattn().scope.find(model).whole}
     linears = {f"encoder_attn.{m}_proj.{p}" for m in ("q", "k", "v", "out") for p in ("weight", "bias")}
     norms = {f"encoder_attn_layer_norm.{p}" for p in ("weight", "bias")}
     assert names == {f"model.decoder.layers.{i}.{p}" for i in range(2) for p in linears | norms}

@@ -6,14 +6,15 @@ With d the width of the model and r = d / reduction, a site holds 2dr + r + d sc
     pfeiffer  h <- h + U f(D LN(h + x))    at the end of the FFN; x is the residual, LN the layer's own norm
     parallel  h <- h + s U f(D x)          around the FFN; x is what goes into it
 
-Where a model has no norm behind the FFN (pre-LN: LLaMA, GPT-2, T5), pfeiffer reads h + x itself, as AdapterHub does. A
-site lies before the sub-layer's dropout, the papers put it behind: the same in evaluation.
+In a model without a norm behind the FFN (pre-LN: LLaMA, GPT-2, T5), pfeiffer reads h + x itself, as AdapterHub does. An
+adapter sits before the sub-layer's dropout; the papers put it behind, which is the same in evaluation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from selectune.adapters.roles import Role, of_kind, width
 from selectune.errors import ConfigError
 
 NAME = "bottleneck"
-"""Under this name an adapter is a child of the module whose output it changes."""
+"""The adapter is a child of this name in the module whose output it changes."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "swish": F.silu, "tanh": torch.tanh
@@ -46,7 +47,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.down, self.up = nn.Linear(d, r), nn.Linear(r, d)
         self.activation, self.scale = activation, scale
-        self.held: Tensor | None = None  # the FFN's input, between the FFN's first layer and its last
+        self.held: Tensor | None = None  # `parallel`: the FFN's input, from the FFN's first layer until its last
         for layer in (self.down, self.up):
             nn.init.zeros_(layer.bias)
             nn.init.normal_(layer.weight, std=0.02)
@@ -60,26 +61,26 @@ class Bottleneck(nn.Module):
 
 
 def put_on(model: nn.Module, kind: str, options: Mapping[str, Any], found: Sequence[Role]) -> Callable[[], None]:
-    """Puts adapters of a kind on a model and returns what takes them off again, without a trace.
+    """Put adapters of a kind on a model; returns a function that takes them off again, without a trace.
 
-    Raises ConfigError where the role map lacks the modules that the kind needs, or adapters are there already.
+    Raises ConfigError if the role map lacks the modules that the kind needs, or if adapters are there already.
     """
     modules = dict(model.named_modules())
-    sites = SITES[kind](found)
+    sites_of, needs = SITES[kind]
+    sites = sites_of(found)
     if not sites:
-        raise ConfigError(f"The role map of {type(model).__name__} names no place for {kind} adapters: {NEEDS[kind]}.")
+        raise ConfigError(
+            f"The role map of {type(model).__name__} names no place for {kind} adapters: it needs {needs}."
+        )
     for site in sites:
         if hasattr(modules[site.where], NAME):
             raise ConfigError(f'"{site.where}" has an adapter already; take it off first.')
     handles: list[RemovableHandle] = []
     for site in sites:
-        like = modules[site.width_of]
-        d = width(like)
-        made = Bottleneck(
-            d, max(1, d // options["reduction"]), options["activation"], options["init"], options["scale"]
-        )
-        weight: Any = like.weight
-        module = modules[site.where]
+        module, like = modules[site.where], modules[site.width_of]
+        d, weight = width(like), cast(Tensor, like.weight)
+        r = max(1, d // options["reduction"])
+        made = Bottleneck(d, r, options["activation"], options["init"], options["scale"])
         dtype = torch.promote_types(weight.dtype, torch.float32)  # fp32 on a half model, as peft does
         module.add_module(NAME, made.to(weight.device, dtype).train(module.training))
         handles += site.hook(modules, made)
@@ -93,13 +94,17 @@ def put_on(model: nn.Module, kind: str, options: Mapping[str, Any], found: Seque
     return remove
 
 
+@dataclass(frozen=True)
 class Site:
-    """One place: the module that carries the adapter, the module that tells its width, and the hooks."""
+    """The place of one adapter, by names of modules."""
 
-    def __init__(self, where: str, width_of: str, reads: str | None = None, norm: bool = False) -> None:
-        self.where, self.width_of, self.reads, self.norm = where, width_of, reads, norm
+    where: str  # the module that carries the adapter
+    width_of: str  # a linear layer of the same width
+    reads: str | None = None  # `parallel`: the FFN's first layer, whose input the adapter reads
+    norm: bool = False  # whether `where` is the norm behind the FFN's residual
 
     def hook(self, modules: Mapping[str, nn.Module], adapter: Bottleneck) -> list[RemovableHandle]:
+        """Register the hooks that run the adapter."""
         module = modules[self.where]
         if self.norm:
             return [module.register_forward_hook(_around_norm)]
@@ -110,7 +115,7 @@ class Site:
 
 
 class _Hold:
-    """Keeps what goes into the FFN until its last layer; an object, so that a copied model holds in its own adapter."""
+    """Keeps the FFN's input for the adapter. As an object, it is copied with the model, together with its adapter."""
 
     def __init__(self, adapter: Bottleneck) -> None:
         self.adapter = adapter
@@ -142,29 +147,22 @@ def _houlsby(found: Sequence[Role]) -> list[Site]:
 
 
 def _pfeiffer(found: Sequence[Role]) -> list[Site]:
-    last = _by_layer(found, "ffn2")
-    ends = of_kind(found, "ffn_norm", "ffn_end")
-    return [Site(e.name, last[_layer(e)], norm=e.kind == "ffn_norm") for e in ends if _layer(e) in last]
+    last, ends = _by_layer(found, "ffn2"), of_kind(found, "ffn_norm", "ffn_end")
+    return [Site(e.name, last[e.place], norm=e.kind == "ffn_norm") for e in ends if e.place in last]
 
 
 def _parallel_sites(found: Sequence[Role]) -> list[Site]:
     first = _by_layer(found, "ffn1")
-    return [Site(e.name, e.name, reads=first[_layer(e)]) for e in of_kind(found, "ffn2") if _layer(e) in first]
+    return [Site(e.name, e.name, reads=first[e.place]) for e in of_kind(found, "ffn2") if e.place in first]
 
 
 def _by_layer(found: Sequence[Role], kind: str) -> dict[tuple[str, int], str]:
-    return {_layer(role): role.name for role in of_kind(found, kind)}
+    return {role.place: role.name for role in of_kind(found, kind)}
 
 
-def _layer(role: Role) -> tuple[str, int]:
-    return role.stack, role.layer
-
-
-SITES: dict[str, Callable[[Sequence[Role]], list[Site]]] = {
-    "houlsby": _houlsby, "pfeiffer": _pfeiffer, "parallel": _parallel_sites
-}  # fmt: skip
-NEEDS = {
-    "houlsby": "it needs attention_output or ffn2",
-    "pfeiffer": "it needs ffn2 and either ffn_norm or ffn_end",
-    "parallel": "it needs ffn1 and ffn2",
+SITES: dict[str, tuple[Callable[[Sequence[Role]], list[Site]], str]] = {
+    "houlsby": (_houlsby, "attention_output or ffn2"),
+    "pfeiffer": (_pfeiffer, "ffn2 and either ffn_norm or ffn_end"),
+    "parallel": (_parallel_sites, "ffn1 and ffn2"),
 }
+"""{kind: its sites in a model, and the roles that they need}."""

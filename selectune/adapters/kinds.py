@@ -1,24 +1,25 @@
-"""What may sit on a model: the kinds, their options with defaults, and how people write them (`lora:r=16,alpha=32`)."""
+"""The kinds of adapters: their options and defaults, their tensors, and their notation (`lora:r=16,alpha=32`)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from selectune import spec
 from selectune.adapters import bottleneck
 from selectune.adapters.roles import LINEAR
+from selectune.delta import is_marked
 from selectune.errors import ConfigError, did_you_mean
 
 Value = int | float | bool | str
-LINEARS = "linears"  # targets=: every linear layer but the head, by its class and without a role map
+LINEARS = "linears"  # targets=: every linear layer outside the head; it needs no role map
 
 
 @dataclass(frozen=True)
 class Option:
-    """A default, what is allowed in words, and the test of it. A callable default is made from the other options."""
+    """A default, or a function of the other options that gives it; the allowed values in words, and a test of them."""
 
     default: Value | Callable[[Mapping[str, Any]], Value]
     allowed: str
@@ -27,7 +28,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of module, as `selectune methods` lists it."""
+    """One kind of adapter, as `selectune methods` lists it."""
 
     name: str
     summary: str
@@ -35,15 +36,16 @@ class Kind:
     options: Mapping[str, Option]
     lr: float  # a rate to begin with, when all of it is trained with AdamW
     lr_source: str
-    peft: str | None = None  # the class of peft's config; None: ours
+    peft: str | None = None  # the class of peft's config; None: the adapter is ours
     merges: bool = False  # whether it can be folded into the base's weights
     wraps: bool = False  # whether peft needs a model of its own around the base
-    on: bool = True  # whether `--on` takes it; the others are ways to train, not modules of their own
+    on: bool = True  # whether `--on` takes it; the others are ways to train, not adapters of their own
+    markers: tuple[str, ...] = field(kw_only=True)  # a tensor belongs to it if a component of its name is one of these
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A kind and all its options, defaults filled in."""
+    """A kind with a value for each of its options."""
 
     kind: str
     options: Mapping[str, Value]
@@ -53,7 +55,7 @@ class Spec:
 
 
 def parse(text: str) -> Spec:
-    """`kind` or `kind:option=value,option=value` as a Spec; raises ConfigError that lists what is allowed.
+    """Read `kind` or `kind:option=value,option=value`; raises ConfigError that lists the allowed ones.
 
     >>> str(parse("lora:r=16"))
     'lora:r=16,alpha=16.0,dropout=0.0,targets=all,init=zero'
@@ -64,9 +66,9 @@ def parse(text: str) -> Spec:
 
 
 def make(kind: str, given: Mapping[str, Any]) -> Spec:
-    """A Spec with defaults for what is not given, each option checked; raises ConfigError."""
+    """A Spec with defaults for the options that are not given; raises ConfigError for unknown or forbidden ones."""
     if kind not in KINDS:
-        raise ConfigError(f"Unknown module '{kind}'. Known: {', '.join(KINDS)}.{did_you_mean(kind.lower(), KINDS)}")
+        raise ConfigError(f"Unknown adapter '{kind}'. Known: {', '.join(KINDS)}.{did_you_mean(kind.lower(), KINDS)}")
     options = KINDS[kind].options
     for name in given:
         if name not in options:
@@ -75,8 +77,8 @@ def make(kind: str, given: Mapping[str, Any]) -> Spec:
             )
     full: dict[str, Any] = {}
     for name, option in options.items():
-        value = given.get(name, option.default(full) if callable(option.default) else option.default)
         default = option.default(full) if callable(option.default) else option.default
+        value = given.get(name, default)
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not type(default) or not option.test(value):
@@ -85,8 +87,17 @@ def make(kind: str, given: Mapping[str, Any]) -> Spec:
     return Spec(kind, full)
 
 
+def belongs(kind: str, name: str) -> bool:
+    """Whether a tensor of this name belongs to an adapter of a known kind.
+
+    >>> belongs("lora", "layer.0.query.lora_A.default.weight"), belongs("lora", "layer.0.query.base_layer.weight")
+    (True, False)
+    """
+    return is_marked(name, KINDS[kind].markers)
+
+
 def targets_of(text: str) -> tuple[str, ...]:
-    """The roles that `targets=` names: `all`, or some of them joined by +."""
+    """The roles in `targets=`: `all`, or some of them joined by +."""
     return LINEAR if text == "all" else tuple(text.split("+"))
 
 
@@ -131,18 +142,19 @@ def _bottleneck(reduction: int, activation: str, init: str, scale: float, norms:
 
 
 _LORA = "Hu et al. 2021, arXiv 2106.09685"
+_MATRICES = ("lora_A", "lora_B")
+_VIRTUAL = ("prompt_encoder",)
 _TOKENS = {"tokens": _count(20, 4096)}
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind(
             "lora", "W + (alpha / r) B A, A drawn, B = 0", _LORA, _LOW_RANK,
-            4e-4, "RoBERTa-base on STS-B in the authors' code", "LoraConfig", merges=True,
+            4e-4, "RoBERTa-base on STS-B in the authors' code", "LoraConfig", merges=True, markers=_MATRICES,
         ),
         Kind(
             "dora", "m (W + B A) / |W + B A|, a magnitude for each output", "Liu et al. 2024, arXiv 2402.09353",
-            _LOW_RANK,
-            4e-4, "as lora", "LoraConfig", merges=True,
+            _LOW_RANK, 4e-4, "as lora", "LoraConfig", merges=True, markers=(*_MATRICES, "lora_magnitude_vector"),
         ),
         Kind(
             "adalora", "W + P diag(E) Q; ranks are moved to where they count", "Zhang et al. 2023, arXiv 2303.10512",
@@ -154,40 +166,42 @@ KINDS: dict[str, Kind] = {
                 "end": _number(0.3, 0.0, 1.0, "a share of the steps"),
             },
             2.2e-3, "DeBERTaV3-base on STS-B in the authors' code", "AdaLoraConfig", merges=True,
+            markers=(*_MATRICES, "lora_E", "ranknum"),
         ),
         Kind(
             "loraplus", "lora, B learns `ratio` times as fast as A", "Hayou, Ghosh, Yu 2024, arXiv 2402.12354",
             {**_LOW_RANK, "ratio": _number(16.0, 1.0, 1e6, "a number of at least 1")},
             1e-4, "that of A, RoBERTa-base on MNLI in the authors' code; B gets 16 times that, there 20",
-            "LoraConfig", merges=True, on=False,
+            "LoraConfig", merges=True, on=False, markers=_MATRICES,
         ),
         Kind(
             "prefix", "keys and values of virtual tokens in every layer; projection=false is P-tuning v2",
             "Li, Liang 2021, arXiv 2101.00190; Liu et al. 2022, arXiv 2110.07602",
-            {"tokens": _count(20, 4096), "projection": _flag(False), "hidden": _count(512)},
-            5e-3, "RoBERTa-large on RTE in P-tuning v2's code", "PrefixTuningConfig", wraps=True,
+            {**_TOKENS, "projection": _flag(False), "hidden": _count(512)},
+            5e-3, "RoBERTa-large on RTE in P-tuning v2's code", "PrefixTuningConfig", wraps=True, markers=_VIRTUAL,
         ),
         Kind(
             "prompt", "virtual tokens before the input", "Lester, Al-Rfou, Constant 2021, arXiv 2104.08691", _TOKENS,
-            1e-2, "ours; the paper's 0.3 is for Adafactor", "PromptTuningConfig", wraps=True,
+            1e-2, "ours; the paper's 0.3 is for Adafactor", "PromptTuningConfig", wraps=True, markers=_VIRTUAL,
         ),
         Kind(
             "ptuning", "virtual tokens out of a small network (P-tuning v1)", "Liu et al. 2021, arXiv 2103.10385",
             {**_TOKENS, "hidden": _count(128)},
-            1e-3, "peft's guide, RoBERTa-large on MRPC", "PromptEncoderConfig", wraps=True,
+            1e-3, "peft's guide, RoBERTa-large on MRPC", "PromptEncoderConfig", wraps=True, markers=_VIRTUAL,
         ),
         Kind(
             "ia3", "factors, 1 at the start, on keys, values and the FFN's hidden layer",
             "Liu et al. 2022, arXiv 2205.05638", {}, 3e-3, "the authors' code, there for Adafactor", "IA3Config",
-            merges=True,
+            merges=True, markers=("ia3_l",),
         ),
         Kind(
             "ln", "the layer norms", "Zhao et al. 2023, arXiv 2312.11420", {}, 1e-3, "ours",
-            "LNTuningConfig", merges=True,
+            "LNTuningConfig", merges=True, markers=("ln_tuning_layers",),
         ),
         Kind(
             "shira", "r (m + n) random entries of each matrix", "Bhardwaj et al. 2024, arXiv 2406.13175",
             {"r": _count(8), "targets": _TARGETS}, 5e-4, "as the selective methods", "ShiraConfig", merges=True,
+            markers=("shira_weight",),
         ),
         Kind(
             "super", "the largest entries of each matrix", "arXiv 2607.09287",
@@ -197,20 +211,23 @@ KINDS: dict[str, Kind] = {
                 "targets": _TARGETS,
             },
             5e-4, "as the selective methods", "SupertuningConfig", merges=True,
+            markers=("supertuning_values", "supertuning_indices"),
         ),
         Kind(
             "houlsby", "bottlenecks after attention and after the FFN; layer norms are trained too",
             "Houlsby et al. 2019, arXiv 1902.00751", _bottleneck(16, "swish", "normal", 1.0, True),
-            3e-4, "BERT on MRPC in the authors' code",
+            3e-4, "BERT on MRPC in the authors' code", markers=(bottleneck.NAME,),
         ),
         Kind(
             "pfeiffer", "a bottleneck after the FFN", "Pfeiffer et al. 2021, arXiv 2005.00247",
             _bottleneck(16, "relu", "normal", 1.0, False), 5e-4, "within arXiv 2408.14470's grid",
+            markers=(bottleneck.NAME,),
         ),
         Kind(
             "parallel", "a bottleneck beside the FFN, times 4", "He et al. 2022, arXiv 2110.04366",
             _bottleneck(2, "relu", "zero", 4.0, False), 1e-4, "RoBERTa-base on SST-2 in the authors' code",
+            markers=(bottleneck.NAME,),
         ),
     )
 }  # fmt: skip
-"""{name: kind}; the tensors of each are marked by a component of their names, see selectune/delta/modules.py."""
+"""{name: kind}."""

@@ -1,4 +1,4 @@
-"""Modules that come from peft, put on unchanged: the config, the injection, the way back, and what a step needs."""
+"""Adapters from peft, unchanged: their config, how they are put on and taken off, and AdaLoRA's work at each step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TASKS = {
 
 
 class Ranks:
-    """AdaLoRA between two steps: the averages by which ranks are moved, and the ranks; a later process takes them."""
+    """AdaLoRA's state between two steps, for checkpoints: the ranks, and the averages by which they move."""
 
     _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
@@ -36,13 +36,13 @@ class Ranks:
         self._tuner = tuner
 
     def state_dict(self) -> dict[str, Any]:
-        """{"info": JSON values, "tensors": {key: tensor}}: two floats a scalar of the module."""
+        """{"info": JSON values, "tensors": {key: tensor}}: two floats for each of the adapter's scalars."""
         kept = {part: getattr(self._tuner.rankallocator, part) for part in self._AVERAGES}
         tensors = {f"{part}.{name}": t.detach().clone() for part, found in kept.items() for name, t in found.items()}
         return {"info": {"rank_pattern": self._tuner.peft_config[ADAPTER].rank_pattern}, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` gave, on the same module."""
+        """Restore the result of `state_dict`, on the same adapter."""
         allocator, device = self._tuner.rankallocator, next(self._tuner.model.parameters()).device
         self._tuner.peft_config[ADAPTER].rank_pattern = state["info"]["rank_pattern"]
         for key, tensor in state["tensors"].items():
@@ -50,18 +50,18 @@ class Ranks:
             if part not in self._AVERAGES:
                 raise ConfigError(f'AdaLoRA keeps {", ".join(self._AVERAGES)}; the state has "{key}".')
             getattr(allocator, part)[name] = tensor.to(device, copy=True)
-            allocator.ipt[name] = torch.zeros_like(tensor, device=device)  # of the last step: written before it is read
+            allocator.ipt[name] = torch.zeros_like(tensor, device=device)  # it is written before it is read
 
 
 @dataclass
 class Injected:
-    """What was put on: the model to be trained, how to take it off, to fold it in, and what follows a step."""
+    """An adapter on a model: the model to be trained, and how to take the adapter off or fold it in."""
 
     model: nn.Module
     remove: Callable[[], None]
     merge: Callable[[], None] | None = None
     after_step: Callable[[int], None] | None = None  # AdaLoRA: after the optimizer's step, before zero_grad
-    ranks: Ranks | None = None  # what `after_step` keeps between steps
+    ranks: Ranks | None = None  # the state that `after_step` keeps between steps
 
 
 def put_on(
@@ -72,7 +72,7 @@ def put_on(
     steps: int | None,
     names: Sequence[str] | None = None,
 ) -> Injected:
-    """Puts a module of peft on a model. `names`: the linear layers to adapt, in place of those of `targets`."""
+    """Put an adapter of peft on a model. `names`: the linear layers to adapt, in place of those of `targets`."""
     peft = package()
     config = config_of(peft, spec, model, found, seed, steps, names)
     if KINDS[spec.kind].wraps:
@@ -115,26 +115,17 @@ def package() -> Any:
 
 
 def config_of(
-    peft: Any,
-    spec: Spec,
-    model: nn.Module,
-    found: Sequence[Role],
-    seed: int,
-    steps: int | None,
+    peft: Any, spec: Spec, model: nn.Module, found: Sequence[Role], seed: int, steps: int | None,
     names: Sequence[str] | None = None,
-) -> Any:
-    """The config of peft that a spec stands for."""
+) -> Any:  # fmt: skip
+    """The config of peft for a spec."""
     o = spec.options
     more: dict[str, Any] = {}
     if "targets" in o:
         more["target_modules"] = list(names) if names is not None else _targets(model, str(o["targets"]), found)
     if spec.kind in ("lora", "dora", "loraplus", "adalora"):
         more |= {"lora_alpha": o["alpha"], "lora_dropout": o["dropout"]}
-        more |= {"fan_in_fan_out": _transposed(model, more["target_modules"])}
-    if spec.kind in ("lora", "dora", "loraplus"):
-        more |= {"r": o["r"], "use_dora": spec.kind == "dora"}
-    if spec.kind == "adalora":
-        more |= _adalora(o, steps)
+        more |= _adalora(o, steps) if spec.kind == "adalora" else {"r": o["r"], "use_dora": spec.kind == "dora"}
     if spec.kind == "shira":
         more |= {"r": o["r"], "random_seed": seed}
     if spec.kind == "super":
@@ -143,7 +134,8 @@ def config_of(
         last = [role.name for role in of_kind(found, "ffn2")]
         keys = [role.name for role in of_kind(found, "key", "value", "qkv")]
         more |= {"target_modules": [*keys, *last], "feedforward_modules": last}
-        more |= {"fan_in_fan_out": _transposed(model, more["target_modules"])}
+    if spec.kind in ("lora", "dora", "loraplus", "adalora", "ia3"):
+        more["fan_in_fan_out"] = _transposed(model, more["target_modules"])
     if spec.kind == "ln":
         more["target_modules"] = norms(model)
     if KINDS[spec.kind].wraps:
@@ -161,7 +153,7 @@ def config_of(
 
 
 def norms(model: nn.Module) -> list[str]:
-    """Names of the layer norms: modules of a class with `Norm` in its name that have a weight."""
+    """Names of the layer norms: modules with a weight whose class has `Norm` in its name."""
     return [n for n, m in model.named_modules() if "Norm" in type(m).__name__ and hasattr(m, "weight")]
 
 
@@ -173,7 +165,7 @@ def two_rates(model: nn.Module, lr: float, ratio: float, weight_decay: float) ->
 
 
 def state_of(model: nn.Module, spec: Spec) -> dict[str, Tensor]:
-    """What is trained, by name; of sparse modules what peft ships: their positions too."""
+    """The trained tensors by name; for sparse adapters peft's own state, which has their positions too."""
     found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     if spec.kind in ("shira", "super"):
         found = package().get_peft_model_state_dict(model, adapter_name=ADAPTER)
@@ -193,13 +185,13 @@ def _targets(model: nn.Module, text: str, found: Sequence[Role]) -> list[str]:
 
 
 def _transposed(model: nn.Module, names: Sequence[str]) -> bool:
-    """GPT-2's Conv1D keeps its weight as (in, out)."""
+    """Whether one of the layers is GPT-2's Conv1D, whose weight is (in, out)."""
     modules = dict(model.named_modules())
     return any(type(modules[name]).__name__ == "Conv1D" for name in names)
 
 
 def _adalora(o: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
-    """Ranks are moved between the steps `tinit` and `steps - tfinal`; without steps they stay as they are."""
+    """Ranks move between the steps `tinit` and `steps - tfinal`; without steps they stay."""
     total = steps or 4
     begin, end = int(o["begin"] * total), max(1, math.ceil(o["end"] * total))
     if steps is not None and begin >= total - end:
@@ -222,14 +214,14 @@ def _adalora(o: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
 
 @torch.no_grad()
 def _draw_b(model: nn.Module) -> None:
-    """B from N(0, 0.02^2), so that scores of weight times gradient do not tie at 0."""
+    """Draw B from N(0, 0.02^2), so that scores of weight times gradient do not tie at 0."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name.split("."):
             parameter.normal_(std=0.02)
 
 
 def _with_orthogonality(model: nn.Module, config: Any) -> Any:
-    """AdaLoRA's penalty on P and Q, added to the loss as peft's own model does, which stands around ours no more."""
+    """Add AdaLoRA's penalty on P and Q to the loss. peft's own model does that, but we inject only its layers."""
 
     def add(module: nn.Module, args: Any, output: Any) -> None:
         del args
@@ -259,7 +251,7 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def _wrapped(peft: Any, model: nn.Module, config: Any) -> Injected:
-    """Virtual tokens: peft's model stands around ours. It would also copy the head, which has its own rule here."""
+    """Virtual tokens: peft wraps its model around ours. It also copies the head; we put the original head back."""
     trainable = {p: p.requires_grad for p in model.parameters()}
     with _quietly():
         around = peft.get_peft_model(model, config, adapter_name=ADAPTER)
@@ -278,7 +270,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _check_virtual(spec: Spec, model: nn.Module) -> None:
-    """Prefixes are keys and values given to the trunk; peft would find out in the first forward pass only."""
+    """Refuse a prefix on a trunk that takes no keys and values; peft would notice in the first forward pass only."""
     trunk = getattr(model, "base_model", model)
     takes = inspect.signature(trunk.forward).parameters
     renamed = "cache" in takes and "past_key_values" not in takes  # transformers 5.24
@@ -304,7 +296,7 @@ def _task_type(model: nn.Module) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """peft asks transformers for a property by its old name, and is surprised by norms; nobody here can change that."""
+    """Hide two warnings of peft that our users cannot act on: an old property's name, and the class of norms."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*Unsupported layer type.*Norm.*", category=UserWarning)

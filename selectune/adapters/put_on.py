@@ -1,4 +1,4 @@
-"""put_on: a module on a model, drawn from a seed; rebuild: the same module again, out of a delta."""
+"""put_on: an adapter on a model, drawn from a seed; rebuild: the same adapter again, from the record of a delta."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from selectune.adapters import bottleneck, peers
-from selectune.adapters.kinds import KINDS, LINEARS, Spec, make, parse
+from selectune.adapters.kinds import KINDS, LINEARS, Spec, belongs, make, parse
 from selectune.adapters.roles import RoleMap, find
-from selectune.delta import Delta, belongs, forget_module, inventory, module_digest, module_of, record_module
+from selectune.delta import AdapterRecord, Delta, adapter_digest, adapter_of, forget_adapter, inventory, record_adapter
 from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError
-
-_NO_ROLES = ("ln", "prefix", "prompt", "ptuning")
 
 
 @dataclass
 class Adapted:
-    """A model that carries a module: what to train, what belongs to it, and the way back."""
+    """A model with an adapter on it: the model to train, the adapter's tensors, and the way back."""
 
     model: nn.Module  # the model that was given, or peft's around it (virtual tokens)
     base: nn.Module  # the model that was given
@@ -33,36 +31,36 @@ class Adapted:
 
     @property
     def names(self) -> list[str]:
-        """Names of the module's tensors in `model`."""
+        """Names of the adapter's tensors in `model`."""
         return [name for name in self.model.state_dict() if belongs(self.spec.kind, name)]
 
     @property
     def size(self) -> int:
-        """Scalars of the module's parameters."""
+        """Number of scalars in the adapter's parameters."""
         return sum(p.numel() for name, p in self.model.named_parameters() if belongs(self.spec.kind, name))
 
     @property
     def after_step(self) -> Callable[[int], None] | None:
-        """To be called with the step's number after the optimizer's step and before zero_grad, if not None."""
+        """If not None, call it with the step's number after the optimizer's step and before zero_grad."""
         return self._put.after_step
 
     @property
     def ranks(self) -> peers.Ranks | None:
-        """What `after_step` keeps between steps, with state_dict and load_state_dict; None where it keeps nothing."""
+        """The state that `after_step` keeps between steps (it has state_dict and load_state_dict), or None."""
         return self._put.ranks
 
     def save(self, folder: Path) -> int:
-        """Writes what is trained as one safetensors file, as peft has it where the module is peft's: its bytes."""
+        """Write the trained tensors as one safetensors file, in peft's form if the adapter is peft's; its bytes."""
         path = folder / "module.safetensors"
         save_file(peers.state_of(self.model, self.spec), path)
         return path.stat().st_size
 
     def remove(self) -> None:
-        """Takes the module off: the base has its modules, hooks, bits and requires_grad as before."""
+        """Take the adapter off: the base has its modules, hooks, bits and requires_grad as before."""
         self._off(self._put.remove)
 
     def merge(self) -> None:
-        """Folds the module into the base's weights, W + (alpha / r) B A, and takes it off.
+        """Fold the adapter into the base's weights, W + (alpha / r) B A, and take it off.
 
         Raises ConfigError for kinds that are no change of weights: bottlenecks and virtual tokens.
         """
@@ -79,7 +77,7 @@ class Adapted:
         with torch.no_grad():
             how()
         _restore(self._requires_grad)
-        forget_module(self.model)
+        forget_adapter(self.model)
         self.on = False
 
 
@@ -94,17 +92,17 @@ def put_on(
     names: Sequence[str] | None = None,
     record: bool = True,
 ) -> Adapted:
-    """Puts a module on a model and freezes the rest: what `attach` then finds is the module.
+    """Put an adapter on a model and freeze the rest, so that `attach` finds the adapter only.
 
-    `spec`: such as "lora:r=8,alpha=16" or "pfeiffer:reduction=8"; `KINDS` has the kinds and their options. The module's
-    tensors are drawn from `seed` on the CPU, so the same call gives the same bits; call it before the model moves to a
-    GPU. `keep`: names of parameters that stay trainable, a fresh head. `roles`: an own role map, see `roles.find`.
-    `steps`: optimizer steps of the run, in which AdaLoRA moves its ranks; None: they stay. `names`: linear layers in
-    place of those that the option `targets` stands for. Costs the module's memory and, unless `record` is False, one
-    read of it; without that record a delta does not know its module.
+    `spec`: such as "lora:r=8,alpha=16" or "pfeiffer:reduction=8"; `KINDS` has the kinds and their options. The
+    adapter's tensors are drawn from `seed` on the CPU, so the same call gives the same bits; call it before the model
+    moves to a GPU. `keep`: names of parameters that stay trainable, such as a fresh head. `roles`: your own role map,
+    see `roles.find`. `steps`: optimizer steps of the run, during which AdaLoRA moves its ranks; None: the ranks stay.
+    `names`: linear layers in place of those that the option `targets` selects. It costs the adapter's memory and,
+    unless `record` is False, one read of it; without that record a delta does not know its adapter.
 
-    Raises ConfigError for unknown kinds, options, parameters and architectures, and for a model that carries a module;
-    ModelError where peft is needed and missing. Then the model is as it was.
+    Raises ConfigError for unknown kinds, options, parameters and architectures, and for a model that carries an
+    adapter; ModelError if peft is needed and missing. The model is unchanged then.
 
     >>> import torch
     >>> layer = torch.nn.ModuleDict({"up": torch.nn.Linear(8, 16), "down": torch.nn.Linear(16, 8)})
@@ -118,19 +116,22 @@ def put_on(
     chosen = parse(spec) if isinstance(spec, str) else spec
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed!r}: must be an int from 0 to {2**32 - 1}.")
-    if module_of(model) is not None:
-        raise ConfigError(f"The model carries {module_of(model)['kind']} already; take it off first.")  # pyright: ignore
+    carried = adapter_of(model)
+    if carried is not None:
+        raise ConfigError(f"The model carries {carried.kind} already; take it off first.")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     unknown = sorted(set(keep) - parameters.keys() - {name for name, _ in model.named_buffers()})
     if unknown:
         raise ConfigError(f"keep= names '{unknown[0]}', which the model does not have.")
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    needs_roles = chosen.kind not in _NO_ROLES and names is None and chosen.options.get("targets") != LINEARS
+    kind = KINDS[chosen.kind]
+    own_names = names is not None or chosen.options.get("targets") == LINEARS
+    needs_roles = not (own_names or kind.wraps or kind.name == "ln")
     found = find(model, roles) if needs_roles else ()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if KINDS[chosen.kind].peft is None:
+            if kind.peft is None:
                 put = peers.Injected(model, bottleneck.put_on(model, chosen.kind, chosen.options, found))
             else:
                 put = peers.put_on(model, chosen, found, seed, steps, names)
@@ -145,26 +146,39 @@ def put_on(
     for parameter in trained:
         parameter.requires_grad_(True)
     if record and not next(model.parameters()).is_meta:
-        record_module(put.model, chosen.kind, chosen.options, seed)
+        digest = adapter_digest(inventory(put.model), kind.markers)
+        record_adapter(put.model, AdapterRecord(kind.name, chosen.options, seed, digest, kind.markers))
     return Adapted(put.model, model, chosen, seed, put, before)
 
 
-def rebuild(model: nn.Module, delta: Delta, *, keep: Collection[str] = (), roles: RoleMap | None = None) -> Adapted:
-    """Puts the module of a delta on a plain base: kind, options and seed are the delta's, and so must be the bits.
+def spec_of(delta: Delta) -> Spec | None:
+    """The adapter that a delta was trained with, or None.
 
-    `delta.apply(rebuild(model, delta).model)` is the trained model. Raises ConfigError for a delta without a module,
-    DeltaFormatError for options that this version does not know, BaseMismatchError (and the module is off again) where
-    the tensors come out otherwise: another version of torch or peft, another base, another device.
+    The file format takes any name as a kind; here it has to be a kind of `KINDS`, with options that it allows. Raises
+    DeltaFormatError otherwise.
     """
     recorded = delta.info.get("module")
     if recorded is None:
-        raise ConfigError(f"{delta.label} was trained on the base itself: there is no module to rebuild.")
+        return None
     try:
-        spec = make(recorded["kind"], recorded["options"])
+        return make(recorded["kind"], recorded["options"])
     except ConfigError as error:
         raise DeltaFormatError(f"info.module cannot be rebuilt: {error}") from error
+
+
+def rebuild(model: nn.Module, delta: Delta, *, keep: Collection[str] = (), roles: RoleMap | None = None) -> Adapted:
+    """Put the adapter of a delta on a plain base: the delta gives its kind, options and seed, and checks its bits.
+
+    `delta.apply(rebuild(model, delta).model)` is the trained model. Raises ConfigError for a delta without an adapter,
+    DeltaFormatError for a kind or options that this version does not know, BaseMismatchError (and takes the adapter off
+    again) if the tensors have other bits: another version of torch or peft, another base, another device.
+    """
+    spec, recorded = spec_of(delta), delta.info.get("module")
+    if spec is None or recorded is None:
+        raise ConfigError(f"{delta.label} was trained on the base itself: there is no adapter to rebuild.")
     adapted = put_on(model, spec, recorded["seed"], keep=keep, roles=roles)
-    if module_digest(spec.kind, inventory(adapted.model)) != recorded["digest"]:
+    carried = adapter_of(adapted.model)
+    if carried is None or carried.digest != recorded["digest"]:
         versions = ", ".join(f"{name} {version}" for name, version in delta.info["versions"].items())
         adapted.remove()
         raise BaseMismatchError(

@@ -1,7 +1,7 @@
-"""Which module of a transformer does what: query, key, value, attention output, FFN1, FFN2, and where an FFN ends.
+"""The roles of modules in a transformer: query, key, value, attention output, FFN1, FFN2, and the end of an FFN.
 
-A role map is {pattern: role}. `#` in a pattern stands for the layer's number, and the pattern must match the end of a
-module's name, so one map serves every head on a trunk. Attention to an encoder has the role with `cross.` before it.
+A role map is {pattern: role}. `#` in a pattern means the layer's number, and a pattern matches the end of a module's
+name, so one map serves every head on a trunk. Roles of attention to an encoder begin with `cross.`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import nn
 from selectune.errors import ConfigError
 
 LINEAR = ("query", "key", "value", "qkv", "attention_output", "gate", "ffn1", "ffn2")
-"""Roles of linear layers; `qkv` is a fused query, key and value, `gate` the gate of a gated FFN."""
+"""Roles of linear layers; `qkv` is a fused query, key and value, `gate` is the gate of a gated FFN."""
 
 ENDS = ("ffn_norm", "ffn_end")
-"""The norm behind the FFN's residual (post-LN models); the module that returns FFN and residual summed (pre-LN)."""
+"""The norm behind the FFN's residual (post-LN models); the module that returns the sum of FFN and residual (pre-LN)."""
 
 ROLES = (*LINEAR, *(f"cross.{role}" for role in LINEAR[:5]), *ENDS)
 RoleMap = Mapping[str, str]
@@ -27,7 +27,7 @@ RoleMap = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Role:
-    """One module: its name, what it does, in which layer of which stack ("" where there is only one)."""
+    """One module with its role, its layer, and its stack ("" if the model has only one)."""
 
     name: str
     kind: str  # one of LINEAR or ENDS
@@ -35,56 +35,53 @@ class Role:
     stack: str = ""  # "encoder" or "decoder" in a model that has both
     cross: bool = False  # attends to the encoder
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """Stack and layer."""
+        return self.stack, self.layer
 
-def _block(prefix: str, **names: str) -> dict[str, str]:
+
+def _block(prefix: str, **names: str) -> RoleMap:
     return {f"{prefix}.{name}" if name else prefix: role for role, name in names.items()}
 
 
 def _bert(query: str = "query", key: str = "key", value: str = "value") -> RoleMap:
-    attention = {"query": query, "key": key, "value": value}
     return _block(
         "encoder.layer.#",
-        **{role: f"attention.self.{name}" for role, name in attention.items()},
-        attention_output="attention.output.dense",
-        ffn1="intermediate.dense",
-        ffn2="output.dense",
+        **{role: f"attention.self.{name}" for role, name in {"query": query, "key": key, "value": value}.items()},
+        attention_output="attention.output.dense", ffn1="intermediate.dense", ffn2="output.dense",
         ffn_norm="output.LayerNorm",
-    )
+    )  # fmt: skip
 
 
-def _t5(stack: str) -> RoleMap:
-    ffn = 1 if stack == "encoder" else 2
+def _t5(stack: str) -> dict[str, str]:
+    block, ffn = f"{stack}.block.#", 1 if stack == "encoder" else 2
     names = {"query": "q", "key": "k", "value": "v", "attention_output": "o"}
-    found = {f"{stack}.block.#.layer.0.SelfAttention.{name}": role for role, name in names.items()}
+    found = {f"{block}.layer.0.SelfAttention.{name}": role for role, name in names.items()}
     if stack == "decoder":
-        found |= {f"decoder.block.#.layer.1.EncDecAttention.{name}": f"cross.{role}" for role, name in names.items()}
+        found |= {f"{block}.layer.1.EncDecAttention.{name}": f"cross.{role}" for role, name in names.items()}
     dense = {"wi": "ffn1", "wi_0": "gate", "wi_1": "ffn1", "wo": "ffn2"}
-    found |= {f"{stack}.block.#.layer.{ffn}.DenseReluDense.{name}": role for name, role in dense.items()}
-    return {**found, f"{stack}.block.#.layer.{ffn}": "ffn_end"}
+    found |= {f"{block}.layer.{ffn}.DenseReluDense.{name}": role for name, role in dense.items()}
+    return {**found, f"{block}.layer.{ffn}": "ffn_end"}
 
 
-def _bart(stack: str, end: Mapping[str, str]) -> RoleMap:
+def _bart(**end: str) -> RoleMap:
     names = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "attention_output"}
-    found = {f"{stack}.layers.#.self_attn.{name}": role for name, role in names.items()}
-    if stack == "decoder":
-        found |= {f"decoder.layers.#.encoder_attn.{name}": f"cross.{role}" for name, role in names.items()}
-    return {**found, **_block(f"{stack}.layers.#", ffn1="fc1", ffn2="fc2", **end)}
+    found: dict[str, str] = {}
+    for stack in ("encoder", "decoder"):
+        found |= {f"{stack}.layers.#.self_attn.{name}": role for name, role in names.items()}
+        if stack == "decoder":
+            found |= {f"decoder.layers.#.encoder_attn.{name}": f"cross.{role}" for name, role in names.items()}
+        found |= _block(f"{stack}.layers.#", ffn1="fc1", ffn2="fc2", **end)
+    return found
 
 
 _BERT = _bert()
+_T5 = _t5("encoder") | _t5("decoder")
 _LLAMA = _block(
-    "layers.#",
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    attention_output="self_attn.o_proj",
-    gate="mlp.gate_proj",
-    ffn1="mlp.up_proj",
-    ffn2="mlp.down_proj",
-    ffn_end="",
-)
-_T5 = {**_t5("encoder"), **_t5("decoder")}
-_BART = {**_bart("encoder", {"ffn_norm": "final_layer_norm"}), **_bart("decoder", {"ffn_norm": "final_layer_norm"})}
+    "layers.#", query="self_attn.q_proj", key="self_attn.k_proj", value="self_attn.v_proj",
+    attention_output="self_attn.o_proj", gate="mlp.gate_proj", ffn1="mlp.up_proj", ffn2="mlp.down_proj", ffn_end="",
+)  # fmt: skip
 
 MAPS: dict[str, RoleMap] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
@@ -94,31 +91,25 @@ MAPS: dict[str, RoleMap] = {
     },
     "deberta-v2": _bert("query_proj", "key_proj", "value_proj"),
     "distilbert": _block(
-        "transformer.layer.#",
-        query="attention.q_lin",
-        key="attention.k_lin",
-        value="attention.v_lin",
-        attention_output="attention.out_lin",
-        ffn1="ffn.lin1",
-        ffn2="ffn.lin2",
-        ffn_norm="output_layer_norm",
+        "transformer.layer.#", query="attention.q_lin", key="attention.k_lin", value="attention.v_lin",
+        attention_output="attention.out_lin", ffn1="ffn.lin1", ffn2="ffn.lin2", ffn_norm="output_layer_norm",
     ),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
     "gpt2": _block(
         "h.#", qkv="attn.c_attn", attention_output="attn.c_proj", ffn1="mlp.c_fc", ffn2="mlp.c_proj", ffn_end=""
     ),
     **dict.fromkeys(("t5", "mt5"), _T5),
-    "bart": _BART,
-    "mbart": {**_bart("encoder", {"ffn_end": ""}), **_bart("decoder", {"ffn_end": ""})},
-}
+    "bart": _bart(ffn_norm="final_layer_norm"),
+    "mbart": _bart(ffn_end=""),
+}  # fmt: skip
 """{model_type of a config: its role map}."""
 
 
 def find(model: nn.Module, roles: RoleMap | None = None) -> tuple[Role, ...]:
     """The modules of a transformer that have a role, in the model's order.
 
-    `roles`: an own map for an architecture that `MAPS` does not have. Raises ConfigError for an architecture without a
-    map, for a map that matches nothing, and for roles that do not exist.
+    `roles`: your own map, for an architecture that `MAPS` lacks. Raises ConfigError for an architecture without a map,
+    for a map that matches nothing, and for unknown roles.
 
     >>> import torch
     >>> block = torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4), "up": torch.nn.Linear(4, 8)})
@@ -138,13 +129,13 @@ def find(model: nn.Module, roles: RoleMap | None = None) -> tuple[Role, ...]:
     if not found:
         raise ConfigError(
             f"The role map matches no module of {type(model).__name__}. Its patterns: {', '.join(list(chosen)[:4])}; "
-            f"the model's modules: {', '.join(_some(model))}. # stands for the layer's number."
+            f"the model's modules: {', '.join(_some(model))}. # means the layer's number."
         )
     return tuple(found)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """{name: layer} of every linear layer but the head's: needs no role map."""
+    """{name: layer} of every linear layer outside the head. It needs no role map."""
     heads = head_names(model)
     return {
         name: module
@@ -154,14 +145,14 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def head_names(model: nn.Module) -> set[str]:
-    """Module names of the task head: the classifier, or the layer that gives a word's logits."""
+    """Module names of the task head: the classifier, or the layer that computes the logits of words."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     heads = {name for name, module in model.named_modules() if output is not None and module is output}
     return heads | {name for name, _ in model.named_modules() if name.split(".")[-1] in ("classifier", "score")}
 
 
 def width(module: nn.Module) -> int:
-    """Numbers that come out of a linear layer: of nn.Linear, or of GPT-2's Conv1D, whose weight is the transpose."""
+    """The output width of a linear layer: of nn.Linear, or of GPT-2's Conv1D, whose weight is transposed."""
     weight: Any = module.weight
     return int(getattr(module, "nf", weight.shape[0]))
 
@@ -176,9 +167,10 @@ def _map_of(model: nn.Module) -> RoleMap:
     kind = str(getattr(config, "model_type", ""))
     if kind not in MAPS:
         raise ConfigError(
-            f"No role map is known for {type(model).__name__} (model_type '{kind or 'none'}'): which modules are "
-            "query, key, value, attention output and FFN. Give one as roles={'layers.#.attn.q': 'query', ...}, with # "
-            f"for the layer's number and the roles {', '.join(ROLES)}. Its modules: {', '.join(_some(model))}. "
+            f"No role map is known for {type(model).__name__} (model_type '{kind or 'none'}'), which would say which "
+            "modules are query, key, value, attention output and FFN. Give one as roles={'layers.#.attn.q': 'query', "
+            f"...}}, with # for the layer's number and the roles {', '.join(ROLES)}. Its modules: "
+            f"{', '.join(_some(model))}. "
             f"Known: {', '.join(MAPS)}."
         )
     return MAPS[kind]
@@ -189,7 +181,7 @@ def _checked(roles: RoleMap) -> RoleMap:
         if role not in ROLES:
             raise ConfigError(f"roles= gives '{pattern}' the role {role!r}. Roles: {', '.join(ROLES)}.")
         if pattern.count("#") != 1:
-            raise ConfigError(f"The pattern '{pattern}' in roles= needs one #, which stands for the layer's number.")
+            raise ConfigError(f"The pattern '{pattern}' in roles= needs one #, which means the layer's number.")
     return roles
 
 

@@ -1,4 +1,4 @@
-"""A delta out of any two models of one shape."""
+"""The delta between any two models of one structure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from selectune.delta.file.fingerprint import Inventory, inventory
 from selectune.delta.file.model_info import base_info, model_info
 from selectune.delta.file.parts import Dense, Patch
 from selectune.errors import BaseMismatchError
+from selectune.files.reading import some
 
 
 def diff(base_model: nn.Module, tuned_model: nn.Module, *, old_values: bool = False) -> Delta:
     """The delta that turns `base_model` into `tuned_model`: scalars whose bits differ, changed buffers whole.
 
-    Reads both models once. Raises BaseMismatchError if they are not of one structure, NonFiniteError if a
-    tuned value is NaN or infinite.
+    It reads both models once. Raises BaseMismatchError if their structures differ, NonFiniteError if a tuned value is
+    NaN or infinite.
 
     >>> import copy, torch
     >>> base = torch.nn.Linear(4, 3)
@@ -35,20 +36,12 @@ def diff(base_model: nn.Module, tuned_model: nn.Module, *, old_values: bool = Fa
             if not same_bits(old, new):
                 dense.append(Dense.make(entry.name, "buffer", new, old, old_values=old_values))
             continue
-        # row-major whatever the strides: patches count entries that way
+        # reshape gives row-major order whatever the strides, as patches count entries
         changed = int_view(old).to(new.device) != int_view(new)
         indices = changed.reshape(-1).nonzero().reshape(-1).cpu()
         if len(indices):
-            patches.append(
-                Patch.make(
-                    entry.name,
-                    tuple(new.shape),
-                    indices,
-                    gather(new, indices),
-                    gather(old, indices),
-                    old_values=old_values,
-                )
-            )
+            values, before = gather(new, indices), gather(old, indices)
+            patches.append(Patch.make(entry.name, tuple(new.shape), indices, values, before, old_values=old_values))
     described = model_info(base_model)
     info = {"method": {"name": "diff"}, "base": base_info(base_model)}
     return Delta(patches, dense, info if described is None else {**info, "model": described})
@@ -70,8 +63,7 @@ def _check_same_structure(base: Inventory, tuned: Inventory) -> None:
                 f'"{name}" is one with {sorted(old.names)} in the base, with {sorted(new.names)} when tuned'
             )
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise BaseMismatchError(
-            f"the two models differ in more than values: {'; '.join(problems[:5])}{more}. "
+            f"the two models differ in more than values: {some(problems)}. "
             f"A delta needs the same tensors, shapes, dtypes and ties"
         )

@@ -1,9 +1,9 @@
-"""The ground floor: how files are written and read, whatever is in them. Needs neither torch nor anything of a model.
+"""Files of any content: how they are written and read. This room needs neither torch nor a model.
 
-durable.py    written whole or not at all, also after a crash; read once, into memory of our own
-manifest.py   a folder that is complete or none, such as a checkpoint
-ownership.py  a folder that one process at a time may write into
-reading.py    JSON and lines of JSON that others may have written: strict, within limits, one error for all faults
+durable    written whole or not at all, also after a crash; read once, into memory of our own
+manifest   a folder, such as a checkpoint, that is complete or refused
+ownership  a folder that one process at a time may write into
+reading    strict JSON and JSON lines from untrusted files, within limits, with one error for all faults
 """
 
 from selectune.files.durable import MAX_FILE, make_folder, read_owned, sweep, write_durably
@@ -12,18 +12,6 @@ from selectune.files.ownership import own
 from selectune.files.reading import read_json, read_lines
 
 __all__ = [
-    "MANIFEST",
-    "MAX_FILE",
-    "Manifest",
-    "checkpoints",
-    "make_folder",
-    "own",
-    "read_json",
-    "read_lines",
-    "read_manifest",
-    "read_owned",
-    "seal",
-    "sweep",
-    "verify",
-    "write_durably",
-]
+    "MANIFEST", "MAX_FILE", "Manifest", "checkpoints", "make_folder", "own", "read_json", "read_lines",
+    "read_manifest", "read_owned", "seal", "sweep", "verify", "write_durably",
+]  # fmt: skip

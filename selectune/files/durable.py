@@ -1,4 +1,4 @@
-"""The one way files are written and read: durably, once, into memory we own."""
+"""How files are written and read here: written durably, and read once, into memory of our own."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
 
 def write_durably(path: str | os.PathLike[str], data: bytes | bytearray | memoryview) -> Path:
-    """Write `data` so that `path` holds all of it or what it held before, also after a crash.
+    """Write `data` so that `path` holds all of it or its old content, also after a crash.
 
-    Temp file in the same directory, write, fsync, rename, fsync of the directory. A symbolic link at `path`
-    is replaced, not followed. The mode is that of the file it replaces, or 0666 without the umask's bits. If
-    only the last step fails, the new file is in place and complete, but may not outlive a power loss.
+    The steps: a temp file in the same directory, write, fsync, rename, fsync of the directory. A symbolic link at
+    `path` is replaced, not followed. The mode is that of the replaced file, or 0666 without the umask's bits. If only
+    the last step fails, the new file is in place and complete, but a power loss may undo it.
 
     Raises DeltaError that names the path; the temp file is gone then. Returns the path.
     """
@@ -51,7 +51,7 @@ def write_durably(path: str | os.PathLike[str], data: bytes | bytearray | memory
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Makes a folder and what is missing above it, each of them durably; those that were made, from above."""
+    """Make a folder and the missing ones above it, durably; returns those that it made, the topmost first."""
     if folder.is_dir():
         return []
     made = [] if folder.parent.is_dir() else make_folder(folder.parent)
@@ -61,11 +61,11 @@ def make_folder(folder: Path) -> list[Path]:
 
 
 def flush_folder(folder: str | os.PathLike[str]) -> None:
-    """Makes the names in a folder durable, where it can be opened and its file system can do that."""
+    """Make the names in a folder durable, if we may open it and its file system supports that."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:
-        return  # not ours, so nothing of ours is new in it
+        return  # the folder is not ours, so we have made nothing in it
     try:
         _flush(handle)
     finally:
@@ -73,9 +73,9 @@ def flush_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def sweep(folder: str | os.PathLike[str]) -> list[str]:
-    """Removes what writers that died left behind in this folder, not in those below it; their names.
+    """Remove the temp files that dead writers left in this folder, not in those below it; returns their names.
 
-    For whoever owns the folder: a writer that lives would lose its file.
+    Only the owner of the folder may call it: a living writer would lose its file.
     """
     gone = list(filter(_TEMP.fullmatch, os.listdir(folder)))
     for name in gone:
@@ -85,7 +85,7 @@ def sweep(folder: str | os.PathLike[str]) -> list[str]:
 
 def _write_in(folder: int, name: str, temp: str, data: memoryview) -> None:
     mode = _mode_of(folder, name)
-    # the kernel takes the umask off 0666 here: asking for the umask would change it for other threads
+    # the kernel applies the umask to 0666 here; reading the umask ourselves would change it for other threads
     handle = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW | _CLOEXEC, 0o666, dir_fd=folder)
     try:
         try:
@@ -133,8 +133,8 @@ def read_owned(
     can be refused by its beginning. Symbolic links are followed; FIFOs, devices, sockets and directories are
     refused.
 
-    Raises DeltaError where the file cannot be read, DeltaFormatError where it is no regular file, too large,
-    or changes its size meanwhile.
+    Raises DeltaError if the file cannot be read, DeltaFormatError if it is no regular file, too large, or changes its
+    size during the read.
     """
     handle = open_regular(path)
     try:
@@ -155,7 +155,7 @@ def read_owned(
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
-    """A handle to read a regular file by; symbolic links are followed. Raises as `read_owned` does."""
+    """A handle for reading a regular file; symbolic links are followed. Raises as `read_owned` does."""
     try:
         # O_NONBLOCK: opening a FIFO would wait for a writer for ever
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | _CLOEXEC)

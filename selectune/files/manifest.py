@@ -1,4 +1,4 @@
-"""A folder that is complete or none: a manifest, written last, names every file in it with size and sha256."""
+"""A complete folder has a manifest, written last, that names every file with its size and sha256."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from selectune.errors import CheckpointError, DeltaError
 from selectune.files.durable import flush_folder, write_durably
-from selectune.files.reading import read_json
+from selectune.files.reading import read_json, some
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -27,7 +27,7 @@ _NAME = re.compile(r"[^/\0]+(/[^/\0]+)*")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a sealed folder holds. `about`: what its writer said of it, such as its step."""
+    """The content of a sealed folder. `about`: its writer's remarks, such as the step."""
 
     folder: Path
     files: Mapping[str, tuple[int, str]]  # name below the folder: size in bytes, sha256
@@ -35,10 +35,10 @@ class Manifest:
 
 
 def seal(folder: str | os.PathLike[str], about: Mapping[str, Any]) -> Path:
-    """Makes a folder durable and complete: flushes every file in it, then writes its manifest.
+    """Make a folder durable and complete: flush every file in it, then write its manifest.
 
-    Each file is read once, for its sha256, and flushed to the disk; then the folders, up to the root. Only then is the
-    manifest written, so whoever finds one finds all it names, also after a power loss. `about` is plain JSON.
+    Each file is read once, for its sha256, and flushed to the disk, and then the folders, up to the root. The manifest
+    comes last, so a folder that has one has all files that it names, also after a power loss. `about` is plain JSON.
 
     Raises DeltaError that names the path; there is no manifest then.
     """
@@ -61,9 +61,9 @@ def seal(folder: str | os.PathLike[str], about: Mapping[str, Any]) -> Path:
 
 
 def verify(folder: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a folder, if every file that it names is there, bit for bit: one read of them all.
+    """The manifest of a folder, if it has every file that the manifest names, bit for bit: one read of them all.
 
-    Files that it does not name are not looked at. Raises CheckpointError that says what is wrong.
+    Other files are ignored. Raises CheckpointError that names the faults.
     """
     found = read_manifest(folder)
     problems = []
@@ -75,13 +75,12 @@ def verify(folder: str | os.PathLike[str]) -> Manifest:
         if problem:
             problems.append(f"{name} {problem}")
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{found.folder} is damaged: {', '.join(problems[:3])}{more}.")
+        raise CheckpointError(f"{found.folder} is damaged: {some(problems, ', ', 3)}.")
     return found
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """What a folder's manifest says, whether or not it is true; raises CheckpointError where there is no whole one."""
+    """A folder's manifest, without a look at the files; raises CheckpointError if it is missing or damaged."""
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
@@ -106,7 +105,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The folders of checkpoints in a run's folder, whole or not, newest first by their step."""
+    """The folders of checkpoints in a run's folder, complete or not, newest first by their step."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _CHECKPOINT.fullmatch(path.name)
@@ -116,7 +115,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The regular files below a folder; links are not followed and not named."""
+    """The regular files below a folder, without symbolic links."""
     for here, _, names in os.walk(folder):
         for name in sorted(names):
             path = Path(here, name)
@@ -134,7 +133,7 @@ def _read(path: Path, flush: bool = False) -> tuple[int, str]:
 
 
 def _problem(path: Path, size: int, digest: str) -> str:
-    """What is wrong with a file, or nothing."""
+    """The fault of a file, or ""."""
     try:
         found = path.stat()
     except FileNotFoundError:

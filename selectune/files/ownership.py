@@ -1,4 +1,4 @@
-"""A folder that one process at a time may write into: a lock that its owner's death opens."""
+"""A folder that one process at a time may write into, by a lock that ends with its owner."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LOCK = ".selectune.lock"
 
 @contextmanager
 def own(folder: str | os.PathLike[str], id: str) -> Iterator[Path]:
-    """Owns a folder, which is made if it is missing, while the block runs; other processes are refused at once.
+    """Own a folder while the block runs, and make it if it is missing; other processes are refused at once.
 
-    The kernel gives the lock (flock) back when its owner ends, however it ends. A folder that was made
-    is durable, and removed again if nothing was put into it. `id`: whose folder it is, for the message to others.
+    The kernel releases the lock (flock) when its owner ends, even by a crash. A folder made here is durable, and is
+    removed again if it stays empty. `id` names the owner in the message to other processes.
 
-    Raises RunFolderError where another process owns it, or where it cannot be made or written into.
+    Raises RunFolderError if another process owns the folder, or if it cannot be made or written into.
     """
     folder = Path(folder)
     made: list[Path] = []
@@ -55,7 +55,7 @@ def own(folder: str | os.PathLike[str], id: str) -> Iterator[Path]:
 
 
 def _locked(folder: Path, id: str) -> int | None:
-    """The lock's file, open and locked; None where the file system has no locks."""
+    """A handle to the lock's file, which is locked; None if the file system has no locks."""
     path = folder / LOCK
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -79,7 +79,7 @@ def _locked(folder: Path, id: str) -> int | None:
             current = False
         if current:
             break
-        os.close(handle)  # its last owner removed it meanwhile
+        os.close(handle)  # its last owner has removed it
     mine = {"run": id, "process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
     os.ftruncate(handle, 0)
     os.pwrite(handle, json.dumps(mine).encode(), 0)
@@ -87,7 +87,7 @@ def _locked(folder: Path, id: str) -> int | None:
 
 
 def _by(told: bytes) -> str:
-    """Who owns it, as far as its lock says."""
+    """The owner according to the lock's file."""
     try:
         found = json.loads(told)
         return f" by another run: process {found['process']} on {found['host']}, since {found['since']}"

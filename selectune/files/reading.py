@@ -1,4 +1,4 @@
-"""Plain values out of files that somebody else may have written: strict JSON, and lines of it, within stated limits."""
+"""Plain values from untrusted files: strict JSON and JSON lines, within stated limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from selectune.errors import DeltaError, SelectuneError
@@ -19,36 +19,34 @@ from selectune.files.durable import open_regular, read_owned
 
 MAX_INT = 2**63 - 1
 MAX_DEPTH = 16
-"""Levels of objects and lists within each other."""
+"""Levels of nested objects and lists."""
 MAX_JSON = 1 << 20
-"""Bytes of a JSON file, where the caller names no other limit."""
+"""Bytes of a JSON file, unless the caller sets another limit."""
 MAX_LINE = 1 << 20
-"""Bytes of a line, its end included."""
+"""Bytes of a line, including its end."""
 MAX_ROWS = 1 << 24
 MAX_RATIO = 100
-"""Bytes that a byte of gzip may become, on the way from the file's beginning; text gives 3 to 20."""
+"""Unpacked bytes per byte of gzip, counted from the file's beginning; text has 3 to 20."""
 FREE = 4 << 20
-"""Bytes that a gzip file of any size may become."""
+"""Unpacked bytes that a gzip file of any size may have."""
 MAX_EMPTY = 1 << 20
 
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character beyond 16 bits, escaped
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escaped surrogate: half of a character beyond 16 bits
 
 
 class NotPlain(ValueError):
-    """Why a text is no plain JSON: the end of a sentence that begins with what the text is."""
+    """Why a text is not plain JSON: the end of a sentence whose subject is the text."""
 
 
 def parse(text: str, depth: int = MAX_DEPTH, most: int = MAX_INT) -> Any:
-    """Strict JSON; refuses what Python's parser lets through: keys twice, NaN, integers beyond 64 bits.
+    """Parse strict JSON: keys that occur twice, NaN and integers beyond `most`, which Python accepts, are refused.
 
-    Raises NotPlain. `depth` is only said, where Python's own limit was reached; see `plain`. `most`: what an integer
-    may come to.
+    Raises NotPlain. Only Python's own limit of nesting holds here; the message names `depth`. `plain` checks it.
     """
     whole = functools.partial(_int, most)
+    hooks = {"object_pairs_hook": _no_duplicates, "parse_constant": _refuse, "parse_float": _float, "parse_int": whole}
     try:
-        return json.loads(
-            text, object_pairs_hook=_no_duplicates, parse_constant=_refuse, parse_float=_float, parse_int=whole
-        )
+        return json.loads(text, **hooks)
     except RecursionError as error:
         raise NotPlain(f"is nested too deeply; at most {depth} levels are read") from error
     except ValueError as error:
@@ -56,7 +54,7 @@ def parse(text: str, depth: int = MAX_DEPTH, most: int = MAX_INT) -> Any:
 
 
 def plain(data: bytes | bytearray, depth: int = MAX_DEPTH, most: int = MAX_INT) -> Any:
-    """What `parse` gives of UTF-8 bytes, of at most `depth` levels and with strings that can be encoded again.
+    """`parse` UTF-8 bytes, and refuse more than `depth` levels and strings that cannot be encoded again.
 
     >>> plain(b'{"a": [1, 2.5, null]}')
     {'a': [1, 2.5, None]}
@@ -75,7 +73,7 @@ def plain(data: bytes | bytearray, depth: int = MAX_DEPTH, most: int = MAX_INT) 
 
 
 def read_json(path: str | os.PathLike[str], *, limit: int = MAX_JSON, error: type[SelectuneError]) -> Any:
-    """Reads a file of JSON of at most `limit` bytes; whatever is wrong is an `error` that names the path."""
+    """Read a JSON file of at most `limit` bytes; raises `error`, which names the path, for every fault."""
     try:
         return plain(read_owned(path, limit))
     except NotPlain as why:
@@ -91,10 +89,10 @@ def read_lines(
     line_limit: int = MAX_LINE,
     row_limit: int = MAX_ROWS,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a file of JSON lines, a line at a time; .gz is unpacked, empty lines are left out.
+    """(line number, object) of a JSON lines file, one line at a time; .gz is unpacked, empty lines are skipped.
 
-    Whatever is wrong is an `error` that names path and line: a line that is no object or longer than `line_limit`
-    bytes, more than `row_limit` objects or MAX_EMPTY empty lines, and gzip that grows beyond what text does.
+    Raises `error`, which names path and line, for every fault: a line that is no object or longer than `line_limit`
+    bytes, more than `row_limit` objects or MAX_EMPTY empty lines, and gzip that unpacks to far more than text does.
     """
     try:
         handle = open_regular(path)
@@ -139,15 +137,25 @@ def _next(file: io.BufferedIOBase, size: int, path: Any, number: int, error: typ
 
 
 def sentence(why: DeltaError) -> str:
-    """What `read_owned` says, as a sentence."""
+    """The message of an error of `read_owned`, as a sentence."""
     said = str(why)
     return f"{said[:1].upper() if said.startswith('cannot ') else said[:1]}{said[1:]}."
 
 
 def short(value: Any) -> str:
-    """A value in ASCII, of at most 80 characters."""
+    """A value in at most 80 ASCII characters."""
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def some(items: Sequence[str], between: str = "; ", most: int = 5) -> str:
+    """The first items in one line, and how many more there are.
+
+    >>> some(["a", "b", "c"], ", ", 2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return between.join(items[:most]) + more
 
 
 def _walk(value: Any, depth: int, left: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from selectune import adapters
 from selectune.adapters import KINDS, Adapted, Kind, Spec, parse, put_on, rebuild
 from selectune.delta import Delta
 from selectune.errors import ConfigError
@@ -70,10 +71,10 @@ def virtual_tokens(spec: Spec | None) -> int:
 
 def mergeable(delta: Delta) -> None:
     """Raises ConfigError for a delta whose module is no change of the base's weights."""
-    module = delta.info.get("module")
-    if module is not None and not KINDS[module["kind"]].merges:
+    spec = adapters.spec_of(delta)
+    if spec is not None and not KINDS[spec.kind].merges:
         raise ConfigError(
-            f"The delta was trained on {module['kind']}, which computes something of its own: it cannot be folded into "
+            f"The delta was trained on {spec.kind}, which computes something of its own: it cannot be folded into "
             f"weights. `selectune eval` uses it as it is. Can be merged: {', '.join(k.name for k in _merging())}."
         )
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import selectune as st
 from selectune import tasks
-from selectune.delta import Delta, Report, belongs, canonical_name, inventory
+from selectune.adapters import belongs, spec_of
+from selectune.delta import Delta, Report, canonical_name, inventory
 from selectune.errors import BaseMismatchError, ConfigError, DeltaError
 from selectune.models.adapted import mergeable, virtual_tokens, with_module_of
 from selectune.models.bases import DTYPES, LoadedModel, Shape, device, load_model, longest, quiet
@@ -42,8 +43,8 @@ def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool =
     shape = _shape(delta)
     task = task or (task_of(delta) if shape is None else None)
     written = [(p.name, p.dtype) for p in delta.patches] + [(d.name, d.tensor.dtype) for d in delta.dense]
-    kind = delta.info["module"]["kind"] if "module" in delta.info else None  # a module's tensors may be fp32 on bf16
-    floats = [d for name, d in written if d.is_floating_point and (kind is None or not belongs(kind, name))]
+    on = spec_of(delta)  # an adapter's tensors may be fp32 on bf16
+    floats = [d for name, d in written if d.is_floating_point and (on is None or not belongs(on.kind, name))]
     named = delta.info.get("model", {}).get("dtype") or delta.info["method"].get("dtype")
     dtype = source.dtype or (
         named if isinstance(named, str) and named in DTYPES else max(set(floats), key=floats.count) if floats else None

@@ -1,29 +1,29 @@
-"""The tensor work, each op once: declared in `declare`, the plain-torch truth in `reference`.
+"""The tensor operations: `declare` declares each op once, `reference` defines it in plain torch.
 
     sampled_matmul       the weight gradient at the support only
     score_filter         entries whose score reaches a cutoff, in one pass over weight and gradient
     small_filter         entries with -|w| above a cutoff, in one pass over the weight
-    scatter_values       slots of the trained vector into a weight, rounded, in place
+    scatter_values       write slots of the trained vector into a weight, rounded, in place
     scatter_many         the same for all weights of a model at once
     adamw_step           one AdamW step over the vector, in one pass
     sampled_rows         the embedding gradient at the support only
     sampled_sum          the gradient of a bias at its support only
-    gather_entries       flat entries of a tensor of any strides
+    gather_entries       read flat entries of a tensor of any strides
     scatter_entries      write flat entries in place, whatever the strides
-    weight_gradient      the dense gradient of a linear weight, in memory that is used again
-    into_scratch         an elementwise op, in memory that is used again
+    weight_gradient      the dense gradient of a linear weight, in reusable memory
+    into_scratch         an elementwise op, in reusable memory
     uniform              the next numbers of a stream (`seeds`) in the shape of a tensor
-    checksum             one integer of all bits and their places, to see that frozen weights stay
+    checksum             one integer over all bits and their places, to check that frozen weights do not change
 
-The ops from `sampled_matmul` to `adamw_step`, `scatter_many` apart, are torch.library ops. They have loops for the CPU
-(`cpu`) and, but for `small_filter`, Triton kernels (`triton`);
-`backend` chooses, `explain()` and `describe()` say what and why.
+The ops from `sampled_matmul` to `adamw_step`, except `scatter_many`, are torch.library ops. Each has loops for the CPU
+(`cpu`), and each but `small_filter` has a Triton kernel (`triton`). `backend` chooses among them; `explain()` and
+`describe()` report the choice and its reason.
 
     declare    every op once: schema, shapes without data, gradient, checks
     reference  every op in plain torch
-    backend    which implementation runs; cost: what each way of summing costs, as constants
+    backend    the choice of an implementation; cost: the cost of each way of summing, as constants
     cpu        the CPU's ops; loops, passes: their compiled loops; vectors: intrinsics; threads: torch's own
-    scratch    memory that calls use again
+    scratch    memory that calls reuse
     triton/    the kernels for CUDA
 """
 

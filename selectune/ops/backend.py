@@ -1,4 +1,4 @@
-"""Which implementation runs, and why.
+"""The choice of an implementation, and its reason.
 
 `SELECTUNE_BACKEND` forces one: reference (plain torch), numba, triton, or dense (the dense product for
 the sampled gradient, plain torch for the rest).
@@ -33,7 +33,7 @@ CHANGES = {"scatter_values": (0,), "adamw_step": (0, 2, 3, 4)}  # arguments that
 
 
 def implementation(op: str, device: str) -> Callable[..., Any]:
-    """What torch calls for this op on this kind of device: it looks for the backend at every call."""
+    """The function that torch calls for this op on this kind of device; it looks up the backend at every call."""
 
     def implementation(*args: Any) -> Any:
         return run(op, device, *args)
@@ -43,8 +43,8 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
 
 
 def run(op: str, device: str, *args: Any) -> Any:
-    """Does this op, whatever autocast is on, and tells autograd what it changed."""
-    with torch.autocast(device, enabled=False):  # dtypes are the caller's choice
+    """Run this op with autocast off, and tell autograd which arguments it changed."""
+    with torch.autocast(device, enabled=False):  # the caller chooses the dtypes
         answer = find(op, device)(*args)
     for index in CHANGES.get(op, ()):
         changed = args[index]
@@ -54,7 +54,7 @@ def run(op: str, device: str, *args: Any) -> Any:
 
 
 def find(op: str, device: str) -> Callable[..., Any]:
-    """The function that does this op on this kind of device now."""
+    """The function that computes this op on this kind of device at present."""
     name = forced() or _own(device)
     if name == "dense":
         return dense if op == "sampled_matmul" else getattr(reference, op)
@@ -83,7 +83,7 @@ def forced() -> str | None:
 
 
 def tuned(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """The sampled gradient on the CPU by the way that the cost model finds cheapest."""
+    """The sampled gradient on the CPU, computed in the cheapest way according to the cost model."""
     way = cost.choose(rows.numel(), dy.shape[0], dy.shape[1], x.shape[1], dy.dtype)
     if way == "dense" and forced() == "numba":
         way = "tiles"
@@ -108,7 +108,7 @@ def scatter_many(
     values: Tensor,
     slots: Sequence[Tensor],
 ) -> None:
-    """All weights in one launch where the loops run, else `one` by one."""
+    """All weights in one launch if the loops run, or else one after the other by `one`."""
     everything = (values, *weights, *flats, *slots)
     if (
         not all(part.device.type == "cpu" for part in everything)
@@ -124,12 +124,12 @@ def scatter_many(
 
 
 def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
-    """One integer of all bits and where they stand, see `reference.checksum`; faster on the CPU."""
+    """One integer over all bits and their places, see `reference.checksum`; it is faster on the CPU."""
     return find("checksum", tensor.device.type)(tensor, at)
 
 
 def uniform(like: Tensor, stream: seeds.Stream, out: Tensor | None = None) -> Tensor:
-    """`seeds.uniform`, the same numbers on every backend and device; made in `out`, a tensor alike, where it fits."""
+    """`seeds.uniform`: the same numbers on every backend and device, written into `out` if it fits."""
     numba = like.device.type == "cpu" and (forced() or _own("cpu")) == "numba"
     return (cpu if numba else seeds).uniform(like, stream, out)
 
@@ -143,7 +143,7 @@ def explain() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """What runs here and why, for a person: backends, threads, and which way the cost model chooses.
+    """A report for people on this machine's backends and threads, and on the choices of the cost model.
 
     >>> sorted(describe())
     ['backends', 'choices', 'forced', 'threads']
@@ -178,7 +178,7 @@ def describe() -> dict[str, Any]:
 
 
 def _own(device: str) -> str:
-    """What a device gets where nothing is forced."""
+    """The backend of a device if none is forced."""
     if device == "cpu":
         return "numba" if _numba() else "plain"
     return "triton" if importlib.util.find_spec("triton") is not None else "plain"

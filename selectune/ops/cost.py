@@ -1,11 +1,11 @@
-"""What a sampled gradient costs, way by way: a small linear model whose constants ship with the package.
+"""The cost of a sampled gradient: a small linear model for each way of computing it, whose constants are fixed here.
 
-    gather   t k a                      few entries: nothing is turned
-    tiles    t (o + i) b + t k c        operands turned in cache, one dot product per entry
-    dense    t o i d                    the whole product, entries picked from it
+    gather   t k a                      for few entries: nothing is transposed
+    tiles    t (o + i) b + t k c        the operands are transposed in cache; one dot product per entry
+    dense    t o i d                    the whole product, from which entries are picked
 
-The ways sum in different orders, so the choice decides last bits. It therefore depends on shapes, dtype and device
-alone: two runs give the same bytes whatever either measured or cached.
+The ways sum in different orders, so the choice changes last bits. It therefore depends only on shapes, dtype and
+device, and two runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ COSTS: dict[str, dict[str, float]] = {
     "float32": {"start": 60e3, "gather": 1.8, "turn": 0.5, "dot": 0.08, "dense": 0.013},
     "float64": {"start": 60e3, "gather": 2.2, "turn": 1.0, "dot": 0.16, "dense": 0.026},
     "half": {"start": 60e3, "gather": 1e9, "turn": 0.5, "dot": 0.08, "dense": 0.014},
-    # a GPU by arithmetic: bytes of entries that are read one by one against the matrix units
+    # a GPU, computed and not measured: the bytes of single entries against the speed of matrix units
     "cuda": {"start": 10e3, "gather": 1e9, "turn": 1e-3, "dot": 4e-3, "dense": 5e-6},
 }
 

@@ -1,6 +1,6 @@
 """The ops on the CPU by numba: tensors in, tensors out; the loops are in `loops` and `passes`.
 
-Compiled at first use and cached on disk where that is allowed.
+The loops are compiled at first use and cached on disk if that is allowed.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ log = logging.getLogger("selectune")
 
 STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # numbers as in `vectors`
 
-SHARES = 8  # of the tokens, at most, that are summed apart: by shape alone, so threads change no bit
-DESKS = 1 << 24  # scalars of x that all threads together may have turned at once (64 MiB of float32)
+SHARES = 8  # shares of the tokens, at most, with separate sums: they depend on shapes alone, so threads change no bit
+DESKS = 1 << 24  # scalars of x that all threads together may have transposed at once (64 MiB of float32)
 
-_starts: Any = WeakIdKeyDictionary()  # rows of entries -> what they were checked for, where bands start, columns
+_starts: Any = WeakIdKeyDictionary()  # rows of entries -> the checked shape, the starts of bands, columns
 
-_SMALL = 4  # the kind of score in `passes` that is -|w|
-_STAGED, _FEW = 1 << 20, 1 << 15  # candidates of a tensor that are put down at once; that one thread copies
-_DRAWN = 256  # fewer numbers than these are not worth a loop
+_SMALL = 4  # the score -|w| among the kinds of `passes`
+_STAGED, _FEW = 1 << 20, 1 << 15  # candidates of a tensor that a stage holds; that one thread copies
+_DRAWN = 256  # fewer numbers are not worth a loop
 _FLOATS = (torch.float32, torch.float64)
-_GATHERED = 512  # entries at least in a block of the loop that turns nothing
+_GATHERED = 512  # fewest entries in a block of the loop that transposes nothing
 
 
 def tiles(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """Tiles of tokens are turned in cache, then each entry is one dot product of two contiguous rows."""
+    """Transposes tiles of tokens in cache; each entry is then one dot product of two contiguous rows."""
     entries = _entries(rows, cols, dy.shape[1], x.shape[1])
     if entries is None:
         return _unsorted(tiles, dy, x, rows, cols)
@@ -52,7 +52,7 @@ def tiles(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         return out
     workers = max(1, min(torch.get_num_threads(), DESKS // (i * loops.PITCH)))
     shares = min(-(-t // loops.TILE), SHARES)
-    parts = min(starts.numel() - 1, -(-2 * workers // shares))  # of each share's work: changes no sum
+    parts = min(starts.numel() - 1, -(-2 * workers // shares))  # of each share's work; this changes no sum
     x_desks = scratch(f"x desks {wide}", (workers, i, loops.PITCH), wide)
     dy_desks = scratch(f"dy desks {wide}", (workers, loops.BAND, loops.PITCH), wide)
     sums = scratch(f"sums {wide}", (shares, k), wide)
@@ -89,7 +89,7 @@ def gather(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
 def score_filter(
     weight: Tensor, gradient: Tensor, exp: float, eps: float, cutoff: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.score_filter` in one pass: what reaches the cutoff goes to a small stage, then to its place."""
+    """`reference.score_filter` in one pass: candidates go to a small stage first, then to their place."""
     return _filtered(weight.contiguous(), gradient.contiguous(), {0.0: 0, 1.0: 1, 2.0: 2}.get(exp, 3), exp, eps, cutoff)
 
 
@@ -104,7 +104,7 @@ def _filtered(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, wide, passes = weight.numel(), bits.wide(weight.dtype), _module("passes")
     blocks = -(-n // passes.BLOCK)
-    room = min(n, max(1 << 14, min(n // 4, _STAGED)))  # candidates beyond it are found a second time
+    room = min(n, max(1 << 14, min(n // 4, _STAGED)))  # a second pass finds the candidates beyond it
     stage = scratch("staged positions", (room,), torch.int64), scratch(f"staged scores {wide}", (room,), wide)
     state, counts = torch.zeros(2, dtype=torch.int64), torch.zeros(2, blocks, dtype=torch.int64)
     places = torch.zeros(blocks, dtype=torch.int64)
@@ -120,7 +120,7 @@ def _filtered(
     counts[1] = counts[0].cumsum(0) - counts[0]
     positions, scores = torch.empty(found, dtype=torch.int64), torch.empty(found, dtype=wide)
     if found:
-        alone = found <= _FEW and found <= room  # copied from the stage: not worth waking others for
+        alone = found <= _FEW and found <= room  # a copy from the stage is not worth waking other threads
         launch(loop, [*common, found, positions.data_ptr(), scores.data_ptr(), 1], 1 if alone else blocks)
     return positions, scores, state[1] == 0
 
@@ -144,7 +144,7 @@ def scatter_values(weight: Tensor, flat: Tensor, values: Tensor, slots: Tensor) 
 def scatter_many(
     weights: Sequence[Tensor], flats: Sequence[Tensor], values: Tensor, slots: Sequence[Tensor]
 ) -> list[int]:
-    """`scatter_values` into all weights in one launch; returns which it could not take."""
+    """`scatter_values` into all weights in one launch; returns those that it could not take."""
     fits = [
         w.is_contiguous() and w.dtype in STORED and f.dtype == s.dtype == torch.int64 and f.is_contiguous()
         and s.is_contiguous()
@@ -215,7 +215,7 @@ def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
 
 
 def uniform(like: Tensor, stream: Stream, out: Tensor | None = None) -> Tensor:
-    """`seeds.uniform`, bit for bit, in a pass."""
+    """`seeds.uniform`, bit for bit, in one pass."""
     if like.numel() < _DRAWN or like.dtype not in _FLOATS:
         return seeds.uniform(like, stream, out)
     out = torch.empty(like.shape, dtype=like.dtype) if out is None or not out.is_contiguous() else out
@@ -231,7 +231,7 @@ def _drawing(dtype: torch.dtype) -> Callable[..., None]:
 
 
 def _entries(rows: Tensor, cols: Tensor, o: int, i: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Entries as int32 and where each band of rows starts, kept while `rows` lives; None if rows do not ascend."""
+    """Entries as int32 and the start of each band of rows, cached while `rows` lives; None if rows do not ascend."""
     state = None if rows.is_inference() or cols.is_inference() else (id(cols), rows._version, cols._version, o, i)
     known = _starts.get(rows)
     if state is not None and known is not None and known[0] == state:
@@ -276,7 +276,7 @@ def _loop(module: str, name: str, dtype: torch.dtype) -> int:
     return _kept[-1].address
 
 
-_kept: list[Any] = []  # compiled code lives as long as what was compiled
+_kept: list[Any] = []  # compiled code lives as long as the compiled function
 
 
 @functools.cache
@@ -286,7 +286,7 @@ def _bands() -> Callable[..., int]:
 
 
 def _cached(decorator: Callable[..., Any], function: Callable[..., Any]) -> Any:
-    """Compiled and cached on disk, or compiled anew in every process where no folder can be written."""
+    """Compile and cache on disk; if no folder can be written, every process compiles again."""
     try:
         return decorator(cache=True)(function)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""Every op once: its schema, its shapes without data, its gradient, the checks of its arguments.
+"""The declaration of every op: its schema, its shapes without data, its gradient, the checks of its arguments.
 
-`torch.ops.selectune.<name>` is what torch.compile, fake tensors and the profiler see. Who does the work
-is chosen in `backend`; what the answer is, in `reference`.
+torch.compile, fake tensors and the profiler see `torch.ops.selectune.<name>`. `backend` chooses the implementation;
+`reference` defines the result.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def sampled_matmul(
 ) -> Tensor:  # (k,) float32, or float64 for float64 operands
     """g_k = sum_t dy[t, rows_k] x[t, cols_k]: the gradient of a linear weight at its support only.
 
-    Operands float32, float64, bfloat16 or float16, sums in float32 (float64). Differentiable.
+    Operands are float32, float64, bfloat16 or float16; sums are in float32 (float64 for float64). It is differentiable.
     Raises ConfigError for shapes or dtypes that do not fit.
 
     >>> import torch
@@ -131,8 +131,8 @@ def score_filter(
 ) -> tuple[Tensor, Tensor, Tensor]:  # (m,) int64 ascending, (m,) float32 or float64, () bool
     """Entries with |g| / (|w| + eps)^exp >= cutoff and > 0, their scores, and whether every score is finite.
 
-    One pass over weight and gradient, which may be stored as different dtypes; scores are float32
-    (float64 for a float64 weight), the same bits on every backend for exp 0, 1 and 2.
+    It makes one pass over weight and gradient, whose dtypes may differ. Scores are float32 (float64 for a float64
+    weight), with the same bits on every backend for exp 0, 1 and 2.
 
     >>> import torch
     >>> w, g = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([3.0, -8.0, 0.0])
@@ -181,7 +181,7 @@ def scatter_values(
 
 
 def scatter_many(weights: Sequence[Tensor], flats: Sequence[Tensor], values: Tensor, slots: Sequence[Tensor]) -> None:
-    """`scatter_values` of one vector into many weights, where they allow it in one launch.
+    """`scatter_values` of one vector into many weights, in one launch if the weights allow it.
 
     >>> import torch
     >>> a, b = torch.zeros(2), torch.zeros(3)
@@ -207,7 +207,7 @@ def adamw_step(
 
 
 def _call(op: str, first: Tensor, *rest: Any) -> Any:
-    """The op, straight from its backend where the dispatcher would have nothing to do."""
+    """Call the op, directly from its backend if torch's dispatcher would do nothing."""
     if _nobody_watches(first, *(part for part in rest if isinstance(part, Tensor))):
         return backend.run(op, first.device.type, first, *rest)
     return getattr(torch.ops.selectune, op)(first, *rest)

@@ -1,7 +1,7 @@
 """The CPU's loops: the weight gradient at its support.
 
-Every loop claims blocks of work (see `threads`) and sums in an order that depends on the shapes and the
-entries only, never on how many threads there are.
+Every loop claims blocks of work (see `threads`). Its order of summing depends only on the shapes and the entries, never
+on the number of threads.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from selectune.ops.vectors import (
     square_float64,
 )
 
-TILE = 64  # tokens that are turned and multiplied at once: few enough that what is turned stays in a core's cache
-PITCH = TILE + 16  # of a turned row: not a power of two, which would fall into few cache sets
-BAND = 768  # output rows turned at once: many, so that memory is read along its rows
-SPAN = 1 << 14  # entries whose sums are added up at once
+TILE = 64  # tokens that are transposed and multiplied at once; the transposed tile must fit a core's cache
+PITCH = TILE + 16  # length of a transposed row: not a power of two, which would use few cache sets
+BAND = 768  # output rows transposed at once: many, so that memory is read along its rows
+SPAN = 1 << 14  # entries whose sums are merged at once
 
-_SUMS = {"contract", "reassoc"}  # fused and vectorised sums; NaN and infinity keep their meaning
+_SUMS = {"contract", "reassoc"}  # allows fused and vectorised sums; NaN and infinity keep their meaning
 
 
 @njit(error_model="numpy")
 def _turn(source, stored, pitch, rows, cols, target, dtype):  # type: ignore[no-untyped-def]
-    """(rows, cols) at `source`, widened, as (cols, TILE) at `target`; what is beyond `rows` is 0."""
+    """Transpose and widen (rows, cols) at `source` to (cols, TILE) at `target`; columns beyond `rows` are 0."""
     lanes = 8 if dtype is np.float64 else 16
     wide = 8 if dtype is np.float64 else 4
     size = 8 if dtype is np.float64 else (4 if stored == FLOAT32 else 2)
@@ -59,7 +59,7 @@ def _turn(source, stored, pitch, rows, cols, target, dtype):  # type: ignore[no-
 
 @njit(error_model="numpy")
 def _widen_row(source, stored, first, last, out, column, dtype):  # type: ignore[no-untyped-def]
-    """One row at the edge of what whole squares cover, element by element."""
+    """One row beyond the whole squares, element by element."""
     if dtype is np.float64:
         whole = carray(pointer(source), last, np.float64)
         for c in range(first, last):
@@ -83,9 +83,9 @@ def _widen_half(half, stored):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=_SUMS, error_model="numpy")
 def _dots(counter, sizes, dy, x, stored, pitches, rows, cols, starts, x_desks, dy_desks, sums, parts, dtype):  # type: ignore[no-untyped-def]
-    """sums (shares, k): dot products of turned columns, per share of the tokens and part of the bands of rows."""
+    """sums (shares, k): dot products of transposed columns, per share of the tokens and part of the bands of rows."""
     size = 8 if dtype is np.float64 else (4 if stored == FLOAT32 else 2)
-    desk = fetch_add(counter + 8, 1)  # this thread's own
+    desk = fetch_add(counter + 8, 1)  # this thread's own memory
     x_desk, dy_desk = x_desks[desk], dy_desks[desk]
     (t, o, i), (dy_pitch, x_pitch) = sizes, pitches
     tiles, bands, shares = (t + TILE - 1) // TILE, starts.size - 1, sums.shape[0]
@@ -124,7 +124,7 @@ def _merge(counter, sums, out):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=_SUMS, error_model="numpy")
 def _dots_of_band(first, last, r, band_rows, x, rows, cols, out, dtype):  # type: ignore[no-untyped-def]
-    """Four entries of one row at a time share the loads of that row."""
+    """Computes four entries of one row at a time, which share the loads of that row."""
     k = first
     while k < last:
         d = band_rows[rows[k] - r]
@@ -151,7 +151,7 @@ def _dots_of_band(first, last, r, band_rows, x, rows, cols, out, dtype):  # type
 
 @njit(fastmath=_SUMS, error_model="numpy")
 def _gather(counter, t, dy, x, rows, cols, out, blocks):  # type: ignore[no-untyped-def]
-    """Few entries: one pass over the tokens for every block of them, nothing turned."""
+    """For few entries: one pass over the tokens for every block of entries, without transposing."""
     per = (rows.size + blocks - 1) // blocks
     while True:
         block = fetch_add(counter, 1)
@@ -165,7 +165,7 @@ def _gather(counter, t, dy, x, rows, cols, out, blocks):  # type: ignore[no-unty
 
 @njit
 def bands(rows, cols, o, i, starts):  # type: ignore[no-untyped-def]
-    """Where each band's entries start; 0 = fine, 1 = rows do not ascend, 2 = an index is out of range."""
+    """Find the start of each band's entries; returns 0, or 1 if rows do not ascend, 2 if an index is out of range."""
     band, before = 0, 0
     for k in range(rows.size):
         row = rows[k]

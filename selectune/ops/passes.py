@@ -18,7 +18,7 @@ from selectune.ops.vectors import (
 from selectune.seeds import FIRST, SECOND, STEP
 
 BLOCK = 4096  # entries scored at once
-GROUP = 64  # entries that are dismissed together
+GROUP = 64  # entries that are rejected together
 SPAN = 16384  # slots written or stepped at once
 SUMMED = 1 << 17  # entries of a checksum
 
@@ -46,7 +46,7 @@ def _widen(address, stored, first, n, out):  # type: ignore[no-untyped-def]
 
 @njit(inline="always", error_model="numpy")
 def _bottom(kind, w, exp, eps):  # type: ignore[no-untyped-def]
-    """What |g| is divided by; not for kind 0."""
+    """The divisor of |g|; kind 0 has none."""
     size = abs(w) + eps
     if kind == 2:
         return size * size
@@ -57,7 +57,7 @@ def _bottom(kind, w, exp, eps):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def _near(kind, w, g, eps, bound, slack):  # type: ignore[no-untyped-def]
-    """How many of a group may reach the cutoff, or are NaN: products instead of divisions, and never too few."""
+    """How many entries of a group may reach the cutoff or are NaN. It multiplies instead of dividing; never too few."""
     count = np.int32(0)
     if kind == 0:
         for j in range(GROUP):
@@ -97,7 +97,7 @@ def _small_of_block(w, n, cutoff, positions, scores, dtype):  # type: ignore[no-
 
 @njit(error_model="numpy")
 def _of_block(w, g, n, kind, exp, eps, cutoff, positions, scores, dtype):  # type: ignore[no-untyped-def]
-    """The entries of one block that reach the cutoff: how many (-1 - them if a score is not finite)."""
+    """Find the entries of one block that reach the cutoff; returns their count n, or -1 - n if one is not finite."""
     if kind == 4:
         return _small_of_block(w, n, cutoff, positions, scores, dtype)
     bound = dtype(cutoff * (1.0 - 1e-5)) if cutoff > 0 else dtype(-np.inf)
@@ -126,7 +126,7 @@ def _of_block(w, g, n, kind, exp, eps, cutoff, positions, scores, dtype):  # typ
 @njit(error_model="numpy")
 def _filter(counter, n, weight, w_stored, gradient, g_stored, kind, exp, eps, cutoff, stage, state, counts, places,
             out_positions, out_scores, filling, dtype):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Scoring: candidates go to a stage as long as it has room, and are counted. Filling: to their final place."""
+    """When scoring, count the candidates and put them on a stage with room; when filling, put them into their place."""
     w_block, g_block = np.empty(BLOCK, dtype), np.empty(BLOCK, dtype)
     local, scores = np.empty(BLOCK, np.int32), np.empty(BLOCK, dtype)
     blocks = (n + BLOCK - 1) // BLOCK
@@ -267,7 +267,7 @@ def _adamw(counter, values, gradient, m, v, ages, real, first_powers, second_pow
         for j in range(first, last):
             g = gradient[j]
             if g == 0 and ages[j] == 0:
-                continue  # an empty slot, or one that no gradient has reached yet
+                continue  # the slot is empty, or has had no gradient yet
             ages[j] += 1
             age = min(longest, ages[j])
             m[j] += rest1 * (g - m[j])
@@ -297,7 +297,7 @@ def _run_sum(data, dtype):  # type: ignore[no-untyped-def]
         if first >= n:
             return
         found, weight, part = np.uint64(0), np.uint64(2 * first + 1), values[first : min(n, first + SUMMED)]
-        for j in range(part.size):  # in this form it is compiled to products of 32 bits
+        for j in range(part.size):  # numba compiles this form to 32-bit products
             found += np.uint64(part[j]) * (weight & np.uint64(0xFFFFFFFF))
             weight += np.uint64(2)
         fetch_add(a[3], np.int64(found))

@@ -1,4 +1,4 @@
-"""Every op in plain torch: the truth the kernels are tested against.
+"""Every op in plain torch: the definition that the kernels are tested against.
 
 Letters: t tokens, o outputs, i inputs of a linear layer, k entries of the support.
 """
@@ -23,7 +23,7 @@ _SUMMED = 1 << 20  # scalars summed at once
 def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
     """Sum over entries of bits x (2 p + 1 mod 2^32), modulo 2^64; p: the flat position, or that in `at` (k,).
 
-    Any one entry that changes, and any two that change places (less than 2^31 apart), change it.
+    It changes if any entry changes, or if two entries less than 2^31 apart change places.
     """
     found, total = flat_view(tensor), torch.zeros((), dtype=torch.int64, device=tensor.device)
     mask = -1 if found.element_size() == 8 else (1 << 8 * found.element_size()) - 1
@@ -59,7 +59,7 @@ def score(
     exp: float,
     eps: float,
 ) -> Tensor:  # (n,)
-    """|g| / (|w| + eps)^exp, in the order of operations that every kernel keeps for exp 0, 1 and 2."""
+    """|g| / (|w| + eps)^exp, in the order of operations that every kernel follows for exp 0, 1 and 2."""
     if exp == 0.0:
         return gradient.abs()
     size = weight.abs().add_(eps)
@@ -77,7 +77,7 @@ def score_filter(
 ) -> tuple[Tensor, Tensor, Tensor]:  # (m,) int64 ascending, (m,) float32 or float64, () bool
     """The entries whose score is at least `cutoff` and above 0, their scores, and whether all scores are finite.
 
-    Scores are float32, float64 for a float64 weight, whatever the gradient is stored as.
+    Scores are float32, or float64 for a float64 weight, whatever the gradient's dtype.
     """
     dtype = wide(weight.dtype)
     finite = torch.ones((), dtype=torch.bool, device=weight.device)
@@ -113,23 +113,23 @@ def small_filter(
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dy^T x (o, i) in the operands' dtype; on the CPU in memory that the next call uses again."""
+    """dy^T x (o, i) in the operands' dtype; on the CPU in memory that the next call reuses."""
     if dy.device.type != "cpu":
         return dy.mT @ x
     return torch.mm(dy.mT, x, out=scratch("weight gradient", (dy.shape[1], x.shape[1]), dy.dtype))
 
 
 def into_scratch(op: Any, x: Tensor, **options: Any) -> Tensor:
-    """An elementwise aten op of x; on the CPU in memory that the next call uses again."""
+    """An elementwise aten op of x; on the CPU in memory that the next call reuses."""
     if x.device.type != "cpu":
         return op.default(x, **options)
     return op.out(x, **options, out=scratch("elementwise", x.shape, x.dtype))
 
 
 def product(dy: Tensor, x: Tensor) -> Tensor:
-    """dy^T x (o, i) in float32 or float64; half operands are widened some tokens at a time, never rounded again.
+    """dy^T x (o, i) in float32 or float64; half operands are widened a few tokens at a time, and no sum is rounded.
 
-    On the CPU it is in memory that the next call uses again.
+    On the CPU the result is in memory that the next call reuses.
     """
     if dy.dtype == wide(dy.dtype):
         return weight_gradient(dy, x)
@@ -152,7 +152,7 @@ def scatter_values(
 
 
 def powers(beta: float, longest: int, dtype: torch.dtype) -> Tensor:
-    """beta^0, beta^1, ... until it no longer matters beside 1, or until `longest`; not empty."""
+    """beta^0, beta^1, ... until the power is negligible against 1, or until `longest`; not empty."""
     digits = 60 if dtype == torch.float64 else 30
     enough = math.ceil(-digits * math.log(2.0) / math.log(beta)) if 0 < beta < 1 else 1
     return torch.tensor(beta, dtype=torch.float64).pow(torch.arange(min(longest, enough) + 1)).to(dtype)
@@ -171,9 +171,9 @@ def adamw_step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One AdamW step (Loshchilov and Hutter, 2019) in place; with `ages`, every entry's bias correction is its own.
+    """One AdamW step (Loshchilov and Hutter, 2019) in place; with `ages`, every entry has its own bias correction.
 
-    With `ages`, an entry of age 0 waits untouched for its first gradient that is not 0.
+    With `ages`, an entry of age 0 stays unchanged until its first gradient that is not 0.
     """
     if ages is None:
         values.mul_(1 - lr * weight_decay)
@@ -218,7 +218,7 @@ def sampled_rows(
 
 
 def row_sums(dy: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that occur (u,), ascending, and their summed gradients (u, d): all that is not zero."""
+    """The rows that occur (u,), ascending, and their summed gradients (u, d). All other rows are zero."""
     occurring, inverse = torch.unique(ids, return_inverse=True)
     block = torch.zeros(occurring.numel(), dy.shape[1], dtype=wide(dy.dtype), device=dy.device)
     block.index_add_(0, inverse, dy.to(block.dtype))

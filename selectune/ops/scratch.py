@@ -1,8 +1,8 @@
-"""Memory that calls use again: one block for each purpose, thread and device, kept until `release`.
+"""Memory that calls reuse: one block for each purpose, thread and device, kept until `release`.
 
-On the CPU the blocks lie outside the C library's heap. A large tensor that is made and freed at every
-layer either faults all its pages in again or leaves holes between the activations that then stay
-resident: both cost more than the work done in it.
+On the CPU the blocks are outside the C library's heap. A large tensor that is made and freed at every layer either
+faults in all its pages each time or leaves holes between the activations, which then stay resident. Both cost more than
+the work itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def scratch(purpose: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def release() -> None:
-    """Gives this thread's blocks back; those still in use stay until they are not."""
+    """Free this thread's blocks; a block that is still in use is freed afterwards."""
     _blocks().clear()
 
 

@@ -1,10 +1,9 @@
-"""Running a compiled loop on torch's own threads.
+"""Runs a compiled loop on torch's own threads.
 
-Loops are C functions of one pointer that claim blocks of work from an atomic counter until none is
-left, so any number of threads may call the same one. They run in the OpenMP pool that torch keeps
-(`GOMP_parallel` of the library that torch has loaded): numba's own pool beside it would wait for
-torch's idle threads, which spin for 10 ms after every matrix product. Where torch runs on another
-OpenMP, ordinary threads do the work.
+A loop is a C function of one pointer. It claims blocks of work from an atomic counter until none is left, so any number
+of threads may call it. The threads are those of torch's OpenMP pool (`GOMP_parallel` of the library that torch has
+loaded). numba's own pool would wait for torch's idle threads, which spin for 10 ms after every matrix product. If torch
+runs on another OpenMP, ordinary threads do the work.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _LOOP = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def launch(loop: int, arguments: Sequence[int], blocks: int) -> None:
-    """Calls the loop at this address on as many threads as torch uses, at most one per block of work."""
+    """Call the loop at this address on as many threads as torch uses, at most one per block of work."""
     counter = np.zeros(8, np.int64)
     packed = np.zeros(SLOTS, np.int64)
     packed[0] = counter.ctypes.data
@@ -50,7 +49,7 @@ def launch(loop: int, arguments: Sequence[int], blocks: int) -> None:
 
 @functools.cache
 def _openmp() -> Any:
-    """GOMP_parallel of the OpenMP library that torch itself runs on, or None."""
+    """GOMP_parallel of the OpenMP library that torch itself uses, or None."""
     flag = getattr(os, "RTLD_NOLOAD", None)
     if flag is None:
         return None

@@ -1,8 +1,8 @@
 """Numba intrinsics: addresses, an atomic counter, and a 16 x 16 transpose in registers.
 
-Plain LLVM IR, so every processor that LLVM knows runs it; no machine's own instructions are named.
-numba keys its cache on disk by the file of the outermost function: after a change in here, touch `loops`
-and `passes`. Imports numba at once (0.5 s), so only `loops` imports this, and only when a loop is first needed.
+They are plain LLVM IR without machine-specific instructions, so every processor that LLVM supports runs them. numba
+keys its cache on disk by the file of the outermost function: after a change in this file, touch `loops` and `passes`.
+The import of numba takes 0.5 s, so only the loops import this file, when a loop is first needed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-ir: Any = cgutils.ir  # llvmlite's, as numba brings it  # pyright: ignore[reportAttributeAccessIssue]
+ir: Any = cgutils.ir  # llvmlite, which comes with numba  # pyright: ignore[reportAttributeAccessIssue]
 
-FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = range(4)  # how an operand is stored
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = range(4)  # codes for the dtype of an operand
 
 _I16, _I32, _I64, _F32, _F64 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
 
 
 @intrinsic
 def _pointer(typing: Any, address: Any) -> Any:
-    """An address as what `numba.carray` takes."""
+    """An address as a pointer, which `numba.carray` takes."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
@@ -33,7 +33,7 @@ def _pointer(typing: Any, address: Any) -> Any:
 
 @intrinsic
 def _fetch_add(typing: Any, address: Any, amount: Any) -> Any:
-    """The int64 at `address`, to which `amount` is added, as one atomic step."""
+    """Add `amount` to the int64 at `address` in one atomic step; returns the value before."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         where = builder.inttoptr(args[0], _I64.as_pointer())
@@ -42,7 +42,7 @@ def _fetch_add(typing: Any, address: Any, amount: Any) -> Any:
     return types.int64(types.int64, types.int64), build
 
 
-pointer: Any = _pointer  # as callers see them: without the typing context
+pointer: Any = _pointer  # typed as callers use them, without the typing context
 fetch_add: Any = _fetch_add
 
 
@@ -51,7 +51,7 @@ def _full(value: int | float, kind: Any, lanes: int) -> Any:
 
 
 def _widened(builder: Any, address: Any, stored: int, lanes: int) -> Any:
-    """A row of `lanes` scalars as float32, or as float64 where they are stored so."""
+    """A row of `lanes` scalars as float32, or as float64 if they are stored as float64."""
 
     def load(kind: Any, align: int) -> Any:
         return builder.load(builder.inttoptr(address, ir.VectorType(kind, lanes).as_pointer()), align=align)
@@ -64,7 +64,7 @@ def _widened(builder: Any, address: Any, stored: int, lanes: int) -> Any:
     half = builder.zext(load(_I16, 2), ir.VectorType(_I32, lanes))
     if stored == BFLOAT16:
         return builder.bitcast(builder.shl(half, _full(16, _I32, lanes)), floats)
-    # float16: move exponent and fraction into place and rescale by 2^112; that makes subnormals right too
+    # float16: shift exponent and fraction into place and scale by 2^112, which is exact for subnormals too
     size = builder.shl(builder.and_(half, _full(0x7FFF, _I32, lanes)), _full(13, _I32, lanes))
     number = builder.bitcast(builder.fmul(builder.bitcast(size, floats), _full(2.0**112, _F32, lanes)), size.type)
     special = builder.or_(size, _full(0x7F800000, _I32, lanes))  # infinity and NaN
@@ -150,7 +150,7 @@ def float32_bits_to_float16_bits(bits):  # type: ignore[no-untyped-def]
     size = bits & np.uint32(0x7FFFFFFF)
     if size > np.uint32(0x7F800000):
         return np.uint16(sign | np.uint16(0x7E00))
-    if size >= np.uint32(0x477FF000):  # 65520: what rounds beyond the largest
+    if size >= np.uint32(0x477FF000):  # 65520: the smallest that rounds beyond the largest
         return np.uint16(sign | np.uint16(0x7C00))
     if size >= np.uint32(0x38800000):  # 2^-14: the smallest normal
         size = size - np.uint32(112 << 23) + np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1))

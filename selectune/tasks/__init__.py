@@ -1,9 +1,9 @@
-"""Tasks: what a model is tuned for and measured on. A task has a metric, a chance level and a source.
+"""Tasks to tune and measure a model on. A task has a metric, a chance level and a source.
 
-common   what a task is, and where its rows come from
+common   the task, and the source of its rows
 glue     the GLUE tasks, as a table
 metrics  (predictions, labels) -> one number
-demo/    tasks that are generated here
+demo/    generated tasks
 """
 
 from __future__ import annotations

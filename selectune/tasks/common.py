@@ -1,10 +1,10 @@
-"""What a task is, and where its rows come from: a folder of JSON lines, the hub, or a generator."""
+"""The task, and the source of its rows: a folder of JSON lines, the hub, or a generator."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +13,10 @@ from selectune.errors import TaskError
 from selectune.files import read_lines
 
 DATA = "SELECTUNE_DATA"
-"""Environment variable that names a folder of tasks; `--data` comes first."""
+"""Environment variable that names a folder of tasks; `--data` takes precedence."""
 
 MAX_LABEL = 1e15
-"""Largest score of a regression: its square is still a float32."""
+"""Largest score of a regression, whose square still fits a float32."""
 
 Metric = Callable[[Sequence[float], Sequence[float]], float]
 
@@ -30,7 +30,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one split, and the file, hub revision or generator they came from."""
+    """The rows of one split, and their origin: a file, a hub revision or a generator."""
 
     examples: tuple[Example, ...]
     origin: str
@@ -41,7 +41,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Hub:
-    """Where a task lies on the Hugging Face hub; `revision` is a commit, so that rows never change."""
+    """A task's place on the Hugging Face hub; `revision` is a commit, so that rows never change."""
 
     path: str
     config: str
@@ -52,8 +52,8 @@ class Hub:
 class Task:
     """A benchmark: its rows, its metric, its chance level and its source.
 
-    `folders`: places below a data folder, tried in order. `fields`: the texts of a row, one or two. `chance`: what the
-    best constant answer scores on the validation split. `epochs`, `eval_every` (steps) and `max_length` (tokens) are
+    `folders`: places below a data folder, tried in order. `fields`: the texts of a row, one or two. `chance`: the score
+    of the best constant answer on the validation split. `epochs`, `eval_every` (steps) and `max_length` (tokens) are
     the papers' settings. `generate(split)` replaces files and hub.
 
     >>> import selectune.tasks as tasks
@@ -81,7 +81,7 @@ class Task:
 
     @property
     def outputs(self) -> int:
-        """Numbers that a model's head gives for one row."""
+        """How many numbers a model's head computes for one row."""
         return max(1, len(self.labels))
 
     def score(self, predictions: Sequence[float], labels: Sequence[float]) -> float:
@@ -97,74 +97,52 @@ class Task:
 def load(task: Task, split: str, data: str | os.PathLike[str] | None = None, limit: int | None = None) -> Split:
     """The rows of a task's split ("train" or "validation").
 
-    `data`, a folder, is where they must be. Without it they come from the folder that SELECTUNE_DATA names if it
-    has them, else from the hub through `datasets`. `limit` keeps the first rows only. A generated task needs neither.
+    With `data`, a folder, the rows must be there. Without it they come from the folder in SELECTUNE_DATA, if it has
+    them, or else from the hub through `datasets`. `limit` keeps the first rows only. A generated task needs neither.
     """
     wanted = {"train": task.train, "validation": task.validation}.get(split)
     if wanted is None:
         raise TaskError(f"Unknown split '{split}' of {task.name}. Known: train, validation.")
     if task.generate is not None:
-        rows: Iterator[tuple[str, Mapping[str, Any]]] = (
-            (f"row {number}", row) for number, row in enumerate(task.generate(wanted), 1)
-        )
-        origin = "generated"
+        origin, unit, rows = "generated", "row", enumerate(task.generate(wanted), 1)
     else:
-        rows, origin = _find(task, wanted, data)
+        origin, unit, rows = _find(task, wanted, data)
     examples = []
-    for where, row in rows:
+    for number, row in rows:
         if limit is not None and len(examples) == limit:
             break
-        examples.append(_example(task, row, f"{origin}, {where}"))
+        examples.append(_example(task, row, f"{origin}, {unit} {number}"))
     if not examples:
         raise TaskError(f"The {wanted} split of {task.name} has no rows ({origin}).")
     return Split(tuple(examples), origin)
 
 
-def _find(task: Task, split: str, data: str | os.PathLike[str] | None) -> tuple[Iterator[Any], str]:
+Numbered = Iterable[tuple[int, Any]]
+
+
+def _find(task: Task, split: str, data: str | os.PathLike[str] | None) -> tuple[str, str, Numbered]:
+    """The origin of a split, "line" or "row", and its numbered rows."""
+    named = (os.environ.get(DATA) or None) if data is None else data
+    root = None if named is None else Path(named)
+    if data is not None and root is not None and not root.is_dir():
+        what = "is no folder" if root.exists() else "does not exist"
+        raise TaskError(f"The data folder {root} {what}. --data takes a folder of task/split.jsonl(.gz).")
+    places = [] if root is None else [root / folder / f"{split}.jsonl" for folder in task.folders]
+    for path in (each for place in places for each in (place, place.with_name(place.name + ".gz"))):
+        if path.is_file():
+            return str(path), "line", read_lines(path, error=TaskError)
+    tried = ", ".join(map(str, places))
     if data is not None:
-        root = Path(data)
-        if not root.is_dir():
-            what = "is no folder" if root.exists() else "does not exist"
-            raise TaskError(f"The data folder {root} {what}. --data takes a folder of task/split.jsonl(.gz).")
-        path, tried = _file(task, split, root)
-        if path is None:
-            raise TaskError(
-                f"The data folder {root} has no {split} split of {task.name}; looked for {', '.join(tried)} "
-                f"(and .gz). {_beside(task, root)}Add that file, or leave --data out to ask {DATA} and the hub."
-            )
-        return _lines(path), str(path)
-    named = os.environ.get(DATA)
-    tried: list[str] = []
-    if named:
-        path, tried = _file(task, split, Path(named))
-        if path is not None:
-            return _lines(path), str(path)
+        there = ", ".join(sorted(path.name for place in places for path in place.parent.glob("*.jsonl*")))
+        raise TaskError(
+            f"The data folder {root} has no {split} split of {task.name}; looked for {tried} (and .gz). "
+            f"{f'There is {there}. ' if there else ''}Add that file, or leave --data out to ask {DATA} and the hub."
+        )
     return _from_hub(task, split, tried)
 
 
-def _file(task: Task, split: str, root: Path) -> tuple[Path | None, list[str]]:
-    tried = [root / folder / f"{split}.jsonl" for folder in task.folders]
-    for path in tried:
-        for candidate in (path, path.with_name(path.name + ".gz")):
-            if candidate.is_file():
-                return candidate, []
-    return None, [str(path) for path in tried]
-
-
-def _beside(task: Task, root: Path) -> str:
-    for folder in task.folders:
-        there = sorted(path.name for path in (root / folder).glob("*.jsonl*"))
-        if there:
-            return f"There is {', '.join(there)}. "
-    return ""
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    return ((f"line {number}", row) for number, row in read_lines(path, error=TaskError))
-
-
-def _from_hub(task: Task, split: str, tried: Sequence[str]) -> tuple[Iterator[Any], str]:
-    looked = f"looked for {', '.join(tried)}, " if tried else f"{DATA} is not set, "
+def _from_hub(task: Task, split: str, tried: str) -> tuple[str, str, Numbered]:
+    looked = f"looked for {tried}, " if tried else f"{DATA} is not set, "
     advice = (
         f"Give a folder that holds {task.folders[0] if task.folders else task.name}/{split}.jsonl with --data or "
         f"{DATA}, or allow the hub (no HF_HUB_OFFLINE, a connection)."
@@ -182,12 +160,12 @@ def _from_hub(task: Task, split: str, tried: Sequence[str]) -> tuple[Iterator[An
     origin = f"hub {hub.path}/{hub.config}@{hub.revision}"
     try:
         rows = load_dataset(hub.path, hub.config, split=split, revision=hub.revision)
-    except (OSError, ValueError, RuntimeError) as error:  # offline, unreachable, not there: all are one of these
+    except (OSError, ValueError, RuntimeError) as error:  # the hub is offline or unreachable, or lacks the split
         why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise TaskError(
             f"{task.name} has no {split} split here: {looked}and {origin} cannot be reached ({why}). {advice}"
         ) from error
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1)), origin
+    return origin, "row", enumerate(rows, 1)
 
 
 def _example(task: Task, row: Mapping[str, Any], where: str) -> Example:
@@ -203,13 +181,13 @@ def _example(task: Task, row: Mapping[str, Any], where: str) -> Example:
     label = row[task.label]
     if isinstance(label, bool) or not isinstance(label, int | float):
         raise TaskError(f"{where}: the label of {task.name} must be a number, got {label!r:.80}.")
-    if isinstance(label, float) and not math.isfinite(label):  # else the run is lost where its metric is computed
+    if isinstance(label, float) and not math.isfinite(label):  # the metric of a whole run would fail on it
         raise TaskError(f"{where}: the label of {task.name} must be finite, got {label!r}.")
     if task.kind == "regression":
         if abs(label) > MAX_LABEL:
             raise TaskError(f"{where}: the label of {task.name} must be at most {MAX_LABEL:g}, got {label!r:.80}.")
         return Example(texts, float(label))
-    if label not in range(len(task.labels)):  # 1.0 is 1: tables with gaps hold whole numbers as floats
+    if label not in range(len(task.labels)):  # 1.0 is 1: a table with gaps holds integers as floats
         raise TaskError(
             f"{where}: the label of {task.name} must be 0 to {len(task.labels) - 1} "
             f"({', '.join(task.labels)}), got {label!r:.80}."

@@ -16,12 +16,7 @@ def _task(
     name: str, fields: str, labels: str, chance: float, epochs: int, eval_every: int, source: str, **more: Any
 ) -> Task:
     """A row of the table: class names and fields are written with spaces between them."""
-    default: dict[str, Any] = {
-        "metric": accuracy,
-        "metric_name": "accuracy",
-        "kind": "classification",
-        "folders": (f"glue/{name}",),
-    }
+    settings = {"metric": accuracy, "metric_name": "accuracy", "kind": "classification", "folders": (f"glue/{name}",)}
     return Task(
         name=f"glue/{name}",
         fields=tuple(fields.split()),
@@ -31,7 +26,7 @@ def _task(
         epochs=epochs,
         eval_every=eval_every,
         hub=Hub("nyu-mll/glue", name, REVISION),
-        **{**default, **more},
+        **(settings | more),
     )
 
 

@@ -1,4 +1,4 @@
-"""The metrics of the tasks: (predictions, labels) -> one number, higher is better, never NaN."""
+"""The metrics of the tasks: (predictions, labels) -> one number; higher is better, and it is never NaN."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def test_specs():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lorra", "Unknown module 'lorra'. Known: lora, dora"),
+        ("lorra", "Unknown adapter 'lorra'. Known: lora, dora"),
         ("lora:", "options are written name=value"),
         ("lora:r", "options are written name=value.*'r' is not"),
         ("lora:r=8,r=4", "given twice"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from adapters_kit import classifier, inputs, trace
 
 import selectune as st
-from selectune.adapters import KINDS, put_on, rebuild
+from selectune.adapters import KINDS, put_on, rebuild, spec_of
 from selectune.delta import Delta, base_info
 from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError
 
@@ -104,6 +106,7 @@ def test_what_cannot_be_rebuilt_is_refused_and_nothing_changes():
         ({"digest": "0" * 64}, BaseMismatchError, "does not have the bits that the delta was trained on.*Nothing was"),
         ({"options": {"width": 3}}, DeltaFormatError, "pfeiffer takes no option width"),
         ({"options": {"reduction": 0}}, DeltaFormatError, "reduction=0 is not allowed"),
+        ({"kind": "exec"}, DeltaFormatError, r"info\.module cannot be rebuilt: Unknown adapter 'exec'\. Known: lora"),
     ):
         info = {**delta.info, "module": {**delta.info["module"], **change}}
         with pytest.raises(error, match=message):
@@ -127,6 +130,40 @@ def test_the_same_call_draws_the_same_bits_and_leaves_the_generator_alone():
     torch.manual_seed(9)
     put_on(model, "pfeiffer", seed=2)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_unknown_kind_in_a_file_does_nothing_but_name_itself():
+    """The file format takes any name as a kind; it makes nothing, and the bits are compared as ever."""
+    delta, _ = trained("pfeiffer", st.id3(40, steps=4))
+    unknown = Delta(delta.patches, delta.dense, {**delta.info, "module": {**delta.info["module"], "kind": "exec"}})
+    unknown = Delta.from_bytes(unknown.to_bytes())
+    with pytest.raises(DeltaFormatError, match=r"Unknown adapter 'exec'\. Known: lora"):
+        spec_of(unknown)
+    with pytest.raises(BaseMismatchError, match="is missing"):
+        unknown.apply(classifier())
+    wrong = put_on(classifier(), "pfeiffer", seed=6, keep=HEAD)
+    before = trace(wrong.model)
+    with pytest.raises(BaseMismatchError, match="the pfeiffer on the model was initialised otherwise"):
+        unknown.apply(wrong.model)
+    assert trace(wrong.model) == before
+
+
+def test_a_copy_of_the_model_carries_the_adapter_too():
+    delta, said = trained("pfeiffer", st.id3(40, steps=4))
+    model = copy.deepcopy(rebuild(classifier(), delta).model)
+    with delta.applied(model):
+        assert torch.equal(logits(model), said)
+    with pytest.raises(ConfigError, match="carries pfeiffer already"):
+        put_on(model, "pfeiffer")
+    tuner = st.attach(model, st.pafi(5))
+    assert tuner.delta(allow_empty=True).info["module"] == delta.info["module"]
+
+
+def test_an_adapter_that_is_on_no_record_is_refused():
+    delta, _ = trained("pfeiffer", st.id3(40, steps=4))
+    unknown = put_on(classifier(), "pfeiffer", seed=5, keep=HEAD, record=False)
+    with pytest.raises(BaseMismatchError, match=r"no adapter is on record.*with pfeiffer.*adapters\.rebuild"):
+        delta.apply(unknown.model)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -58,7 +58,7 @@ def test_names():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("id3+lorra", "Unknown module 'lorra'"),
+        ("id3+lorra", "Unknown adapter 'lorra'"),
         ("id3+loraplus", "is a way to train a module"),
         ("lora:rank=2", "takes no option rank"),
         ("full+lora", "unknown. Known"),

@@ -187,7 +187,7 @@ def test_failing_writes_in_several_threads(monkeypatch):
 
         return write
 
-    for way in ("put", "scatter", "overwrite"):
+    for way in ("scatter", "overwrite"):
         monkeypatch.setattr(bits, way, failing(getattr(bits, way)))
 
     def work(rng: random.Random) -> None:

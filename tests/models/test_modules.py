@@ -10,8 +10,8 @@ import torch
 
 import selectune as st
 from selectune import tasks
-from selectune.adapters import KINDS
-from selectune.delta import Delta, belongs
+from selectune.adapters import KINDS, belongs
+from selectune.delta import Delta
 from selectune.errors import BaseMismatchError, ConfigError
 from selectune.models.bases import load_model
 from selectune.models.restore import Source, evaluate_delta, load_base, merge_delta, verify_delta
@@ -208,7 +208,7 @@ def test_a_module_that_comes_out_otherwise_is_reported(config, tiny):
         ({"method": "lorra"}, "Unknown method 'lorra'. Known: id3, .*lora"),
         ({"method": "lora", "on": "pfeiffer"}, "nothing goes under it"),
         ({"method": "id3", "budget": 10, "on": "loraplus"}, "is a way to train a module"),
-        ({"method": "id3", "budget": 10, "on": "lorra"}, "Unknown module 'lorra'"),
+        ({"method": "id3", "budget": 10, "on": "lorra"}, "Unknown adapter 'lorra'"),
         ({"method": "id3", "on": "lora"}, "needs a budget"),
         ({"method": "pafi:budget=10"}, "budget is no option of a method; it is given by itself"),
     ],
@@ -234,5 +234,5 @@ def test_a_budget_of_the_size_of_a_module(config):
     )
     found = run(dataclasses.replace(config, method="pafi", budget="lora:r=2", max_steps=1), overwrite=True)
     assert found.selected == found.budget == dense.trained - head
-    with pytest.raises(ConfigError, match="Unknown module 'lorra'"):
+    with pytest.raises(ConfigError, match="Unknown adapter 'lorra'"):
         dataclasses.replace(config, method="pafi", budget="lorra:r=2")

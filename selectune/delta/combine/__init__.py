@@ -1,6 +1,6 @@
 """Several deltas of one base together.
 
 algebra  sum, scale, negate, intersect, TIES and DARE
-aligned  deltas side by side, tensor by tensor, and the base under them
-overlap  where supports meet, and where signs disagree
+aligned  deltas aligned tensor by tensor, with the base's values
+overlap  scalars that several deltas write, and opposite signs among them
 """

@@ -1,13 +1,13 @@
 """Arithmetic on deltas of one base: sum, scale, negate, intersect, TIES and DARE merges, overlap.
 
-A delta holds replacement values; what is added and scaled here are its differences from the base, value - base. They
-are taken and summed in float64, and base + sum is rounded once to the weight's dtype, to nearest, ties to even. A
-scalar that one delta alone changes, with factor 1, keeps the bits of that delta; one that nothing changes keeps the
-base's. The base's values come from `base`, the base model, or from the deltas themselves (`old_values=True`); if all
-of them carry those, so does the result. The result is an ordinary delta whose `info["method"]` names its parents.
+A delta holds replacement values. These functions add and scale its differences from the base, value - base, in float64,
+and round base + sum once to the weight's dtype, to nearest, ties to even. A scalar that only one delta changes, with
+factor 1, keeps that delta's bits; a scalar that no delta changes keeps the base's. The base's values come from `base`,
+the base model, or from the deltas themselves (`old_values=True`); if all deltas carry them, so does the result. The
+result is an ordinary delta whose `info["method"]` names its parents.
 
-Tensors that are recorded whole take part entry by entry, buffers and zeroed patches too. Integer tensors are rounded
-to nearest; booleans and complex numbers can be taken over, not computed with.
+Tensors that are recorded whole take part entry by entry, and so do buffers and zeroed patches. Integer tensors are
+rounded to nearest. Booleans and complex numbers can only be copied from one delta, not computed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from selectune.bits import dtype_name, int_view, round_once
-from selectune.delta.combine.aligned import Rows, align, as_deltas, base_of, check_finite_base, part_of, parts_of
+from selectune.delta.combine.aligned import Rows, align, as_deltas, base_of, check_finite_base, part_of
 from selectune.delta.combine.overlap import Conflicts, Overlap, conflicts, count_conflicts, overlap
 from selectune.delta.delta import Delta
-from selectune.delta.file.parts import Dense, Patch
+from selectune.delta.file.parts import Dense, Part, Patch
 from selectune.errors import ConfigError, DeltaError
 
 __all__ = ["Conflicts", "Overlap", "add", "conflicts", "dare", "intersect", "negate", "overlap", "scale", "ties"]
@@ -36,9 +36,9 @@ _EXACT = 2.0**53
 def add(deltas: Sequence[Delta], *, weights: Sequence[float] | None = None, base: nn.Module | None = None) -> Delta:
     """The sum of several deltas: base + w_1 d_1 + w_2 d_2 + ..., all weights 1 unless given.
 
-    Deltas that do not overlap give the bits of applying one after another. Costs float64 of all scalars of a tensor
-    at a time. Raises BaseMismatchError for deltas of different bases, DeltaError if the base's values are unknown,
-    NonFiniteError if a sum leaves the dtype's range, ConfigError for weights that do not fit.
+    The sum of deltas that do not overlap has the same bits as applying one after another. It takes float64 memory for
+    one tensor's scalars at a time. Raises BaseMismatchError for deltas of different bases, DeltaError if the base's
+    values are unknown, NonFiniteError if a sum leaves the dtype's range, ConfigError for weights that do not fit.
 
     Source: Ansell et al. 2022, arXiv 2110.07560, section 3.2; Ilharco et al. 2023, arXiv 2212.04089, section 2.
 
@@ -68,7 +68,7 @@ def scale(delta: Delta, factor: float, *, base: nn.Module | None = None) -> Delt
 
 
 def negate(delta: Delta, *, base: nn.Module | None = None) -> Delta:
-    """The delta that leads the other way: base - d.
+    """The delta in the opposite direction: base - d.
 
     Raises as `add` does. Source: Ilharco et al. 2023, arXiv 2212.04089, section 2 (forgetting by negation).
 
@@ -81,7 +81,7 @@ def negate(delta: Delta, *, base: nn.Module | None = None) -> Delta:
 
 
 def intersect(delta: Delta, other: Delta, *, base: nn.Module | None = None) -> Delta:
-    """`delta`, where `other` writes too: the values are `delta`'s, bit for bit.
+    """`delta`, restricted to the places that `other` writes too: the values are `delta`'s, bit for bit.
 
     Raises BaseMismatchError for deltas of different bases, DeltaError if the base's values are unknown.
 
@@ -91,16 +91,14 @@ def intersect(delta: Delta, other: Delta, *, base: nn.Module | None = None) -> D
     [2.0]
     """
     deltas = as_deltas([delta, other])
-    parts: list[Patch | Dense] = []
+    parts: list[Part] = []
     for rows in align(deltas, base):
         if None in rows.at:
             continue
         kept = rows.written.all(0)
-        if not rows.whole or bool(kept.all()):
-            parts.append(part_of(rows, kept, rows.new[0], _carried(deltas)))
-            continue
-        # whole in one delta, scattered in the other
-        parts.append(part_of(dataclasses.replace(rows, whole=False), kept, rows.new[0], _carried(deltas)))
+        if rows.whole and not bool(kept.all()):  # whole in one delta, scattered in the other
+            rows = dataclasses.replace(rows, whole=False)
+        parts.append(part_of(rows, kept, rows.new[0]))
     return _made("intersect", deltas, parts, {})
 
 
@@ -112,17 +110,17 @@ def ties(
     scale: float = 1.0,
     base: nn.Module | None = None,
 ) -> Delta:
-    """TIES merge: trim small differences, elect a sign for each scalar, average those that have it.
+    """TIES merge: trim small differences, elect a sign for each scalar, average the differences that have it.
 
-        trim      of each delta the round(density n) largest |d| of its n scalars stay; ties go to the first
+        trim      each delta keeps the round(density n) largest |d| of its n scalars; ties go to the first
         elect     s = sign(w_1 d_1 + w_2 d_2 + ...)
         merge     base + scale (sum of w_i d_i with sign s) / (sum of their w_i)
 
     `weights` are positive, 1 unless given. A scalar whose trimmed differences sum to 0 keeps the base's value. The
-    result holds the scalars that got a value. Buffers are no part of the task vector: they are averaged over the
-    deltas that change them. The paper keeps 20 % of all weights; sparse deltas hold far fewer already, so `density`
-    counts scalars of the delta. Costs float64 of all scalars. Raises as `add` does, and ConfigError for a density
-    outside (0, 1].
+    result holds the scalars that got a value. Buffers are not part of the task vector; they are averaged over the
+    deltas that change them. The paper keeps 20 % of all weights. Sparse deltas hold far fewer, so `density` is a share
+    of the delta's scalars. It takes float64 memory for all scalars. Raises as `add` does, and ConfigError for a
+    density outside (0, 1].
 
     Source: Yadav et al. 2023, arXiv 2306.01708, algorithm 1; the weights are ours.
 
@@ -140,21 +138,15 @@ def ties(
         raise ConfigError(f"density is the share of each delta's scalars that stays, in (0, 1]; got {density}.")
     aligned = align(deltas, base)
     stays = _trimmed(deltas, aligned, density)
-    parts: list[Patch | Dense] = []
-    column = torch.tensor(factors, dtype=torch.float64)[:, None]
+    parts: list[Part] = []
     for rows in aligned:
-        moved, change = rows.changed, rows.differences
-        buffer = rows.kind == "buffer"
-        if not buffer:
-            moved &= _placed(rows, [stays[number].get(rows.name) for number in range(len(deltas))])
-        voted = column * torch.where(moved, change, 0.0)
+        moved, buffer = rows.changed & _kept(rows, stays), rows.kind == "buffer"
+        voted = _column(factors) * torch.where(moved, rows.differences, 0.0)
         agree = moved if buffer else moved & (voted.sign() == _in_turn(voted).sign()) & (voted != 0)
-        votes = _in_turn(column * agree).clamp_min(min(factors))
+        votes = _in_turn(_column(factors) * agree).clamp_min(min(factors))
         total = strength * (_in_turn(torch.where(agree, voted, 0.0)) / votes)
-        exact = agree & (strength == 1.0)
-        parts.append(part_of(rows, agree.any(0), _settled(rows, agree, total, exact), _carried(deltas)))
-    parameters = {"density": density, "weights": factors, "scale": strength}
-    return _made("ties", deltas, parts, {**parameters, "conflicts": count_conflicts(aligned).totals})
+        parts.append(part_of(rows, agree.any(0), _settled(rows, agree, total, agree & (strength == 1.0))))
+    return _made("ties", deltas, parts, {"density": density, "weights": factors, "scale": strength}, aligned)
 
 
 def dare(
@@ -165,14 +157,14 @@ def dare(
     weights: Sequence[float] | None = None,
     base: nn.Module | None = None,
 ) -> Delta:
-    """DARE merge: each difference is dropped with probability `drop`, the rest grow by 1 / (1 - drop), then sum.
+    """DARE merge: drop each difference with probability `drop`, scale the rest by 1 / (1 - drop), then add.
 
         base + sum_i w_i m_i d_i / (1 - drop),   m_i = 1 with probability 1 - drop, so the mean is that of `add`
 
-    One generator, seeded with `seed`, draws one float64 for each scalar of each delta, delta after delta, tensor
-    after tensor, the scattered ones before the whole ones; a scalar stays if its number is at least `drop`. The
-    result holds the scalars that stay. Buffers are summed undropped. For DARE before another merge, call it with each
-    delta alone and its own seed. Raises as `add` does, and ConfigError for a drop outside [0, 1).
+    One generator, seeded with `seed`, draws one float64 for each scalar of each delta, delta after delta, tensor after
+    tensor, patches before dense tensors; a scalar stays if its number is at least `drop`. The result holds the scalars
+    that stay. Buffers are added without dropping. For DARE before another merge, call it with each delta alone and its
+    own seed. Raises as `add` does, and ConfigError for a drop outside [0, 1).
 
     Source: Yu et al. 2024, arXiv 2311.03099, section 3.2 (drop and rescale), 3.3 (merging).
 
@@ -189,19 +181,12 @@ def dare(
         raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1; got {seed!r}.")
     aligned = align(deltas, base)
     stays = _drawn(deltas, drop, seed)
-    parts: list[Patch | Dense] = []
+    parts: list[Part] = []
     for rows in aligned:
-        buffer = rows.kind == "buffer"
-        kept = rows.written
-        if not buffer:
-            kept &= _placed(rows, [stays[number].get(rows.name) for number in range(len(deltas))])
-        column = torch.tensor([w if buffer else w / (1 - drop) for w in factors], dtype=torch.float64)[:, None]
-        moved = rows.changed & kept
-        total = _in_turn(column * torch.where(moved, rows.differences, 0.0))
-        values = _settled(rows, moved & (column != 0), total, moved & (column == 1))
-        parts.append(part_of(rows, kept.any(0), values, _carried(deltas)))
-    parameters = {"drop": drop, "seed": seed, "weights": factors}
-    return _made("dare", deltas, parts, {**parameters, "conflicts": count_conflicts(aligned).totals})
+        kept = _kept(rows, stays)
+        column = _column(factors if rows.kind == "buffer" else [weight / (1 - drop) for weight in factors])
+        parts.append(part_of(rows, kept.any(0), _sum(rows, column, rows.changed & kept)))
+    return _made("dare", deltas, parts, {"drop": drop, "seed": seed, "weights": factors}, aligned)
 
 
 # --- the arithmetic -----------------------------------------------------------------------------------------
@@ -210,21 +195,25 @@ def dare(
 def _summed(
     name: str, deltas: list[Delta], factors: list[float], parameters: dict[str, Any], base: nn.Module | None
 ) -> Delta:
-    column = torch.tensor(factors, dtype=torch.float64)[:, None]
-    aligned = align(deltas, base)
-    parts: list[Patch | Dense] = []
-    for rows in aligned:
-        moved = rows.changed & (column != 0)
-        total = _in_turn(column * torch.where(moved, rows.differences, 0.0))
-        values = _settled(rows, moved, total, moved & (column == 1))
-        parts.append(part_of(rows, None, values, _carried(deltas)))
+    aligned, column = align(deltas, base), _column(factors)
+    parts = [part_of(rows, None, _sum(rows, column, rows.changed)) for rows in aligned]
     if len(deltas) > 1:
-        parameters = {**parameters, "conflicts": count_conflicts(aligned).totals}
-    return _made(name, deltas, parts, parameters, budget=deltas[0].info["budget"] if len(deltas) == 1 else None)
+        return _made(name, deltas, parts, parameters, aligned)
+    return _made(name, deltas, parts, parameters, budget=deltas[0].info["budget"])
+
+
+def _column(factors: Sequence[float]) -> Tensor:
+    return torch.tensor(factors, dtype=torch.float64)[:, None]
+
+
+def _sum(rows: Rows, column: Tensor, moved: Tensor) -> Tensor:
+    """base + the sum of factors `column` (k, 1) times differences (k, n) where they are `moved` (k, n)."""
+    total = _in_turn(column * torch.where(moved, rows.differences, 0.0))
+    return _settled(rows, moved & (column != 0), total, moved & (column == 1))
 
 
 def _in_turn(terms: Tensor) -> Tensor:
-    """Sum of the rows of (k, n), first to last: torch's own sum promises no order."""
+    """The sum of the rows of (k, n), first to last; torch's own sum promises no order."""
     total = torch.zeros_like(terms[0])
     for row in terms:
         total += row
@@ -232,7 +221,7 @@ def _in_turn(terms: Tensor) -> Tensor:
 
 
 def _settled(rows: Rows, moved: Tensor, total: Tensor, exact: Tensor) -> Tensor:
-    """base + total (n,), rounded once; where one delta alone moves an entry (k, n) and exactly, its bits."""
+    """base + total (n,), rounded once; an entry that only one delta moves (k, n), and exactly so, keeps its bits."""
     alone = (moved.sum(0) == 1) & exact.any(0)
     computed = moved.any(0) & ~alone
     check_finite_base(rows, computed)
@@ -265,17 +254,19 @@ def _whole_numbers(rows: Rows, total: Tensor, where: Tensor) -> Tensor:
     return torch.where(where, found, 0.0).to(rows.dtype)
 
 
-def _placed(rows: Rows, stays: Sequence[Tensor | None]) -> Tensor:
-    """(k, n) out of what stays of each delta's own entries."""
+def _kept(rows: Rows, stays: Sequence[dict[str, Tensor]]) -> Tensor:
+    """(k, n): the places of each delta's entries that stay; a buffer's all do."""
+    if rows.kind == "buffer":
+        return rows.written
     found = torch.zeros(rows.new.shape, dtype=torch.bool)
     for row, at, own in zip(found, rows.at, stays, strict=True):
-        if at is not None and own is not None:
-            row[at] = own
+        if at is not None:
+            row[at] = own[rows.name]
     return found
 
 
 def _trimmed(deltas: list[Delta], aligned: list[Rows], density: float) -> list[dict[str, Tensor]]:
-    """For each delta and tensor which of its entries are among the delta's round(density n) largest differences."""
+    """For each delta and tensor: whether an entry is among the delta's round(density n) largest differences."""
     magnitudes: list[dict[str, Tensor]] = [{} for _ in deltas]
     for rows in aligned:
         check_finite_base(rows, rows.changed.any(0))
@@ -294,22 +285,17 @@ def _trimmed(deltas: list[Delta], aligned: list[Rows], density: float) -> list[d
 
 
 def _drawn(deltas: list[Delta], drop: float, seed: int) -> list[dict[str, Tensor]]:
+    """For each delta and tensor: whether an entry stays."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        {
-            part.name: torch.rand(_size(part), generator=generator, dtype=torch.float64) >= drop
-            for part in _parameters(delta)
-        }
-        for delta in deltas
-    ]
+
+    def stays(part: Part) -> Tensor:
+        return torch.rand(part.new.numel(), generator=generator, dtype=torch.float64) >= drop
+
+    return [{part.name: stays(part) for part in _parameters(delta)} for delta in deltas]
 
 
-def _parameters(delta: Delta) -> list[Patch | Dense]:
-    return [part for part in parts_of(delta) if isinstance(part, Patch) or part.kind == "parameter"]
-
-
-def _size(part: Patch | Dense) -> int:
-    return part.indices.numel() if isinstance(part, Patch) else part.tensor.numel()
+def _parameters(delta: Delta) -> list[Part]:
+    return [part for part in delta.parts if part.kind == "parameter"]
 
 
 # --- the result ---------------------------------------------------------------------------------------------
@@ -318,31 +304,26 @@ def _size(part: Patch | Dense) -> int:
 def _made(
     name: str,
     deltas: list[Delta],
-    parts: list[Patch | Dense],
+    parts: Sequence[Part],
     parameters: dict[str, Any],
+    merged: Sequence[Rows] | None = None,
     budget: int | None = None,
 ) -> Delta:
+    """The result of an operation; a merge of several deltas records their conflicts too."""
     methods = [delta.info["method"] for delta in deltas]
-    agreed = {
-        key: methods[0][key]
-        for key in _AGREED
-        if key in methods[0] and all(m.get(key) == methods[0][key] for m in methods)
-    }
+    agreed = {key: value for key, value in methods[0].items() if all(m.get(key) == value for m in methods)}
     parents = [
         {"digest": delta.digest, "name": method.get("name", "delta"), "selected": delta.selected}
         for delta, method in zip(deltas, methods, strict=True)
     ]
-    info = {"method": {"name": name, **parameters, "parents": parents, **agreed}, "budget": budget}
+    described = {"name": name, **parameters, "parents": parents, **{k: agreed[k] for k in _AGREED if k in agreed}}
+    if merged is not None:
+        described["conflicts"] = count_conflicts(merged).totals
     first = deltas[0].info
+    info = {"method": described, "budget": budget, "base": base_of(deltas)}
     info |= {key: first[key] for key in ("module", "model") if key in first}
     patches = [part for part in parts if isinstance(part, Patch)]
-    dense = [part for part in parts if isinstance(part, Dense)]
-    return Delta(patches, dense, {**info, "base": base_of(deltas)})
-
-
-def _carried(deltas: list[Delta]) -> bool:
-    """Whether the result carries the base's values: if every parent does."""
-    return all(delta.reversible for delta in deltas)
+    return Delta(patches, [part for part in parts if isinstance(part, Dense)], info)
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:

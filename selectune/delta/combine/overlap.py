@@ -1,4 +1,4 @@
-"""Where the supports of deltas meet, and where their differences disagree in sign."""
+"""The overlap of deltas: scalars that several of them write, and those where their differences disagree in sign."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from selectune.delta.delta import Delta
 
 @dataclass(frozen=True)
 class Overlap:
-    """Sizes of two supports and of what they share; `tensors` has the same for each tensor that either writes."""
+    """Sizes of two supports and of their intersection; `tensors` has the same for each tensor that either writes."""
 
     first: int
     second: int
@@ -35,11 +35,11 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Conflicts:
-    """Scalars that several deltas write, and how many of those are pulled up by one and down by another."""
+    """Scalars that several deltas write, and how many of them one delta raises and another lowers."""
 
     written: int  # scalars that any delta writes
-    shared: int  # that at least two write
-    opposed: int  # of these: some difference is above 0 and some below
+    shared: int  # scalars that at least two write
+    opposed: int  # shared scalars with a difference above 0 and another below
     tensors: dict[str, Conflicts]  # the same for each tensor with shared scalars
 
     @property
@@ -51,9 +51,9 @@ class Conflicts:
 def overlap(first: Delta, second: Delta) -> Overlap:
     """How much of one support lies in the other: |A n B| / |A| and Jaccard, for each tensor and in all.
 
-    Parameters that are recorded whole count with all their entries, zeroed patches with what they list, buffers do
-    not count. Bases may differ, only
-    shapes must agree (BaseMismatchError): two runs with heads of their own can be compared. O(B).
+    A parameter that is recorded whole counts with all its entries, a zeroed patch with those that it lists; buffers do
+    not count. The bases may differ, so two runs with their own heads can be compared; only shapes must agree
+    (BaseMismatchError). O(B).
 
     >>> from selectune.delta import Delta, Patch, base_info
     >>> info = {"base": base_info(torch.nn.Linear(4, 1))}
@@ -79,7 +79,7 @@ def overlap(first: Delta, second: Delta) -> Overlap:
 
 
 def conflicts(deltas: Sequence[Delta], *, base: nn.Module | None = None) -> Conflicts:
-    """What a merge of these deltas has to settle: shared scalars, and those whose differences disagree in sign.
+    """The conflicts that a merge of these deltas has to settle: shared scalars, and differences of opposite sign.
 
     Buffers do not count. Raises as `add` does.
 
@@ -96,7 +96,7 @@ def conflicts(deltas: Sequence[Delta], *, base: nn.Module | None = None) -> Conf
 
 
 def count_conflicts(aligned: Sequence[Rows]) -> Conflicts:
-    """The report out of aligned tensors."""
+    """The report from aligned tensors."""
     tensors: dict[str, Conflicts] = {}
     written = 0
     for rows in aligned:

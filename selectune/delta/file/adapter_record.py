@@ -1,54 +1,65 @@
-"""A module on the base: LoRA, adapters, virtual tokens. A delta records how to make it again."""
+"""What is on record of an adapter (LoRA, bottlenecks, virtual tokens) on a model, so that it can be made again.
+
+The record is an attribute of the model, so a copy of the model has it too. A delta stores it without the markers. The
+kinds of adapters are no business of the file: selectune.adapters knows them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
-from selectune.delta.file.fingerprint import Entry, Inventory, digest_bits, inventory
-from selectune.delta.file.schema import MODULES, canonical_json, sha256
 from selectune.errors import ConfigError
 
-_RECORDS: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+_ATTRIBUTE = "_selectune_adapter"  # plain values, so that a pickled model needs no selectune
 
 
-def belongs(kind: str, name: str) -> bool:
-    """Whether a tensor belongs to a module of a kind: a component of its name says so (docs/delta-format.md).
+@dataclass(frozen=True)
+class AdapterRecord:
+    """How an adapter is made again, and which of the model's tensors are its own."""
 
-    >>> belongs("lora", "layer.0.query.lora_A.default.weight"), belongs("lora", "layer.0.query.base_layer.weight")
+    kind: str
+    options: Mapping[str, Any]
+    seed: int
+    digest: str  # `adapter_digest` of its tensors as they were drawn
+    markers: tuple[str, ...]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The record as `info["module"]` of a delta."""
+        return {"kind": self.kind, "options": dict(self.options), "seed": self.seed, "digest": self.digest}
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor of this name is the adapter's."""
+        return is_marked(name, self.markers)
+
+
+def is_marked(name: str, markers: Iterable[str]) -> bool:
+    """Whether a component of a tensor's name is one of an adapter's markers.
+
+    >>> is_marked("layer.0.query.lora_A.default.weight", ["lora_A"]), is_marked("query.base_layer.weight", ["lora_A"])
     (True, False)
     """
-    return not set(MODULES[kind]).isdisjoint(name.split("."))
+    return not set(markers).isdisjoint(name.split("."))
 
 
-def module_digest(kind: str, found: Inventory, value: Callable[[Entry], Tensor] = lambda entry: entry.tensor) -> str:
-    """sha256 over names and bits of the module's tensors: one read of them."""
-    rows = [[name, digest_bits(value(found.find[name]))] for name in found.find if belongs(kind, name)]
-    return sha256(canonical_json(sorted(rows)))
+def record_adapter(model: nn.Module, record: AdapterRecord) -> None:
+    """Put an adapter on record; raises ConfigError for a model that has one on record already."""
+    before = adapter_of(model)
+    if before is not None:
+        raise ConfigError(f"The model carries {before.kind} already; take it off before {record.kind} is put on.")
+    model.__dict__[_ATTRIBUTE] = asdict(record)
 
 
-def record_module(model: nn.Module, kind: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Remember what was put on a model, as its deltas record it; call it while the module's tensors are as drawn.
-
-    Raises ConfigError for a model that has a module on record already.
-    """
-    if model in _RECORDS:
-        raise ConfigError(f"The model carries {_RECORDS[model]['kind']} already; take it off before {kind} is put on.")
-    found = inventory(model)
-    _RECORDS[model] = {
-        "kind": kind, "options": dict(options), "seed": seed, "digest": module_digest(kind, found)
-    }  # fmt: skip
-    return _RECORDS[model]
+def forget_adapter(model: nn.Module) -> None:
+    """Remove the record: the adapter was taken off."""
+    model.__dict__.pop(_ATTRIBUTE, None)
 
 
-def forget_module(model: nn.Module) -> None:
-    """The module was taken off."""
-    _RECORDS.pop(model, None)
-
-
-def module_of(model: nn.Module) -> dict[str, Any] | None:
-    """What is on record for a model, or None."""
-    return _RECORDS.get(model)
+def adapter_of(model: nn.Module) -> AdapterRecord | None:
+    """The adapter that is on record for a model, or None."""
+    record = model.__dict__.get(_ATTRIBUTE)
+    return None if record is None else AdapterRecord(**record)

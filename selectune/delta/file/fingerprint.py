@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from selectune.bits import dtype_name, raw
+from selectune.delta.file.adapter_record import AdapterRecord, adapter_of, is_marked
 from selectune.delta.file.schema import WRAPPERS, canonical_json, canonical_name, sha256
 from selectune.errors import BaseMismatchError, DeltaStateError
 
 OWN = "selectune_"
-"""How the parameters that an attached tuner puts on a model are named; they are no part of its structure."""
+"""The last component of a parameter that an attached tuner adds begins so; it is no part of the model's structure."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +36,11 @@ class Inventory:
     entries: tuple[Entry, ...]
     find: dict[str, Entry]  # by every canonical name
     attached: bool  # whether a tuner is attached
+    adapter: AdapterRecord | None  # the adapter that is on record for the model
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DDP, torch.compile, FSDP and checkpoint wrappers, which stands for all of them."""
+    """The model inside the wrappers of DDP, torch.compile, FSDP and activation checkpointing."""
     while len(model._modules) == 1 and not model._parameters and not model._buffers:
         name, inner = next(iter(model._modules.items()))
         if name not in WRAPPERS or inner is None:
@@ -78,16 +80,23 @@ def inventory(model: nn.Module) -> Inventory:
                     f"that DDP, torch.compile, FSDP and checkpointing add are left out, names must differ"
                 )
             find[name] = entry
-    return Inventory(tuple(entries), find, attached)
+    return Inventory(tuple(entries), find, attached, adapter_of(unwrapped(model)))
 
 
-def _walk(model: nn.Module) -> Iterable[tuple[str, str, Tensor]]:
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield name, "parameter", parameter
+def _walk(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, "buffer", buffer
+        for name, kind, tensor in own_tensors(module):
+            yield f"{prefix}.{name}" if prefix else name, kind, tensor
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """(name, "parameter" or "buffer", tensor) of a module itself, without its children and non-persistent buffers."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, "parameter", parameter
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, "buffer", buffer
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -118,10 +127,11 @@ def digest_bits(tensor: Tensor) -> str:
 
 def structure_digest(model: nn.Module) -> str:
     """sha256 over names, shapes, dtypes, ties of all parameters and persistent buffers; reads no weight."""
-    return _structure(inventory(model))
+    return structure_of(inventory(model))
 
 
-def _structure(found: Inventory) -> str:
+def structure_of(found: Inventory) -> str:
+    """`structure_digest` of a model whose tensors are listed already."""
     rows = [
         [name, entry.kind, list(entry.tensor.shape), dtype_name(entry.tensor.dtype), min(entry.names)]
         for name, entry in found.find.items()
@@ -131,11 +141,21 @@ def _structure(found: Inventory) -> str:
 
 def weights_digest(model: nn.Module, without: Iterable[str] = ()) -> str:
     """sha256 over every parameter and persistent buffer of the model but those named: one read of all weights."""
-    return _weights(inventory(model), without)
+    return weights_of(inventory(model), without)
 
 
-def _weights(found: Inventory, without: Iterable[str] = ()) -> str:
+def weights_of(found: Inventory, without: Iterable[str] = ()) -> str:
+    """`weights_digest` of a model whose tensors are listed already."""
     return all_digests(found, _digests(found), without)
+
+
+def adapter_digest(
+    found: Inventory, markers: Iterable[str], value: Callable[[Entry], Tensor] = lambda entry: entry.tensor
+) -> str:
+    """sha256 over names and bits of an adapter's tensors: one read of them."""
+    markers = set(markers)
+    rows = [[name, digest_bits(value(entry))] for name, entry in found.find.items() if is_marked(name, markers)]
+    return sha256(canonical_json(sorted(rows)))
 
 
 def _digests(found: Inventory) -> dict[str, str]:
@@ -150,18 +170,18 @@ def all_digests(found: Inventory, digests: Mapping[str, str], without: Iterable[
 
 
 def is_weights(found: Inventory, base: Mapping[str, Any]) -> bool:
-    """Whether the model has the weights that `info["base"]` has the digest of: one read of them.
+    """Whether the model's weights have the digest that `info["base"]` records: one read of them.
 
-    Those in `initialised` are left out, as they have digests of their own; older files are over all tensors.
+    The digest leaves out the tensors in `initialised`, which have digests of their own. In older files it is over all.
     """
     digests, fresh = _digests(found), [row["name"] for row in base["initialised"]]
     return base["weights"] in (all_digests(found, digests, fresh), all_digests(found, digests))
 
 
 def never_loaded(found: Inventory) -> list[str]:
-    """Names of the parameters that transformers found in no checkpoint: those without the mark of what it loads.
+    """Names of the parameters that transformers found in no checkpoint: they lack the mark that it puts on the others.
 
-    Empty where no parameter has the mark: the model came by another way, or is a copy, which has lost the marks.
+    The list is empty if no parameter has the mark: transformers did not load the model, or it is a copy without marks.
     """
     parameters = [entry for entry in found.entries if entry.kind == "parameter"]
     fresh = [entry.name for entry in parameters if not getattr(entry.tensor, "_is_hf_initialized", False)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,7 @@ from selectune.delta.file.codec import decode_gaps, encode_gaps
 from selectune.delta.file.container import MAX_HEADER, ByteStream, layout, pack, read_metadata
 from selectune.delta.file.fingerprint import delta_fingerprint
 from selectune.delta.file.parts import KINDS, Dense, Patch, check_parts
-from selectune.delta.file.schema import (
-    canonical_json,
-    check_hex,
-    check_int,
-    check_keys,
-    check_name,
-    parse_json,
-    sha256,
-)
+from selectune.delta.file.schema import canonical_json, check_hex, check_int, check_keys, check_name, parse_json, sha256
 from selectune.errors import DeltaError, DeltaFormatError
 
 FORMAT = "selectune-delta"
@@ -91,25 +84,21 @@ def _payload(patches: Sequence[Patch], dense: Sequence[Dense], words: list[np.nd
 def _streams(metadata: dict[str, Any]) -> list[ByteStream]:
     """The streams that a checked metadata announces, in the file's order."""
     digests = metadata["digests"]
-    counts: dict[str, int] = {}
-    olds: dict[str, int] = {}
+    counts, olds = Counter[str](), Counter[str]()
     zeroed = set(metadata.get("zeroed", ()))
     for name, shape, dtype, count, _, _ in metadata["patches"]:
-        counts[dtype] = counts.get(dtype, 0) + count
-        olds[dtype] = olds.get(dtype, 0) + (math.prod(shape) if name in zeroed else count)
+        counts[dtype] += count
+        olds[dtype] += math.prod(shape) if name in zeroed else count
     found = []
     if counts:
         found.append(ByteStream("indices", "U16", (sum(row[4] for row in metadata["patches"]),)))
     if counts and "order" in digests:
         found.append(ByteStream("order", "U32", (sum(counts.values()),)))
     old = any(key.startswith("old") for key in digests)
-    for prefix, sizes in (("values", counts), ("old", olds)) if old else (("values", counts),):
-        found += [ByteStream(f"{prefix}.{dtype}", dtype, (count,)) for dtype, count in sizes.items()]
-    for prefix in ("dense", "old_dense") if old else ("dense",):
-        found += [
-            ByteStream(f"{prefix}.{i}", dtype, tuple(shape))
-            for i, (_, _, shape, dtype, _) in enumerate(metadata["dense"])
-        ]
+    for values, dense, sizes in (("values", "dense", counts), ("old", "old_dense", olds))[: 1 + old]:
+        found += [ByteStream(f"{values}.{dtype}", dtype, (count,)) for dtype, count in sizes.items()]
+        rows = enumerate(metadata["dense"])
+        found += [ByteStream(f"{dense}.{i}", dtype, tuple(shape)) for i, (_, _, shape, dtype, _) in rows]
     return layout(found)
 
 
@@ -122,17 +111,16 @@ def check_head(head: bytearray, size: int) -> None:
 
 
 def decode(data: bytes | bytearray) -> tuple[list[Patch], list[Dense], dict[str, Any]]:
-    """Read a delta from bytes, checking everything that docs/delta-format.md lists; nothing is run or opened.
+    """Read a delta from bytes and check everything that docs/delta-format.md lists; nothing is run or opened.
 
-    The tensors returned share memory with `data` if it is a bytearray (which the caller must then leave
-    alone). Raises DeltaFormatError for whatever is wrong.
+    If `data` is a bytearray, the tensors share its memory, so the caller must not change it. Raises DeltaFormatError
+    for every fault.
     """
     owned = data if isinstance(data, bytearray) else bytearray(data)
     metadata, streams, begin = _read_head(owned, len(owned))
     payload = _split(owned, streams, begin, metadata["digests"])
     try:
-        patches = _read_patches(metadata, payload)
-        dense = _read_dense(metadata, payload)
+        patches, dense = _read_patches(metadata, payload), _read_dense(metadata, payload)
         check_parts(patches, dense)
     except DeltaFormatError:
         raise
@@ -205,19 +193,21 @@ def _check_rows(metadata: dict[str, Any]) -> None:
     for name, shape, dtype, count, words, base in metadata["patches"]:
         check_name(name)
         numel = _check_shape(name, shape)
-        if dtype not in tuple(FLOATS):
-            raise DeltaFormatError(f'patch "{name}" has dtype {ascii(dtype)[:40]}; allowed: {", ".join(FLOATS)}')
+        _check_among(dtype, tuple(FLOATS), f'patch "{name}" has dtype')
         check_int(count, f'the count of "{name}"', 0 if name in zeroed else 1, numel)
         check_int(words, f'the words of "{name}"', count, count + numel // 0xFFFF if count else 0)
         check_hex(base, 16, f'the base digest of "{name}"')
     for kind, name, shape, dtype, base in metadata["dense"]:
         check_name(name)
         _check_shape(name, shape)
-        if kind not in KINDS:
-            raise DeltaFormatError(f'dense "{name}" has kind {ascii(kind)[:40]}; allowed: {", ".join(KINDS)}')
-        if dtype not in tuple(DTYPES):
-            raise DeltaFormatError(f'dense "{name}" has dtype {ascii(dtype)[:40]}; allowed: {", ".join(DTYPES)}')
+        _check_among(kind, KINDS, f'dense "{name}" has kind')
+        _check_among(dtype, tuple(DTYPES), f'dense "{name}" has dtype')
         check_hex(base, 16, f'the base digest of "{name}"')
+
+
+def _check_among(value: Any, allowed: tuple[str, ...], what: str) -> None:
+    if value not in allowed:
+        raise DeltaFormatError(f"{what} {ascii(value)[:40]}; allowed: {', '.join(allowed)}")
 
 
 def _check_zeroed(metadata: dict[str, Any]) -> set[str]:
@@ -265,49 +255,44 @@ def _tensor(data: memoryview, dtype: torch.dtype) -> Tensor:
 
 def _read_patches(metadata: dict[str, Any], payload: dict[str, memoryview]) -> list[Patch]:
     words = np.frombuffer(payload.get("indices", b""), dtype="<u2")
-    order = _tensor(payload["order"], torch.int32) if "order" in payload else None
-    flat = {
-        key: _tensor(data, DTYPES[key.partition(".")[2]])
-        for key, data in payload.items()
-        if key.startswith(("values.", "old."))
-    }
-    done: dict[str, int] = {}
-    done_old: dict[str, int] = {}
+    flat = {key: _tensor(data, dtype) for key, data in payload.items() if (dtype := _flat_dtype(key))}
+    done = Counter[str]()
+
+    def take(key: str, count: int) -> slice:
+        """The next `count` items of a stream."""
+        done[key] += count
+        return slice(done[key] - count, done[key])
+
     zeroed = set(metadata.get("zeroed", ()))
-    word = scalar = 0
     patches = []
     for name, shape, dtype, count, length, base in metadata["patches"]:
-        indices = decode_gaps(words[word : word + length], count, math.prod(shape), name)
-        at = slice(done.get(dtype, 0), done.get(dtype, 0) + count)
-        covered = math.prod(shape) if name in zeroed else count
-        at_old = slice(done_old.get(dtype, 0), done_old.get(dtype, 0) + covered)
-        old = flat.get(f"old.{dtype}")
+        numel, values, old = math.prod(shape), f"values.{dtype}", f"old.{dtype}"
+        indices = decode_gaps(words[take("indices", length)], count, numel, name)
         patches.append(
             Patch(
                 name,
                 tuple(shape),
                 DTYPES[dtype],
                 torch.from_numpy(indices),
-                flat[f"values.{dtype}"][at],
+                flat[values][take(values, count)],
                 base,
-                None if old is None else old[at_old],
-                None if order is None else order[scalar : scalar + count],
+                flat[old][take(old, numel if name in zeroed else count)] if old in flat else None,
+                flat["order"][take("order", count)] if "order" in flat else None,
                 name in zeroed,
             )
         )
-        word, scalar, done[dtype], done_old[dtype] = word + length, scalar + count, at.stop, at_old.stop
     return patches
 
 
+def _flat_dtype(key: str) -> torch.dtype | None:
+    """The dtype of a stream that all patches share, but that of the indices; None for another stream."""
+    stream, _, dtype = key.partition(".")
+    return torch.int32 if key == "order" else DTYPES[dtype] if stream in ("values", "old") else None
+
+
 def _read_dense(metadata: dict[str, Any], payload: dict[str, memoryview]) -> list[Dense]:
-    found: Iterable[Any] = enumerate(metadata["dense"])
-    return [
-        Dense(
-            name,
-            kind,
-            _tensor(payload[f"dense.{i}"], DTYPES[dtype]).view(shape),
-            base,
-            _tensor(payload[f"old_dense.{i}"], DTYPES[dtype]).view(shape) if f"old_dense.{i}" in payload else None,
-        )
-        for i, (kind, name, shape, dtype, base) in found
-    ]
+    dense = []
+    for i, (kind, name, shape, dtype, base) in enumerate(metadata["dense"]):
+        new, old = _tensor(payload[f"dense.{i}"], DTYPES[dtype]).view(shape), payload.get(f"old_dense.{i}")
+        dense.append(Dense(name, kind, new, base, None if old is None else _tensor(old, DTYPES[dtype]).view(shape)))
+    return dense

@@ -1,6 +1,6 @@
-"""What a delta records of the model that it is made on: where it came from, its class, what no checkpoint held.
+"""What a delta records of its base: where the model came from, its class, and which tensors no checkpoint held.
 
-A model of transformers says so itself; it is read off attributes, and nothing is imported.
+All of it is read off the attributes of a transformers model; nothing is imported.
 """
 
 from __future__ import annotations
@@ -13,8 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from selectune.delta.file.adapter_record import belongs, module_of
-from selectune.delta.file.fingerprint import OWN, _structure, _weights, digest_bits, inventory, never_loaded, unwrapped
+from selectune.delta.file.fingerprint import (
+    Inventory,
+    digest_bits,
+    inventory,
+    never_loaded,
+    structure_of,
+    unwrapped,
+    weights_of,
+)
 from selectune.delta.file.schema import MAX_LABELS, MODEL_DTYPES, canonical_name
 from selectune.errors import BaseMismatchError
 
@@ -29,17 +36,16 @@ def base_info(
 ) -> dict[str, Any]:
     """Describe a base model for `info["base"]`; call it while the model holds the base's weights.
 
-    `id` and `revision` default to what the config of a transformers model says. `initialised` names the tensors that
-    no checkpoint held (a new task head), or maps them to digests taken before training; None: the parameters without
-    the mark that transformers leaves on what it loads, if any parameter has it. `full` adds the digest of all weights
-    (one read of them). The fingerprint is filled in by Delta.
+    `id` and `revision` default to those in the config of a transformers model. `initialised` names the tensors that no
+    checkpoint held (a new task head), or maps them to digests that were taken before training; by default these are the
+    parameters that `never_loaded` finds. `full` adds the digest of all weights (one read of them). Delta fills in the
+    fingerprint.
 
     Raises BaseMismatchError for a name in `initialised` that the model does not have.
     """
     found = inventory(model)
     if initialised is None:
-        module = module_of(model)  # whose digest covers its tensors
-        initialised = [n for n in never_loaded(found) if module is None or not belongs(module["kind"], n)]
+        initialised = [name for name in never_loaded(found) if not _of_adapter(found, name)]  # it has its own digest
     if not isinstance(initialised, Mapping):
         names = [canonical_name(name) for name in initialised]
         unknown = sorted(name for name in names if name not in found.find)
@@ -57,14 +63,14 @@ def base_info(
         "revision": revision,
         "seed": seed,
         "initialised": sorted(rows, key=lambda row: row["name"]),
-        "structure": _structure(found),
+        "structure": structure_of(found),
         "fingerprint": None,
-        "weights": _weights(found, [row["name"] for row in rows]) if full else None,
+        "weights": weights_of(found, [row["name"] for row in rows]) if full else None,
     }
 
 
 def model_info(model: nn.Module) -> dict[str, Any] | None:
-    """Describe a transformers model for `info["model"]`, so that it can be made again; None for any other."""
+    """Describe a transformers model for `info["model"]`, so that it can be made again; None for any other model."""
     inner = _inner(model)
     config = getattr(inner, "config", None)
     if not isinstance(getattr(config, "model_type", None), str) or not type(inner).__name__.isidentifier():
@@ -75,7 +81,7 @@ def model_info(model: nn.Module) -> dict[str, Any] | None:
     folder = str(_folder(config) or "")
     return {
         "architecture": type(inner).__name__,
-        "dtype": _dtype(model),
+        "dtype": _dtype(inventory(model)),
         "labels": _labels(named, count),
         "num_labels": count,
         "pad_token_id": padding if type(padding) is int else None,
@@ -90,7 +96,7 @@ def _inferred(outputs: int | None) -> str:
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The model of transformers inside wrappers and inside peft's model around it."""
+    """The transformers model inside wrappers and inside peft's own model."""
     model = unwrapped(model)
     base = getattr(model, "get_base_model", None)
     inner = base() if callable(base) else model
@@ -98,7 +104,7 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _origin(model: nn.Module) -> tuple[str | None, str | None]:
-    """Id and revision: a hub id and its commit, or a folder's name, as the command line records them."""
+    """Id and revision as the command line records them: a hub id and its commit, or the name of a folder and None."""
     config = getattr(_inner(model), "config", None)
     name, commit = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
     if not isinstance(name, str) or not name:
@@ -110,7 +116,7 @@ def _origin(model: nn.Module) -> tuple[str | None, str | None]:
 
 
 def _folder(config: Any) -> Path | None:
-    """The folder that a config was read from, absolute; None for one of the hub."""
+    """The absolute path of the folder that a config was read from; None for a config from the hub."""
     name = getattr(config, "_name_or_path", None)
     if not isinstance(name, str) or not name or not Path(name).expanduser().is_dir():
         return None
@@ -118,7 +124,7 @@ def _folder(config: Any) -> Path | None:
 
 
 def _labels(named: Any, count: int | None) -> list[str] | None:
-    """The labels in order of their numbers; None where they are transformers' own LABEL_0, LABEL_1 and so on."""
+    """The labels in order of their numbers; None if they are transformers' own LABEL_0, LABEL_1 and so on."""
     if not isinstance(named, Mapping) or count is None or count > MAX_LABELS:
         return None
     labels = [named.get(number) for number in range(count)]
@@ -128,11 +134,15 @@ def _labels(named: Any, count: int | None) -> list[str] | None:
     return known
 
 
-def _dtype(model: nn.Module) -> str | None:
-    """The dtype of most of the model's parameters, those of a module on it aside."""
-    module, counts = module_of(model), Counter[torch.dtype]()
-    for name, parameter in model.named_parameters():
-        if not name.rpartition(".")[2].startswith(OWN) and (module is None or not belongs(module["kind"], name)):
-            counts[parameter.dtype] += parameter.numel()
+def _dtype(found: Inventory) -> str | None:
+    """The dtype of most of the model's parameters, leaving out those of an adapter on it."""
+    counts = Counter[torch.dtype]()
+    for entry in found.entries:
+        if entry.kind == "parameter" and not _of_adapter(found, entry.name):
+            counts[entry.tensor.dtype] += entry.tensor.numel()
     name = str(counts.most_common(1)[0][0]).removeprefix("torch.") if counts else ""
     return name if name in MODEL_DTYPES else None
+
+
+def _of_adapter(found: Inventory, name: str) -> bool:
+    return found.adapter is not None and found.adapter.owns(name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,28 +22,40 @@ KINDS = ("parameter", "buffer")
 class Patch:
     """New values of n scattered scalars of one parameter."""
 
+    kind: ClassVar[str] = "parameter"
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     indices: Tensor  # (n,) int64, CPU, flat row-major, strictly increasing
     values: Tensor  # (n,) in `dtype`, CPU: replacement values
     base_digest: str  # digest_bits of the base's values at `indices`
-    base_values: Tensor | None = None  # (n,) in `dtype`: the base's values, where kept
-    order: Tensor | None = None  # (n,) int32: rank in the order of selection over the whole delta; may be shared
-    zeroed: bool = (
-        False  # entries that are not listed are 0; base digest and base values (numel,) are of the whole tensor
-    )
+    base_values: Tensor | None = None  # (n,) in `dtype`: the base's values, where they are kept
+    order: Tensor | None = None  # (n,) int32: rank in the order of selection over the whole delta; ranks may be equal
+    zeroed: bool = False  # unlisted entries are 0; base digest and base values (numel,) are of the whole tensor
 
     @property
     def numel(self) -> int:
         """Number of entries of the whole tensor."""
         return math.prod(self.shape)
 
-    def whole(self) -> Tensor:
-        """The tensor that a zeroed patch says: its values where they are listed, 0 elsewhere."""
+    @property
+    def where(self) -> Tensor | None:
+        """The indices that the patch writes to; None if it writes the whole tensor, as a zeroed patch does."""
+        return None if self.zeroed else self.indices
+
+    @property
+    def new(self) -> Tensor:
+        """What the patch writes at `where`."""
+        if not self.zeroed:
+            return self.values
         tensor = torch.zeros(self.numel, dtype=self.dtype)
         scatter(tensor, self.indices, self.values)
         return tensor.view(self.shape)
+
+    @property
+    def old(self) -> Tensor | None:
+        """The base's values at `where`, if the patch carries them."""
+        return self.base_values.view(self.shape) if self.zeroed and self.base_values is not None else self.base_values
 
     @classmethod
     def make(
@@ -55,65 +69,74 @@ class Patch:
         old_values: bool = False,
         order: Tensor | None = None,
     ) -> Patch:
-        """A patch of new and base values `(n,)` at `indices` `(n,)`; the base's are kept if `old_values`."""
-        base_values = base_values.detach().cpu()
-        return cls(
-            name,
-            tuple(shape),
-            values.dtype,
-            indices,
-            values,
-            digest_bits(base_values),
-            base_values if old_values else None,
-            order,
-        )
+        """A patch of new and base values `(n,)` at `indices` `(n,)`; it keeps the base's if `old_values`."""
+        base = base_values.detach().cpu()
+        old = base if old_values else None
+        return cls(name, tuple(shape), values.dtype, indices, values, digest_bits(base), old, order)
 
 
 @dataclass(frozen=True, eq=False)
 class Dense:
     """The new value of a whole tensor: a parameter trained densely, or a buffer that changed."""
 
+    where: ClassVar[None] = None  # as of a patch: the whole tensor is written
     name: str
     kind: str  # "parameter" or "buffer"
     tensor: Tensor  # the new value, whole, CPU
     base_digest: str  # digest_bits of the base's tensor
     base_tensor: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def new(self) -> Tensor:
+        return self.tensor
+
+    @property
+    def old(self) -> Tensor | None:
+        return self.base_tensor
+
     @classmethod
     def make(cls, name: str, kind: str, tensor: Tensor, base_tensor: Tensor, *, old_values: bool = False) -> Dense:
-        """A dense entry from a tensor's new and base value; the base's is kept if `old_values`."""
+        """A dense entry from a tensor's new and base value; it keeps the base's if `old_values`."""
         return cls(name, kind, tensor, digest_bits(base_tensor), base_tensor if old_values else None)
 
 
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+Part = Patch | Dense
+"""Both have the values that they write (`new`), their places (`where`), and the base's values there (`old`)."""
+
+
+def _own(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def own_patch(patch: Patch) -> Patch:
     """Copy a patch's tensors, so that nobody else can change them, and give it its canonical name."""
+    order = _own(patch.order)
     return replace(
         patch,
         name=canonical_name(patch.name),
         shape=tuple(int(size) for size in patch.shape),
         indices=_own(patch.indices),
         values=_own(patch.values),
-        base_values=None if patch.base_values is None else _own(patch.base_values),
-        order=None if patch.order is None else _own(patch.order).to(torch.int32),
+        base_values=_own(patch.base_values),
+        order=None if order is None else order.to(torch.int32),
     )
 
 
 def own_dense(dense: Dense) -> Dense:
     """Copy a dense entry's tensors and give it its canonical name."""
-    return replace(
-        dense,
-        name=canonical_name(dense.name),
-        tensor=_own(dense.tensor),
-        base_tensor=None if dense.base_tensor is None else _own(dense.base_tensor),
-    )
+    name = canonical_name(dense.name)
+    return replace(dense, name=name, tensor=_own(dense.tensor), base_tensor=_own(dense.base_tensor))
 
 
-def check_patch(patch: Patch) -> None:
-    """Raise DeltaError unless the patch's parts fit each other; NonFiniteError for NaN or infinity."""
+def _check_patch(patch: Patch) -> None:
     name, n = check_name(patch.name), patch.indices.numel()
     if patch.dtype not in FLOATS.values():
         raise DeltaError(f'patch "{name}" has dtype {dtype_name(patch.dtype)}; allowed: {", ".join(FLOATS)}')
@@ -137,14 +160,10 @@ def check_patch(patch: Patch) -> None:
         raise DeltaError(f'indices of "{name}" must rise strictly; some repeat or go back')
     if patch.order is not None and (patch.order.shape != (n,) or (n and int(patch.order.min()) < 0)):
         raise DeltaError(f'order of "{name}" must hold {n} ranks of at least 0; got {tuple(patch.order.shape)}')
-    base = patch.base_values
-    _check_values(
-        name, patch.values, base.view(patch.shape) if patch.zeroed and base is not None else base, patch.base_digest
-    )
+    _check_values(name, patch.values, patch.old, patch.base_digest)
 
 
-def check_dense(dense: Dense) -> None:
-    """Raise DeltaError unless the entry's parts fit each other; NonFiniteError for NaN or infinity."""
+def _check_dense(dense: Dense) -> None:
     name, tensor, base = check_name(dense.name), dense.tensor, dense.base_tensor
     if dense.kind not in KINDS:
         raise DeltaError(f'dense "{name}" has kind {dense.kind!r}; allowed: {", ".join(KINDS)}')
@@ -169,19 +188,21 @@ def _check_values(name: str, values: Tensor, base: Tensor | None, base_digest: s
         raise DeltaError(f'old values of "{name}" do not have the digest {base_digest} of the base')
 
 
-def check_parts(patches: list[Patch], dense: list[Dense]) -> None:
-    """Check every part, that no name occurs twice, and that old values and order are all there or absent."""
+def check_parts(patches: Sequence[Patch], dense: Sequence[Dense]) -> None:
+    """Check every part, that no name occurs twice, and that old values and order are all there or absent.
+
+    Raises DeltaError for parts that do not fit each other, NonFiniteError for NaN or infinity among new values.
+    """
     for patch in patches:
-        check_patch(patch)
+        _check_patch(patch)
     for entry in dense:
-        check_dense(entry)
-    names = [part.name for part in [*patches, *dense]]
+        _check_dense(entry)
+    parts: list[Part] = [*patches, *dense]
+    names = [part.name for part in parts]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})[0]
         raise DeltaError(f'"{twice}" occurs twice in the delta; each tensor is recorded once')
-    olds = [patch.base_values is not None for patch in patches] + [entry.base_tensor is not None for entry in dense]
-    if any(olds) and not all(olds):
+    if len({part.old is None for part in parts}) > 1:
         raise DeltaError("some parts of the delta carry old values and some do not; expected all or none")
-    orders = [patch.order for patch in patches if patch.order is not None]
-    if orders and len(orders) != len(patches):
+    if len({patch.order is None for patch in patches}) > 1:
         raise DeltaError("some patches carry their order of selection and some do not; expected all or none")

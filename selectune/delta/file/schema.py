@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
@@ -15,38 +16,19 @@ from selectune.files.reading import MAX_DEPTH, MAX_INT, NotPlain, parse, short
 MAX_NAME = 512
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Name components that DDP, torch.compile, FSDP and activation checkpointing put in."""
-
-_LORA = ("lora_A", "lora_B")
-_VIRTUAL = ("prompt_encoder",)
-MODULES: dict[str, tuple[str, ...]] = {
-    "lora": _LORA,
-    "loraplus": _LORA,
-    "dora": (*_LORA, "lora_magnitude_vector"),
-    "adalora": (*_LORA, "lora_E", "ranknum"),
-    "prefix": _VIRTUAL,
-    "prompt": _VIRTUAL,
-    "ptuning": _VIRTUAL,
-    "ia3": ("ia3_l",),
-    "ln": ("ln_tuning_layers",),
-    "shira": ("shira_weight",),
-    "super": ("supertuning_values", "supertuning_indices"),
-    "houlsby": ("bottleneck",),
-    "pfeiffer": ("bottleneck",),
-    "parallel": ("bottleneck",),
-}
-"""Kinds of modules that may sit on a base: a tensor belongs to one if a component of its name is among these."""
+"""Components that DDP, torch.compile, FSDP and activation checkpointing add to a name."""
 
 MODEL_DTYPES = ("float64", "float32", "float16", "bfloat16")
 MAX_LABELS = 65536
 
+_KIND = re.compile(r"[a-z][a-z0-9_-]{0,63}")  # of an adapter
 _INFO = {"method", "budget", "selected", "base", "versions"}
 _BASE = {"id", "revision", "seed", "initialised", "structure", "fingerprint", "weights"}
 _MODEL = {"architecture", "dtype", "labels", "num_labels", "pad_token_id", "path", "problem_type"}
 
 
 def canonical_json(value: Any) -> str:
-    """Serialise with sorted keys, no spaces, ASCII only; NaN, infinity and foreign types are refused.
+    """Serialise with sorted keys, no spaces, ASCII only; NaN, infinity and other types are refused.
 
     >>> canonical_json({"b": [1, 2.0], "a": None})
     '{"a":null,"b":[1,2.0]}'
@@ -58,7 +40,7 @@ def canonical_json(value: Any) -> str:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """Parse JSON, refusing what Python's parser lets through: duplicate keys, NaN, huge integers."""
+    """Parse JSON strictly: duplicate keys, NaN and huge integers, which Python's parser accepts, are refused."""
     try:
         return parse(text, MAX_DEPTH)
     except NotPlain as why:
@@ -71,7 +53,7 @@ def sha256(data: Any) -> str:
 
 
 def canonical_name(name: str) -> str:
-    """The parameter's name without what DDP, torch.compile, FSDP and checkpoint wrappers put into it.
+    """The parameter's name without the components that DDP, torch.compile, FSDP and checkpoint wrappers add.
 
     >>> canonical_name("module._orig_mod.encoder._checkpoint_wrapped_module.weight")
     'encoder.weight'
@@ -132,7 +114,7 @@ def check_keys(value: Any, required: set[str], what: str, optional: frozenset[st
 
 
 def check_text(value: Any, what: str, none: bool = False) -> None:
-    """Refuse what is no string that can be encoded (a lone surrogate cannot)."""
+    """Refuse anything but a string that can be encoded (a lone surrogate cannot)."""
     if value is None and none:
         return
     if not isinstance(value, str) or len(value) > 4096 or any("\ud800" <= c <= "\udfff" for c in value):
@@ -140,7 +122,7 @@ def check_text(value: Any, what: str, none: bool = False) -> None:
 
 
 def check_tree(value: Any, what: str, depth: int = 0) -> None:
-    """Refuse what is no plain JSON: foreign types, non-finite floats, endless integers, depth."""
+    """Refuse anything but plain JSON: other types, non-finite floats, large integers, deep nesting."""
     if depth > MAX_DEPTH:
         raise DeltaFormatError(f"{what} is nested too deeply; at most {MAX_DEPTH} levels are allowed")
     if isinstance(value, dict):
@@ -170,10 +152,8 @@ def check_info(info: Any, total: int) -> None:
     check_int(info["selected"], "info.selected")
     if info["selected"] != total:
         raise DeltaFormatError(f"info.selected is {info['selected']}, but the patches hold {total} scalars")
-    if info["budget"] is not None:
-        check_int(info["budget"], "info.budget")
-        if info["budget"] < total:
-            raise DeltaFormatError(f"info.budget is {info['budget']}, below the {total} scalars in the patches")
+    if info["budget"] is not None and check_int(info["budget"], "info.budget") < total:
+        raise DeltaFormatError(f"info.budget is {info['budget']}, below the {total} scalars in the patches")
     if "created_by" in info:
         check_text(info["created_by"], "info.created_by")
     if not isinstance(info["versions"], dict):
@@ -182,17 +162,20 @@ def check_info(info: Any, total: int) -> None:
         check_text(package, "a key of info.versions")
         check_text(version, f"info.versions[{short(package)}]")
     if "module" in info:
-        _check_module(check_keys(info["module"], {"kind", "options", "seed", "digest"}, "info.module"))
+        _check_adapter(check_keys(info["module"], {"kind", "options", "seed", "digest"}, "info.module"))
     if "model" in info:
         _check_model(check_keys(info["model"], _MODEL, "info.model"))
     _check_base(check_keys(info["base"], _BASE, "info.base"))
 
 
-def _check_module(module: Mapping[str, Any]) -> None:
-    kind = module["kind"]
-    if not isinstance(kind, str) or kind not in MODULES:
-        raise DeltaFormatError(f"info.module.kind must be one of {', '.join(MODULES)}; got {short(kind)}")
-    options = module["options"]
+def _check_adapter(adapter: Mapping[str, Any]) -> None:
+    """Check the form only. `selectune.adapters.rebuild`, which makes the adapter again, checks that the kind exists."""
+    kind = adapter["kind"]
+    if not isinstance(kind, str) or not _KIND.fullmatch(kind):
+        raise DeltaFormatError(
+            f"info.module.kind must be a name of at most 64 lower-case letters, digits, - and _; got {short(kind)}"
+        )
+    options = adapter["options"]
     if not isinstance(options, dict) or len(options) > 32:
         raise DeltaFormatError(f"info.module.options must be an object of at most 32 keys; got {short(options)}")
     for name, value in options.items():
@@ -200,8 +183,8 @@ def _check_module(module: Mapping[str, Any]) -> None:
         if not isinstance(value, str | int | float | bool):
             raise DeltaFormatError(f"info.module.options[{short(name)}] must be a number, a string or a bool")
         check_tree(value, f"info.module.options[{short(name)}]")
-    check_int(module["seed"], "info.module.seed", 0, 2**32 - 1)
-    check_hex(module["digest"], 64, "info.module.digest")
+    check_int(adapter["seed"], "info.module.seed", 0, 2**32 - 1)
+    check_hex(adapter["digest"], 64, "info.module.digest")
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
@@ -230,14 +213,12 @@ def _check_model(model: Mapping[str, Any]) -> None:
 
 
 def _check_base(base: Mapping[str, Any]) -> None:
-    check_text(base["id"], "info.base.id", none=True)
-    check_text(base["revision"], "info.base.revision", none=True)
+    for key in ("id", "revision"):
+        check_text(base[key], f"info.base.{key}", none=True)
     if base["seed"] is not None:
         check_int(base["seed"], "info.base.seed", -MAX_INT)
-    check_hex(base["structure"], 64, "info.base.structure")
-    check_hex(base["fingerprint"], 64, "info.base.fingerprint")
-    if base["weights"] is not None:
-        check_hex(base["weights"], 64, "info.base.weights")
+    for key in ("structure", "fingerprint") if base["weights"] is None else ("structure", "fingerprint", "weights"):
+        check_hex(base[key], 64, f"info.base.{key}")
     if not isinstance(base["initialised"], list):
         raise DeltaFormatError(f"info.base.initialised must be a list; got {short(base['initialised'])}")
     names = set()

@@ -1,8 +1,8 @@
-"""Who may read and who may write a model's weights just now: threads take turns, in the order in which they came.
+"""The door to a model's weights: threads that read or write them take turns, in the order in which they ask.
 
-A *hold* is one thread's turn at one model. Any number of shared holds stand beside each other; a hold that writes
-stands alone. What they compete for is memory, not a name: two models exclude each other if one is a part of the other
-or if they share a weight (`Claim`). One lock guards the two lists below and is never held while weights are touched.
+A *hold* is one thread's turn at one model. Many threads may read at a time (shared holds); a thread that writes is
+alone. Holds compete for memory, not for a name: two models exclude each other if one is a part of the other or if they
+share a weight (`Claim`). One lock guards the two lists below; no thread has it while it touches weights.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
 
+from selectune.delta.file.fingerprint import own_tensors
 from selectune.errors import ConfigError, DeltaStateError, DeltaTimeoutError
 
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """What a model consists of: its modules and its memory."""
+    """The modules of a model and its memory."""
 
     things: frozenset[int]  # ids of the model, of its modules that have tensors, of tensors without an address
     spans: tuple[tuple[int, int], ...]  # addresses of the tensors' memory, (first, behind the last), rising
@@ -46,7 +47,7 @@ def _overlap(a: tuple[tuple[int, int], ...], b: tuple[tuple[int, int], ...]) -> 
 
 
 def claim_of(model: nn.Module) -> Claim:
-    """The claim of a model as it stands: a walk over its modules that reads no weight.
+    """The claim of a model at present: a walk over its modules that reads no weight.
 
     >>> tied, other = nn.Linear(2, 2), nn.Linear(2, 2)
     >>> whole = nn.Sequential(nn.Linear(2, 2), tied)
@@ -58,10 +59,7 @@ def claim_of(model: nn.Module) -> Claim:
     """
     things, spans = {id(model)}, set()
     for module in model.modules():
-        left_out = module._non_persistent_buffers_set
-        tensors = [parameter for parameter in module._parameters.values() if parameter is not None]
-        tensors += [buffer for name, buffer in module._buffers.items() if buffer is not None and name not in left_out]
-        for tensor in tensors:
+        for _, _, tensor in own_tensors(module):
             things.add(id(module))
             span = _span(tensor)
             if span is None:
@@ -72,7 +70,7 @@ def claim_of(model: nn.Module) -> Claim:
 
 
 def address(tensor: Tensor) -> int:
-    """Where the tensor's data begins; 0 for one that has none of its own (meta, sparse, sharded)."""
+    """The address of the tensor's data; 0 for a tensor without data of its own (meta, sparse, sharded)."""
     try:
         return tensor.data_ptr()
     except (RuntimeError, NotImplementedError):
@@ -89,23 +87,23 @@ def _span(tensor: Tensor) -> tuple[int, int] | None:
 
 @dataclass(eq=False)
 class Hold:
-    """One thread's turn at one model: waiting or inside, to read beside others or to write alone."""
+    """One thread's turn at one model, waiting or inside: to read beside other threads, or to write alone."""
 
     claim: Claim
     what: str  # for messages: 'using("a")'
     thread: int = field(default_factory=threading.get_ident)
-    shared: bool = False  # whether reading is enough: asked anew while it waits, settled once it is inside
+    shared: bool = False  # whether reading is enough: may change while the thread waits, is fixed once it is inside
     nested: bool = False  # this thread was inside already
 
 
 _LOCK = threading.RLock()  # entered again where the garbage collector ends an abandoned `with` block under it
 _CHANGED = threading.Condition(_LOCK)
 _INSIDE: list[Hold] = []
-_WAITING: list[Hold] = []  # in the order in which they came
+_WAITING: list[Hold] = []  # in the order of asking
 
 
 def deadline(timeout: float | None) -> float | None:
-    """The time at which waiting ends; None for never. Raises ConfigError for what is no number of seconds."""
+    """The time at which waiting ends; None for never. Raises ConfigError for anything but a number of seconds."""
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0:
@@ -114,10 +112,10 @@ def deadline(timeout: float | None) -> float | None:
 
 
 def enter(hold: Hold, reads: Callable[[], bool] = bool, until: float | None = None) -> None:
-    """Wait for the hold's turn. It is shared if `reads()` is true at that time, else it stands alone.
+    """Wait for the hold's turn. The hold is shared if `reads()` is true at that time; otherwise it is exclusive.
 
-    Turns come in the order of asking among models that meet, so nobody starves; only who waits for a thread's own
-    holds is passed by that thread. `leave` must follow, also when this raises.
+    Among models that meet, turns come in the order of asking, so no thread starves. A thread that is inside already
+    passes those that wait for it. `leave` must follow, also when this raises.
 
     Raises DeltaStateError where the wait could not end: the thread would wait for its own shared hold, or two threads
     for each other; DeltaTimeoutError at the deadline.
@@ -153,7 +151,7 @@ def enter(hold: Hold, reads: Callable[[], bool] = bool, until: float | None = No
 
 
 def leave(hold: Hold) -> None:
-    """End the hold, whatever became of it; a second time does nothing. An interrupt comes through after that."""
+    """End the hold, waiting or inside; a second call does nothing. An interrupt is raised after the hold has ended."""
     interrupt: KeyboardInterrupt | None = None
     while True:
         try:
@@ -170,36 +168,34 @@ def leave(hold: Hold) -> None:
 
 
 def lower(hold: Hold) -> None:
-    """From writing alone to reading: others may read as well from now on."""
+    """Turn an exclusive hold into a shared one: other threads may read from now on."""
     with _LOCK:
         hold.shared = True
         _CHANGED.notify_all()
 
 
-@contextmanager
-def alone(claim: Claim, what: str, timeout: float | None = None) -> Iterator[Hold]:
+def alone(claim: Claim, what: str, timeout: float | None = None) -> AbstractContextManager[Hold]:
     """Keep every other thread's hold away for the length of a block. Raises as `enter` does."""
-    hold = Hold(claim, what)
-    try:
-        enter(hold, until=deadline(timeout))
-        yield hold
-    finally:
-        leave(hold)
+    return _held(Hold(claim, what), bool, timeout)
+
+
+def beside(claim: Claim, what: str) -> AbstractContextManager[Hold]:
+    """Keep writers away for the length of a block. Raises as `enter` does."""
+    return _held(Hold(claim, what), lambda: True, None)
 
 
 @contextmanager
-def beside(claim: Claim, what: str) -> Iterator[Hold]:
-    """Keep writers away for the length of a block. Raises as `enter` does."""
-    hold = Hold(claim, what)
+def _held(hold: Hold, reads: Callable[[], bool], timeout: float | None) -> Iterator[Hold]:
+    hold.thread = threading.get_ident()  # a block may begin in another thread than it was made in
     try:
-        enter(hold, lambda: True)
+        enter(hold, reads, deadline(timeout))
         yield hold
     finally:
         leave(hold)
 
 
 def _blockers(hold: Hold) -> list[Hold]:
-    """Whom a waiting hold waits for; nobody if its turn has come."""
+    """The holds that a waiting hold waits for; none if its turn has come."""
     inside, own = [], []
     for other in tuple(_INSIDE):
         if other.thread == hold.thread:
@@ -216,7 +212,7 @@ def _blockers(hold: Hold) -> list[Hold]:
 
 
 def _refuse_circle(hold: Hold) -> None:
-    """Raise DeltaStateError if somebody whom the hold waits for waits, perhaps through others, for its thread."""
+    """Raise DeltaStateError if a thread that the hold waits for waits, perhaps through others, for this thread."""
     asked = {other.thread: other for other in _WAITING}
     todo, seen = [hold], set[int]()
     while todo:
@@ -232,7 +228,7 @@ def _refuse_circle(hold: Hold) -> None:
 
 
 def _forked() -> None:
-    """In a forked process only the thread that forked goes on: the others' holds are gone with them."""
+    """In a forked process only the thread that forked goes on, so the holds of other threads are dropped."""
     global _LOCK, _CHANGED
     _LOCK = threading.RLock()
     _CHANGED = threading.Condition(_LOCK)

@@ -1,4 +1,4 @@
-"""Several named deltas on one model, one of them (or none) in place; threads that read it take turns."""
+"""Several named deltas on one model, of which one (or none) is in place; threads that read the model take turns."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
-from selectune.delta.delta import Delta
+from selectune.delta.file.content import Content
 from selectune.delta.file.fingerprint import unwrapped
-from selectune.delta.live import apply as live
 from selectune.delta.live import door
-from selectune.delta.live.apply import Layer, Write
+from selectune.delta.live.apply import layer_of, moved, undo, writes
+from selectune.delta.live.base_check import check_base, check_structure
 from selectune.delta.live.door import Claim, Hold
+from selectune.delta.live.layers import Layer, check_sharing, exclusive, forget_undone, ready, sharing, stack_of
 from selectune.delta.live.quick import SwitchPlan, look, plan_for, worth_it
-from selectune.delta.live.writing import write_all
+from selectune.delta.live.writing import Write, write_all
 from selectune.errors import ConfigError, DeltaStateError
 
 _SHELVES: WeakKeyDictionary[nn.Module, Shelf] = WeakKeyDictionary()
@@ -26,14 +27,14 @@ _SHELVES_LOCK = RLock()
 class Shelf:
     """Named deltas of one base model, switched in place: `st.switch(model, "a")`, `st.switch(model, None)`.
 
-    A switch reads and writes the scalars of the delta that leaves and of the one that comes, nothing else: O(B). It is
-    all or nothing, and the base comes back bit for bit. Within these scalars it notices what changed meanwhile and
-    refuses; a weight that no delta writes is not looked at. The shelf is found through the model, which keeps it
-    alive. The first switch to a name makes it ready for this model, which takes longer and about 28 bytes a scalar.
+    A switch reads and writes only the scalars of the old delta and of the new one: O(B). It is all or nothing, and the
+    base comes back bit for bit. If one of these scalars was changed by other means, the switch refuses; it does not
+    look at weights that no delta writes. The model keeps its shelf alive, and `switch` finds it there. The first switch
+    to a name prepares that delta for this model, which takes longer and needs about 28 bytes a scalar.
 
-    Threads may share a shelf. Whatever changes the model takes turns, so switches never mix and the base is never lost.
-    What a thread computes between two switches is another matter: only a `using` block keeps the delta in place until
-    the answer is there. Tasks of one asyncio loop are one thread here and do not exclude each other.
+    Threads may share a shelf. Those that change the model take turns, so switches never mix and the base is never lost.
+    But another thread may switch while a thread computes: only a `using` block keeps the delta in place until the
+    answer is there. Tasks of one asyncio loop are one thread here and do not exclude each other.
 
     Raises BaseMismatchError for a delta of another base, DeltaStateError if a tuner is attached, another delta is
     applied, the model has another shelf in use or shares weights with a model that has a shelf, ConfigError for names
@@ -48,33 +49,33 @@ class Shelf:
     (True, 'tuned')
     """
 
-    def __init__(self, model: nn.Module, deltas: Mapping[str, Delta]) -> None:
+    def __init__(self, model: nn.Module, deltas: Mapping[str, Content]) -> None:
         if not isinstance(deltas, Mapping):
             raise ConfigError(
                 f"a shelf takes {{name: delta}}, as load(path) returns them; got {type(deltas).__name__}."
             )
         for name, delta in deltas.items():
             _check_pair(name, delta)
-        with live.exclusive(model, "making a shelf") as hold:
-            found, stack = live.ready(model), live.stack_of(model)
-            live.forget_undone(stack, found)
+        with exclusive(model, "making a shelf") as hold:
+            found, stack = ready(model), stack_of(model)
+            forget_undone(stack, found)
             if stack:
                 raise DeltaStateError(
                     f"{stack[-1].label} is applied to this model; revert it (or switch to None) before deltas are "
                     f"shelved"
                 )
-            live.check_besides(model, hold.claim)
+            check_sharing(model, hold.claim)
             if deltas:
                 _check_other_shelves(model, hold.claim)
             self._stack = stack
-            self._deltas: dict[str, Delta] = {}
+            self._deltas: dict[str, Content] = {}
             self._plans: dict[str, SwitchPlan] = {}
             self._changing = RLock()
             own, plans = unwrapped(model), self._plans
             self._sight = (look(own), hold.claim)
             for delta in deltas.values():
-                live.check_structure(delta, found)
-                live.check_base(delta, found)
+                check_structure(delta, found)
+                check_base(delta, found)
             self._deltas = dict(deltas)
             # plans hold the model's tensors: they go with it
             self._model = ref(own, lambda _: plans.clear())
@@ -83,7 +84,7 @@ class Shelf:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that can be switched to, besides None."""
+        """The names of the deltas. None, the base, is not among them."""
         return tuple(self._deltas)
 
     @property
@@ -94,17 +95,17 @@ class Shelf:
 
     @contextmanager
     def using(self, name: str | None, timeout: float | None = None) -> Iterator[nn.Module]:
-        """The model with one delta in place (None: the base) for the length of a `with` block, whatever others do.
+        """The model with one delta in place (None: the base) for the length of a `with` block.
 
-        Threads that use the same name are inside together. A thread that asks for another name, or switches, waits
-        until they are gone, and who comes later queues behind it: turns come in the order of asking. Blocks of one
-        name may be nested in a thread. After the block the delta stays in place until another name is asked for. A
-        thread that was started inside the block needs no block of its own, and must not wait for one.
+        Threads that use the same name may be inside together. A thread that asks for another name, or switches, waits
+        until they have left, and later threads queue behind it: turns come in the order of asking. A thread may nest
+        blocks of one name. After the block the delta stays in place until somebody asks for another name. A thread that
+        was started inside the block needs no block of its own, and must not wait for one.
 
-        Entering costs a walk over the modules and a read of the delta's scalars, and a switch where another delta is in
-        place. Seconds of `timeout` limit the wait for other threads.
+        Entering costs a walk over the modules, a read of the delta's scalars, and a switch if another delta is in
+        place. `timeout` limits the wait for other threads, in seconds.
 
-        Raises as `switch` does; DeltaStateError where the block stands inside one of another name in this thread;
+        Raises as `switch` does; DeltaStateError if the block is inside one of another name in this thread;
         DeltaTimeoutError.
 
         >>> import torch
@@ -132,8 +133,8 @@ class Shelf:
         with door.alone(self._claim(model), f"a switch to {name!r}", timeout) as hold:
             self._switch(model, name, hold.claim)
 
-    def add(self, name: str, delta: Delta) -> None:
-        """Make one more delta known, checked as the shelf's first ones were; threads may be using others meanwhile.
+    def add(self, name: str, delta: Content) -> None:
+        """Add one more delta, checked as the shelf's first ones were; other threads may use the shelf at the same time.
 
         Raises ConfigError for a name that is taken or no string, BaseMismatchError for a delta of another base,
         DeltaStateError as the making of a shelf does.
@@ -141,14 +142,14 @@ class Shelf:
         _check_pair(name, delta)
         model = self._alive()
         with door.beside(self._claim(model), f"adding {name!r}") as hold:
-            found, stack = live.ready(model), list(self._stack)
+            found, stack = ready(model), list(self._stack)
             if stack and not self._holds(stack):
                 raise DeltaStateError(
                     f"{stack[-1].label} was applied to the model besides its shelf; revert it before deltas are added"
                 )
             _check_other_shelves(model, hold.claim)
-            live.check_structure(delta, found)
-            live.check_base(delta, found, under=stack)
+            check_structure(delta, found)
+            check_base(delta, found, under=stack)
             with self._changing:
                 if name in self._deltas:
                     raise ConfigError(
@@ -157,16 +158,16 @@ class Shelf:
                 self._deltas = {**self._deltas, name: delta}
 
     def remove(self, name: str) -> None:
-        """Forget a delta. If it is in place, threads that use it are waited for and the base comes back first.
+        """Forget a delta. If it is in place, wait for the threads that use it and bring the base back first.
 
         Raises ConfigError for an unknown name, DeltaStateError inside a block of this thread that uses the delta, and
-        as `switch` does where the base cannot come back; the delta is kept then.
+        as `switch` does if the base cannot come back; the shelf keeps the delta then.
         """
         model = self._alive()
         self._check_name(name)
         hold = Hold(self._claim(model), f"removing {name!r}")
         try:
-            # while others only read, what is in place stays: a delta that is not may go at once
+            # no writer is inside beside a reader, so a delta that is not in place can go at once
             door.enter(hold, lambda: all(layer.name != name for layer in tuple(self._stack)))
             with self._changing:
                 self._check_name(name)
@@ -191,35 +192,35 @@ class Shelf:
                     f"{hold.what} inside another block of this thread: the weights changed in that block, by other "
                     f"means than this shelf, and cannot be mended before it ends"
                 )
-            door.leave(hold)  # the weights are not what they should be: a switch mends or explains that
+            door.leave(hold)  # the weights do not hold the delta's values: a switch mends or explains that
             door.enter(hold, until=until)
         self._switch(model, name, hold.claim)
         door.lower(hold)
 
     def _in_place(self, name: str | None) -> bool:
-        """Whether the record says so. It changes in an exclusive hold only."""
+        """Whether the delta is in place according to the record, which changes in an exclusive hold only."""
         layers = tuple(self._stack)
         return not layers if name is None else self._holds(layers) and layers[0].name == name
 
     def _values_in_place(self, model: nn.Module, name: str | None, claim: Claim) -> bool:
-        """Whether the weights say so too, as far as the delta's scalars can tell."""
-        if live.besides(model, claim) is not None:
+        """Whether the delta is in place according to the weights that it writes."""
+        if sharing(model, claim) is not None:
             return False
         if name is None:
             return True
         plan = self._plans.get(name)
         if plan is not None and plan.seen == look(model):
             return plan.in_place()
-        return not live.moved(self._deltas[name], live.ready(model))
+        return not moved(self._deltas[name], ready(model))
 
     def _switch(self, model: nn.Module, name: str | None, claim: Claim) -> None:
         self._check_name(name)
-        live.check_besides(model, claim)
+        check_sharing(model, claim)
         if not self._switch_as_planned(model, name):
             self._switch_with_care(model, name, claim)
 
     def _switch_as_planned(self, model: nn.Module, name: str | None) -> bool:
-        """Switch if nothing unforeseen happened; False if something may have, and nothing was done."""
+        """Switch by the plans; False, with nothing done, unless they are certain to be right."""
         layers = tuple(self._stack)
         leaving = self._plans.get(layers[0].name) if self._holds(layers) else None
         coming = None if name is None else self._plans.get(name)
@@ -235,24 +236,24 @@ class Shelf:
         return True
 
     def _switch_with_care(self, model: nn.Module, name: str | None, claim: Claim) -> None:
-        """Switch and say exactly what is wrong if something is; what was learned is kept as a plan."""
-        found, stack = live.ready(model), self._stack
-        live.forget_undone(stack, found)
+        """Switch after a check of everything, with an exact message for each fault; keep the result as a plan."""
+        found, stack = ready(model), self._stack
+        forget_undone(stack, found)
         if stack and not self._holds(stack):
             raise DeltaStateError(
                 f"{stack[-1].label} was applied to the model besides its shelf; revert it before switching"
             )
         leaving: list[Write] = []
         if stack:
-            leaving = live.undo(self._deltas[stack[0].name], found, stack[0].olds)
+            leaving = undo(self._deltas[stack[0].name], found, stack[0].olds)
         coming: list[Write] = []
         layer: Layer | None = None
         if name is not None:
             delta = self._deltas[name]
-            live.check_structure(delta, found)
-            live.check_base(delta, found, under=stack)
-            coming = live.writes(delta, found, under=stack)
-            layer = live.layer_of(delta, coming, claim, name)
+            check_structure(delta, found)
+            check_base(delta, found, under=stack)
+            coming = writes(delta, found, under=stack)
+            layer = layer_of(delta, coming, claim, name)
             self._plans.pop(name, None)
             if worth_it(coming, found):
                 self._plans[name] = plan_for(delta, look(model), found, coming, layer)
@@ -262,7 +263,7 @@ class Shelf:
         own = self._deltas.get(stack[0].name) if len(stack) == 1 else None
         return own is not None and own.digest == stack[0].digest
 
-    # --- what is asked for ----------------------------------------------------------------------------------
+    # --- checks ---------------------------------------------------------------------------------------------
 
     def _alive(self) -> nn.Module:
         model = self._model()
@@ -277,10 +278,10 @@ class Shelf:
             )
 
     def _claim(self, model: nn.Module) -> Claim:
-        """The model's claim as it stands; raises DeltaStateError if a tuner is attached or tensors have no data."""
+        """The model's present claim; raises DeltaStateError if a tuner is attached or tensors have no data."""
         seen, (before, claim) = look(model), self._sight
         if seen != before:
-            live.ready(model)
+            ready(model)
             claim = door.claim_of(model)
             self._sight = (seen, claim)
         return claim
@@ -292,15 +293,15 @@ class Shelf:
 def switch(model: nn.Module, name: str | None, timeout: float | None = None) -> None:
     """Put the named delta of the model's shelf in place of the present one; None brings the base back. O(B).
 
-    Threads may call it at once: they take turns, and a switch waits for those that are inside a `using` block, at most
-    for `timeout` seconds. But as soon as it has returned another thread may switch again, also while a forward pass of
-    this one is running, whose answer is then torn between two deltas. A thread that needs the answer of one delta
-    reads through the door: `with shelf.using(name): answer = model(x)`.
+    Threads that switch take turns, and a switch waits for threads inside a `using` block, at most for `timeout`
+    seconds. But as soon as it has returned another thread may switch again, also while a forward pass of this thread is
+    running, which then mixes two deltas. A thread that needs the answer of one delta uses a block:
+    `with shelf.using(name): answer = model(x)`.
 
     Raises ConfigError for an unknown name (listing the known ones), DeltaStateError if the model has no shelf, a tuner
-    is attached, a delta was applied besides the shelf, the present delta's values moved, or this thread is inside a
-    `using` block; DeltaTimeoutError; BaseMismatchError if the base changed where the coming delta writes. Then nothing
-    was changed. Changes elsewhere are not seen: that would take a read of all weights
+    is attached, a delta was applied without the shelf, the present delta's values moved, or this thread is inside a
+    `using` block; DeltaTimeoutError; BaseMismatchError if the base changed where the new delta writes. Then nothing was
+    changed. It does not see changes elsewhere, which would take a read of all weights
     (`delta.verify(model, full=True)`).
 
     >>> import torch
@@ -319,7 +320,7 @@ def switch(model: nn.Module, name: str | None, timeout: float | None = None) -> 
 
 
 def _check_pair(name: object, delta: object) -> None:
-    if not isinstance(name, str) or not name or not isinstance(delta, Delta):
+    if not isinstance(name, str) or not name or not isinstance(delta, Content):
         raise ConfigError(
             f"a shelf takes {{name: delta}}, as load(path) returns them; got {name!r}: {type(delta).__name__}."
         )

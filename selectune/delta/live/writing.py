@@ -4,42 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from selectune import bits
 from selectune.errors import DeltaStateError
-
-SHOWN = 5
-"""How many offending tensors a message names."""
+from selectune.files.reading import some
 
 TRIES = 3
-"""How often a write is repeated that fails while what was there before is put back."""
-
-
-class Writing(Protocol):
-    """A write: `do(new)` makes it and `do(old)` takes it back."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def new(self) -> Tensor: ...
-    @property
-    def old(self) -> Tensor: ...
-    def do(self, values: Tensor) -> None: ...
-    def holds(self, values: Tensor) -> bool: ...
+"""How often a write is repeated that fails while the old values are put back."""
 
 
 @dataclass(frozen=True, eq=False)
 class Write:
-    """One write: where, what, and what was there before."""
+    """New values for a tensor, or for some of its entries, and the values that they replace."""
 
     name: str
     tensor: Tensor
     indices: Tensor | None  # None: the whole tensor
     new: Tensor
     old: Tensor
+
+    @property
+    def now(self) -> Tensor:
+        """The values that are there at present."""
+        return self.tensor if self.indices is None else bits.gather(self.tensor, self.indices)
 
     def do(self, values: Tensor) -> None:
         """Put `values` there."""
@@ -48,18 +38,18 @@ class Write:
         else:
             bits.scatter(self.tensor, self.indices, values)
 
-    def holds(self, values: Tensor) -> bool:
-        """Whether `values` are there."""
-        return bits.same_bits(self.tensor if self.indices is None else bits.gather(self.tensor, self.indices), values)
+    def reversed(self) -> Write:
+        """The write that takes this one back."""
+        return Write(self.name, self.tensor, self.indices, self.old, self.new)
 
 
-def write_all(made: Sequence[Writing], record: list[Any], after: Sequence[Any]) -> None:
+def write_all(made: Sequence[Write], record: list[Any], after: Sequence[Any]) -> None:
     """Do all writes and make `record` hold `after`, or, if anything fails, leave both as they were.
 
-    A write that fails while it is put back is tried again, and the others are put back whatever becomes of it. Raises
-    DeltaStateError, from the first error, if a tensor could not be put back.
+    A write that fails while it is taken back is tried again, and the others are taken back in any case. Raises
+    DeltaStateError, from the first error, if the old values of a tensor could not be put back.
     """
-    begun: list[Writing] = []
+    begun: list[Write] = []
     before = list(record)
     try:
         for write in made:
@@ -71,13 +61,13 @@ def write_all(made: Sequence[Writing], record: list[Any], after: Sequence[Any]) 
         lost = _put_back(begun)
         if lost:
             raise DeltaStateError(
-                f"writing failed, and so did putting back what was there, in {', '.join(lost[:SHOWN])}: the model is "
+                f"writing failed, and so did putting back what was there, in {some(lost, ', ')}: the model is "
                 f"neither what it was nor what it should be; load its weights again"
             ) from error
         raise
 
 
-def _put_back(begun: Sequence[Writing]) -> list[str]:
+def _put_back(begun: Sequence[Write]) -> list[str]:
     lost = []
     for write in reversed(begun):
         for left in reversed(range(TRIES)):
@@ -85,6 +75,6 @@ def _put_back(begun: Sequence[Writing]) -> list[str]:
                 write.do(write.old)
                 break
             except BaseException:  # noqa: BLE001  an interrupt too: half of a delta is worse than a late stop
-                if not left and not write.holds(write.old):
+                if not left and not bits.same_bits(write.now, write.old):
                     lost.append(f'"{write.name}"')
     return lost

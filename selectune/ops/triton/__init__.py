@@ -1,10 +1,10 @@
-"""Triton kernels for CUDA, one file per op; also run on the CPU under TRITON_INTERPRET=1, which tests them.
+"""Triton kernels for CUDA, one file per op. Under TRITON_INTERPRET=1 they run on the CPU, where they are tested.
 
-Triton is no dependency: without it, `backend` never gets here. Kernels compute addresses in int64 and
+Triton is an optional dependency; without it, `backend` never imports this room. Kernels compute addresses in int64 and
 mask every dimension that can overrun.
 
 sampled_matmul, score_filter, scatter_values, adamw_step: the ops of these names
-language: triton where it is installed, a stand-in where it is not
+language: triton if it is installed, or else a stand-in
 """
 
 from selectune.ops.triton.adamw_step import adamw_step

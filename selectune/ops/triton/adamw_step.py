@@ -20,7 +20,7 @@ def adamw_step(
         reference.adamw_step(values, gradient, m, v, ages, step, lr, beta1, beta2, eps, weight_decay)
         return
     wide = bits.wide(values.dtype)
-    # numbers travel as a tensor: a kernel argument would be rounded to float32
+    # the numbers are passed as a tensor, since a kernel argument would be rounded to float32
     numbers = [1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, lr, 1 - beta1**step, (1 - beta2**step) ** 0.5]
     real = torch.tensor(numbers, dtype=wide).to(values.device)
     tables = [1 - reference.powers(b, step, torch.float64) for b in (beta1, beta2)] if ages is not None else [real] * 2

@@ -1,4 +1,4 @@
-"""Triton where it is installed; a stand-in where it is not, so that these modules can always be imported."""
+"""Triton if it is installed, or else a stand-in, so that these files can always be imported."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ tl: Any = importlib.import_module("triton.language") if AVAILABLE else None
 
 
 def jit(function: Any) -> Any:
-    """`triton.jit`, or the function unchanged where there is no Triton to compile it."""
+    """`triton.jit`, or the function unchanged if Triton is not installed."""
     return triton.jit(function) if AVAILABLE else function
 
 
 def interpreted() -> bool:
-    """Whether kernels run on the CPU, operation by operation (TRITON_INTERPRET=1): then blocks are small."""
+    """Whether kernels run on the CPU, operation by operation (TRITON_INTERPRET=1), where blocks should be small."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -31,5 +31,5 @@ def block(compiled: int, small: int) -> int:
 
 
 def accumulator(dtype: torch.dtype) -> Any:
-    """What sums of operands of this dtype are kept in, in Triton's words."""
+    """Triton's dtype for sums of operands of this dtype."""
     return tl.float64 if dtype == torch.float64 else tl.float32

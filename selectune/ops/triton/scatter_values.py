@@ -11,7 +11,7 @@ from selectune.ops.triton.language import block, jit, tl, triton
 
 
 def scatter_values(weight: Tensor, flat: Tensor, values: Tensor, slots: Tensor) -> None:
-    """`reference.scatter_values` in one pass; strided weights take the reference's way."""
+    """`reference.scatter_values` in one pass; for strided weights it calls the reference."""
     if not weight.is_contiguous() or values.device != weight.device:
         reference.scatter_values(weight, flat, values, slots)
         return
@@ -29,7 +29,7 @@ def scatter_values_kernel(weight, flat, values, slots, k, BFLOAT16: tl.constexpr
     at = tl.load(flat + entry, mask=inside, other=0).to(tl.int64)
     slot = tl.load(slots + entry, mask=inside, other=0).to(tl.int64)
     value = tl.load(values + slot, mask=inside, other=0.0)
-    if BFLOAT16:  # by hand: the interpreter's own cast loses the carry
+    if BFLOAT16:  # rounded by hand, since the interpreter's cast loses the carry
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(value == value, rounded, 0x7FC0)

@@ -15,7 +15,7 @@ KINDS = {0.0: 0, 1.0: 1, 2.0: 2}
 def score_filter(
     weight: Tensor, gradient: Tensor, exp: float, eps: float, cutoff: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.score_filter`: candidates are written through one counter, then put in order.
+    """`reference.score_filter`: one counter gives every candidate a place; the result is sorted afterwards.
 
     The counter is read once, to size the answer; a call that finds more than its buffer holds is
     repeated with one that is large enough.
@@ -26,7 +26,7 @@ def score_filter(
     real = torch.tensor([exp, eps, cutoff], dtype=torch.float64).to(weight.device)
     size = block(1024, 128)
     while True:
-        state = torch.zeros(2, dtype=torch.int64, device=weight.device)  # how many; whether one is not finite
+        state = torch.zeros(2, dtype=torch.int64, device=weight.device)  # the count; whether a score is not finite
         positions = torch.empty(room, dtype=torch.int64, device=weight.device)
         scores = torch.empty(room, dtype=wide, device=weight.device)
         if n:

@@ -1,5 +1,5 @@
-"""Tasks that are generated here, so that a demo needs neither data nor network.
+"""Generated tasks, so that a demo needs neither data nor network.
 
-topic  what is a sentence about?
+topic  the topic of a sentence
 words  the words of that task
 """

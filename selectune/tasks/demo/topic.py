@@ -1,8 +1,8 @@
-"""A generated task of meaning: what is a sentence about, animals, weather, music, or one of nine more?
+"""A generated task of meaning: is a sentence about animals, weather, music, or one of nine other topics?
 
-"Our guest dreamed of the trumpet." Every sentence is made here. No noun of the validation split is seen in training, so
-a model must know what kind of thing a trumpet is. The trunk of a small pretrained encoder does; what is learnt is to
-ask it. Some topics lie close together (animals and birds, food and drinks), so not all is told apart at once.
+An example is "Our guest dreamed of the trumpet." No noun of the validation split occurs in training, so a model must
+know already that a trumpet is about music. The trunk of a small pretrained encoder knows it; training only has to use
+that. Some topics are close to each other (animals and birds, food and drinks), so the task is not learned at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def generate(split: str, seed: int = SEED) -> Sequence[Mapping[str, Any]]:
 
 
 def _sentence(words: Topics, topic: str, rng: random.Random) -> str:
-    """Somebody did something with one or two things of a topic."""
+    """A sentence about one or two things of a topic."""
     first, second = rng.sample(words[topic], 2)
     opening = f"{rng.choice(PEOPLE)} {rng.choice(VERBS)} the {first}"
     return f"{opening} and the {second}." if rng.random() < 0.5 else f"{opening}."

@@ -1,4 +1,4 @@
-"""The words of the generated task: what the validation split uses, the training split never shows."""
+"""The words of the generated task. The training split never shows a noun of the validation split."""
 
 from __future__ import annotations
 

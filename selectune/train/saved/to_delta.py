@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune import ops
-from selectune.delta import Delta, Dense, Patch, canonical_name, digest_bits, model_info, module_of, versions
+from selectune.delta import Delta, Dense, Patch, adapter_of, canonical_name, digest_bits, model_info, versions
 from selectune.errors import ConfigError, NonFiniteError, NothingTrainedError, ScopeError
 from selectune.scope import ScopedTensor
 from selectune.train.engine import Engine
@@ -38,7 +38,8 @@ def delta_of(
         "budget": engine.budget if found.tensors and engine.schedule is not None and engine.schedule.keeps else None,
         "base": base_of(model, ledger, before, base, full),
     }
-    made = {"module": module_of(model), "model": model_info(model)}
+    adapter = adapter_of(model)
+    made = {"module": None if adapter is None else adapter.info, "model": model_info(model)}
     info |= {key: value for key, value in made.items() if value is not None}
     info = _with_more({**info, "versions": versions()}, more)
     ranks = _ranks(ledger) if order else {}
