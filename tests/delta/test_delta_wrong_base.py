@@ -47,7 +47,7 @@ def delta_of(seed: int, full: bool = False, tensors: tuple[str, ...] | None = No
     found = diff(base, trained(base, seed, tensors))
     fresh = ("head.weight", "head.bias")
     info = {**found.info, "base": base_info(base, id="tiny", revision="1", seed=0, initialised=fresh, full=full)}
-    return Delta(found.patches, found.whole, info)
+    return Delta(found.patches, found.dense, info)
 
 
 def one_ulp(model: nn.Module, name: str, at: int) -> nn.Module:
