@@ -8,10 +8,14 @@ import gc
 import resource
 import sys
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from selectune.internals import TorchDispatchMode, tree_iter
 
 MIB = 1 << 20
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -58,6 +62,37 @@ class Memory:
             torch.cuda.empty_cache()
         else:
             give_back()
+
+
+class Storages(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, while they live."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = known  # addresses of storages that are there already, and of those alive
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, Tensor):
+                self._add(value)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
 
 
 def wait(device: str) -> None:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from selectune.adapters import KINDS, LINEARS, Spec, linears, make, parse, put_on, two_rates
+from selectune.bench.workload import input_gradients
 from selectune.errors import ConfigError, ModelError, did_you_mean
 from selectune.method import Method
 from selectune.models.adapted import peer, spec_of
@@ -100,16 +101,6 @@ def check(name: str) -> None:
         )
 
 
-def plannable(name: str) -> None:
-    """Raises ConfigError for a method whose memory cannot be predicted."""
-    if name not in (DENSE, FLOOR) and not is_ours(name):
-        known = [*RECIPES, FLOOR]
-        raise ConfigError(
-            f"--method {name}: only selectune's methods, {DENSE} and {FLOOR} can be planned. "
-            f"Known: {', '.join(known)}.{_meant(name, known)}"
-        )
-
-
 def _meant(name: str, known: Sequence[str]) -> str:
     return did_you_mean(base_of(name).lower().replace("_", "-"), known)
 
@@ -187,9 +178,7 @@ def full(model: nn.Module, plan: Plan) -> Ready:
 def frozen(model: nn.Module, plan: Plan) -> Ready:
     """The floor: nothing is trained, the gradient runs back to the embeddings' output."""
     del plan
-    model.requires_grad_(False)
-    embeddings: Any = cast(Any, model).get_input_embeddings()
-    embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    input_gradients(model)
     return Ready(None, lambda: 0, lambda folder: 0, note="forward and input gradients only")
 
 

@@ -97,9 +97,9 @@ def planned(found: dict[str, Any]) -> str:
     """A prediction as text: the items of the peak, then what else was asked."""
     mib = 1 << 20
     items = (
-        ("weights", "weights"), ("saved", "saved for backward"), ("backward", "backward besides"),
-        ("gradient", "dense gradient"), ("values", "values"), ("values_gradient", "their gradient"),
-        ("optimizer", "optimizer state"), ("ledger", "positions, slots, base values"), ("workspace", "scoring"),
+        ("weights", "weights"), ("saved", "saved for backward"), ("backward", "backward in addition"),
+        ("gradient", "dense gradients"), ("values", "offsets"), ("optimizer", "optimizer state"),
+        ("ledger", "positions, slots, base values"), ("workspace", "scoring"),
         ("peak", "peak"), ("above_model", "peak above the model"),
     )  # fmt: skip
     lines = [f"{label:<30} {found[key] / mib:>12,.1f} MiB" for key, label in items]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,13 @@ def batches(bench: Bench, config: Any, count: int = 4) -> list[dict[str, Tensor]
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         found.append({name: tensor.to(bench.device) for name, tensor in batch.items()})
     return found
+
+
+def input_gradients(model: nn.Module) -> None:
+    """Nothing is trained, and the gradient runs back to the embeddings' output: the least that a step can cost."""
+    model.requires_grad_(False)
+    embeddings: Any = cast(Any, model).get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
 
 @contextlib.contextmanager
