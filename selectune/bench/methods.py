@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
 import math
-import sys
-import time
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -18,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune.adapters import KINDS, LINEARS, Spec, linears, make, parse, put_on, two_rates
-from selectune.bench.workload import input_gradients
+from selectune.bench.workload import Bench, input_gradients
 from selectune.errors import ConfigError, ModelError, did_you_mean
 from selectune.method import Method
 from selectune.models.adapted import peer, spec_of
@@ -35,8 +32,8 @@ EXAMPLES = 16  # single examples, or mini-batches, that a calibrated method gets
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a method is told: how many scalars, over how many steps, and the data it may look at."""
+class Conditions:
+    """What a method is set up for: the number of scalars and steps, and data that it may read."""
 
     budget: int | float
     steps: int
@@ -55,7 +52,7 @@ class Ready:
     undo: Callable[[], None] | None = None
     model: nn.Module | None = None  # in place of the one that was given
     after_step: Callable[[int], None] | None = None  # with the step's number, before gradients are dropped
-    select_s: list[float] = field(default_factory=list)  # seconds of selections, where a peer's own can be timed
+    select_s: list[float] = field(default_factory=list)  # seconds of selections, where a peer's can be timed
     note: str = ""
 
 
@@ -108,8 +105,7 @@ def _meant(name: str, known: Sequence[str]) -> str:
 def needs(name: str) -> str | None:
     """The package and version that a peer comes from; None for ours. ModelError where it is not installed."""
     kind = KINDS.get((parts(name)[1] or name).partition(":")[0])
-    package = "peft" if kind is not None and kind.peft else None
-    package = "selective-optimizers" if name.startswith("toolkit-") else package
+    package = "peft" if kind is not None and kind.peft else PEERS[name].package if name in PEERS else None
     if package is None:
         return None
     try:
@@ -120,12 +116,18 @@ def needs(name: str) -> str | None:
         ) from error
 
 
-def set_up(name: str, model: nn.Module, plan: Plan) -> Ready:
+def set_up(name: str, model: nn.Module, given: Conditions) -> Ready:
     """Puts a method on a model: what is timed as its initialisation."""
     check(name)
     if is_ours(name):
-        return ours(name, model, plan)
-    return PEERS[name](model, plan) if name in PEERS else module(name, model, plan)
+        return ours(name, model, given)
+    return PEERS[name].start(model, given) if name in PEERS else module(name, model, given)
+
+
+def prepare(name: str, model: nn.Module, batch: dict[str, Tensor], bench: Bench) -> None:
+    """What a peer does once on a model, and what is not timed."""
+    if name in PEERS and (first := PEERS[name].prepare) is not None:
+        first(model, batch, bench)
 
 
 def recipe(name: str, budget: int | float, steps: int) -> Method:
@@ -138,15 +140,15 @@ def recipe(name: str, budget: int | float, steps: int) -> Method:
     return chosen.make(budget if "budget" in takes else None, steps, **offered)
 
 
-def ours(name: str, model: nn.Module, plan: Plan) -> Ready:
-    method, on = recipe(name, plan.budget, plan.steps), parts(name)[1]
-    adapted = put_on(model, on, plan.seed) if on else None
+def ours(name: str, model: nn.Module, given: Conditions) -> Ready:
+    method, on = recipe(name, given.budget, given.steps), parts(name)[1]
+    adapted = put_on(model, on, given.seed) if on else None
     model = adapted.model if adapted else model
-    rows = [{k: v[i] for k, v in b.items()} for b in plan.batches for i in range(len(b["input_ids"]))]
-    batch = len(plan.batches[0]["input_ids"])
+    rows = [{k: v[i] for k, v in b.items()} for b in given.batches for i in range(len(b["input_ids"]))]
+    batch = len(given.batches[0]["input_ids"])
     rows = [rows[i % len(rows)] for i in range(EXAMPLES * batch)]
-    read = calibration(model, method.score, rows, _stacked, batch, plan.seed)
-    tuner = attach(model, method, seed=plan.seed, **read)
+    read = calibration(model, method.score, rows, _stacked, batch, given.seed)
+    tuner = attach(model, method, seed=given.seed, **read)
 
     def undo() -> None:
         tuner.detach()
@@ -168,24 +170,24 @@ def _stacked(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def full(model: nn.Module, plan: Plan) -> Ready:
+def full(model: nn.Module, given: Conditions) -> Ready:
     """Plain full fine-tuning: AdamW over everything."""
-    del plan
+    del given
     total = sum(p.numel() for p in model.parameters())
     return Ready(_adamw(model.parameters()), lambda: total, lambda folder: _bytes_of(model))
 
 
-def frozen(model: nn.Module, plan: Plan) -> Ready:
+def frozen(model: nn.Module, given: Conditions) -> Ready:
     """The floor: nothing is trained, the gradient runs back to the embeddings' output."""
-    del plan
+    del given
     input_gradients(model)
     return Ready(None, lambda: 0, lambda folder: 0, note="forward and input gradients only")
 
 
-def module(name: str, model: nn.Module, plan: Plan) -> Ready:
+def module(name: str, model: nn.Module, given: Conditions) -> Ready:
     """A module trained whole by plain AdamW: LoRA and its kin as peft has them, adapters of our own."""
     needs(name)
-    adapted = put_on(model, _spec(name, model, plan.budget), plan.seed, steps=plan.steps, record=False)
+    adapted = put_on(model, _spec(name, model, given.budget), given.seed, steps=given.steps, record=False)
     trained = [p for p in adapted.model.parameters() if p.requires_grad]
     ratio = adapted.spec.options.get("ratio")
     optimizer = _adamw(trained) if ratio is None else two_rates(adapted.model, LEARNING_RATE, float(ratio), 0.0)
@@ -214,59 +216,32 @@ def _spec(name: str, model: nn.Module, budget: int | float) -> Spec:
     return make(given.kind, options)
 
 
-def _toolkit(kind: str) -> Callable[[nn.Module, Plan], Ready]:
-    def start(model: nn.Module, plan: Plan) -> Ready:
-        needs(f"toolkit-{kind}")
-        wrap = importlib.import_module("selective_optimizers.wrap")
-        store = importlib.import_module("selective_optimizers.load_store")
-        budget = resolve_budget(plan.budget, sum(p.numel() for p in model.parameters()))
-        more: dict[str, Any] = {"max_steps": plan.steps, "eps": 1.0, "exp": 2.0} if kind == "id3" else {}
-        cls = wrap.get_selective_optimizer(torch.optim.AdamW, kind)
-        with contextlib.redirect_stdout(sys.stderr):
-            optimizer = cls(_reached(model), lr=LEARNING_RATE, budget=budget, verify=False, **more)
-        ready = Ready(optimizer, optimizer.get_budget_used, lambda folder: 0)
-        ready.note = "verify=False: its copy of all weights on disk is left out"
-        update = optimizer.update_chosen
+@dataclass(frozen=True)
+class Peer:
+    """A method that is not selectune's: how it is set up, and the package that it comes from."""
 
-        def timed() -> None:
-            began = time.perf_counter()
-            update()
-            _wait(model)
-            ready.select_s.append(time.perf_counter() - began)
-
-        def save(folder: Path) -> int:
-            store.write_summary_to_disk(str(folder / "summary.pt"), optimizer.get_summary(model))
-            return (folder / "summary.pt").stat().st_size
-
-        if kind == "id3":
-            optimizer.update_chosen = timed
-            ready.selecting = lambda: True
-        ready.save = save
-        return ready
-
-    return start
+    start: Callable[[nn.Module, Conditions], Ready]
+    package: str | None = None
+    prepare: Callable[[nn.Module, dict[str, Tensor], Bench], None] | None = None  # once a model, before its set-up
+    dense: bool = True  # whether it keeps optimizer state of every weight
 
 
-def _reached(model: nn.Module) -> list[nn.Parameter]:
-    """The toolkit asks for a gradient of every parameter it is given; those that never get one are left out."""
-    unused = getattr(model, "_bench_unreached", set())
-    return [p for name, p in model.named_parameters() if name not in unused]
+PEERS = {DENSE: Peer(full), FLOOR: Peer(frozen, dense=False)}
 
 
-def note_unreached(model: nn.Module, backward: Callable[[], None]) -> None:
-    """Runs one backward pass and remembers which parameters get no gradient in it."""
-    backward()
-    model._bench_unreached = {n for n, p in model.named_parameters() if p.grad is None}  # pyright: ignore
-    model.zero_grad(set_to_none=True)
+def join(path: str | None) -> None:
+    """Adds peers from a Python file that defines PEERS, as benchmarks/peers.py does.
 
-
-PEERS: dict[str, Callable[[nn.Module, Plan], Ready]] = {
-    DENSE: full,
-    FLOOR: frozen,
-    "toolkit-id3": _toolkit("id3"),
-    "toolkit-pafi": _toolkit("pafi"),
-    "toolkit-bitfit": _toolkit("bitfit"),
-}
+    Raises ConfigError where the file cannot be read or has none.
+    """
+    if path is None:
+        return
+    try:
+        PEERS.update(runpy.run_path(path)["PEERS"])
+    except (OSError, KeyError) as error:
+        raise ConfigError(
+            f"{path}: no Python file that defines PEERS, a dict of selectune.bench.methods.Peer."
+        ) from error
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -275,9 +250,3 @@ def _adamw(parameters: Any) -> torch.optim.Optimizer:
 
 def _bytes_of(model: nn.Module) -> int:
     return sum(math.prod(p.shape) * p.element_size() for p in model.parameters())
-
-
-def _wait(model: nn.Module) -> None:
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -45,8 +45,10 @@ class Settings:
     timeout: float = 900.0  # seconds for one answer of a worker
     threads: int | None = None
     live: bool = True  # also measure memory without the C library's free lists (CPU, Linux)
+    peers: str | None = None  # a Python file with further peers (`methods.join`), which workers read too
 
     def __post_init__(self) -> None:
+        methods.join(self.peers)
         if self.bench.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: torch sees no GPU here. Use --device cpu.")
         if not self.methods:
@@ -94,7 +96,7 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, encoding="utf-8",
             env={**os.environ, **(env or {})},
         )  # fmt: skip
-        self.ask(do="warm", method=method, bench=asdict(settings.bench), threads=settings.threads)
+        self.ask(do="warm", method=method, bench=asdict(settings.bench), threads=settings.threads, peers=settings.peers)
 
     def load(self, planned: int) -> Worker:
         """Builds the model and puts the method on it, for so many steps."""
@@ -257,7 +259,7 @@ def _fits(settings: Settings) -> str:
         p.numel() * p.element_size()
         for p in build(config_of(settings.bench.model), DTYPES[settings.bench.dtype], "meta").parameters()
     )
-    dense = {n for n in settings.methods if n == methods.DENSE or n.startswith("toolkit-")}
+    dense = {name for name, peer in methods.PEERS.items() if peer.dense}
     idle = sum(weights * (4 if name in dense else 2) for name in settings.methods)
     free = available()
     if settings.bench.device == "cuda":

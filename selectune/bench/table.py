@@ -1,11 +1,9 @@
-"""Rows as text: the columns of the papers' efficiency table, and the verdicts on the bars."""
+"""Rows as text: the columns of the papers' efficiency table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-
-from selectune.bench.bars import Verdict
 
 COLUMNS = (
     "method", "init s", "update s", "step s", "spread", "/full", "/frozen", "/lora", "peak MiB", "live MiB",
@@ -61,16 +59,6 @@ def notes(report: dict[str, Any]) -> list[str]:
     if any(row.get("exact_memory") is False for row in report["rows"]):
         found.append("peak memory is that of the whole process: this system does not let it be reset")
     return found
-
-
-def verdict_cells(verdict: Verdict) -> list[str]:
-    """One verdict as cells."""
-    kept = {True: "kept", False: "MISSED", None: "not measured"}[verdict.kept]
-    value = verdict.problem or ("-" if verdict.value is None else f"{verdict.value:.2f}")
-    return [verdict.what, verdict.method, value, f"<= {verdict.limit:g}", f"{verdict.reach:g}", kept]
-
-
-VERDICT_COLUMNS = ("bar", "method", "value", "limit", "reach for", "")
 
 
 def plain(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -39,14 +39,12 @@ class Measured:
         self.weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self.batches = batches(bench, self.config)
         self.copy_s = copy_seconds(self.model, bench.device)
-        if method.startswith("toolkit-"):
-            one = {name: tensor[:1] for name, tensor in self.batches[0].items()}
-            methods.note_unreached(self.model, lambda: loss_of(self.model, one, bench).backward())
+        methods.prepare(method, self.model, self.batches[0], bench)
         self.memory = Memory(bench.device)
         self.loaded = self.memory.now()
         self.memory.reset()
         self.init_s: list[float] = []
-        self.plan = methods.Plan(budget, steps, bench.seed, self.batches)
+        self.given = methods.Conditions(budget, steps, bench.seed, self.batches)
         self.ready = self._set_up()
         while self.ready.undo is not None and len(self.init_s) < INITS:
             self.ready.undo()
@@ -57,7 +55,7 @@ class Measured:
     def _set_up(self) -> methods.Ready:
         wait(self.bench.device)
         began = time.perf_counter()
-        ready = methods.set_up(self.method, self.model, self.plan)
+        ready = methods.set_up(self.method, self.model, self.given)
         wait(self.bench.device)
         self.init_s.append(time.perf_counter() - began)
         return ready
@@ -126,9 +124,8 @@ def rehearse(method: str, bench: Bench) -> None:
     config = config_of("rehearsal")
     model = prepare(small, config)
     found = batches(small, config, 2)
-    if method.startswith("toolkit-"):
-        methods.note_unreached(model, lambda: loss_of(model, found[0], small).backward())
-    ready = methods.set_up(method, model, methods.Plan(0.002, 2, bench.seed, found))
+    methods.prepare(method, model, found[0], small)
+    ready = methods.set_up(method, model, methods.Conditions(0.002, 2, bench.seed, found))
     for batch in found:
         loss_of(ready.model or model, batch, small).backward()
         if ready.optimizer is not None:
@@ -141,6 +138,7 @@ def answer(state: dict[str, Measured], command: dict[str, Any]) -> dict[str, Any
     if command["do"] == "warm":
         if command["threads"]:
             torch.set_num_threads(command["threads"])
+        methods.join(command.get("peers"))
         methods.needs(command["method"])
         rehearse(command["method"], Bench(**command["bench"]))
         return {}

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from selectune.bench.configs import CONFIGS
 from selectune.cli import values
@@ -18,11 +15,11 @@ from selectune.cli.output import stderr, working
 from selectune.errors import ConfigError
 
 EXAMPLES = (
-    "Examples:  selectune bench --methods full,frozen,lora,id3,id3:every=10 --bars\n\n"
+    "Examples:  selectune bench --methods full,frozen,lora,id3,id3:every=10\n\n"
     "selectune bench --model minilm --methods full,frozen,pafi --budget 5% --json bench.json\n\n"
-    "Exit codes: 0 done, 1 a method of ours failed or a bar was missed, 2 usage error"
+    "Exit codes: 0 done, 1 a method of ours failed, 2 usage error"
 )
-METHODS = "full,frozen,lora,dora,super,shira,toolkit-id3,toolkit-pafi,bitfit,pafi,static-d3,random,id3,id3:every=10"
+METHODS = "full,frozen,lora,dora,super,shira,bitfit,pafi,static-d3,random,id3,id3:every=10"
 
 
 def bench(
@@ -39,7 +36,7 @@ def bench(
         str | None,
         typer.Option(
             "--on",
-            help="Put a module under each selective method, such as lora:r=8; id3+lora:r=8 under one.",
+            help="Let each selective method select from an adapter: lora:r=8. id3+lora:r=8 does so for one.",
             show_default=False,
         ),
     ] = None,
@@ -59,15 +56,12 @@ def bench(
         bool, typer.Option("--live/--no-live", help="Also measure memory without the C library's free lists (CPU).")
     ] = True,
     timeout: Annotated[float, typer.Option(help="Seconds after which a silent method has failed.")] = 900.0,
-    bars: Annotated[bool, typer.Option("--bars", help="Judge the run by the project's bars; 1 if one is missed.")] = (
-        False
-    ),
     out: Annotated[
         str | None, typer.Option("--json", help="Write the rows as JSON to this file; - is stdout.", show_default=False)
     ] = None,
 ) -> None:
     """Measure methods side by side: seconds of a step, peak memory, bytes shipped; ours and others', random weights."""
-    from selectune.bench import bars as judging
+    from selectune.bench import table
     from selectune.bench.methods import DENSE, FLOOR, is_ours
     from selectune.bench.rounds import Settings
     from selectune.bench.rows import run
@@ -82,37 +76,14 @@ def bench(
     console = stderr()
     with working():
         report = run(settings, lambda text: console.print(text, style="dim", markup=False))
-    verdicts = judging.judge(report) if bars else []
-    if bars:
-        report["bars"] = [verdict.as_json() for verdict in verdicts]
     text = json.dumps(report, indent=2, allow_nan=False)
     if out == "-":
         typer.echo(text)
     elif out is not None:
         Path(out).write_text(text + "\n", encoding="utf-8")
-    _show(report, verdicts, on_stderr=out == "-")
+    columns = [table.cells(row) for row in report["rows"]]
+    shown = [table.title(report), table.plain(table.COLUMNS, columns), "", *table.notes(report)]
+    typer.echo("\n".join(shown), err=out == "-")
     ours = [r for r in report["rows"] if is_ours(r["method"]) or r["method"] in (DENSE, FLOOR)]
-    if any(row["error"] for row in ours) or (bars and not judging.all_kept(verdicts)):
+    if any(row["error"] for row in ours):
         raise typer.Exit(FAILED)
-
-
-def _show(report: dict[str, Any], verdicts: list[Any], on_stderr: bool) -> None:
-    from selectune.bench import table
-
-    console = Console(stderr=on_stderr, highlight=False)
-    rows = [table.cells(row) for row in report["rows"]]
-    tables: list[tuple[str, Sequence[str], list[list[str]]]] = [(table.title(report), table.COLUMNS, rows)]
-    if verdicts:
-        tables.append(("bars", table.VERDICT_COLUMNS, [table.verdict_cells(v) for v in verdicts]))
-    for heading, columns, rows in tables:
-        left = 1 if columns is table.COLUMNS else 2
-        if not console.is_terminal:
-            typer.echo(f"{heading}\n{table.plain(columns, rows, left)}\n", err=on_stderr)
-            continue
-        drawn = Table(title=heading, title_justify="left")
-        for place, column in enumerate(columns):
-            drawn.add_column(column, justify="left" if place < left else "right")
-        for row in rows:
-            drawn.add_row(*row)
-        console.print(drawn)
-    typer.echo("\n".join(table.notes(report)), err=on_stderr)
