@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ _GAP, _HEADER, _ENTRY = 2, 700, 85  # of the delta's file: index of a scalar, wh
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run is expected to take, in bytes unless a name says otherwise."""
+    """What a run is expected to take; all sizes are bytes."""
 
     method: str
     parameters: int
@@ -43,6 +43,7 @@ class Prediction:
     steps: int | None
     updates: int | None  # gradients that scalars are given, summed over the steps
     weights: int
+    adapter: int  # the weights of an adapter
     saved: int  # alive when forward ends
     backward: int  # what backward and the optimizer's step need in addition
     gradient: int  # dense gradients alive at once: one tensor's on selecting steps, all in full fine-tuning
@@ -53,9 +54,6 @@ class Prediction:
     peak: int  # all of the above
     above_model: int  # peak - weights, which `selectune bench` measures
     delta_bytes: int
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def plan(
@@ -84,11 +82,12 @@ def plan(
         model = prepare(bench, config, "meta")
         size = sum(p.numel() for p in model.parameters())
         count = _size_of(model, budget) if isinstance(budget, str) else budget
+        base = _bytes(model)
         model = _adapted(model, name, steps)
         bench = _fitting(bench, config, name)
         with faked(model):
             chosen, found = _method(model, name, count, steps or 1000)
-            return _predicted(bench, config, model, size, name, chosen, found, steps, optimizer)
+            return _predicted(bench, config, model, size, base, name, chosen, found, steps, optimizer)
     except SelectuneError:
         raise
     except Exception as error:
@@ -100,8 +99,8 @@ def plan(
 
 
 def _predicted(
-    bench: Bench, config: Any, model: nn.Module, total: int, name: str, chosen: Method | None, found: Found,
-    steps: int | None, optimizer: str,
+    bench: Bench, config: Any, model: nn.Module, total: int, weights: int, name: str, chosen: Method | None,
+    found: Found, steps: int | None, optimizer: str,
 ) -> Prediction:  # fmt: skip
     schedule = None if chosen is None or chosen.schedule is None else chosen.schedule.resolve(found.eligible)
     count = 0 if schedule is None else resolve_budget(schedule.budget, found.eligible)
@@ -109,7 +108,6 @@ def _predicted(
     trained = count + wholly
     selects = chosen is not None and chosen.score is not None and chosen.score.reads is Reads.GRADIENT
     stepping = functools.partial(OPTIMIZERS[optimizer], lr=1e-4, foreach=bench.device == "cuda")
-
     step = functools.partial(
         trace, model, batches(replace(bench, device="cpu"), config, 1)[0], bench, found, count, stepping,
         watches=isinstance(schedule, DropAndGrow) and schedule.window > 0,
@@ -124,7 +122,7 @@ def _predicted(
     room = quiet.peak - quiet.saved - quiet.kept
     gradient = min(room, sum(t.parameter.numel() * t.parameter.element_size() for t in found.dense))
     itemsize = DTYPES[bench.dtype].itemsize
-    weights = total * itemsize
+    adapter = _bytes(model) - weights
     whole = methods.base_of(name) == methods.DENSE
     return Prediction(
         method=name,
@@ -132,10 +130,9 @@ def _predicted(
         trained=trained,
         density=trained / total,
         steps=steps,
-        updates=None
-        if steps is None or not trained
-        else wholly * steps + (updates_of(schedule, steps) if schedule else 0),
+        updates=None if steps is None or not trained else wholly * steps + updates_of(schedule, steps),
         weights=weights,
+        adapter=adapter,
         saved=quiet.saved,
         backward=room - gradient,
         gradient=gradient + peak - quiet.peak,
@@ -143,10 +140,14 @@ def _predicted(
         optimizer=quiet.state,
         ledger=quiet.kept - quiet.values - quiet.state,
         workspace=workspace,
-        peak=weights + peak + workspace,
-        above_model=peak + workspace,
+        peak=weights + adapter + peak + workspace,
+        above_model=adapter + peak + workspace,
         delta_bytes=weights if whole else _file(trained, itemsize, len(found.tensors), total) if trained else 0,
     )
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _size_of(model: nn.Module, adapter: str) -> int:
@@ -154,7 +155,6 @@ def _size_of(model: nn.Module, adapter: str) -> int:
     adapted = put_on(model, adapter, record=False)
     size = sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
     adapted.remove()
-    model.requires_grad_(True)
     return size
 
 
@@ -170,9 +170,7 @@ def _fitting(bench: Bench, config: Any, name: str) -> Bench:
     """The bench with examples so short that an adapter's virtual tokens fit in as well."""
     limit = getattr(config, "max_position_embeddings", None)
     taken = virtual_tokens(peer(methods.parts(name)[1] or name))
-    if not taken or not isinstance(limit, int):
-        return bench
-    return replace(bench, length=max(1, min(bench.length, limit - taken)))
+    return replace(bench, length=max(1, min(bench.length, limit - taken))) if taken and limit else bench
 
 
 def _method(model: nn.Module, name: str, budget: int | float, steps: int) -> tuple[Method | None, Found]:
@@ -184,14 +182,14 @@ def _method(model: nn.Module, name: str, budget: int | float, steps: int) -> tup
     chosen = methods.recipe(name, budget, steps)
     if chosen.dense is not None:
         raise ConfigError(
-            f"--method {name}: its dense steps cannot be planned yet. `selectune methods` says what they take a "
-            "weight, and attach logs it in bytes."
+            f"--method {name}: this method trains every weight for a while, and such a phase cannot be planned yet. "
+            "`attach` logs how many bytes it takes."
         )
     return chosen, chosen.scope.find(model, loaded=False)
 
 
 def _turned(model: nn.Module, bench: Bench) -> int:
-    """Bytes in which the loops on the CPU hold tiles of the operands, tokens innermost: a desk for each thread."""
+    """Bytes in which each thread's loop on the CPU holds turned tiles of the operands (`ops.cpu`)."""
     from selectune.ops.loops import BAND, PITCH
 
     if bench.device != "cpu":
@@ -202,7 +200,7 @@ def _turned(model: nn.Module, bench: Bench) -> int:
 
 
 def updates_of(schedule: Schedule | None, steps: int) -> int:
-    """How many gradients scalars are given over a run: the support's size summed over its steps.
+    """How many gradients the scalars get over a run: the support's size, summed over the steps.
 
     A uniform increment of B over T steps comes to (T + 1) B / 2, a static mask to T B.
 
@@ -214,7 +212,7 @@ def updates_of(schedule: Schedule | None, steps: int) -> int:
 
 
 def _file(trained: int, itemsize: int, tensors: int, total: int) -> int:
-    """Bytes of the delta: a value and a 16-bit gap a scalar, more where gaps are long, JSON for every tensor."""
+    """Bytes of the delta: a value and a 16-bit gap for each scalar, more for long gaps, and JSON for each tensor."""
     gap = total / max(trained, 1)
     words = 1 + gap / 65535
     return round(trained * (itemsize + _GAP * words)) + _HEADER + _ENTRY * min(tensors, trained)

@@ -1,4 +1,4 @@
-"""How each method is set up on a model: ours through `attach`, peers through their own packages, unchanged."""
+"""Sets up each method on a model: selectune's through `attach`, peers through their own packages, unchanged."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Conditions:
 
 @dataclass
 class Ready:
-    """A method on its model: an optimizer over what it trains, and what can be asked about it."""
+    """A method that is set up: the optimizer over what it trains, and functions that say what it did."""
 
     optimizer: torch.optim.Optimizer | None
     selected: Callable[[], int]
@@ -57,7 +57,7 @@ class Ready:
 
 
 def parts(name: str) -> tuple[str, str]:
-    """`id3:every=10+lora:r=8` as a recipe with its options, and what it selects from; what is no recipe stays whole.
+    """Splits `id3:every=10+lora:r=8` into the recipe with its options and the adapter; other names stay whole.
 
     >>> parts("id3:every=10+lora:r=8"), parts("lora:targets=query+value")
     (('id3:every=10', 'lora:r=8'), ('lora:targets=query+value', ''))
@@ -72,7 +72,7 @@ def base_of(name: str) -> str:
 
 
 def every_of(name: str) -> int:
-    """At every which step a method selects, by its options; 1 where they do not say."""
+    """The option `every` of a method: it selects at each step that this divides; 1 without the option."""
     every = named(parts(name)[0]).options.get("every", 1) if is_ours(name) else 1
     return every if isinstance(every, int) else 1
 
@@ -83,7 +83,7 @@ def is_ours(name: str) -> bool:
 
 
 def check(name: str) -> None:
-    """Raises ConfigError for a method that nothing here can set up."""
+    """Raises ConfigError for a method that cannot be set up."""
     if is_ours(name):
         head, on = parts(name)
         named(head)
@@ -92,18 +92,15 @@ def check(name: str) -> None:
         return
     if peer(name) is None and name not in PEERS:
         known = [*PEERS, *KINDS, *(r for r in RECIPES if r != DENSE)]
+        guess = did_you_mean(base_of(name).lower().replace("_", "-"), known)
         raise ConfigError(
-            f"--methods {name}: unknown. Known: {', '.join(known)}; id3:every=10 selects at every "
-            f"10th step, id3+lora:r=8 selects from a module.{_meant(name, known)}"
+            f"The method '{name}' is unknown. Known: {', '.join(known)}; id3:every=10 selects at every "
+            f"10th step, id3+lora:r=8 selects from an adapter.{guess}"
         )
 
 
-def _meant(name: str, known: Sequence[str]) -> str:
-    return did_you_mean(base_of(name).lower().replace("_", "-"), known)
-
-
 def needs(name: str) -> str | None:
-    """The package and version that a peer comes from; None for ours. ModelError where it is not installed."""
+    """The package and version that a peer comes from; None for selectune's. Raises ModelError if it is missing."""
     kind = KINDS.get((parts(name)[1] or name).partition(":")[0])
     package = "peft" if kind is not None and kind.peft else PEERS[name].package if name in PEERS else None
     if package is None:
@@ -112,26 +109,26 @@ def needs(name: str) -> str | None:
         return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError as error:
         raise ModelError(
-            f"The method {name} is {package}'s, which is not installed: pip install 'selectune[bench]'."
+            f"The method {name} needs {package}, which is not installed: pip install 'selectune[bench]'."
         ) from error
 
 
 def set_up(name: str, model: nn.Module, given: Conditions) -> Ready:
-    """Puts a method on a model: what is timed as its initialisation."""
+    """Sets up a method on a model; this is what is timed as its initialisation."""
     check(name)
     if is_ours(name):
         return ours(name, model, given)
-    return PEERS[name].start(model, given) if name in PEERS else module(name, model, given)
+    return PEERS[name].start(model, given) if name in PEERS else adapter(name, model, given)
 
 
 def prepare(name: str, model: nn.Module, batch: dict[str, Tensor], bench: Bench) -> None:
-    """What a peer does once on a model, and what is not timed."""
+    """Does what a peer needs once on a model before its set-up; it is not timed."""
     if name in PEERS and (first := PEERS[name].prepare) is not None:
         first(model, batch, bench)
 
 
 def recipe(name: str, budget: int | float, steps: int) -> Method:
-    """`id3:every=10` -> the method; what its data is comes from here, unless its options say so."""
+    """The method of `id3:every=10`. The number of examples is chosen here unless the options say it."""
     chosen = named(parts(name)[0])
     takes, known = inspect.signature(chosen.recipe.function).parameters, parameters(chosen.recipe)
     offered: dict[str, Any] = {option: EXAMPLES for option in ("examples", "batches") if option in known}
@@ -178,14 +175,14 @@ def full(model: nn.Module, given: Conditions) -> Ready:
 
 
 def frozen(model: nn.Module, given: Conditions) -> Ready:
-    """The floor: nothing is trained, the gradient runs back to the embeddings' output."""
+    """Nothing is trained, and the gradient runs back to the embeddings' output: the least that a step can cost."""
     del given
     input_gradients(model)
     return Ready(None, lambda: 0, lambda folder: 0, note="forward and input gradients only")
 
 
-def module(name: str, model: nn.Module, given: Conditions) -> Ready:
-    """A module trained whole by plain AdamW: LoRA and its kin as peft has them, adapters of our own."""
+def adapter(name: str, model: nn.Module, given: Conditions) -> Ready:
+    """An adapter trained wholly by AdamW: LoRA and its kin as peft has them, bottlenecks of selectune."""
     needs(name)
     adapted = put_on(model, _spec(name, model, given.budget), given.seed, steps=given.steps, record=False)
     trained = [p for p in adapted.model.parameters() if p.requires_grad]
@@ -202,7 +199,7 @@ def module(name: str, model: nn.Module, given: Conditions) -> Ready:
 
 
 def _spec(name: str, model: nn.Module, budget: int | float) -> Spec:
-    """The module of a name; without options on every linear layer, and as large as the budget where it can be told."""
+    """The adapter of a name. Without options it sits on every linear layer, sized by the budget if its kind allows."""
     given = parse(name)
     if ":" in name or "targets" not in given.options:
         return given
@@ -218,7 +215,7 @@ def _spec(name: str, model: nn.Module, budget: int | float) -> Spec:
 
 @dataclass(frozen=True)
 class Peer:
-    """A method that is not selectune's: how it is set up, and the package that it comes from."""
+    """A method that is not selectune's: how it is set up, and which package it needs."""
 
     start: Callable[[nn.Module, Conditions], Ready]
     package: str | None = None

@@ -1,5 +1,6 @@
-"""The process in which one method is measured. It reads one JSON command a line and answers with one.
+"""The process in which one method is measured. It reads a JSON command from each line and answers with a line.
 
+{"do": "warm", "method": ..., "bench": {...}, "threads": n, "peers": path}
 {"do": "load", "method": ..., "bench": {...}, "budget": ..., "steps": T}
 {"do": "steps", "count": k}
 {"do": "save"}
@@ -25,7 +26,7 @@ from selectune.bench.meter import MIB, Memory, copy_seconds, wait
 from selectune.bench.workload import Bench, batches, config_of, loss_of, prepare
 from selectune.errors import SelectuneError
 
-INITS = 3  # times that the initialisation is timed, where a method can be taken off again
+INITS = 3  # how often the initialisation is timed, where a method can be taken off again
 
 
 class Measured:
@@ -76,7 +77,7 @@ class Measured:
         }
 
     def run(self, count: int) -> dict[str, Any]:
-        """Whole training steps: seconds of each, and whether it selected."""
+        """Runs whole training steps: the seconds of each, whether it selected, and peak memory."""
         self.memory.reset()
         model, optimizer = self.ready.model or self.model, self.ready.optimizer
         took, selecting = [], []
@@ -119,7 +120,7 @@ class Measured:
 
 
 def rehearse(method: str, bench: Bench) -> None:
-    """Two steps of a method on a small model: libraries are imported and kernels loaded before anything is measured."""
+    """Runs two steps on a small model, which imports libraries and loads kernels before anything is measured."""
     small = Bench("rehearsal", 4, 64, bench.dtype, bench.autocast, bench.checkpointing, bench.device, bench.seed)
     config = config_of("rehearsal")
     model = prepare(small, config)
@@ -134,7 +135,7 @@ def rehearse(method: str, bench: Bench) -> None:
 
 
 def answer(state: dict[str, Measured], command: dict[str, Any]) -> dict[str, Any]:
-    """One command of the parent."""
+    """Does one command of the parent process."""
     if command["do"] == "warm":
         if command["threads"]:
             torch.set_num_threads(command["threads"])
@@ -151,7 +152,7 @@ def answer(state: dict[str, Measured], command: dict[str, Any]) -> dict[str, Any
 
 
 def main(commands: TextIO, answers: TextIO) -> None:
-    """Until the parent says stop, or is gone. An error is an answer too: a method that fails gets its row."""
+    """Answers commands until the parent says stop or is gone. An error is an answer too: the method gets its row."""
     state: dict[str, Measured] = {}
     for line in commands:
         command = json.loads(line)

@@ -52,7 +52,7 @@ def test_names():
     assert not methods.is_ours("lora:targets=query+value")
     assert not methods.is_ours("pfeiffer")
     assert methods.recipe("id3:every=10+lora", 100, 50).schedule.every == 10  # pyright: ignore
-    assert whole("id3:every=10+lora", [(1.0, False), (2.0, True)], None, 1.0) == pytest.approx(1.1)  # pyright: ignore
+    assert whole("id3:every=10+lora", [(1.0, False), (2.0, True)], 1.0) == pytest.approx(1.1)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,8 @@ def test_every_adapter_can_be_planned(adapter):
     counters = len(linears(prepare(TINY))) - 1 if adapter == "adalora" else 0  # of ranks: peft freezes them later
     assert found.trained == size + counters
     assert found.above_model > found.saved > 0
+    assert found.adapter > 0 or adapter == "ln"
+    assert found.peak == found.weights + found.above_model
 
 
 def test_an_adapter_that_looks_at_data_cannot_be_planned():

@@ -94,8 +94,8 @@ def test_what_is_dropped_is_not_counted():
 def test_the_items_come_to_the_peak():
     found = plan(TINY, "id3", 0.01, 100)
     parts = (
-        found.weights, found.saved, found.backward, found.gradient, found.values, found.optimizer, found.ledger,
-        found.workspace,
+        found.weights, found.adapter, found.saved, found.backward, found.gradient, found.values, found.optimizer,
+        found.ledger, found.workspace,
     )  # fmt: skip
     assert sum(parts) == found.peak
     assert found.peak - found.weights == found.above_model
@@ -152,7 +152,7 @@ def test_the_delta_is_as_large_as_predicted(tmp_path):
 def test_a_plan_that_makes_no_sense():
     with pytest.raises(ConfigError, match="adamw"):
         plan(TINY, "id3", 100, 10, "lion")
-    with pytest.raises(ConfigError, match=r"unknown\. Known"):
+    with pytest.raises(ConfigError, match=r"is unknown\. Known"):
         plan(TINY, "id4", 100, 10)
     with pytest.raises(BudgetError):
         plan(TINY, "id3", 10**9, 10)

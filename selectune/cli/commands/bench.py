@@ -1,4 +1,4 @@
-"""`selectune bench`: methods side by side on one model."""
+"""`selectune bench` measures methods side by side on one model."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def bench(
         str,
         typer.Option("--model", "-m", help=f"{', '.join(c for c in CONFIGS if c != 'rehearsal')}, or a folder."),
     ] = "bert-6l",
-    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples of a step.")] = 8,
-    length: Annotated[int, typer.Option("--length", "--max-length", help="Tokens of an example.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples in a step.")] = 8,
+    length: Annotated[int, typer.Option("--length", "--max-length", help="Tokens in an example.")] = 128,
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas; id3:every=10 selects at every 10th step.")
+        str, typer.Option(help="Methods, separated by commas. id3:every=10 selects at every 10th step.")
     ] = (METHODS),
     on: Annotated[
         str | None,
@@ -41,26 +41,28 @@ def bench(
         ),
     ] = None,
     budget: Annotated[str, typer.Option("--budget", "-b", help="Scalars trained: 114k, or a share of all.")] = "0.17%",
-    steps: Annotated[int, typer.Option(help="Measured steps of each method, in all rounds together.")] = 30,
-    rounds: Annotated[int, typer.Option(help="Rounds; in each every method has its turn, in a shuffled order.")] = 3,
+    steps: Annotated[int, typer.Option(help="Measured steps of each method, over all rounds.")] = 30,
+    rounds: Annotated[int, typer.Option(help="Rounds. In each, all methods run in a shuffled order.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: fp32, bf16 or fp16.")] = "fp32",
     autocast: Annotated[str | None, typer.Option(help="Autocast to bf16 or fp16.", show_default=False)] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in backward.")] = False,
     processes: Annotated[
-        str, typer.Option(help="Between rounds keep processes alive, start fresh ones, or auto: what memory allows.")
+        str,
+        typer.Option(help="alive keeps processes between rounds, fresh starts new ones, auto decides by memory."),
     ] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of each process.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Weights, data and the order of methods.")] = 6,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data and the order of methods.")] = 6,
     live: Annotated[
-        bool, typer.Option("--live/--no-live", help="Also measure memory without the C library's free lists (CPU).")
+        bool,
+        typer.Option("--live/--no-live", help="Also measure memory without what the C library keeps (CPU)."),
     ] = True,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a silent method has failed.")] = 900.0,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a method without an answer has failed.")] = 900.0,
     out: Annotated[
         str | None, typer.Option("--json", help="Write the rows as JSON to this file; - is stdout.", show_default=False)
     ] = None,
 ) -> None:
-    """Measure methods side by side: seconds of a step, peak memory, bytes shipped; ours and others', random weights."""
+    """Measure seconds of a step, peak memory and shipped bytes of methods side by side, on random weights."""
     from selectune.bench import table
     from selectune.bench.methods import DENSE, FLOOR, is_ours
     from selectune.bench.rounds import Settings
@@ -70,7 +72,7 @@ def bench(
 
     names = tuple(name if on is None or not is_ours(name) else f"{name}+{on}" for name in names_of(methods))
     if out is not None and out != "-" and not Path(out).resolve().parent.is_dir():
-        raise ConfigError(f"--json {out}: there is no folder {Path(out).resolve().parent}.")
+        raise ConfigError(f"--json {out}: the folder {Path(out).resolve().parent} does not exist.")
     what = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device, seed)
     settings = Settings(what, names, values.budget(budget), steps, rounds, processes, timeout, threads, live)
     console = stderr()

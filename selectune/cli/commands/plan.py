@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -30,13 +31,13 @@ def plan(
     budget: Annotated[
         str, typer.Option("--budget", "-b", help="Scalars trained: 320k, 0.17%, or as many as lora:r=2.")
     ] = "0.17%",
-    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples of a step.")] = 16,
-    length: Annotated[int, typer.Option("--length", "--max-length", help="Tokens of an example.")] = 256,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, for update counts.", show_default=False)] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples in a step.")] = 16,
+    length: Annotated[int, typer.Option("--length", "--max-length", help="Tokens in an example.")] = 256,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, to count updates.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: fp32, bf16 or fp16.")] = "fp32",
     autocast: Annotated[str | None, typer.Option(help="Autocast to bf16 or fp16.", show_default=False)] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in backward.")] = False,
-    optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or momentum.")] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="Optimizer: adamw, adam, sgd or momentum.")] = "adamw",
     device: Annotated[str, typer.Option(help="cpu or cuda: where the run will be. Neither is used here.")] = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -47,5 +48,5 @@ def plan(
 
     with working():
         bench = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device)
-        found = predict(bench, method, values.budget_or_module(budget), steps, optimizer, on)
-    result(as_json, found.as_json(), planned(found.as_json()))
+        found = asdict(predict(bench, method, values.budget_or_module(budget), steps, optimizer, on))
+    result(as_json, found, planned(found))
