@@ -15,14 +15,13 @@ import time
 import warnings
 from pathlib import Path
 
+import bars
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import selectune as st
-from selectune.bench import bars, table
 from selectune.bench.rounds import Settings
-from selectune.bench.rows import run
 from selectune.bench.workload import DTYPES, Bench, batches, config_of, prepare
 
 METHODS = ("full", "frozen", "lora", "pafi", "static-d3", "id3", "id3:every=10")
@@ -135,12 +134,8 @@ def main() -> int:
             kept = False
             continue
         settings = Settings(bench, METHODS, args.budget, args.steps, args.rounds, timeout=240.0)
-        report = run(settings, lambda text: print(text, file=sys.stderr))
-        verdicts = bars.judge(report)
-        report["bars"], report["name"] = [v.as_json() for v in verdicts], name
-        kept = kept and bars.all_kept(verdicts)
-        print(f"\n{table.title(report)}\n{table.plain(table.COLUMNS, [table.cells(r) for r in report['rows']])}\n")
-        print(table.plain(table.VERDICT_COLUMNS, [table.verdict_cells(v) for v in verdicts], 2))
+        report, fine = bars.judged(settings)
+        report["name"], kept = name, kept and fine
         print("\n".join(reached(report, bench, found["ceilings"])))
         found["cases"].append(report)
         found["seconds"] = time.monotonic() - began

@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--task", default="glue/stsb")
     parser.add_argument("--methods", default="", help="by comma; default: all")
     parser.add_argument("--budget", default="0.17%")
-    parser.add_argument("--lora", default="5%", help="the budget of what is selected from a module")
+    parser.add_argument("--lora", default="5%", help="the budget of what is selected from an adapter")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--seed", type=int, default=6)

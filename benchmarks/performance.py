@@ -1,6 +1,6 @@
 """Fills the tables of docs/performance.md from the reports beside it: `python benchmarks/performance.py`.
 
-The reports are what `selectune bench --json` and `benchmarks/figures.py` wrote to docs/performance/.
+The reports are what `benchmarks/bars.py --json` and `benchmarks/figures.py` wrote to docs/performance/.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from selectune.bench.bars import judge
+from bars import judge
 
 HERE = Path(__file__).parent.parent / "docs"
 Report = dict[str, Any]

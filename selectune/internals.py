@@ -7,17 +7,18 @@ A torch that has a name no longer is told by its version here, at import, and no
 from __future__ import annotations
 
 import functools
+import logging
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "SCRIPTED", "TorchDispatchMode", "WRAPPING", "after_backward", "backward_id", "can_share", "data_is_all_there",
-    "dispatch_modes", "forget", "go_on_compiling", "in_backward", "in_transform", "kept_plain", "never_compiled",
+    "SCRIPTED", "TorchDispatchMode", "WRAPPING", "after_backward", "backward_id", "can_share", "dispatch_modes",
+    "fake_mode", "fake_of", "forget", "go_on_compiling", "in_backward", "in_transform", "kept_plain", "never_compiled",
     "outside_transforms", "plain_parameter", "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves",
     "tree_map", "tree_map_only", "will_reach", "without_dispatch",
 ]  # fmt: skip
@@ -126,12 +127,29 @@ def go_on_compiling(before: Any) -> None:
         _frames.set_eval_frame(before)
 
 
-def data_is_all_there() -> Any:
-    """A context in which a tensor without memory (`meta`) is taken to hold no zeros where a count depends on them."""
-    from torch.fx.experimental import _config
+@contextmanager
+def fake_mode() -> Iterator[Any]:
+    """Within this context tensors have a shape, a dtype and a device and hold no data; real ones may be mixed in.
 
-    patch: Any = cast(Any, _config).patch
-    return patch(meta_nonzero_assume_all_nonzero=True)
+    torch logs a traceback beside each exception there; the exception says it all.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with cast(Any, FakeTensorMode)(allow_non_fake_inputs=True) as mode:
+            yield mode
+    finally:
+        log.setLevel(level)
+
+
+def fake_of(mode: Any, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of this mode like the given one, which claims to be on the device."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return cast(Any, FakeTensor)(mode, tensor.detach().to("meta"), device)
 
 
 def forget(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:

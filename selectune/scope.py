@@ -70,8 +70,11 @@ class Scope:
                 if pattern.startswith("@") and pattern not in ROLES:
                     raise ScopeError(f"{name}= names an unknown role '{pattern}'. Known: {', '.join(ROLES)}.")
 
-    def find(self, model: nn.Module) -> Found:
-        """The tensors of a model that this scope selects from and trains wholly, checked."""
+    def find(self, model: nn.Module, *, loaded: bool = True) -> Found:
+        """The tensors of a model that this scope selects from and trains wholly, checked.
+
+        `loaded=False`: the model has shapes and no weights yet, so nothing is asked about its memory.
+        """
         names = _names(model)
         whole: list[ScopedTensor] = []
         scoped: list[ScopedTensor] = []
@@ -103,11 +106,12 @@ class Scope:
                 f"tensor of {type(model).__name__}; parameters with requires_grad=False do not count. "
                 f"Its parameters are named like: {_some(names)}."
             )
-        for tensor in (*scoped, *whole):
+        for tensor in (*scoped, *whole) if loaded else ():
             _check(tensor)
         for tensor in scoped:
             _check_owners(model, tensor)
-        _check_overlap([*scoped, *whole])
+        if loaded:
+            _check_overlap([*scoped, *whole])
         return Found(tuple(scoped), tuple(whole))
 
 

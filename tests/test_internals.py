@@ -101,6 +101,17 @@ def test_dispatch_modes_are_counted():
     assert internals.dispatch_modes() == 0, ON
 
 
+def test_fake_tensors_have_a_form_and_no_data():
+    large = torch.empty(1 << 20, 1 << 20, dtype=torch.bfloat16, device="meta")
+    with internals.fake_mode() as mode:
+        fake = internals.fake_of(mode, large, torch.device("cpu"))
+        assert fake.device.type == "cpu", ON
+        assert (fake @ fake).shape == large.shape, ON
+        assert (fake + 1).untyped_storage().nbytes() == 1 << 41, ON
+        assert (torch.ones(2) + torch.ones(2)).dtype == torch.float32, ON
+    assert torch.ones(1).item() == 1, ON
+
+
 def test_nested_values_are_walked():
     nested = {"a": [torch.ones(1), 2], "b": (torch.zeros(1),)}
     assert internals.tree_leaves(nested) == list(internals.tree_iter(nested)) == [torch.ones(1), 2, torch.zeros(1)]

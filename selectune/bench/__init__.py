@@ -1,12 +1,13 @@
-"""Measuring: what a step costs beside other methods (`run`), what a run will cost (`plan`), what works (`doctor`).
+"""Measures what a step costs beside other methods (`selectune bench`) and predicts it (`selectune plan`).
 
-configs   the models' configs
-models    models from configs, random weights, and batches for them
-methods   how every method is set up: ours by recipe, peers by their own packages
-worker    the process in which one method is measured
-rounds    all methods, round by round, and the ratios within a round
-table     rows as text
-bars      what was promised, and whether a run kept it
-plan      peak memory, delta size and update counts before a run
-doctor    versions, devices, backends and a self-check; checks: its parts; candidate: a model before it is tuned
+configs    configs of the models, as plain values
+workload   the model and batches of a bench, from a config and random numbers
+methods    sets up every method on a model: selectune's, adapters, full fine-tuning, peers of a file
+meter      meters of time and memory
+worker     the process in which one method is measured
+rounds     runs all methods in rounds, a process each
+rows       makes rows of what was measured: medians, and ratios within a round
+table      shows rows as text
+trace      one step on shapes alone, whose live memory is counted
+estimate   predicts peak memory, the delta's size and update counts from it
 """

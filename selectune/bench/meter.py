@@ -1,4 +1,4 @@
-"""Meters of one process: seconds of work on a device, and the memory it holds."""
+"""Meters of one process: seconds of work on a device, and memory that it holds."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import gc
 import resource
 import sys
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from selectune.internals import TorchDispatchMode, tree_iter
 
 MIB = 1 << 20
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Memory:
-    """Bytes held: the process's resident set on the CPU, the allocator's own count on CUDA.
+    """Bytes that are held: the process's resident set on the CPU, the allocator's count on CUDA.
 
-    Where the kernel does not let the peak be reset, `peak` is that of the whole process; `exact` says which.
+    Where the system cannot reset the peak, `peak` is that of the whole process and `exact` is False.
     """
 
     def __init__(self, device: str) -> None:
@@ -28,7 +32,7 @@ class Memory:
         self.exact = self.cuda or _reset_peak()
 
     def now(self) -> int:
-        """Bytes held at this moment, after giving back what is not in use."""
+        """Bytes that are held now, after unused memory was given back."""
         gc.collect()
         if self.cuda:
             return torch.cuda.memory_allocated()
@@ -36,7 +40,7 @@ class Memory:
         return _status("VmRSS")
 
     def reset(self) -> None:
-        """From here on `peak` counts."""
+        """Starts counting `peak` anew."""
         self.now()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -44,7 +48,7 @@ class Memory:
             _reset_peak()
 
     def peak(self) -> int:
-        """The most bytes held since `reset`."""
+        """The most bytes that were held since `reset`."""
         return torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")
 
     def reserved(self) -> int | None:
@@ -60,14 +64,45 @@ class Memory:
             give_back()
 
 
+class Storages(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, while they live."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = known  # addresses of storages that are there already, and of those alive
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, Tensor):
+                self._add(value)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
 def wait(device: str) -> None:
-    """Until the device has done all that was asked of it."""
+    """Waits until the device has done all its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def copy_seconds(model: nn.Module, device: str, times: int = 3) -> float:
-    """One pass over the weights: the median time of copying all of them into memory that is there already."""
+    """The median time of a pass over the weights: all are copied into memory that is there already."""
     weights = [p.detach() for p in model.parameters()]
     copies: list[Tensor] = [w.clone() for w in weights]
     took = []
@@ -88,7 +123,7 @@ def give_back() -> None:
 
 
 def available() -> int | None:
-    """Bytes of memory that new processes can have; None where the system does not say."""
+    """Bytes of memory that new processes can use; None if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
         limit = Path("/sys/fs/cgroup/memory.max")

@@ -1,23 +1,21 @@
-"""How each method is set up on a model: ours through `attach`, peers through their own packages, unchanged."""
+"""Sets up each method on a model: selectune's through `attach`, peers through their own packages, unchanged."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
 import math
-import sys
-import time
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from selectune.adapters import KINDS, LINEARS, Spec, linears, make, parse, put_on, two_rates
+from selectune.bench.workload import Bench, input_gradients
 from selectune.errors import ConfigError, ModelError, did_you_mean
 from selectune.method import Method
 from selectune.models.adapted import peer, spec_of
@@ -34,8 +32,8 @@ EXAMPLES = 16  # single examples, or mini-batches, that a calibrated method gets
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a method is told: how many scalars, over how many steps, and the data it may look at."""
+class Conditions:
+    """What a method is set up for: the number of scalars and steps, and data that it may read."""
 
     budget: int | float
     steps: int
@@ -45,7 +43,7 @@ class Plan:
 
 @dataclass
 class Ready:
-    """A method on its model: an optimizer over what it trains, and what can be asked about it."""
+    """A method that is set up: the optimizer over what it trains, and functions that say what it did."""
 
     optimizer: torch.optim.Optimizer | None
     selected: Callable[[], int]
@@ -54,12 +52,12 @@ class Ready:
     undo: Callable[[], None] | None = None
     model: nn.Module | None = None  # in place of the one that was given
     after_step: Callable[[int], None] | None = None  # with the step's number, before gradients are dropped
-    select_s: list[float] = field(default_factory=list)  # seconds of selections, where a peer's own can be timed
+    select_s: list[float] = field(default_factory=list)  # seconds of selections, where a peer's can be timed
     note: str = ""
 
 
 def parts(name: str) -> tuple[str, str]:
-    """`id3:every=10+lora:r=8` as a recipe with its options, and what it selects from; what is no recipe stays whole.
+    """Splits `id3:every=10+lora:r=8` into the recipe with its options and the adapter; other names stay whole.
 
     >>> parts("id3:every=10+lora:r=8"), parts("lora:targets=query+value")
     (('id3:every=10', 'lora:r=8'), ('lora:targets=query+value', ''))
@@ -74,7 +72,7 @@ def base_of(name: str) -> str:
 
 
 def every_of(name: str) -> int:
-    """At every which step a method selects, by its options; 1 where they do not say."""
+    """The option `every` of a method: it selects at each step that this divides; 1 without the option."""
     every = named(parts(name)[0]).options.get("every", 1) if is_ours(name) else 1
     return every if isinstance(every, int) else 1
 
@@ -85,7 +83,7 @@ def is_ours(name: str) -> bool:
 
 
 def check(name: str) -> None:
-    """Raises ConfigError for a method that nothing here can set up."""
+    """Raises ConfigError for a method that cannot be set up."""
     if is_ours(name):
         head, on = parts(name)
         named(head)
@@ -94,51 +92,43 @@ def check(name: str) -> None:
         return
     if peer(name) is None and name not in PEERS:
         known = [*PEERS, *KINDS, *(r for r in RECIPES if r != DENSE)]
+        guess = did_you_mean(base_of(name).lower().replace("_", "-"), known)
         raise ConfigError(
-            f"--methods {name}: unknown. Known: {', '.join(known)}; id3:every=10 selects at every "
-            f"10th step, id3+lora:r=8 selects from a module.{_meant(name, known)}"
+            f"The method '{name}' is unknown. Known: {', '.join(known)}; id3:every=10 selects at every "
+            f"10th step, id3+lora:r=8 selects from an adapter.{guess}"
         )
-
-
-def plannable(name: str) -> None:
-    """Raises ConfigError for a method whose memory cannot be predicted."""
-    if name not in (DENSE, FLOOR) and not is_ours(name):
-        known = [*RECIPES, FLOOR]
-        raise ConfigError(
-            f"--method {name}: only selectune's methods, {DENSE} and {FLOOR} can be planned. "
-            f"Known: {', '.join(known)}.{_meant(name, known)}"
-        )
-
-
-def _meant(name: str, known: Sequence[str]) -> str:
-    return did_you_mean(base_of(name).lower().replace("_", "-"), known)
 
 
 def needs(name: str) -> str | None:
-    """The package and version that a peer comes from; None for ours. ModelError where it is not installed."""
+    """The package and version that a peer comes from; None for selectune's. Raises ModelError if it is missing."""
     kind = KINDS.get((parts(name)[1] or name).partition(":")[0])
-    package = "peft" if kind is not None and kind.peft else None
-    package = "selective-optimizers" if name.startswith("toolkit-") else package
+    package = "peft" if kind is not None and kind.peft else PEERS[name].package if name in PEERS else None
     if package is None:
         return None
     try:
         return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError as error:
         raise ModelError(
-            f"The method {name} is {package}'s, which is not installed: pip install 'selectune[bench]'."
+            f"The method {name} needs {package}, which is not installed: pip install 'selectune[bench]'."
         ) from error
 
 
-def set_up(name: str, model: nn.Module, plan: Plan) -> Ready:
-    """Puts a method on a model: what is timed as its initialisation."""
+def set_up(name: str, model: nn.Module, given: Conditions) -> Ready:
+    """Sets up a method on a model; this is what is timed as its initialisation."""
     check(name)
     if is_ours(name):
-        return ours(name, model, plan)
-    return PEERS[name](model, plan) if name in PEERS else module(name, model, plan)
+        return ours(name, model, given)
+    return PEERS[name].start(model, given) if name in PEERS else adapter(name, model, given)
+
+
+def prepare(name: str, model: nn.Module, batch: dict[str, Tensor], bench: Bench) -> None:
+    """Does what a peer needs once on a model before its set-up; it is not timed."""
+    if name in PEERS and (first := PEERS[name].prepare) is not None:
+        first(model, batch, bench)
 
 
 def recipe(name: str, budget: int | float, steps: int) -> Method:
-    """`id3:every=10` -> the method; what its data is comes from here, unless its options say so."""
+    """The method of `id3:every=10`. The number of examples is chosen here unless the options say it."""
     chosen = named(parts(name)[0])
     takes, known = inspect.signature(chosen.recipe.function).parameters, parameters(chosen.recipe)
     offered: dict[str, Any] = {option: EXAMPLES for option in ("examples", "batches") if option in known}
@@ -147,15 +137,15 @@ def recipe(name: str, budget: int | float, steps: int) -> Method:
     return chosen.make(budget if "budget" in takes else None, steps, **offered)
 
 
-def ours(name: str, model: nn.Module, plan: Plan) -> Ready:
-    method, on = recipe(name, plan.budget, plan.steps), parts(name)[1]
-    adapted = put_on(model, on, plan.seed) if on else None
+def ours(name: str, model: nn.Module, given: Conditions) -> Ready:
+    method, on = recipe(name, given.budget, given.steps), parts(name)[1]
+    adapted = put_on(model, on, given.seed) if on else None
     model = adapted.model if adapted else model
-    rows = [{k: v[i] for k, v in b.items()} for b in plan.batches for i in range(len(b["input_ids"]))]
-    batch = len(plan.batches[0]["input_ids"])
+    rows = [{k: v[i] for k, v in b.items()} for b in given.batches for i in range(len(b["input_ids"]))]
+    batch = len(given.batches[0]["input_ids"])
     rows = [rows[i % len(rows)] for i in range(EXAMPLES * batch)]
-    read = calibration(model, method.score, rows, _stacked, batch, plan.seed)
-    tuner = attach(model, method, seed=plan.seed, **read)
+    read = calibration(model, method.score, rows, _stacked, batch, given.seed)
+    tuner = attach(model, method, seed=given.seed, **read)
 
     def undo() -> None:
         tuner.detach()
@@ -177,26 +167,24 @@ def _stacked(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def full(model: nn.Module, plan: Plan) -> Ready:
+def full(model: nn.Module, given: Conditions) -> Ready:
     """Plain full fine-tuning: AdamW over everything."""
-    del plan
+    del given
     total = sum(p.numel() for p in model.parameters())
     return Ready(_adamw(model.parameters()), lambda: total, lambda folder: _bytes_of(model))
 
 
-def frozen(model: nn.Module, plan: Plan) -> Ready:
-    """The floor: nothing is trained, the gradient runs back to the embeddings' output."""
-    del plan
-    model.requires_grad_(False)
-    embeddings: Any = cast(Any, model).get_input_embeddings()
-    embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+def frozen(model: nn.Module, given: Conditions) -> Ready:
+    """Nothing is trained, and the gradient runs back to the embeddings' output: the least that a step can cost."""
+    del given
+    input_gradients(model)
     return Ready(None, lambda: 0, lambda folder: 0, note="forward and input gradients only")
 
 
-def module(name: str, model: nn.Module, plan: Plan) -> Ready:
-    """A module trained whole by plain AdamW: LoRA and its kin as peft has them, adapters of our own."""
+def adapter(name: str, model: nn.Module, given: Conditions) -> Ready:
+    """An adapter trained wholly by AdamW: LoRA and its kin as peft has them, bottlenecks of selectune."""
     needs(name)
-    adapted = put_on(model, _spec(name, model, plan.budget), plan.seed, steps=plan.steps, record=False)
+    adapted = put_on(model, _spec(name, model, given.budget), given.seed, steps=given.steps, record=False)
     trained = [p for p in adapted.model.parameters() if p.requires_grad]
     ratio = adapted.spec.options.get("ratio")
     optimizer = _adamw(trained) if ratio is None else two_rates(adapted.model, LEARNING_RATE, float(ratio), 0.0)
@@ -211,7 +199,7 @@ def module(name: str, model: nn.Module, plan: Plan) -> Ready:
 
 
 def _spec(name: str, model: nn.Module, budget: int | float) -> Spec:
-    """The module of a name; without options on every linear layer, and as large as the budget where it can be told."""
+    """The adapter of a name. Without options it sits on every linear layer, sized by the budget if its kind allows."""
     given = parse(name)
     if ":" in name or "targets" not in given.options:
         return given
@@ -225,59 +213,32 @@ def _spec(name: str, model: nn.Module, budget: int | float) -> Spec:
     return make(given.kind, options)
 
 
-def _toolkit(kind: str) -> Callable[[nn.Module, Plan], Ready]:
-    def start(model: nn.Module, plan: Plan) -> Ready:
-        needs(f"toolkit-{kind}")
-        wrap = importlib.import_module("selective_optimizers.wrap")
-        store = importlib.import_module("selective_optimizers.load_store")
-        budget = resolve_budget(plan.budget, sum(p.numel() for p in model.parameters()))
-        more: dict[str, Any] = {"max_steps": plan.steps, "eps": 1.0, "exp": 2.0} if kind == "id3" else {}
-        cls = wrap.get_selective_optimizer(torch.optim.AdamW, kind)
-        with contextlib.redirect_stdout(sys.stderr):
-            optimizer = cls(_reached(model), lr=LEARNING_RATE, budget=budget, verify=False, **more)
-        ready = Ready(optimizer, optimizer.get_budget_used, lambda folder: 0)
-        ready.note = "verify=False: its copy of all weights on disk is left out"
-        update = optimizer.update_chosen
+@dataclass(frozen=True)
+class Peer:
+    """A method that is not selectune's: how it is set up, and which package it needs."""
 
-        def timed() -> None:
-            began = time.perf_counter()
-            update()
-            _wait(model)
-            ready.select_s.append(time.perf_counter() - began)
-
-        def save(folder: Path) -> int:
-            store.write_summary_to_disk(str(folder / "summary.pt"), optimizer.get_summary(model))
-            return (folder / "summary.pt").stat().st_size
-
-        if kind == "id3":
-            optimizer.update_chosen = timed
-            ready.selecting = lambda: True
-        ready.save = save
-        return ready
-
-    return start
+    start: Callable[[nn.Module, Conditions], Ready]
+    package: str | None = None
+    prepare: Callable[[nn.Module, dict[str, Tensor], Bench], None] | None = None  # once a model, before its set-up
+    dense: bool = True  # whether it keeps optimizer state of every weight
 
 
-def _reached(model: nn.Module) -> list[nn.Parameter]:
-    """The toolkit asks for a gradient of every parameter it is given; those that never get one are left out."""
-    unused = getattr(model, "_bench_unreached", set())
-    return [p for name, p in model.named_parameters() if name not in unused]
+PEERS = {DENSE: Peer(full), FLOOR: Peer(frozen, dense=False)}
 
 
-def note_unreached(model: nn.Module, backward: Callable[[], None]) -> None:
-    """Runs one backward pass and remembers which parameters get no gradient in it."""
-    backward()
-    model._bench_unreached = {n for n, p in model.named_parameters() if p.grad is None}  # pyright: ignore
-    model.zero_grad(set_to_none=True)
+def join(path: str | None) -> None:
+    """Adds peers from a Python file that defines PEERS, as benchmarks/peers.py does.
 
-
-PEERS: dict[str, Callable[[nn.Module, Plan], Ready]] = {
-    DENSE: full,
-    FLOOR: frozen,
-    "toolkit-id3": _toolkit("id3"),
-    "toolkit-pafi": _toolkit("pafi"),
-    "toolkit-bitfit": _toolkit("bitfit"),
-}
+    Raises ConfigError where the file cannot be read or has none.
+    """
+    if path is None:
+        return
+    try:
+        PEERS.update(runpy.run_path(path)["PEERS"])
+    except (OSError, KeyError) as error:
+        raise ConfigError(
+            f"{path}: no Python file that defines PEERS, a dict of selectune.bench.methods.Peer."
+        ) from error
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -286,9 +247,3 @@ def _adamw(parameters: Any) -> torch.optim.Optimizer:
 
 def _bytes_of(model: nn.Module) -> int:
     return sum(math.prod(p.shape) * p.element_size() for p in model.parameters())
-
-
-def _wait(model: nn.Module) -> None:
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

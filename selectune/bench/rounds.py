@@ -1,11 +1,11 @@
-"""All methods, each in a process of its own, round by round in a shuffled order; ratios are taken within a round.
+"""Runs all methods, each in a process of its own, in rounds with a shuffled order.
 
-A machine's speed drifts over minutes by more than the methods differ, so seconds are only compared with
-seconds of the same round.
+A machine's speed drifts over minutes by more than the methods differ, so seconds are compared within a round only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -45,16 +45,18 @@ class Settings:
     timeout: float = 900.0  # seconds for one answer of a worker
     threads: int | None = None
     live: bool = True  # also measure memory without the C library's free lists (CPU, Linux)
+    peers: str | None = None  # a Python file with further peers (`methods.join`), which workers read too
 
     def __post_init__(self) -> None:
+        methods.join(self.peers)
         if self.bench.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: torch sees no GPU here. Use --device cpu.")
         if not self.methods:
-            raise ConfigError("--methods names none.")
+            raise ConfigError("--methods is empty; give at least one method.")
         for name in self.methods:
             methods.check(name)
         if len(set(self.methods)) != len(self.methods):
-            raise ConfigError("--methods names one twice.")
+            raise ConfigError("--methods has a method twice; each is measured once.")
         if self.rounds < 1 or self.steps < self.rounds:
             raise ConfigError(f"--steps {self.steps} --rounds {self.rounds}: each round needs at least one step.")
         if self.processes not in ("auto", "alive", "fresh"):
@@ -63,7 +65,7 @@ class Settings:
 
 @dataclass
 class Samples:
-    """All that one method was seen to do."""
+    """Everything that was measured of one method."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     step_s: list[list[float]] = field(default_factory=list)  # a list for every round
@@ -78,12 +80,12 @@ class Samples:
     live_mib: float | None = None
 
 
-# Blocks of tensors then go back to the system when they are freed, so the resident set is what is alive.
+# With these the C library returns freed tensors to the system at once, so the resident set is what is alive.
 _LIVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
 class Worker:
-    """The process of one method, and its answers."""
+    """The process in which one method is measured, and the answers that it gives."""
 
     def __init__(self, method: str, settings: Settings, env: dict[str, str] | None = None) -> None:
         self.method, self.settings, self.timeout = method, settings, settings.timeout
@@ -94,16 +96,16 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, encoding="utf-8",
             env={**os.environ, **(env or {})},
         )  # fmt: skip
-        self.ask(do="warm", method=method, bench=asdict(settings.bench), threads=settings.threads)
+        self.ask(do="warm", method=method, bench=asdict(settings.bench), threads=settings.threads, peers=settings.peers)
 
     def load(self, planned: int) -> Worker:
-        """Builds the model and puts the method on it, for so many steps."""
+        """Builds the model and sets up the method on it, for `planned` steps."""
         bench, budget = asdict(self.settings.bench), self.settings.budget
         self.facts = self.ask(do="load", method=self.method, bench=bench, budget=budget, steps=planned)
         return self
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        """One command, one answer; SelectuneError for what went wrong in the worker."""
+        """Sends a command and returns the answer; raises SelectuneError for what goes wrong in the worker."""
         late = threading.Event()
 
         def stop() -> None:
@@ -124,7 +126,7 @@ class Worker:
             reply = json.loads(line)
         except ValueError as error:
             self.stop()
-            raise SelectuneError(f"The worker answered what is no JSON: {line[:80]!r}.") from error
+            raise SelectuneError(f"The worker's answer is not JSON: {line[:80]!r}.") from error
         if not reply.pop("ok"):
             self.stop()
             raise SelectuneError(reply["error"])
@@ -152,21 +154,19 @@ class Worker:
             self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.errors):
-            if stream is not None and not stream.closed:
-                try:
+            if stream is not None:
+                with contextlib.suppress(OSError):
                     stream.close()
-                except OSError:
-                    continue
 
 
 def measure(settings: Settings, say: Say = lambda text: None) -> tuple[dict[str, Samples], str]:
-    """Runs all rounds. Returns what was seen of each method, and whether processes were "alive" or "fresh"."""
+    """Runs all rounds. Returns what was measured of each method, and how processes were kept: "alive" or "fresh"."""
     how = settings.processes if settings.processes != "auto" else _fits(settings)
     counts = [
         settings.steps // settings.rounds + (r < settings.steps % settings.rounds) for r in range(settings.rounds)
     ]
     found = {name: Samples() for name in settings.methods}
-    workers: dict[str, Worker] = _started(settings, found) if how == "alive" else {}
+    workers = _started(settings, found) if how == "alive" else {}
     try:
         for number, count in enumerate(counts):
             order = list(settings.methods)
@@ -193,7 +193,7 @@ def measure(settings: Settings, say: Say = lambda text: None) -> tuple[dict[str,
 
 
 def _started(settings: Settings, found: dict[str, Samples]) -> dict[str, Worker]:
-    """All workers, warm; started beside each other where there are cores for it, before anything is measured."""
+    """Starts all workers before anything is measured, several at once where there are cores for it."""
 
     def start(name: str) -> Worker | None:
         try:
@@ -252,23 +252,21 @@ def _note(samples: Samples, seen: dict[str, Any], count: int | None) -> None:
 
 
 def _fits(settings: Settings) -> str:
-    """Whether all workers can stay alive between rounds: idle, each holds its weights and its optimizer's state."""
+    """Whether all workers fit into memory between rounds: an idle one holds weights and optimizer state."""
     weights = sum(
         p.numel() * p.element_size()
         for p in build(config_of(settings.bench.model), DTYPES[settings.bench.dtype], "meta").parameters()
     )
-    dense = {n for n in settings.methods if n == methods.DENSE or n.startswith("toolkit-")}
+    dense = {name for name, peer in methods.PEERS.items() if peer.dense}
     idle = sum(weights * (4 if name in dense else 2) for name in settings.methods)
     free = available()
-    if settings.bench.device == "cuda":
-        memory, _ = torch.cuda.mem_get_info()
-        idle = max(idle + len(settings.methods) * _RUNTIME, 0)
-        return "alive" if idle < memory // 2 else "fresh"
     idle += len(settings.methods) * _RUNTIME
-    working = 8 * weights + _RUNTIME  # what the one that runs may need besides
+    if settings.bench.device == "cuda":
+        return "alive" if idle < torch.cuda.mem_get_info()[0] // 2 else "fresh"
+    working = 8 * weights + _RUNTIME  # what the worker that runs may need in addition
     return "alive" if free is not None and idle + working < free else "fresh"
 
 
 def middle(values: Sequence[float]) -> float | None:
-    """The median, or None of nothing."""
+    """The median; None if there are no values."""
     return statistics.median(values) if values else None

@@ -1,4 +1,4 @@
-"""From samples to rows: what a step takes as a whole, ratios within a round, and their spread."""
+"""Makes rows of samples: the median step of a run, ratios within a round, and the spread of steps."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def run(settings: Settings, say: Callable[[str], None] = lambda text: None) -> d
 
 
 def report(settings: Settings, samples: dict[str, Samples], how: str) -> dict[str, Any]:
-    """The report of one run out of what was seen."""
+    """The report of one run, made of what its workers measured."""
     updates = {name: update(name, seen) for name, seen in samples.items()}
-    steps = {name: [whole(name, s, seen, updates[name][0]) for s in _rounds(seen)] for name, seen in samples.items()}
+    steps = {name: [whole(name, s, updates[name][0]) for s in _rounds(seen)] for name, seen in samples.items()}
     facts = [seen.facts for seen in samples.values() if seen.facts]
     return {
         "rows": [_row(name, seen, steps, updates[name]) for name, seen in samples.items()],
@@ -49,29 +49,28 @@ def report(settings: Settings, samples: dict[str, Samples], how: str) -> dict[st
 
 
 def update(name: str, seen: Samples) -> tuple[float | None, str]:
-    """What selecting adds to a step, s, and how that is known: selecting steps over the others."""
+    """The seconds that selecting adds to a step, and how they are known: selecting steps are compared with others."""
     if not methods.is_ours(name):
         if seen.select_s:
-            return middle(seen.select_s), "the peer's own selection, timed"
-        return (None, seen.error) if seen.error else (0.0, "nothing is selected in a step")
+            return middle(seen.select_s), "timed around the peer's own selection"
+        return (None, seen.error) if seen.error else (0.0, "no step selects")
     steps = [pair for r in _rounds(seen) for pair in r]
     others = seen.other
     selecting = [s for s, chose in steps if chose] or [s for s, chose in others if chose]
     plain = [s for s, chose in steps if not chose] or [s for s, chose in others if not chose]
     if not selecting:
-        return (None, seen.error) if seen.error else (0.0, "nothing is selected in a step")
+        return (None, seen.error) if seen.error else (0.0, "no step selects")
     a, b = middle(selecting), middle(plain)
     if a is None or b is None:
-        return None, "every step selected, so there was none to compare with"
+        return None, "every step selects, so there is none to compare with"
     return a - b, f"the median of {len(selecting)} selecting steps minus that of {len(plain)} others"
 
 
-def whole(name: str, steps: Sequence[tuple[float, bool]], seen: Samples, added: float | None) -> float:
-    """A round's step as a run has it: the median, with the selecting steps in their long-run share.
+def whole(name: str, steps: Sequence[tuple[float, bool]], added: float | None) -> float:
+    """The seconds of a round's step: the median, to which selecting steps add their share in a long run.
 
-    Of `id3:every=10` every tenth step selects; the median alone would hide what that costs.
+    With `id3:every=10` every tenth step selects; the median alone would hide what that costs.
     """
-    del seen
     plain = [s for s, chose in steps if not chose]
     selecting = [s for s, chose in steps if chose]
     every = methods.every_of(name)
@@ -122,7 +121,7 @@ def _row(name: str, seen: Samples, steps: dict[str, list[float]], added: tuple[f
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The machine by its kind, never by its name."""
+    """The kind of machine; its name is left out."""
     gpu = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else None
     return {
         "cpu": _cpu() or platform.machine(),

@@ -1,11 +1,9 @@
-"""Rows as text: the columns of the papers' efficiency table, and the verdicts on the bars."""
+"""Shows rows as text, with the columns of the papers' efficiency table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-
-from selectune.bench.bars import Verdict
 
 COLUMNS = (
     "method", "init s", "update s", "step s", "spread", "/full", "/frozen", "/lora", "peak MiB", "live MiB",
@@ -14,7 +12,7 @@ COLUMNS = (
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """One row of the table; an error stands in place of numbers."""
+    """The cells of a row; a method that failed has its error in place of numbers."""
     if row.get("error"):
         return [row["method"], f"failed: {row['error']}", *[""] * (len(COLUMNS) - 2)]
     low, high = row["spread"]
@@ -33,7 +31,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def title(report: dict[str, Any]) -> str:
-    """What was run, in a line."""
+    """One line that says what was run."""
     s, m = report["settings"], report["machine"]
     budget = f"{s['budget']:.3g} of the weights" if isinstance(s["budget"], float) else f"{s['budget']:,} scalars"
     extra = (f", autocast {s['autocast']}" if s["autocast"] else "") + (", checkpointing" if s["checkpointing"] else "")
@@ -45,13 +43,13 @@ def title(report: dict[str, Any]) -> str:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What a reader of the table must know besides."""
+    """Lines that a reader of the table needs to know what its numbers mean."""
     packages = sorted({row["package"] for row in report["rows"] if row.get("package")})
     found = [
         "step: the median over rounds of whole steps (forward, backward, selection, optimizer); with every=k, "
         "selecting steps count 1/k; spread: 10th to 90th percentile of all steps; ratios are taken within a round",
-        "peak: above the loaded model, as the system counts it; live: the same without what the C library keeps for "
-        "reuse, in a run of its own; init: the method's set-up, libraries and kernels loaded beforehand",
+        "peak: above the loaded model, as the system counts it; live: the same without memory that the C library "
+        "keeps for reuse, from a run of its own; init: set-up of the method, after libraries and kernels are loaded",
     ]
     if report.get("copy_s"):
         found.append(f"one pass over the weights (a copy): {report['copy_s']:.4f} s")
@@ -59,18 +57,8 @@ def notes(report: dict[str, Any]) -> list[str]:
         found.append(f"peers: {', '.join(packages)}")
     found += [f"{row['method']}: {row['note']}" for row in report["rows"] if row.get("note")]
     if any(row.get("exact_memory") is False for row in report["rows"]):
-        found.append("peak memory is that of the whole process: this system does not let it be reset")
+        found.append("peak memory is that of the whole process, because this system cannot reset it")
     return found
-
-
-def verdict_cells(verdict: Verdict) -> list[str]:
-    """One verdict as cells."""
-    kept = {True: "kept", False: "MISSED", None: "not measured"}[verdict.kept]
-    value = verdict.problem or ("-" if verdict.value is None else f"{verdict.value:.2f}")
-    return [verdict.what, verdict.method, value, f"<= {verdict.limit:g}", f"{verdict.reach:g}", kept]
-
-
-VERDICT_COLUMNS = ("bar", "method", "value", "limit", "reach for", "")
 
 
 def plain(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -94,12 +82,13 @@ def plain(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
 
 
 def planned(found: dict[str, Any]) -> str:
-    """A prediction as text: the items of the peak, then what else was asked."""
+    """A prediction as text: the items of the peak first, then the delta and the updates."""
     mib = 1 << 20
     items = (
-        ("weights", "weights"), ("saved", "saved for backward"), ("backward", "backward besides"),
-        ("gradient", "dense gradient"), ("values", "values"), ("values_gradient", "their gradient"),
-        ("optimizer", "optimizer state"), ("ledger", "positions, slots, base values"), ("workspace", "scoring"),
+        ("weights", "weights"), ("adapter", "adapter's weights"), ("saved", "saved for backward"),
+        ("backward", "backward in addition"),
+        ("gradient", "dense gradients"), ("values", "offsets"), ("optimizer", "optimizer state"),
+        ("ledger", "positions, slots, base values"), ("workspace", "scoring"),
         ("peak", "peak"), ("above_model", "peak above the model"),
     )  # fmt: skip
     lines = [f"{label:<30} {found[key] / mib:>12,.1f} MiB" for key, label in items]

@@ -1,5 +1,6 @@
-"""The process in which one method is measured. It reads one JSON command a line and answers with one.
+"""The process in which one method is measured. It reads a JSON command from each line and answers with a line.
 
+{"do": "warm", "method": ..., "bench": {...}, "threads": n, "peers": path}
 {"do": "load", "method": ..., "bench": {...}, "budget": ..., "steps": T}
 {"do": "steps", "count": k}
 {"do": "save"}
@@ -25,7 +26,7 @@ from selectune.bench.meter import MIB, Memory, copy_seconds, wait
 from selectune.bench.workload import Bench, batches, config_of, loss_of, prepare
 from selectune.errors import SelectuneError
 
-INITS = 3  # times that the initialisation is timed, where a method can be taken off again
+INITS = 3  # how often the initialisation is timed, where a method can be taken off again
 
 
 class Measured:
@@ -39,14 +40,12 @@ class Measured:
         self.weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self.batches = batches(bench, self.config)
         self.copy_s = copy_seconds(self.model, bench.device)
-        if method.startswith("toolkit-"):
-            one = {name: tensor[:1] for name, tensor in self.batches[0].items()}
-            methods.note_unreached(self.model, lambda: loss_of(self.model, one, bench).backward())
+        methods.prepare(method, self.model, self.batches[0], bench)
         self.memory = Memory(bench.device)
         self.loaded = self.memory.now()
         self.memory.reset()
         self.init_s: list[float] = []
-        self.plan = methods.Plan(budget, steps, bench.seed, self.batches)
+        self.given = methods.Conditions(budget, steps, bench.seed, self.batches)
         self.ready = self._set_up()
         while self.ready.undo is not None and len(self.init_s) < INITS:
             self.ready.undo()
@@ -57,7 +56,7 @@ class Measured:
     def _set_up(self) -> methods.Ready:
         wait(self.bench.device)
         began = time.perf_counter()
-        ready = methods.set_up(self.method, self.model, self.plan)
+        ready = methods.set_up(self.method, self.model, self.given)
         wait(self.bench.device)
         self.init_s.append(time.perf_counter() - began)
         return ready
@@ -78,7 +77,7 @@ class Measured:
         }
 
     def run(self, count: int) -> dict[str, Any]:
-        """Whole training steps: seconds of each, and whether it selected."""
+        """Runs whole training steps: the seconds of each, whether it selected, and peak memory."""
         self.memory.reset()
         model, optimizer = self.ready.model or self.model, self.ready.optimizer
         took, selecting = [], []
@@ -121,14 +120,13 @@ class Measured:
 
 
 def rehearse(method: str, bench: Bench) -> None:
-    """Two steps of a method on a small model: libraries are imported and kernels loaded before anything is measured."""
+    """Runs two steps on a small model, which imports libraries and loads kernels before anything is measured."""
     small = Bench("rehearsal", 4, 64, bench.dtype, bench.autocast, bench.checkpointing, bench.device, bench.seed)
     config = config_of("rehearsal")
     model = prepare(small, config)
     found = batches(small, config, 2)
-    if method.startswith("toolkit-"):
-        methods.note_unreached(model, lambda: loss_of(model, found[0], small).backward())
-    ready = methods.set_up(method, model, methods.Plan(0.002, 2, bench.seed, found))
+    methods.prepare(method, model, found[0], small)
+    ready = methods.set_up(method, model, methods.Conditions(0.002, 2, bench.seed, found))
     for batch in found:
         loss_of(ready.model or model, batch, small).backward()
         if ready.optimizer is not None:
@@ -137,10 +135,11 @@ def rehearse(method: str, bench: Bench) -> None:
 
 
 def answer(state: dict[str, Measured], command: dict[str, Any]) -> dict[str, Any]:
-    """One command of the parent."""
+    """Does one command of the parent process."""
     if command["do"] == "warm":
         if command["threads"]:
             torch.set_num_threads(command["threads"])
+        methods.join(command.get("peers"))
         methods.needs(command["method"])
         rehearse(command["method"], Bench(**command["bench"]))
         return {}
@@ -153,7 +152,7 @@ def answer(state: dict[str, Measured], command: dict[str, Any]) -> dict[str, Any
 
 
 def main(commands: TextIO, answers: TextIO) -> None:
-    """Until the parent says stop, or is gone. An error is an answer too: a method that fails gets its row."""
+    """Answers commands until the parent says stop or is gone. An error is an answer too: the method gets its row."""
     state: dict[str, Measured] = {}
     for line in commands:
         command = json.loads(line)

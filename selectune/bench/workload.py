@@ -1,11 +1,11 @@
-"""Models from configs with random weights, and batches of random tokens for them: no hub, no downloads."""
+"""Makes models with random weights from configs, and batches of random tokens; nothing is downloaded."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured: a model and the shape of a step."""
+    """A model and the shape of a step that is measured on it."""
 
     model: str
     batch: int = 8
@@ -36,15 +36,15 @@ class Bench:
                 raise ConfigError(f"{name} {value}: unknown. Known: {', '.join(DTYPES)}.")
         for name, value in (("--batch", self.batch), ("--length", self.length)):
             if value < 1:
-                raise ConfigError(f"{name} {value}: at least 1 is needed.")
+                raise ConfigError(f"{name} {value}: must be at least 1.")
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"--device {self.device}: unknown. Known: cpu, cuda.")
 
 
 def config_of(name: str) -> Any:
-    """The config of a bench model, a local folder, `demo` or a hub id; weights are not read.
+    """The config of a bench model, a local folder, `demo` or a hub id. No weights are read.
 
-    Raises ModelError for what cannot be found.
+    Raises ModelError if it cannot be found.
     """
     try:
         import transformers
@@ -59,19 +59,19 @@ def config_of(name: str) -> Any:
             return transformers.AutoConfig.from_pretrained(place.location, **where)
         except Exception as error:
             raise ModelError(
-                f"There is no config for '{name}': {' '.join(str(error).split())[:200]} Known without a hub: "
-                f"{', '.join(CONFIGS)}; a folder with config.json works too."
+                f"No config was found for '{name}': {' '.join(str(error).split())[:200]} Known without a hub: "
+                f"{', '.join(CONFIGS)}. A folder with config.json works too."
             ) from error
 
 
 def is_causal(config: Any) -> bool:
-    """Whether the model predicts the next token; all others get a classification head."""
+    """Whether the model predicts the next token; all other models get a classification head."""
     named = (getattr(config, "architectures", None) or [""])[0]
     return "CausalLM" in named or (not named and config.model_type in ("llama", "gpt2", "qwen2", "qwen3", "mistral"))
 
 
 def build(config: Any, dtype: torch.dtype, device: str | torch.device, seed: int = 6) -> nn.Module:
-    """A model with random weights, in train mode. On the device "meta" it has shapes and no memory."""
+    """A model with random weights in train mode. On the device "meta" it has shapes and no memory."""
     import transformers
 
     auto = transformers.AutoModelForCausalLM if is_causal(config) else transformers.AutoModelForSequenceClassification
@@ -84,11 +84,11 @@ def build(config: Any, dtype: torch.dtype, device: str | torch.device, seed: int
 
 
 def prepare(bench: Bench, config: Any | None = None, device: str | None = None) -> nn.Module:
-    """The model of a bench, as a step runs it."""
+    """The model of a bench as a training step runs it."""
     config = config_of(bench.model) if config is None else config
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < bench.length:
-        raise ConfigError(f"--length {bench.length} is more than the {limit} tokens that {bench.model} can take.")
+        raise ConfigError(f"--length {bench.length}: {bench.model} takes at most {limit} tokens.")
     model = build(config, DTYPES[bench.dtype], device or bench.device, bench.seed)
     _fill_zeros(model, bench.seed)
     if bench.checkpointing:
@@ -97,7 +97,7 @@ def prepare(bench: Bench, config: Any | None = None, device: str | None = None) 
 
 
 def _checkpoint(model: nn.Module) -> None:
-    """Activations are recomputed in backward; transformers renamed the switch."""
+    """Switches recomputation of activations on; newer versions of transformers gave the switch another name."""
     for prefix in ("activation", "gradient"):
         switch: Callable[..., Any] | None = getattr(model, f"{prefix}_checkpointing_enable", None)
         if switch is not None:
@@ -108,7 +108,7 @@ def _checkpoint(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _fill_zeros(model: nn.Module, seed: int) -> None:
-    """Trained biases are not 0, and masks of small weights would otherwise be all of them."""
+    """Fills zero vectors with small numbers: biases of trained models are not 0, and PaFi would select all zeros."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() == 1 and not parameter.is_meta and not bool(parameter.any()):
@@ -128,9 +128,16 @@ def batches(bench: Bench, config: Any, count: int = 4) -> list[dict[str, Tensor]
     return found
 
 
+def input_gradients(model: nn.Module) -> None:
+    """Nothing is trained, and the gradient runs back to the embeddings' output: the least that a step can cost."""
+    model.requires_grad_(False)
+    embeddings: Any = cast(Any, model).get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+
 @contextlib.contextmanager
 def mixed(bench: Bench) -> Iterator[None]:
-    """Autocast around the forward pass, where the bench asks for it."""
+    """Runs the forward pass under autocast if the bench asks for it."""
     if bench.autocast is None:
         yield
         return
@@ -139,6 +146,6 @@ def mixed(bench: Bench) -> Iterator[None]:
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor], bench: Bench) -> Tensor:
-    """One forward pass."""
+    """The loss of one forward pass."""
     with mixed(bench):
         return model(**batch).loss

@@ -1,6 +1,6 @@
-"""What this installation is, and whether training works here.
+"""Examines this installation and proves that training works here (`selectune doctor`).
 
-examine    `selectune doctor`: its parts, each in a child process
-checks     the parts that import something
-candidate  a model before it is tuned: what is in scope, tied, left out; does attach work?
+examine    runs the checks in child processes and shows what they found
+checks     each check looks at one thing and imports what it needs
+candidate  looks at a model before it is tuned: what is in scope, tied or left out, whether attach works
 """

@@ -1,4 +1,4 @@
-"""A model looked at before it is tuned: what is in scope, what is tied, what is left out, whether attach works."""
+"""Looks at a model before it is tuned: what is in scope, what is tied, what is left out, whether attach works."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from selectune.errors import SelectuneError
 from selectune.models.bases import load_model
 from selectune.train import Tuner
 
-BUDGET = 1_000  # of the trial; less where fewer scalars are in scope
+BUDGET = 1_000  # of the trial; smaller if fewer scalars are in scope
 NAMED = 3  # tensors named in a summary
 
 
 def look(name: str) -> dict[str, Any]:
-    """What selectune would do with this model, as plain values. Raises where it cannot be loaded."""
-    model = load_model(name, None, 6).model
-    return inspect(model)
+    """What selectune would do with this model, as plain values. Raises ModelError if it cannot be loaded."""
+    return inspect(load_model(name, None, 6).model)
 
 
 def inspect(model: nn.Module) -> dict[str, Any]:
-    """The same of a model that is there. Its bits are what they were afterwards."""
+    """The same for a model in memory. Its bits do not change."""
     out = left_out(model)
     found, problem = attempt(lambda: st.Scope().find(model))
     scoped = () if found is None else found.tensors
@@ -61,7 +60,7 @@ def inspect(model: nn.Module) -> dict[str, Any]:
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
-    """The parameters that no selection would choose from, each with the reason in a word or two."""
+    """The parameters that no selection would choose from, each with a short reason."""
     return {name: why for name, tensor in model.named_parameters() if (why := _why_not(tensor))}
 
 
@@ -74,7 +73,7 @@ def _why_not(tensor: Tensor) -> str | None:
 
 
 def attached(model: nn.Module, eligible: int) -> str:
-    """Attach and detach, with what can be checked in between; raises where it does not work or leaves a trace."""
+    """Attaches, checks and detaches; raises if that fails or changes a bit of the model."""
     before = _checksums(model)
     tuner = st.attach(model, st.random(budget=min(BUDGET, eligible)))
     try:
@@ -88,7 +87,7 @@ def attached(model: nn.Module, eligible: int) -> str:
 
 
 def uses(tuner: Tuner, model: nn.Module) -> str:
-    """What `Tuner.check` says of the uses of the model's tensors, on its `dummy_inputs`, as the end of a sentence."""
+    """What `Tuner.check` finds on the model's `dummy_inputs`, as the end of a sentence."""
     batch = getattr(model, "dummy_inputs", None)
     if not isinstance(batch, dict):
         return ""
@@ -98,7 +97,7 @@ def uses(tuner: Tuner, model: nn.Module) -> str:
 
 
 def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Some number that every output has a part in."""
+    """A scalar that depends on every output."""
     device = next(model.parameters()).device
     output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
     values = output.values() if isinstance(output, dict) else output

@@ -1,7 +1,7 @@
-"""The parts of `selectune doctor` that import something: each looks at one thing, and none takes the others with it.
+"""The checks of `selectune doctor`. Each looks at one thing, and a broken one does not stop the others.
 
-Run as `python -m selectune.doctor.checks JSON` in a process of its own, which may die: a line of JSON as a part begins
-and one as it ends. `selectune.doctor.examine` reads them. What a part imports, it imports itself.
+`python -m selectune.doctor.checks JSON` runs them in a process of its own, which may die: it writes a line of JSON as
+a check begins and one as it ends, which `selectune.doctor.examine` reads. Each check imports what it needs itself.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ ABSENT = "not installed"
 
 
 class Finding(Exception):
-    """Something is not as it must be; the message is the whole story."""
+    """Something is wrong; the message says all of it."""
 
 
 def attempt(look: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What a part found, and what went wrong in it as one line.
+    """What a check found, and what went wrong in it as one line.
 
     >>> attempt(lambda: 1 / 0)
     (None, 'ZeroDivisionError: division by zero')
@@ -38,12 +38,12 @@ def attempt(look: Callable[[], Any]) -> tuple[Any, str | None]:
         return look(), None
     except Finding as error:
         return None, str(error)
-    except Exception as error:  # noqa: BLE001 a broken package may raise anything, and doctor has to name it, not fall
+    except Exception as error:  # noqa: BLE001 a broken package may raise anything, and doctor has to name it
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"
 
 
 def parts(model: str | None = None) -> dict[str, Callable[[], Any]]:
-    """All parts by name, in the order in which they are done."""
+    """All checks by name, in the order in which they run."""
     found: dict[str, Callable[[], Any]] = {
         "python": lambda: {"python": sys.version.split()[0]},
         **{f"variable {name}": lambda n=name: _threads(n) for name in THREADS},
@@ -92,7 +92,7 @@ def _folder(name: str) -> str | None:
 
 
 def _package(name: str) -> str:
-    """Its version, after it was imported."""
+    """The version of a package that can be imported."""
     module = name.replace("-", "_")
     if util.find_spec(module) is None:
         if name in NEEDED:
@@ -106,7 +106,7 @@ def _package(name: str) -> str:
 
 
 def devices() -> list[dict[str, Any]]:
-    """The CPU, and every GPU that torch sees."""
+    """The CPU and every GPU that torch sees."""
     import torch
 
     from selectune.bench.meter import available
@@ -126,7 +126,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def backend() -> dict[str, Any]:
-    """Which kernels run, and why."""
+    """Which kernels run, and why they were chosen."""
     from selectune import ops
 
     return {"use": ops.explain(), **ops.describe()}
@@ -140,13 +140,13 @@ def on_gpu() -> dict[str, Any] | None:
 
 
 def self_check(device: str) -> dict[str, Any]:
-    """Attach, train, verify, save, detach, apply and revert on a small model; base, delta and revert by bits."""
+    """Attaches, trains, verifies, saves, detaches, applies and reverts on a small model, and compares bits."""
     began = time.perf_counter()
     return {"changed": prove(device), "seconds": round(time.perf_counter() - began, 2)}
 
 
 def prove(device: str = "cpu") -> int:
-    """Does what `self_check` says; how many scalars training changed. Raises where anything is not as promised."""
+    """Does what `self_check` says and returns how many scalars training changed. Raises Finding if a bit is wrong."""
     import torch
 
     import selectune
@@ -194,7 +194,7 @@ def _model(model: str) -> dict[str, Any]:
 
 
 def answer(names: list[str], model: str | None, out: IO[str]) -> None:
-    """Does the parts named and says so, line by line."""
+    """Runs these checks and writes the lines about them."""
     known = parts(model)
     for name in names:
         out.write(json.dumps({"part": name}) + "\n")
@@ -205,7 +205,7 @@ def answer(names: list[str], model: str | None, out: IO[str]) -> None:
 
 
 def main() -> None:
-    """The process: answers go where stdout went, and whatever a library prints goes to stderr."""
+    """Runs as a process: lines go to stdout, and whatever a library prints goes to stderr."""
     asked = json.loads(sys.argv[1])
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)

@@ -1,7 +1,7 @@
-"""What this installation is, what it uses and why, and a proof in seconds that it works.
+"""Examines an installation: what is there, which kernels run, and a proof in seconds that training works.
 
-Nothing is imported here that may be broken: the parts (`checks`) are done in another process. Should one take that
-process with it (a kernel that crashes), the part is named, and a fresh process goes on with the rest.
+Nothing that may be broken is imported here: the checks run in another process. If one crashes that process, it is
+named, and a fresh process goes on with the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LABEL = 11
 
 
 def examine(model: str | None = None, patience: float = PATIENCE) -> dict[str, Any]:
-    """Everything `selectune doctor` says, as plain JSON values; "problems" names each part that is ill and why."""
+    """Everything that `selectune doctor` says, as plain JSON values; "problems" names each failed check and why."""
     found, problems, said = ask(list(checks.parts(model)), model, patience)
     looked = found.get(f"model {model}") or {}
     if looked and not looked["attach"]["works"]:
@@ -38,8 +38,8 @@ def examine(model: str | None = None, patience: float = PATIENCE) -> dict[str, A
         "packages": {name: found.get(f"package {name}") for name in (*checks.NEEDED, *checks.OPTIONAL)},
         "devices": found.get("devices") or [],
         "backend": found.get("backend"),
-        "threads": {**(found.get("threads") or {}), **_environment(checks.THREADS)},
-        "caches": _environment((*checks.CACHES, "TMPDIR")),
+        "threads": {**(found.get("threads") or {}), **{name: os.environ.get(name) for name in checks.THREADS}},
+        "caches": {name: os.environ.get(name) for name in (*checks.CACHES, "TMPDIR")},
         "self_check": {"ok": check is not None, "changed": None, "seconds": None, **(check or {})},
         "self_check_gpu": gpu,
         "model": None if model is None else {"path": model, **looked},
@@ -50,7 +50,7 @@ def examine(model: str | None = None, patience: float = PATIENCE) -> dict[str, A
 def ask(
     names: list[str], model: str | None, patience: float = PATIENCE
 ) -> tuple[dict[str, Any], list[dict[str, str]], str]:
-    """The parts' values and problems, and what was printed meanwhile; a process that dies costs one part."""
+    """The values and problems of checks, and what was printed meanwhile. A process that dies costs one check."""
     values: dict[str, Any] = {}
     problems: list[dict[str, str]] = []
     printed = ""
@@ -73,7 +73,7 @@ def ask(
 
 
 def _process(names: list[str], model: str | None, patience: float) -> tuple[list[dict[str, Any]], str, str]:
-    """The lines that a process wrote, how it ended, and what it printed."""
+    """The lines that a process wrote, how it ended, and what it printed on stderr."""
     command = [sys.executable, "-m", "selectune.doctor.checks", json.dumps({"parts": names, "model": model})]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
@@ -103,12 +103,8 @@ def _end(code: int, errors: bytes) -> str:
     return f"it ended the process with exit code {code}{': ' + last[0].strip() if last else ''}."
 
 
-def _environment(names: tuple[str, ...]) -> dict[str, str | None]:
-    return {name: os.environ.get(name) for name in names}
-
-
 def page(value: dict[str, Any]) -> str:
-    """What `examine` found on one screen: the verdict, every problem as one line, then what there is."""
+    """What `examine` found, on one screen: the verdict, a line for each problem, then the installation."""
     problems = value["problems"]
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     lines = [f"selectune {value['selectune']} " + (f"has {count} here." if problems else "works here.")]
@@ -146,7 +142,7 @@ def _told(value: dict[str, Any]) -> list[str]:
 
 
 def told(model: dict[str, Any]) -> list[str]:
-    """What was found about a model, as lines."""
+    """Lines about a model."""
     lines = [f"{'model':<{_LABEL}}{model['path']}" + (f": {model['class']}" if "class" in model else "")]
     for label in ("in scope", "tied", "left out", "attach"):
         if model.get(label.replace(" ", "_")):
@@ -164,7 +160,7 @@ def _cut(line: str) -> str:
 
 
 def _wrapped(label: str, items: list[str], most: int) -> list[str]:
-    """Items with commas between them, on as few lines as take them and at most so many."""
+    """Items with commas between them on as few lines as possible, at most `most`."""
     lines, row = [], ""
     for place, item in enumerate(items):
         text = item + ("," if place + 1 < len(items) else "")

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from selectune.internals import dispatch_modes
+
 _local = threading.local()
 
 
@@ -33,7 +35,7 @@ def scratch(purpose: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     block = blocks.get(purpose)
     if block is None or block.numel() < size:
         blocks.pop(purpose, None)
-        block = blocks[purpose] = torch.frombuffer(_pages(size), dtype=torch.uint8)
+        block = blocks[purpose] = _block(size)
     return block[:size].view(dtype).view(tuple(shape))
 
 
@@ -46,6 +48,12 @@ def _blocks() -> dict[str, Tensor]:
     if not hasattr(_local, "blocks"):
         _local.blocks = {}
     return _local.blocks
+
+
+def _block(size: int) -> Tensor:
+    if dispatch_modes():  # a mode counts memory or does without: it has to see a tensor of torch's own
+        return torch.empty(size, dtype=torch.uint8)
+    return torch.frombuffer(_pages(size), dtype=torch.uint8)
 
 
 def _pages(size: int) -> mmap.mmap:

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from selectune.adapters import linears
-from selectune.bench import bars, methods, rounds, rows, table, worker
+from selectune.bench import methods, rounds, rows, worker
 from selectune.bench.rounds import Samples, Settings
 from selectune.bench.workload import CONFIGS, Bench, batches, build, config_of, loss_of, prepare
 from selectune.cli.app import app
@@ -22,7 +22,6 @@ from selectune.errors import ConfigError, ModelError
 
 TINY = Bench("tiny", 2, 16)
 HAS_PEFT = importlib.util.find_spec("peft") is not None
-HAS_TOOLKIT = importlib.util.find_spec("selective_optimizers") is not None
 
 
 def asked(*commands: dict) -> list[dict]:
@@ -40,7 +39,7 @@ def load(method: str, budget: float = 0.01, steps: int = 4) -> dict:
 def test_the_command_measures_side_by_side_in_processes(tmp_path):
     """The one run with real processes: schema of the JSON, the table, ratios of a method to itself."""
     out = tmp_path / "bench.json"
-    names = ["full", "frozen", "id3", *(["lora"] if HAS_PEFT else []), *(["toolkit-id3"] if HAS_TOOLKIT else [])]
+    names = ["full", "frozen", "id3", *(["lora"] if HAS_PEFT else [])]
     command = [
         "bench", "--model", "tiny", "--batch", "2", "--length", "16", "--methods", ",".join(names), "--budget", "1%",
         "--steps", "2", "--rounds", "1", "--threads", "1", "--no-live", "--json", str(out),
@@ -112,18 +111,6 @@ def test_a_worker_trains_pefts_methods(method):
         assert steps["selected"] == 8 * sum(sum(layer.weight.shape) for layer in layers.values())
 
 
-@pytest.mark.skipif(not HAS_TOOLKIT, reason="selective-optimizers is not installed")
-@pytest.mark.parametrize("method", ["toolkit-id3", "toolkit-pafi", "toolkit-bitfit"])
-@pytest.mark.filterwarnings("ignore")
-def test_a_worker_trains_the_toolkits_methods(method):
-    facts, steps, saved = asked(load(method, 0.02), {"do": "steps", "count": 2}, {"do": "save"})
-    assert facts["ok"], facts
-    assert facts["package"].startswith("selective-optimizers ")
-    assert len(steps["select_s"]) == (2 if method == "toolkit-id3" else 0)
-    assert steps["selected"] > 0
-    assert saved["delta_bytes"] > 12 * steps["selected"]
-
-
 def test_what_fails_is_an_answer():
     facts, steps = asked(load("id3", budget=10**9), {"do": "steps", "count": 1})
     assert not facts["ok"]
@@ -144,7 +131,7 @@ def test_a_missing_peer_names_the_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": ("id4",)}, "Known: full, frozen, toolkit-id3.*, lora, "),
+        ({"methods": ("id4",)}, "Known: full, frozen, lora, "),
         ({"methods": ("pafi:every=3",)}, "'pafi' takes no option every"),
         ({"methods": ()}, "names none"),
         ({"methods": ("id3", "id3")}, "twice"),
@@ -212,12 +199,16 @@ def report_of(**samples: Samples) -> dict:
     return rows.report(settings, names, "alive")
 
 
+def row_of(report: dict, method: str) -> dict | None:
+    return next((row for row in report["rows"] if row["method"] == method), None)
+
+
 def test_ratios_are_taken_within_a_round():
     """The second round is ten times as slow for all: the ratio does not see it."""
     report = report_of(
         full=seen([[1.0, 1.2], [10.0, 12.0]]), frozen=seen([[0.5, 0.5], [5.0, 5.0]]), pafi=seen([[0.55], [5.5]])
     )
-    pafi = bars.row_of(report, "pafi")
+    pafi = row_of(report, "pafi")
     assert pafi is not None
     assert pafi["step_over_frozen"] == pytest.approx(1.1)
     assert pafi["step_over_full"] == pytest.approx(0.5)
@@ -231,64 +222,13 @@ def test_selecting_steps_count_in_their_share():
     every = seen([[2.0, 1.0, 1.0, 1.0]] * 2, flags)
     always = seen([[2.0, 2.2]] * 2, [[True, True]] * 2, other=[(1.5, False), (1.5, False)])
     report = report_of(id3_every_10=every, id3=always)
-    tenth, each = bars.row_of(report, "id3:every=10"), bars.row_of(report, "id3")
+    tenth, each = row_of(report, "id3:every=10"), row_of(report, "id3")
     assert tenth is not None
     assert each is not None
     assert tenth["update_s"] == pytest.approx(1.0)
     assert tenth["step_s"] == pytest.approx(1.1)
     assert each["update_s"] == pytest.approx(0.6)
     assert each["step_s"] == pytest.approx(2.1)
-
-
-def verdict(report: dict, what: str, method: str) -> bars.Verdict:
-    return next(v for v in bars.judge(report) if v.what == what and v.method == method)
-
-
-def test_bars_on_literal_rows():
-    full = seen([[1.0], [1.0]], peak_mib=1500.0, selected=67_000_000, delta_bytes=268_000_000)
-    frozen = seen([[0.6], [0.6]], peak_mib=680.0, selected=0, delta_bytes=0)
-    pafi = seen([[0.66], [0.66]], peak_mib=700.0, selected=1000, delta_bytes=6400)
-    id3 = seen([[0.81], [0.81]], [[True], [True]], peak_mib=900.0, selected=1000, delta_bytes=6600)
-    report = report_of(full=full, frozen=frozen, pafi=pafi, id3=id3)
-    assert verdict(report, "static masks, step / frozen", "pafi").value == pytest.approx(1.1)
-    assert verdict(report, "static masks, step / frozen", "pafi").kept
-    assert verdict(report, "static masks, step / lora", "pafi").kept is None
-    assert verdict(report, "id3 every step, step / full", "id3").kept is False
-    assert verdict(report, "id3, peak memory / full", "id3").kept
-    assert verdict(report, "pafi, initialisation / one copy of the weights", "pafi").value == pytest.approx(2.0)
-    assert verdict(report, "delta file, bytes a scalar, fp32", "pafi").kept
-    assert verdict(report, "delta file, bytes a scalar, fp32", "id3").kept is False
-    floor = verdict(report, "id3, (peak - frozen) / (1.5 x largest tensor + 32 B + 64 MiB)", "id3")
-    assert floor.value == pytest.approx(220 / (15 + 32_000 / (1 << 20) + 64))
-    assert not bars.all_kept(bars.judge(report))
-    assert not any(v.what.startswith(("GPU", "static masks at 5")) for v in bars.judge(report))
-
-
-def test_bars_are_about_a_density_and_a_device():
-    report = report_of(full=seen([[1.0], [1.0]]), random=seen([[0.8], [0.8]], peak_mib=1.0))
-    report["settings"]["budget"] = 0.05
-    assert next(v.what for v in bars.judge(report)) == "static masks at 5 %, step / full"
-    report["settings"]["budget"] = round(0.05 * 100 * (1 << 20) / 4)  # the same as a count
-    assert bars.density(report) == pytest.approx(0.05)
-    report["settings"].update(budget=0.0017, device="cuda", dtype="bf16")
-    assert {v.what.partition(":")[0] for v in bars.judge(report)} == {"GPU", "delta file, bytes a scalar, 16 bits"}
-
-
-def test_a_failed_method_breaks_its_bars_and_has_a_row():
-    report = report_of(full=seen([[1.0], [1.0]]), id3=Samples(error="RuntimeError: no"))
-    failed = report["rows"][1]
-    assert failed["error"] == "RuntimeError: no"
-    assert failed["step_s"] is None
-    assert verdict(report, "id3 every step, step / full", "id3").kept is False
-    text = table.plain(table.COLUMNS, [table.cells(r) for r in report["rows"]])
-    assert "failed: RuntimeError: no" in text
-    json.dumps(report, allow_nan=False)
-
-
-def test_nothing_measured_is_no_success():
-    assert not bars.all_kept([])
-    assert not bars.all_kept([bars.Verdict("a", "id3", None, 1.0, 0.9)])
-    assert bars.all_kept([bars.Verdict("a", "id3", 0.9, 1.0, 0.9), bars.Verdict("b", "id3", None, 1.0, 0.9)])
 
 
 def test_the_exit_code_says_that_one_of_ours_failed(monkeypatch):

@@ -6,13 +6,13 @@ import pytest
 from test_bench import asked, load
 
 from selectune import spec
-from selectune.adapters import KINDS, linears
+from selectune.adapters import KINDS, linears, put_on
 from selectune.bench import methods
 from selectune.bench.estimate import plan
 from selectune.bench.rounds import Settings
 from selectune.bench.rows import whole
 from selectune.bench.workload import Bench, prepare
-from selectune.errors import ConfigError
+from selectune.errors import ConfigError, ModelError
 
 pytest.importorskip("peft")
 TINY = Bench("tiny", 2, 16)
@@ -52,7 +52,7 @@ def test_names():
     assert not methods.is_ours("lora:targets=query+value")
     assert not methods.is_ours("pfeiffer")
     assert methods.recipe("id3:every=10+lora", 100, 50).schedule.every == 10  # pyright: ignore
-    assert whole("id3:every=10+lora", [(1.0, False), (2.0, True)], None, 1.0) == pytest.approx(1.1)  # pyright: ignore
+    assert whole("id3:every=10+lora", [(1.0, False), (2.0, True)], 1.0) == pytest.approx(1.1)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,30 @@ def test_names_that_make_no_sense(name, message):
         Settings(TINY, (name,), 0.01, 3, 1)
 
 
-def test_a_module_cannot_be_planned():
-    with pytest.raises(ConfigError, match="cannot be planned yet"):
-        plan(TINY, "id3+lora", 100, 10)
+@pytest.mark.parametrize("adapter", [kind for kind in KINDS if kind != "shira"])
+def test_every_adapter_can_be_planned(adapter):
+    """Its size is that of the adapter on a model with weights."""
+    adapted = put_on(prepare(TINY), adapter, record=False, steps=10)
+    size = sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
+    found = plan(TINY, adapter, 100, 10)
+    counters = len(linears(prepare(TINY))) - 1 if adapter == "adalora" else 0  # of ranks: peft freezes them later
+    assert found.trained == size + counters
+    assert found.above_model > found.saved > 0
+    assert found.adapter > 0 or adapter == "ln"
+    assert found.peak == found.weights + found.above_model
+
+
+def test_an_adapter_that_looks_at_data_cannot_be_planned():
+    """SHiRA's mask is drawn by peft as places where a tensor is not 0."""
+    with pytest.raises(ModelError, match="cannot be run on shapes alone"):
+        plan(TINY, "shira", 100, 10)
+
+
+def test_a_selection_from_an_adapter_can_be_planned():
+    found = plan(TINY, "id3", 100, 10, on="lora:r=4")
+    assert found.trained == 100
+    assert found == plan(TINY, "id3+lora:r=4", 100, 10)
+    assert plan(TINY, "id3", "lora:r=4", 10).trained == plan(TINY, "lora:r=4", 100, 10).trained
+    for method, on in (("full", "lora"), ("lora", "lora"), ("id3+lora", "lora"), ("id3", "loraplus")):
+        with pytest.raises(ConfigError):
+            plan(TINY, method, 100, 10, on=on)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import selectune as st
 from selectune.bench import trace
 from selectune.bench.estimate import plan, updates_of
 from selectune.bench.workload import Bench, config_of, prepare
 from selectune.cli.app import app
-from selectune.errors import BudgetError, ConfigError
+from selectune.errors import BudgetError, ConfigError, ModelError, ScopeError
 from selectune.ops import loops
 from selectune.schedule import Increment, OneShot, Repeat
+from selectune.scope import Found, Scope
 
 TINY = Bench("tiny", 2, 16)
 
@@ -39,27 +42,40 @@ class Answer:
         self.loss = loss
 
 
-def traced(kind: trace.Kind) -> trace.Traced:
-    with torch.device("meta"):
-        return trace.step(Two(), {"x": torch.empty(10, 4)}, TINY, kind)
-
-
 X, HIDDEN, OUT, LOSS = 10 * 4 * 4, 10 * 8 * 4, 10 * 2 * 4, 4
 A, B = 8 * 4 * 4, 2 * 8 * 4
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+
+
+def traced(train: str = "", **more) -> trace.Traced:
+    """A step of `Two`: 24 selected scalars, 16 in a and 8 in b; or all of it trained, or nothing."""
+    model = Two()
+    with trace.faked(model):
+        batch = {"x": torch.empty(10, 4)}
+        if train == "nothing":
+            return trace.trace(model, batch, TINY, Found((), ()), 0, SGD)
+        scope = Scope(include=(), train_fully="*") if train == "all" else Scope()
+        found = scope.find(model, loaded=False)
+        return trace.trace(model, batch, TINY, found, 24 if found.tensors else 0, SGD, **more)
 
 
 def test_a_step_counted_by_hand():
     """x lies there already; the hidden layer is saved; the output is not, but its gradient comes."""
-    static = traced(trace.Kind(dense=False))
-    assert static.saved == HIDDEN + LOSS
-    selecting = traced(trace.Kind(dense=True))
-    kept = traced(trace.Kind(dense=False, kept=True))
-    assert static.saved == selecting.saved == kept.saved
-    assert static.peak <= selecting.peak <= kept.peak
+    static, selecting, kept, floor = traced(), traced(selects=True), traced("all"), traced("nothing")
+    pieces = 4 * 24  # of the offsets, one a tensor
+    assert static.saved == HIDDEN + LOSS + pieces
+    assert kept.saved == HIDDEN + LOSS
+    assert selecting.saved == static.saved
+    coordinates = 24 * 2 * 4  # int32, which only a step that samples makes
+    assert static.peak <= selecting.peak + coordinates
     assert selecting.peak - static.peak <= max(A, B)
-    assert selecting.largest_gradient == A
-    floor = traced(trace.Kind(dense=False, frozen=True))
-    assert floor.saved <= static.saved
+    assert kept.peak >= kept.saved + A
+    assert floor.saved <= kept.saved
+    assert static.values == 4 * 24
+    # offsets, starts and what was written: float32; a base value each; flat index, slot, and the list of free slots
+    assert static.kept == 24 * (3 * 4 + 4 + 3 * 8)
+    assert traced(copies=True).kept == static.kept + A + B
+    assert static.state == kept.kept == floor.kept == 0
 
 
 def test_what_is_dropped_is_not_counted():
@@ -78,14 +94,14 @@ def test_what_is_dropped_is_not_counted():
 def test_the_items_come_to_the_peak():
     found = plan(TINY, "id3", 0.01, 100)
     parts = (
-        found.weights, found.saved, found.backward, found.gradient, found.values, found.values_gradient,
-        found.optimizer, found.ledger, found.workspace,
+        found.weights, found.adapter, found.saved, found.backward, found.gradient, found.values, found.optimizer,
+        found.ledger, found.workspace,
     )  # fmt: skip
     assert sum(parts) == found.peak
     assert found.peak - found.weights == found.above_model
     assert found.parameters == 112_450
     assert found.trained == round(0.01 * (112_450 - 64))  # the padding row cannot be selected
-    assert found.values == found.values_gradient == 4 * found.trained
+    assert found.values == 4 * found.trained
     assert found.optimizer == 8 * found.trained
 
 
@@ -125,8 +141,6 @@ def test_update_counts_of_the_papers_theorem():
 
 
 def test_the_delta_is_as_large_as_predicted(tmp_path):
-    import selectune as st
-
     model = prepare(TINY)
     tuner = st.attach(model, st.random(budget=3000))
     with torch.no_grad():
@@ -138,8 +152,8 @@ def test_the_delta_is_as_large_as_predicted(tmp_path):
 def test_a_plan_that_makes_no_sense():
     with pytest.raises(ConfigError, match="adamw"):
         plan(TINY, "id3", 100, 10, "lion")
-    with pytest.raises(ConfigError, match="can be planned"):
-        plan(TINY, "lora", 100, 10)
+    with pytest.raises(ConfigError, match=r"is unknown\. Known"):
+        plan(TINY, "id4", 100, 10)
     with pytest.raises(BudgetError):
         plan(TINY, "id3", 10**9, 10)
 
@@ -159,3 +173,51 @@ def test_the_command_plans():
 def test_a_folder_with_a_config_can_be_planned(tmp_path):
     config_of("tiny").save_pretrained(tmp_path)
     assert plan(Bench(str(tmp_path), 2, 16), "id3", 0.01, 10).parameters == 112_450
+
+
+def test_the_scope_is_the_methods_own(tmp_path):
+    """Roles, ties, padding: what `Scope.find` finds on a model with weights is what is planned."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    config.save_pretrained(tmp_path)
+    found = st.xattn().scope.find(prepare(Bench(str(tmp_path), 2, 8)))
+    size = sum(t.parameter.numel() for t in found.whole)
+    assert plan(Bench(str(tmp_path), 2, 8), "xattn", 0.01, 10).trained == size == 2 * (4 * 32 * 32 + 32)
+    assert plan(Bench(str(tmp_path), 2, 8), "id3", 0.01, 10).trained > 0
+
+
+def test_what_cannot_run_on_shapes_is_one_line(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    config.save_pretrained(tmp_path)  # without decoder_start_token_id no example can be shifted
+    with pytest.raises(ModelError, match="cannot be run on shapes alone"):
+        plan(Bench(str(tmp_path), 2, 8), "id3", 0.01, 10)
+    run = CliRunner().invoke(app, ["plan", "--model", str(tmp_path), "--length", "8"])
+    assert run.exit_code == 1
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert "decoder_start_token_id" in run.stderr
+
+
+def test_every_way_of_choosing_has_its_price():
+    """Pruned weights are kept; candidates that are watched have positions; the rest is the same."""
+    static, pruned = plan(TINY, "random", 500, 10), plan(TINY, "sparse-adapter", 500, 10)
+    assert pruned.ledger - static.ledger == 4 * (112_450 - 64) + 64 * 4
+    assert plan(TINY, "spiel-ag", 500, 10).ledger == static.ledger + 500 * 8
+    assert plan(TINY, "gallop", 500, 10).trained == 500
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "momentum"])
+def test_every_optimizer_takes_its_step(optimizer):
+    state = {"adamw": 8, "adam": 8, "sgd": 0, "momentum": 4}[optimizer]
+    assert plan(TINY, "id3:every=10", 500, 10, optimizer).optimizer == 500 * state
+    assert plan(TINY, "full", 500, 10, optimizer).optimizer == 112_450 * state
+
+
+def test_a_scope_of_what_is_not_loaded():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    assert Scope(exclude="*.bias").find(model, loaded=False).eligible == 24
+    with pytest.raises(ScopeError, match="meta device"):
+        Scope().find(model)

@@ -1,15 +1,12 @@
-"""`selectune bench`: methods side by side on one model."""
+"""`selectune bench` measures methods side by side on one model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from selectune.bench.configs import CONFIGS
 from selectune.cli import values
@@ -18,11 +15,11 @@ from selectune.cli.output import stderr, working
 from selectune.errors import ConfigError
 
 EXAMPLES = (
-    "Examples:  selectune bench --methods full,frozen,lora,id3,id3:every=10 --bars\n\n"
+    "Examples:  selectune bench --methods full,frozen,lora,id3,id3:every=10\n\n"
     "selectune bench --model minilm --methods full,frozen,pafi --budget 5% --json bench.json\n\n"
-    "Exit codes: 0 done, 1 a method of ours failed or a bar was missed, 2 usage error"
+    "Exit codes: 0 done, 1 a method of ours failed, 2 usage error"
 )
-METHODS = "full,frozen,lora,dora,super,shira,toolkit-id3,toolkit-pafi,bitfit,pafi,static-d3,random,id3,id3:every=10"
+METHODS = "full,frozen,lora,dora,super,shira,bitfit,pafi,static-d3,random,id3,id3:every=10"
 
 
 def bench(
@@ -30,44 +27,43 @@ def bench(
         str,
         typer.Option("--model", "-m", help=f"{', '.join(c for c in CONFIGS if c != 'rehearsal')}, or a folder."),
     ] = "bert-6l",
-    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples of a step.")] = 8,
-    length: Annotated[int, typer.Option("--length", "--max-length", help="Tokens of an example.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples in a step.")] = 8,
+    length: Annotated[int, typer.Option("--length", "--max-length", help="Tokens in an example.")] = 128,
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas; id3:every=10 selects at every 10th step.")
+        str, typer.Option(help="Methods, separated by commas. id3:every=10 selects at every 10th step.")
     ] = (METHODS),
     on: Annotated[
         str | None,
         typer.Option(
             "--on",
-            help="Put a module under each selective method, such as lora:r=8; id3+lora:r=8 under one.",
+            help="Let each selective method select from an adapter: lora:r=8. id3+lora:r=8 does so for one.",
             show_default=False,
         ),
     ] = None,
     budget: Annotated[str, typer.Option("--budget", "-b", help="Scalars trained: 114k, or a share of all.")] = "0.17%",
-    steps: Annotated[int, typer.Option(help="Measured steps of each method, in all rounds together.")] = 30,
-    rounds: Annotated[int, typer.Option(help="Rounds; in each every method has its turn, in a shuffled order.")] = 3,
+    steps: Annotated[int, typer.Option(help="Measured steps of each method, over all rounds.")] = 30,
+    rounds: Annotated[int, typer.Option(help="Rounds. In each, all methods run in a shuffled order.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: fp32, bf16 or fp16.")] = "fp32",
     autocast: Annotated[str | None, typer.Option(help="Autocast to bf16 or fp16.", show_default=False)] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in backward.")] = False,
     processes: Annotated[
-        str, typer.Option(help="Between rounds keep processes alive, start fresh ones, or auto: what memory allows.")
+        str,
+        typer.Option(help="alive keeps processes between rounds, fresh starts new ones, auto decides by memory."),
     ] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of each process.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Weights, data and the order of methods.")] = 6,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data and the order of methods.")] = 6,
     live: Annotated[
-        bool, typer.Option("--live/--no-live", help="Also measure memory without the C library's free lists (CPU).")
+        bool,
+        typer.Option("--live/--no-live", help="Also measure memory without what the C library keeps (CPU)."),
     ] = True,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a silent method has failed.")] = 900.0,
-    bars: Annotated[bool, typer.Option("--bars", help="Judge the run by the project's bars; 1 if one is missed.")] = (
-        False
-    ),
+    timeout: Annotated[float, typer.Option(help="Seconds after which a method without an answer has failed.")] = 900.0,
     out: Annotated[
         str | None, typer.Option("--json", help="Write the rows as JSON to this file; - is stdout.", show_default=False)
     ] = None,
 ) -> None:
-    """Measure methods side by side: seconds of a step, peak memory, bytes shipped; ours and others', random weights."""
-    from selectune.bench import bars as judging
+    """Measure seconds of a step, peak memory and shipped bytes of methods side by side, on random weights."""
+    from selectune.bench import table
     from selectune.bench.methods import DENSE, FLOOR, is_ours
     from selectune.bench.rounds import Settings
     from selectune.bench.rows import run
@@ -76,43 +72,20 @@ def bench(
 
     names = tuple(name if on is None or not is_ours(name) else f"{name}+{on}" for name in names_of(methods))
     if out is not None and out != "-" and not Path(out).resolve().parent.is_dir():
-        raise ConfigError(f"--json {out}: there is no folder {Path(out).resolve().parent}.")
+        raise ConfigError(f"--json {out}: the folder {Path(out).resolve().parent} does not exist.")
     what = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device, seed)
     settings = Settings(what, names, values.budget(budget), steps, rounds, processes, timeout, threads, live)
     console = stderr()
     with working():
         report = run(settings, lambda text: console.print(text, style="dim", markup=False))
-    verdicts = judging.judge(report) if bars else []
-    if bars:
-        report["bars"] = [verdict.as_json() for verdict in verdicts]
     text = json.dumps(report, indent=2, allow_nan=False)
     if out == "-":
         typer.echo(text)
     elif out is not None:
         Path(out).write_text(text + "\n", encoding="utf-8")
-    _show(report, verdicts, on_stderr=out == "-")
+    columns = [table.cells(row) for row in report["rows"]]
+    shown = [table.title(report), table.plain(table.COLUMNS, columns), "", *table.notes(report)]
+    typer.echo("\n".join(shown), err=out == "-")
     ours = [r for r in report["rows"] if is_ours(r["method"]) or r["method"] in (DENSE, FLOOR)]
-    if any(row["error"] for row in ours) or (bars and not judging.all_kept(verdicts)):
+    if any(row["error"] for row in ours):
         raise typer.Exit(FAILED)
-
-
-def _show(report: dict[str, Any], verdicts: list[Any], on_stderr: bool) -> None:
-    from selectune.bench import table
-
-    console = Console(stderr=on_stderr, highlight=False)
-    rows = [table.cells(row) for row in report["rows"]]
-    tables: list[tuple[str, Sequence[str], list[list[str]]]] = [(table.title(report), table.COLUMNS, rows)]
-    if verdicts:
-        tables.append(("bars", table.VERDICT_COLUMNS, [table.verdict_cells(v) for v in verdicts]))
-    for heading, columns, rows in tables:
-        left = 1 if columns is table.COLUMNS else 2
-        if not console.is_terminal:
-            typer.echo(f"{heading}\n{table.plain(columns, rows, left)}\n", err=on_stderr)
-            continue
-        drawn = Table(title=heading, title_justify="left")
-        for place, column in enumerate(columns):
-            drawn.add_column(column, justify="left" if place < left else "right")
-        for row in rows:
-            drawn.add_row(*row)
-        console.print(drawn)
-    typer.echo("\n".join(table.notes(report)), err=on_stderr)

@@ -1,4 +1,4 @@
-"""`selectune doctor`: versions, devices, backends, and a proof that training and undoing it work here."""
+"""`selectune doctor` examines the installation and proves that training and undoing it work here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from selectune.doctor import examine as examination
 
 EXAMPLES = (
     "Examples:  selectune doctor\n\nselectune doctor --model ./my-model\n\n"
-    "Exit codes: 0 all is well, 1 a part is not; it is named"
+    "Exit codes: 0 all is well, 1 there is a problem, which is named"
 )
 
 
@@ -25,14 +25,14 @@ def doctor(
         typer.Option(
             "--model",
             "-m",
-            help="Also look at this model: what would be in scope, what would be left out, whether attach works.",
+            help="Also examine this model: what is in scope, what is left out, whether attach works.",
             show_default=False,
         ),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show everything that was found, on many lines.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show everything that was found.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what is installed, which kernels run and why, and check that training works and leaves no trace."""
+    """Show what is installed and which kernels run, and check that training works and can be undone exactly."""
     found, problem = checks.attempt(lambda: _told(model, verbose, as_json))
     if problem is not None:
         checks.attempt(lambda: refuse(f"doctor: {problem}", "SelectuneError", FAILED, as_json))  # stdout may be closed

@@ -1,13 +1,28 @@
-"""What was promised of speed and memory, as data, and whether a run of the bench kept it."""
+"""What is promised of speed and memory, as data, and whether a run of the bench keeps it.
+
+    python benchmarks/bars.py --no-live --steps 24 --json docs/performance/bars-1.json
+
+measures the methods side by side, the toolkit's beside ours (`benchmarks/peers.py`), and judges them. Needs
+`pip install 'selectune[hf,bench]'` and an idle machine. Exit codes: 0 every bar was kept, 1 one was missed or a method
+failed.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from selectune.bench.rounds import middle
-from selectune.bench.rows import ratio
+from selectune.bench import table
+from selectune.bench.rounds import Settings, middle
+from selectune.bench.rows import ratio, run
+from selectune.bench.workload import Bench
+from selectune.cli.values import budget
+from selectune.spec import names
 
 Report = dict[str, Any]
 Row = dict[str, Any]
@@ -167,3 +182,55 @@ def judge(report: Report, bars: tuple[Bar, ...] = BARS) -> list[Verdict]:
 def all_kept(verdicts: list[Verdict]) -> bool:
     """Whether something was measured and nothing missed its bar."""
     return any(v.kept is True for v in verdicts) and not any(v.kept is False for v in verdicts)
+
+
+PEERS = str(Path(__file__).with_name("peers.py"))
+COLUMNS = ("bar", "method", "value", "limit", "reach for", "")
+
+
+def cells(verdict: Verdict) -> list[str]:
+    """One verdict as cells of a table."""
+    kept = {True: "kept", False: "MISSED", None: "not measured"}[verdict.kept]
+    value = verdict.problem or ("-" if verdict.value is None else f"{verdict.value:.2f}")
+    return [verdict.what, verdict.method, value, f"<= {verdict.limit:g}", f"{verdict.reach:g}", kept]
+
+
+def judged(settings: Settings) -> tuple[Report, bool]:
+    """Runs the bench and prints its table and the verdicts: the report, and whether all bars were kept."""
+    report = run(settings, lambda text: print(text, file=sys.stderr))
+    verdicts = judge(report)
+    report["bars"] = [verdict.as_json() for verdict in verdicts]
+    print(f"\n{table.title(report)}\n{table.plain(table.COLUMNS, [table.cells(row) for row in report['rows']])}\n")
+    print(table.plain(COLUMNS, [cells(verdict) for verdict in verdicts], 2))
+    print("\n".join(table.notes(report)))
+    return report, all_kept(verdicts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bert-6l")
+    parser.add_argument("--methods", default="full,frozen,lora,toolkit-id3,pafi,static-d3,random,id3,id3:every=10")
+    parser.add_argument("--budget", type=budget, default=0.0017, help="scalars trained, or a share of all")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--no-live", action="store_true", help="leave out the runs that measure live memory")
+    parser.add_argument("--json", type=Path, help="write the report to this file")
+    given = parser.parse_args()
+    bench = Bench(given.model, given.batch, given.length, given.dtype, device=given.device)
+    settings = Settings(
+        bench, names(given.methods), given.budget, given.steps, given.rounds, threads=given.threads,
+        live=not given.no_live, peers=PEERS,
+    )  # fmt: skip
+    report, kept = judged(settings)
+    if given.json is not None:
+        given.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
