@@ -133,7 +133,7 @@ def test_a_missing_peer_names_the_extra(monkeypatch):
     [
         ({"methods": ("id4",)}, "Known: full, frozen, lora, "),
         ({"methods": ("pafi:every=3",)}, "'pafi' takes no option every"),
-        ({"methods": ()}, "names none"),
+        ({"methods": ()}, "is empty"),
         ({"methods": ("id3", "id3")}, "twice"),
         ({"rounds": 9}, "at least one step"),
         ({"processes": "some"}, "alive, fresh"),
