@@ -25,22 +25,7 @@ def found() -> list[dict[str, Any]]:
     """The methods as the code has them."""
     from selectune.adapters import KINDS, make
     from selectune.recipes import RECIPES
-    from selectune.recipes.named import parameters
 
-    recipes = [
-        {
-            "name": recipe.name,
-            "summary": recipe.summary,
-            "reads": recipe.reads,
-            "passes": recipe.passes,
-            "bytes": recipe.bytes,
-            "source": recipe.source,
-            "takes": [name for name in inspect.signature(recipe.function).parameters if name != "steps"],
-            "options": {name: parameter.default for name, parameter in parameters(recipe).items()},
-            "doc": inspect.getdoc(recipe.function),
-        }
-        for recipe in RECIPES.values()
-    ]
     peers = [
         {
             "name": kind.name,
@@ -59,7 +44,26 @@ def found() -> list[dict[str, Any]]:
         }
         for kind in KINDS.values()
     ]
-    return [*recipes, *peers]
+    return [*(row(name) for name in RECIPES), *peers]
+
+
+def row(name: str) -> dict[str, Any]:
+    """A method of the table of recipes, as the list has it."""
+    from selectune.recipes import RECIPES
+    from selectune.recipes.named import parameters
+
+    recipe = RECIPES[name]
+    return {
+        "name": recipe.name,
+        "summary": recipe.summary,
+        "reads": recipe.reads,
+        "passes": recipe.passes,
+        "bytes": recipe.bytes,
+        "source": recipe.source,
+        "takes": [name for name in inspect.signature(recipe.function).parameters if name != "steps"],
+        "options": {name: parameter.default for name, parameter in parameters(recipe).items()},
+        "doc": inspect.getdoc(recipe.function),
+    }
 
 
 def written() -> str:

@@ -38,6 +38,10 @@ Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that a model brings. Read it first."),
 ]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", help="A Python file with methods (RECIPES) or tasks (TASKS); repeatable."),
+]
 MaxLength = Annotated[
     int | None,
     typer.Option(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from selectune import plugins
 from selectune.tasks import Example, Task
 
 BATCH = 32
@@ -77,5 +78,6 @@ def evaluate(
                     predictions[i] = value
     finally:
         model.train(training)
-    value = task.score(predictions, [row["labels"] for row in rows])
+    with plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
+        value = task.score(predictions, [row["labels"] for row in rows])
     return Evaluation(task.name, task.metric_name, value, len(rows))

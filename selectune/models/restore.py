@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import selectune as st
-from selectune import tasks
+from selectune import plugins, tasks
 from selectune.delta import Delta, Report, belongs, canonical_name, inventory
 from selectune.errors import BaseMismatchError, ConfigError, DeltaError
 from selectune.models.adapted import mergeable, virtual_tokens, with_module_of
@@ -31,7 +31,7 @@ class Source:
 def task_of(delta: Delta) -> Task | None:
     """The task that the delta was trained for, if it says so; raises UnknownTaskError where it is not known here."""
     name = delta.info["method"].get("task")
-    return tasks.get(name) if isinstance(name, str) else None
+    return plugins.task(name) if isinstance(name, str) else None
 
 
 def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool = True) -> LoadedModel:
@@ -101,7 +101,8 @@ def evaluate_delta(
     value is that of the run to the last bit on the same machine and versions.
     """
     delta = None if path is None else st.load(path)  # before the data: a wrong path is told at once
-    split = tasks.load(task, "validation", data)
+    with plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
+        split = tasks.load(task, "validation", data)
     if delta is None:
         loaded = load_model(source.model, task, seed, source.revision, source.dtype, source.trust_remote_code)
     else:

@@ -79,14 +79,21 @@ def parameters(recipe: Recipe) -> dict[str, inspect.Parameter]:
 
 def _value(name: str, parameter: inspect.Parameter, value: spec.Value) -> spec.Value:
     """A value in the type that the signature says."""
-    kinds = [kind.strip() for kind in str(parameter.annotation).split("|")]
+    kinds = _kinds(parameter)
     if type(value) is int and "int" not in kinds and "float" in kinds:
         return float(value)
     if ("None" if value is None else type(value).__name__) not in kinds:
         words = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a word", "None": "none"}
-        allowed = " or ".join(words[kind] for kind in kinds if (kind, "float" in kinds) != ("int", True))
+        allowed = " or ".join(words.get(kind, kind) for kind in kinds if (kind, "float" in kinds) != ("int", True))
         raise ConfigError(f"The method '{name}': {parameter.name}={value!r} is not allowed; it must be {allowed}.")
     return value
+
+
+def _kinds(parameter: inspect.Parameter) -> list[str]:
+    """The names of the types that an option takes: those of its annotation, else the one of its default."""
+    annotation = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return [kind.strip().replace("NoneType", "None") for kind in text.split("|")]
 
 
 def _meant(name: str, also: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selectune import tasks
+from selectune import plugins, tasks
 from selectune.adapters import KINDS, Spec, parse
 from selectune.errors import ConfigError
 from selectune.method import Method
@@ -76,9 +76,12 @@ class RunConfig:
     max_grad_norm: float = 1.0
     group_by_length: bool = False
     report_to: tuple[str, ...] = ()
+    plugin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        tasks.get(self.task)
+        plugins.add_files(self.plugin)
+        plugins.want_method(self.recipe)
+        plugins.task(self.task)
         for name in ("batch_size", "accumulation", "max_steps", "max_length", "eval_every", "save_every", "keep"):
             _count(name, getattr(self, name), optional=name not in ("batch_size", "accumulation"))
         for name, low in (("lr", 0.0), ("epochs", 0.0)):
@@ -179,6 +182,8 @@ def _peer_method(config: RunConfig, spec: Spec) -> Method:
 def _scope(config: RunConfig, takes: Any) -> dict[str, Any]:
     if not (config.include or config.exclude or config.train_fully):
         return {}
+    if "scope" not in takes:
+        raise ConfigError(f"The method '{config.method}' takes no include, exclude or train_fully.")
     include = config.include or takes["scope"].default
     if config.train_fully and "train_fully" not in takes:
         raise ConfigError(

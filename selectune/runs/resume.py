@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selectune import tasks
+from selectune import plugins, tasks
 from selectune.adapters import Adapted
 from selectune.errors import CheckpointError, ConfigError
 from selectune.files import Manifest, checkpoints, read_json, verify, write_durably
@@ -32,7 +32,8 @@ _FIELDS: dict[str, Any] = {
 }  # fmt: skip
 MAX_RUN = 1 << 26
 """Bytes of a run.json, whose history grows with a run."""
-_FREE = ("out", "data", "eval_every", "save_every", "keep", "full_checkpoints", "report_to")  # no bit depends on these
+# No bit depends on these; `plugins` has what a plug-in's file holds, wherever it lies.
+_FREE = ("out", "data", "eval_every", "save_every", "keep", "full_checkpoints", "report_to", "plugin")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     settings = {key: value for key, value in config.as_json().items() if key not in _FREE}
     settings["lr"], settings["method"] = config.learning_rate, config.canonical
     settings["model"] = resolve(config.model, config.revision).id
+    if found := plugins.used(config.recipe, config.task):
+        settings["plugins"] = found
     if config.max_steps is None and config.epochs is None:
         settings["epochs"] = tasks.get(config.task).epochs
     return settings

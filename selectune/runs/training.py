@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 import selectune as st
-from selectune import tasks
+from selectune import plugins, tasks
 from selectune.adapters import KINDS
 from selectune.delta import DELTA_FILE, versions
 from selectune.errors import ConfigError, NonFiniteError, StoppedError
@@ -117,6 +117,7 @@ class RunResult:
             "model": dict(self.model),
             "data": dict(self.origins),
             "config": self.config.as_json(),
+            "plugins": plugins.used(self.config.recipe, self.config.task),
             "versions": _versions(),
         }
 
@@ -160,7 +161,8 @@ def _run(
 ) -> RunResult:
     began = time.perf_counter()
     task = tasks.get(config.task)
-    splits = {name: tasks.load(task, name, config.data) for name in ("train", "validation")}
+    with plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
+        splits = {name: tasks.load(task, name, config.data) for name in ("train", "validation")}
     loaded = load_model(config.model, task, config.seed, config.revision, config.dtype, config.trust_remote_code)
     taken = virtual_tokens(config.module)
     max_length = longest(loaded.model, loaded.tokenizer, config.max_length, task.max_length, taken)

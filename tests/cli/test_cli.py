@@ -191,7 +191,7 @@ def test_the_page_of_the_demo_fits_and_ends_with_what_to_try_next(monkeypatch):
 def test_the_demo_says_something_before_torch_is_there():
     """What it says first comes before the imports that take seconds."""
     code = (
-        "import sys\nfrom selectune.cli import demo\n"
+        "import sys\nfrom selectune.cli.commands import demo\n"
         "def say(line):\n    sys.exit('torch' if 'torch' in sys.modules else 'a line first')\n"
         "demo.say = say\ndemo.demo()\n"
     )

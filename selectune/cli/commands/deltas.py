@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selectune import tasks
+from selectune import plugins
 from selectune.cli.exits import FAILED, WRONG
 from selectune.cli.options import DeltaPath, Dtype, Json, Model, Revision, Trust
 from selectune.cli.output import fail, result, working
@@ -49,7 +49,7 @@ def verify(
             if not Path(delta).exists():
                 raise ConfigError(f"There is no delta at {delta}: no such file or folder.")
             source = Source(model, revision, dtype, trust_remote_code)
-            report = verify_delta(source, delta, None if task is None else tasks.get(task))
+            report = verify_delta(source, delta, None if task is None else plugins.task(task))
     except (DeltaError, IntegrityError) as error:
         fail(error, FAILED, as_json=False)
         if as_json:
@@ -171,5 +171,5 @@ def apply(
 
     with working():
         source = Source(model, revision, dtype, trust_remote_code)
-        value = merge_delta(source, delta, out, None if task is None else tasks.get(task))
+        value = merge_delta(source, delta, out, None if task is None else plugins.task(task))
     result(as_json, value, f"{value['model']} + {value['delta']}: {value['out']}")

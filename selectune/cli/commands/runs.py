@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from selectune.cli import signals, values
-from selectune.cli.options import Data, Dtype, Json, MaxLength, Model, Revision, Trust
+from selectune.cli.options import Data, Dtype, Json, MaxLength, Model, Plugins, Revision, Trust
 from selectune.cli.output import ProgressBar, result, working
 from selectune.errors import ConfigError
 
@@ -67,6 +67,7 @@ def train(
     revision: Revision = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    plugin: Plugins = None,
     as_json: Json = False,
     include: Annotated[
         list[str] | None,
@@ -182,6 +183,7 @@ def train(
             revision=revision,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            plugin=tuple(plugin or ()),
             warmup=warmup,
             schedule=schedule,
             weight_decay=weight_decay,
@@ -222,13 +224,15 @@ def evaluate(
     revision: Revision = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model with a delta on a task's validation split; the same number as training printed."""
-    from selectune import tasks
+    from selectune import plugins
     from selectune.models.restore import Source, evaluate_delta
 
     with working():
+        plugins.add_files(plugin or ())
         source = Source(model, revision, dtype, trust_remote_code)
-        found = evaluate_delta(source, delta, tasks.get(task), data, max_length, seed)
+        found = evaluate_delta(source, delta, plugins.task(task), data, max_length, seed)
     result(as_json, found.as_json(), f"{found.task}: {found.metric} {found.value:.4f} on {found.examples:,} examples")
