@@ -12,10 +12,10 @@ _MARKS = re.compile(r"[^,_]*|\d{1,3}([,_]\d{3})+\D?")  # none at all, or 1,234,5
 _UNITS = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 
-def budget_or_module(text: str) -> int | float | str:
-    """A budget, or a module that has as many scalars: lora:r=2.
+def budget_or_adapter(text: str) -> int | float | str:
+    """A budget, or an adapter whose number of scalars is the budget: lora:r=2.
 
-    >>> budget_or_module("lora:r=2"), budget_or_module("103k")
+    >>> budget_or_adapter("lora:r=2"), budget_or_adapter("103k")
     ('lora:r=2', 103000)
     """
     name = text.strip().partition(":")[0]

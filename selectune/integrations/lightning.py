@@ -31,9 +31,9 @@ except ImportError:
     from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
 
 from selectune.delta import digest_bits
-from selectune.errors import CheckpointError, ConfigError, IntegrityError, TunerError
+from selectune.errors import CheckpointError, ConfigError
 from selectune.frames import methods_of
-from selectune.integrations.loading import KeptOut
+from selectune.integrations.loading import KeptOut, refuse_other_windows
 from selectune.train import Tuner
 
 log = logging.getLogger("selectune")
@@ -82,20 +82,11 @@ class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
         return self.tuner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        guard = self._release()
-        try:
-            before = self.tuner.state_dict()
-        except TunerError:  # within a window, whose gradient the loaded state drops
-            before = None
-        self.tuner.load_state_dict(state_dict)
-        try:
-            if guard is not None:
-                guard.agree("the checkpoint")
-        except IntegrityError:
-            if before is not None:
-                self.tuner.load_state_dict(before)
-            raise
-        log.info("Goes on from step %d, %d scalars selected.", self.tuner.step, self.tuner.selected)
+        guard = self._release() or KeptOut(self.tuner)
+        guard.release()
+        guard.load(state_dict)
+        guard.agree("the checkpoint")
+        log.info("Resumed from step %d, %d scalars selected.", self.tuner.step, self.tuner.selected)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         guard = self._release()
@@ -138,13 +129,7 @@ class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
         self._release()
 
     def _windows(self, trainer: Any) -> None:
-        passes = trainer.accumulate_grad_batches
-        if self.tuner.accumulation_steps % passes:
-            raise ConfigError(
-                f"Lightning makes a step of accumulate_grad_batches={passes} backward passes, the tuner was attached "
-                f"with accumulation_steps={self.tuner.accumulation_steps}. The selection is exact over one step's "
-                f"passes, so both must be the same: attach(..., accumulation_steps={passes})."
-            )
+        refuse_other_windows("Lightning", "accumulate_grad_batches", trainer.accumulate_grad_batches, self.tuner)
 
     def _forget_removed(self) -> None:
         """The deltas of checkpoints that `save_top_k` removed go after them."""

@@ -58,7 +58,7 @@ class LoadedModel:
     revision: str | None
     seed: int
     initialised: tuple[str, ...]
-    adapted: Adapted | None = None  # the module that was put on it
+    adapted: Adapted | None = None  # if an adapter was put on it
 
     def base(self, full: bool = False) -> dict[str, Any]:
         """What a delta records of its base; to be called before training."""

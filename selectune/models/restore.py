@@ -12,7 +12,7 @@ import selectune as st
 from selectune import plugins, tasks
 from selectune.delta import Delta, Report, belongs, canonical_name, inventory
 from selectune.errors import BaseMismatchError, ConfigError, DeltaError
-from selectune.models.adapted import mergeable, virtual_tokens, with_module_of
+from selectune.models.adapted import mergeable, virtual_tokens, with_adapter_of
 from selectune.models.bases import DTYPES, LoadedModel, Shape, device, load_model, longest, quiet
 from selectune.models.evaluate import Evaluation, encode, evaluate
 from selectune.tasks import Task
@@ -35,14 +35,14 @@ def task_of(delta: Delta) -> Task | None:
 
 
 def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool = True) -> LoadedModel:
-    """The base that a delta needs: its class, head and module, drawn from its seed, in the dtype of its values.
+    """The base that a delta needs: its class, head and adapter, drawn from its seed, in the dtype of its values.
 
     `task` gives the head; without one the delta's record of the model does, or of its task.
     """
     shape = _shape(delta)
     task = task or (task_of(delta) if shape is None else None)
     written = [(p.name, p.dtype) for p in delta.patches] + [(d.name, d.tensor.dtype) for d in delta.dense]
-    kind = delta.info["module"]["kind"] if "module" in delta.info else None  # a module's tensors may be fp32 on bf16
+    kind = delta.info["module"]["kind"] if "module" in delta.info else None  # an adapter's tensors may be fp32 on bf16
     floats = [d for name, d in written if d.is_floating_point and (kind is None or not belongs(kind, name))]
     named = delta.info.get("model", {}).get("dtype") or delta.info["method"].get("dtype")
     dtype = source.dtype or (
@@ -59,7 +59,7 @@ def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool =
         shape,
         tokenizer,
     )
-    return with_module_of(loaded, delta)
+    return with_adapter_of(loaded, delta)
 
 
 def fitted(delta: Delta, loaded: LoadedModel) -> Delta:
@@ -134,8 +134,7 @@ def verify_delta(source: Source, path: str | Path, task: Task | None = None) -> 
 def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | None = None) -> dict[str, Any]:
     """Writes base + delta as an ordinary model folder with its tokenizer; LoRA and its kin are folded into weights.
 
-    Raises ConfigError for a delta on a module that weights cannot stand for, and for an `out` that is a file or the
-    base's own folder.
+    Raises ConfigError for a delta on an adapter that cannot be merged, and if `out` is a file or the base's own folder.
     """
     _check_out(Path(out), source.model)
     delta = st.load(path)

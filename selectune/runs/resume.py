@@ -22,8 +22,8 @@ from selectune.train import STATE_FILE, read_state
 
 log = logging.getLogger("selectune")
 
-MODULE_FILE = "module.safetensors"
-"""What a module keeps between steps beside its weights, in a checkpoint."""
+ADAPTER_FILE = "module.safetensors"
+"""The file in a checkpoint with the state that an adapter keeps between steps, apart from its weights."""
 
 _FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE, RUN_FILE)
 _FIELDS: dict[str, Any] = {
@@ -76,13 +76,13 @@ def write_run(folder: Path, record: Mapping[str, Any]) -> None:
     write_durably(folder / RUN_FILE, json.dumps(record, indent=2).encode())
 
 
-def load_module(found: Checkpoint, adapted: Adapted | None) -> None:
-    """Gives a module what it had kept; raises ConfigError for a checkpoint that lacks it."""
+def load_adapter(found: Checkpoint, adapted: Adapted | None) -> None:
+    """Gives an adapter the state it had kept. Raises ConfigError for a checkpoint that lacks it."""
     if adapted is None or adapted.ranks is None:
         return
-    if not (found.folder / MODULE_FILE).is_file():
-        raise ConfigError(f"{found.folder} has no {MODULE_FILE}, which {adapted.spec.kind} needs to go on.")
-    adapted.ranks.load_state_dict(read_state(found.folder / MODULE_FILE))
+    if not (found.folder / ADAPTER_FILE).is_file():
+        raise ConfigError(f"{found.folder} has no {ADAPTER_FILE}, which {adapted.spec.kind} needs to go on.")
+    adapted.ranks.load_state_dict(read_state(found.folder / ADAPTER_FILE))
 
 
 def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:

@@ -19,7 +19,7 @@ from selectune.errors import CheckpointError, SelectuneError
 from selectune.models.bases import LoadedModel, device
 from selectune.recipes import RECIPES
 from selectune.runs.config import RunConfig
-from selectune.runs.resume import MODULE_FILE
+from selectune.runs.resume import ADAPTER_FILE
 from selectune.train import STATE_FILE, Tuner
 
 Groups = list[dict[str, Any]]
@@ -81,7 +81,7 @@ class RunTrainer(Trainer):
 
 def holds_model(folder: Path) -> bool:
     """Whether a checkpoint has the model's weights beside what is the tuner's."""
-    own = {DELTA_FILE, STATE_FILE, MODULE_FILE}
+    own = {DELTA_FILE, STATE_FILE, ADAPTER_FILE}
     return any(path.name not in own for pattern in ("*.safetensors", "*model*.bin") for path in folder.glob(pattern))
 
 
@@ -99,7 +99,7 @@ class RowDataset(torch.utils.data.Dataset):
 
 
 def optimizer_of(config: RunConfig, loaded: LoadedModel, tuner: Tuner) -> torch.optim.Optimizer | None:
-    """The recipe's optimizer, in groups where the method or the module gives tensors a rate of their own."""
+    """The recipe's optimizer, in groups where the method or the adapter gives tensors a rate of their own."""
     spec = None if loaded.adapted is None else loaded.adapted.spec
     if spec is not None and "ratio" in spec.options:
         return two_rates(loaded.model, config.learning_rate, float(spec.options["ratio"]), config.weight_decay)

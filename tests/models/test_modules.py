@@ -202,7 +202,7 @@ def test_a_module_that_comes_out_otherwise_is_reported(config, tiny):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "lora", "budget": 10}, "'lora' trains all of its module and takes no budget.*--on lora"),
+        ({"method": "lora", "budget": 10}, "'lora' trains all of its adapter and takes no budget.*--on lora"),
         ({"method": "lora:r=2", "include": ("*",)}, "takes no include"),
         ({"method": "lora:rank=2"}, "lora takes no option rank"),
         ({"method": "lorra"}, "Unknown method 'lorra'. Known: id3, .*lora"),

@@ -174,7 +174,7 @@ def test_the_newest_are_kept(made, tmp_path):
     assert [path.name for path in folders.checkpoints(tmp_path / "out")] == ["checkpoint-5"]
     with pytest.raises(ConfigError, match="keep=0"):
         dataclasses.replace(config, keep=0)
-    with pytest.raises(ConfigError, match="keep=2 says how many checkpoints stay"):
+    with pytest.raises(ConfigError, match="keep=2 needs save_every"):
         dataclasses.replace(config, keep=2, save_every=None)
 
 
