@@ -1,4 +1,4 @@
-"""Going on with a run: what is kept in its checkpoints, which one is taken, and what must be as it was."""
+"""Resuming a run: the contents of its checkpoints, the choice of one, and the settings that must agree."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _FIELDS: dict[str, Any] = {
     "history": list,
 }  # fmt: skip
 MAX_RUN = 1 << 26
-"""Bytes of a run.json, whose history grows with a run."""
+"""The most bytes of a run.json, whose history grows with the run."""
 # No bit depends on these; `plugins` has what a plug-in's file holds, wherever it lies.
 _FREE = ("out", "data", "eval_every", "save_every", "keep", "full_checkpoints", "report_to", "plugin")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint of `selectune train`. `unmeasured`: its step was to be measured, and stopped before."""
+    """A complete checkpoint of `selectune train`. `unmeasured`: the run stopped before its step was measured."""
 
     folder: Path
     run: str
@@ -52,7 +52,7 @@ class Checkpoint:
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """What a delta's bits depend on, with defaults filled in; the model by its name, since a folder may be moved."""
+    """The settings that decide a delta's bits, defaults filled in. The model is named, because a folder may move."""
     settings = {key: value for key, value in config.as_json().items() if key not in _FREE}
     settings["lr"], settings["method"] = config.learning_rate, config.canonical
     settings["model"] = resolve(config.model, config.revision).id
@@ -64,7 +64,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
 
 def digest_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    """16 hex digits over encoded rows, in their order."""
+    """A digest of encoded rows in their order, 16 hex digits."""
     found = hashlib.sha256()
     for row in rows:
         found.update(json.dumps(row, sort_keys=True).encode())
@@ -72,7 +72,7 @@ def digest_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_run(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes a checkpoint's run.json: what `Checkpoint` holds."""
+    """Writes the run.json of a checkpoint: the fields of `Checkpoint`."""
     write_durably(folder / RUN_FILE, json.dumps(record, indent=2).encode())
 
 
@@ -86,11 +86,11 @@ def load_adapter(found: Checkpoint, adapted: Adapted | None) -> None:
 
 
 def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:
-    """The checkpoint that a run is to go on from: a folder, or the newest whole one in `out` (True).
+    """The checkpoint that a run resumes from: this folder, or (True) the newest whole one in `out`.
 
-    Raises ConfigError where there is none, and for one of another run, naming each setting that differs;
-    CheckpointError for one that is incomplete or damaged. Of those in `out` the log says which were passed over, and
-    why. Reads no model and no data.
+    Raises ConfigError if there is none, or if it is of another run, with each setting that differs. Raises
+    CheckpointError if it is incomplete or damaged. The log names those in `out` that were passed over, with the reason.
+    Reads no model and no data.
     """
     if not isinstance(resume, bool):
         found = _explicit(Path(resume))
@@ -121,7 +121,7 @@ def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:
 
 
 def read(folder: Path) -> Checkpoint:
-    """A folder as a checkpoint, each of its files as its manifest says; CheckpointError says what is wrong."""
+    """Reads a folder as a checkpoint. Raises CheckpointError if a file is not the one in its manifest."""
     manifest = verify(folder)
     missing = [name for name in _FILES if name not in manifest.files]
     if missing:
@@ -134,7 +134,7 @@ def read(folder: Path) -> Checkpoint:
 
 
 def _wrong(told: Any, manifest: Manifest) -> str:
-    """What in a checkpoint's run.json is not as `write_run` writes it, or nothing."""
+    """The fault of a checkpoint's run.json, or an empty text."""
     if not isinstance(told, dict) or told.keys() != _FIELDS.keys():
         return f"it must have the keys {', '.join(_FIELDS)}"
     for name, kind in _FIELDS.items():
