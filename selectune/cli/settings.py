@@ -33,7 +33,7 @@ def settings(path: str, params: Sequence[Any]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for written, value in found.items():
         name = str(written).replace("-", "_")
-        if value in (None, []):
+        if value in (None, []) or name == "plugins":  # a checkpoint's record of them; --plugin names the files
             continue
         if name not in known:
             flags = [known_name.replace("_", "-") for known_name in known]

@@ -117,6 +117,9 @@ def test_a_run_of_a_file(file, tiny, tmp_path):
     assert json.loads((out / "run.json").read_text())["plugins"] == printed["plugins"]
     found = json.loads(call("eval", *args, "--delta", out).stdout)
     assert found["value"] == printed["value"]
+    put_on = ("--model", tiny, "--plugin", file, "--delta", out)
+    assert call("verify", *put_on).stdout.startswith("ok: ")
+    call("delta", "apply", *put_on, "--out", tmp_path / "merged")
     again = json.loads(call("train", "--config", out / "run.json", "--out", tmp_path / "again", "--json").stdout)
     assert (again["config"]["plugin"], again["value"]) == ([str(file)], printed["value"])
 
@@ -251,6 +254,8 @@ def test_resume_refuses_another_plug_in(file, tiny, tmp_path):
     moved.write_text(FILE)
     there = tmp_path / "out" / "checkpoint-2"
     same = dataclasses.replace(config, plugin=(str(moved),), out=str(tmp_path / "same"))
+    again = ("--config", there, "--model", tiny, "--plugin", moved, "--out", tmp_path / "again", "--json")
+    assert json.loads(call("train", *again).stdout)["steps"] == straight.steps
     assert run(same, resume=there).delta.read_bytes() == straight.delta.read_bytes()
     file.write_text(FILE + "# changed\n")
     with pytest.raises(ConfigError, match=r"plugins \(\[\{'name': 'acme.py', 'sha256': .* there, .* now\)"):

@@ -11,7 +11,7 @@ import typer
 
 from selectune import plugins
 from selectune.cli.exits import FAILED, WRONG
-from selectune.cli.options import DeltaPath, Dtype, Json, Model, OfTask, Revision, Trust
+from selectune.cli.options import DeltaPath, Dtype, Json, Model, OfTask, Plugins, Revision, Trust
 from selectune.cli.output import fail, result, working
 from selectune.errors import ConfigError, DeltaError, IntegrityError, ModelError, TaskError
 
@@ -34,6 +34,7 @@ def verify(
     revision: Revision = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Prove that a model is a delta's base and that the delta keeps its budget: apply it, compare bits, revert."""
@@ -43,6 +44,7 @@ def verify(
         with working():
             if not Path(delta).exists():
                 raise ConfigError(f"There is no delta at {delta}: no such file or folder.")
+            plugins.add_files(plugin or ())
             source = Source(model, revision, dtype, trust_remote_code)
             report = verify_delta(source, delta, None if task is None else plugins.task(task))
     except (DeltaError, IntegrityError) as error:
@@ -154,12 +156,14 @@ def apply(
     revision: Revision = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Write base + delta as an ordinary model folder, which loads without selectune."""
     from selectune.models.restore import Source, merge_delta
 
     with working():
+        plugins.add_files(plugin or ())
         source = Source(model, revision, dtype, trust_remote_code)
         value = merge_delta(source, delta, out, None if task is None else plugins.task(task))
     result(as_json, value, f"{value['model']} + {value['delta']}: {value['out']}")
