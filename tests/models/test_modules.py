@@ -207,7 +207,7 @@ def test_a_module_that_comes_out_otherwise_is_reported(config, tiny):
         ({"method": "lora:rank=2"}, "lora takes no option rank"),
         ({"method": "lorra"}, "Unknown method 'lorra'. Known: id3, .*lora"),
         ({"method": "lora", "on": "pfeiffer"}, "nothing goes under it"),
-        ({"method": "id3", "budget": 10, "on": "loraplus"}, "is a way to train a module"),
+        ({"method": "id3", "budget": 10, "on": "loraplus"}, "is a way to train an adapter"),
         ({"method": "id3", "budget": 10, "on": "lorra"}, "Unknown module 'lorra'"),
         ({"method": "id3", "on": "lora"}, "needs a budget"),
         ({"method": "pafi:budget=10"}, "budget is no option of a method; it is given by itself"),

@@ -308,14 +308,14 @@ def test_an_earlier_run_goes_only_when_the_new_one_can_be_stopped_in_order(made,
 
 def test_a_stop_while_the_delta_is_saved(made, tmp_path, monkeypatch):
     config, whole = made
-    stop, save = Stop(), training._save
+    stop, save = Stop(), training._Run._save
 
     def asked(*args):
         assert stop.listening
         stop.ask()
         return save(*args)
 
-    monkeypatch.setattr(training, "_save", asked)
+    monkeypatch.setattr(training._Run, "_save", asked)
     with pytest.raises(StoppedError, match=r"after its last step: .* is whole"):
         run(dataclasses.replace(config, out=str(tmp_path / "out")), stop=stop)
     assert (tmp_path / "out/delta.safetensors").read_bytes() == whole
