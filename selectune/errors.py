@@ -22,6 +22,7 @@ SelectuneError
 │   │   └── DeltaTimeoutError other threads used the model for longer than the timeout      (also TimeoutError)
 │   └── NonFiniteError       NaN or infinity among the trained values
 ├── ModelError               a model that cannot be found or loaded
+├── PluginError              a plug-in that raised, or offers something that cannot be taken
 ├── StoppedError             a run was asked to stop, and did; a checkpoint holds it
 └── TaskError                a task, split or data file that cannot be found or read
     └── UnknownTaskError     a name that is no task's                               (also ConfigError)
@@ -129,6 +130,10 @@ class StoppedError(SelectuneError):
 
 class ModelError(SelectuneError):
     """A model cannot be found or loaded."""
+
+
+class PluginError(SelectuneError):
+    """A plug-in raised, or offers something that cannot be taken."""
 
 
 class TaskError(SelectuneError):

@@ -1,4 +1,4 @@
-"""How a thing with options is written in one word: `name:option=value,option=value`, as `id3:exp=1` and `lora:r=16`."""
+"""A name with options as one word: `name:option=value,option=value`, such as `id3:exp=1` or `lora:r=16`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Value = int | float | bool | str | None
 
 
 def split(text: str) -> tuple[str, dict[str, Value]]:
-    """The name and the options that are given; raises ConfigError for what is not written so.
+    """The name and the given options. Raises ConfigError if the text has another form.
 
     >>> split("id3:exp=1,every=10")
     ('id3', {'exp': 1, 'every': 10})
@@ -30,7 +30,7 @@ def split(text: str) -> tuple[str, dict[str, Value]]:
 
 
 def read(text: str) -> Value:
-    """A value as its text says: true, false, none, a number, else the text."""
+    """The value of a text: true, false, none, a number, else the text itself."""
     plain = {"true": True, "false": False, "none": None}
     if text.lower() in plain:
         return plain[text.lower()]
@@ -43,7 +43,7 @@ def read(text: str) -> Value:
 
 
 def join(name: str, options: Mapping[str, Value]) -> str:
-    """A name and its options, written.
+    """The text of a name with its options.
 
     >>> join("id3", {"exp": 1.0}), join("pafi", {})
     ('id3:exp=1.0', 'pafi')
@@ -53,7 +53,7 @@ def join(name: str, options: Mapping[str, Value]) -> str:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Several of them, separated by commas, as are the options of one.
+    """Splits a list of such texts at commas, but not at those between the options of one.
 
     >>> names("full, id3:exp=1,every=10, lora:r=8,alpha=16, id3+pfeiffer")
     ('full', 'id3:exp=1,every=10', 'lora:r=8,alpha=16', 'id3+pfeiffer')

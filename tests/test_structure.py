@@ -40,6 +40,7 @@ ORDER = (
     ("adapters",),
     ("integrations",),
     ("tasks",),
+    ("plugins",),
     ("models",),
     ("runs",),
     ("bench",),

@@ -1,18 +1,18 @@
 """The command line: `selectune train|eval|verify|delta|tasks|methods|demo|plan|bench|doctor`.
 
-Results go to stdout, all else to stderr. The modules here import at their top what is needed to say `--help`; what a
-command works with, torch first of all, it imports in its own first lines (tests/test_structure.py asserts that).
+Results go to stdout, everything else to stderr. The files here import at their top only what `--help` needs. A command
+imports torch and the like in its own first lines (tests/test_structure.py asserts that).
 
 app        the tree of commands, and what every command has in common
 commands/  the commands
 options    options that several commands share
-values     values as people write them: budgets, dtypes
+values     budgets and dtypes as text
 settings   `--config FILE`
 output     results, progress, log and errors
-mistakes   what is said about a command line that cannot be understood
-exits      what an exit code says
+mistakes   the message about a wrong command line
+exits      the exit codes
 signals    Ctrl-C and SIGTERM
-catalogue  what `selectune methods` lists, kept in methods.json
+catalogue  the rows of `selectune methods`, kept in methods.json
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _command(argv: Sequence[str] | None) -> None:
     try:
         from selectune.cli.app import app
-    except ImportError as error:  # typer or rich, or a file of our own: an installation that is not whole
+    except ImportError as error:  # of typer, rich or a file of our own: the installation is damaged
         sys.exit(
             f"error: The command line cannot start: {error}. Install it again: pip install --force-reinstall selectune."
         )

@@ -1,4 +1,4 @@
-"""The command line's tree, and what every command has in common."""
+"""The tree of commands, and the handling of errors that all commands share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import selectune
 from selectune.cli.commands import arithmetic, bench, deltas, demo, doctor, lists, plan, runs
-from selectune.cli.exits import FAILED, INTERRUPTED, TABLE, WRONG, code_of
+from selectune.cli.exits import INTERRUPTED, TABLE, WRONG, code_of
 from selectune.cli.mistakes import UsageError, explained, wants_json
 from selectune.cli.output import fail, log_to_stderr, refuse
 from selectune.cli.signals import StoppedBySignal, exit_code
@@ -25,10 +25,10 @@ class Guarded(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args:
-            return super().parse_args(ctx, args)  # which shows the help
+            return super().parse_args(ctx, args)  # shows the help
         ctx.meta[AS_JSON] = wants_json(args)
         for arg in args:
-            if "\0" in arg:  # whatever it names: no path, model or task has one
+            if "\0" in arg:  # no path, model or task has one
                 raise _ended(ctx, f"The argument {arg!a} holds a NUL character, which no name or path can.", WRONG)
         try:
             return super().parse_args(ctx, args)
@@ -39,21 +39,16 @@ class Guarded(TyperGroup):
         try:
             return super().invoke(ctx)
         except UsageError as error:
-            if type(error).__name__ == "NoArgsIsHelpError":  # of a group that was named without a command
+            if type(error).__name__ == "NoArgsIsHelpError":  # a group was named without a command
                 raise
             raise _ended(ctx, explained(error), WRONG) from None
-        except StoppedError as stopped:
+        except (StoppedError, StoppedBySignal) as stopped:
             raise _ended(ctx, str(stopped), exit_code(stopped.signal), "Stopped") from None
-        except SelectuneError as error:
+        except (SelectuneError, OSError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:  # the reader has gone, as `head` does
+                raise
             fail(error, code_of(error), ctx.meta.get(AS_JSON, False))
             raise typer.Exit(code_of(error)) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # whoever read the output has gone, as `head` does
-                raise
-            fail(error, FAILED, ctx.meta.get(AS_JSON, False))
-            raise typer.Exit(FAILED) from None
-        except StoppedBySignal as stopped:
-            raise _ended(ctx, str(stopped), exit_code(stopped.signal), "Stopped") from None
         except KeyboardInterrupt:
             raise _ended(ctx, "by Ctrl-C", INTERRUPTED, "Stopped") from None
 
@@ -78,7 +73,7 @@ def _version(asked: bool) -> None:
     if not asked:
         return
     try:
-        torch = metadata.version("torch")  # read from its files, which costs no import
+        torch = metadata.version("torch")  # from its metadata, without an import
     except metadata.PackageNotFoundError:
         torch = "is not installed"
     typer.echo(f"selectune {selectune.__version__}, torch {torch}")
@@ -87,13 +82,13 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def root(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also log what is going on, to stderr.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also log progress to stderr.")] = False,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the versions of selectune and torch."),
     ] = False,
 ) -> None:
-    """Selective fine-tuning: train the few scalars of a model that are worth training, ship them as a delta."""
+    """Selective fine-tuning: train the few scalars of a model that are worth training, and ship them as a delta."""
     log_to_stderr(verbose)
 
 

@@ -1,6 +1,6 @@
-"""What `selectune methods` lists, from RECIPES and KINDS, kept in methods.json so that the list needs no torch.
+"""The rows of `selectune methods`, from RECIPES and KINDS. methods.json keeps them, so that the list needs no torch.
 
-`python -m selectune.cli.catalogue` writes that file anew; a test asserts that it is what the code says.
+`python -m selectune.cli.catalogue` writes that file again; a test asserts that it agrees with the code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FILE = Path(__file__).with_name("methods.json")
 
 
 def methods() -> list[dict[str, Any]]:
-    """The methods as the file has them: recipes first, then the dense peers."""
+    """The methods in the file: recipes first, then adapters."""
     from selectune.errors import SelectuneError
     from selectune.files import read_json
 
@@ -22,32 +22,17 @@ def methods() -> list[dict[str, Any]]:
 
 
 def found() -> list[dict[str, Any]]:
-    """The methods as the code has them."""
+    """The methods in the code."""
     from selectune.adapters import KINDS, make
     from selectune.recipes import RECIPES
-    from selectune.recipes.named import parameters
 
-    recipes = [
-        {
-            "name": recipe.name,
-            "summary": recipe.summary,
-            "reads": recipe.reads,
-            "passes": recipe.passes,
-            "bytes": recipe.bytes,
-            "source": recipe.source,
-            "takes": [name for name in inspect.signature(recipe.function).parameters if name != "steps"],
-            "options": {name: parameter.default for name, parameter in parameters(recipe).items()},
-            "doc": inspect.getdoc(recipe.function),
-        }
-        for recipe in RECIPES.values()
-    ]
-    peers = [
+    adapters = [
         {
             "name": kind.name,
             "summary": kind.summary,
             "reads": "nothing",
             "passes": "none",
-            "bytes": "16 a scalar of the module",
+            "bytes": "16 a scalar of the adapter",
             "source": kind.source,
             "takes": list(kind.options),
             "options": dict(make(kind.name, {}).options),
@@ -59,11 +44,30 @@ def found() -> list[dict[str, Any]]:
         }
         for kind in KINDS.values()
     ]
-    return [*recipes, *peers]
+    return [*(row(name) for name in RECIPES), *adapters]
+
+
+def row(name: str) -> dict[str, Any]:
+    """The row of one recipe."""
+    from selectune.recipes import RECIPES
+    from selectune.recipes.named import parameters
+
+    recipe = RECIPES[name]
+    return {
+        "name": recipe.name,
+        "summary": recipe.summary,
+        "reads": recipe.reads,
+        "passes": recipe.passes,
+        "bytes": recipe.bytes,
+        "source": recipe.source,
+        "takes": [name for name in inspect.signature(recipe.function).parameters if name != "steps"],
+        "options": {name: parameter.default for name, parameter in parameters(recipe).items()},
+        "doc": inspect.getdoc(recipe.function),
+    }
 
 
 def written() -> str:
-    """The text of the file as it should be."""
+    """The text that the file must have."""
     return json.dumps(found(), indent=1, ensure_ascii=False) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What a command's exit code says: one table for all of them."""
+"""The exit codes of all commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXITS = {
     TERMINATED: "stopped by SIGTERM",
 }
 TABLE = "Exit codes: " + ", ".join(f"{code} {what}" for code, what in EXITS.items()) + "."
-"""As `--help` and README.md say it."""
+"""The sentence in `--help` and README.md."""
 
 
 def code_of(error: SelectuneError | OSError) -> int:

@@ -1,4 +1,4 @@
-"""What is said about a command line that cannot be understood: one line, with the nearest known name."""
+"""The message about a wrong command line: one line, with the nearest known name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import typer
 
 from selectune.errors import did_you_mean
 
-# Typer brings its own copy of click from 0.2x on; what it raises for wrong usage is a base of this public class.
+# Typer brings its own copy of click from 0.2x on; its usage errors have a base that this public class has too.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def explained(error: Any) -> str:
-    """The message of a usage error, and where to read on."""
+    """The message of a usage error, with the command whose help to read."""
     context = error.ctx
     name = getattr(error, "option_name", None)
     if type(error).__name__ == "NoSuchOption" and name is not None:
@@ -27,7 +27,7 @@ def explained(error: Any) -> str:
 
 
 def wants_json(args: Sequence[str]) -> bool:
-    """Whether a command line asks for its result as JSON on stdout, however wrong the rest of it is.
+    """True if a command line asks for JSON on stdout, even if the rest of it is wrong.
 
     >>> wants_json(["tasks", "--json"]), wants_json(["bench", "--json", "rows.json"]), wants_json(["bench", "--json=-"])
     (True, False, True)

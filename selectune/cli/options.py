@@ -1,48 +1,32 @@
-"""Options that several commands share, each with its sentence."""
+"""The options that several commands share, and one way to write an option."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[
-    str,
-    typer.Option("--model", "-m", help="The base model: a local folder, a hub id, or 'demo' (the MiniLM of a wheel)."),
-]
+
+def option(text: str, *names: str, panel: str | None = None, **more: Any) -> Any:
+    """An option without a default: `text` says what happens if it is left out, so the help shows no default."""
+    return typer.Option(*names, help=text, show_default=False, rich_help_panel=panel, **more)
+
+
+Model = Annotated[str, typer.Option("--model", "-m", help="The base: a folder, a hub id, or 'demo' (a MiniLM).")]
 DeltaPath = Annotated[
     str, typer.Option("--delta", "-d", help="The delta: a folder that train wrote, or a .safetensors file.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout and nothing else there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only the result on stdout, as JSON.")]
 Data = Annotated[
     str | None,
-    typer.Option(
-        "--data",
-        help="Folder of task/split.jsonl(.gz), as glue/rte/train.jsonl. Default: SELECTUNE_DATA, then the hub.",
-        show_default=False,
-    ),
+    option("Folder of task/split.jsonl(.gz), such as glue/rte. Default: SELECTUNE_DATA, then the hub.", "--data"),
 ]
-Revision = Annotated[
-    str | None,
-    typer.Option("--revision", help="Branch, tag or commit of a hub model.", show_default=False),
-]
+Revision = Annotated[str | None, option("Branch, tag or commit of a hub model.", "--revision")]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        "--dtype",
-        help="Load weights as float32, bfloat16, float16 or float64. Default: as they are stored.",
-        show_default=False,
-    ),
+    option("Load weights as float32, bfloat16, float16 or float64. Default: the stored type.", "--dtype"),
 ]
-Trust = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run Python code that a model brings. Read it first."),
-]
-MaxLength = Annotated[
-    int | None,
-    typer.Option(
-        "--max-length",
-        help="Tokens of an example. Default: the delta's or the task's.",
-        show_default=False,
-    ),
-]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code of the model. Read it first.")]
+Plugins = Annotated[list[str] | None, option("A Python file with methods or tasks; repeatable.", "--plugin")]
+MaxLength = Annotated[int | None, option("Tokens of an example. Default: the delta's or the task's.", "--max-length")]
+OfTask = Annotated[str | None, option("Task of the head. Default: the delta's own.", "--task", "-t")]

@@ -1,4 +1,4 @@
-"""Where things are printed: results on stdout, progress, log and errors on stderr."""
+"""Results go to stdout; progress, log and errors go to stderr."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from selectune.runs.training import Update
 
 TRACEBACK = "SELECTUNE_TRACEBACK"
-BETWEEN_LINES = 30.0  # seconds, where progress is written in lines
+BETWEEN_LINES = 30.0  # seconds between two lines of progress in a file or a pipe
 
 
 def stderr() -> Console:
@@ -34,17 +34,17 @@ def stderr() -> Console:
 
 
 def fail(error: SelectuneError | OSError, code: int, as_json: bool) -> None:
-    """Says why a command ends with this code; with SELECTUNE_TRACEBACK=1 raises the error instead."""
+    """Prints the reason why a command fails; with SELECTUNE_TRACEBACK=1 raises the error instead."""
     if os.environ.get(TRACEBACK, "") not in ("", "0"):
         raise error
     refuse(str(error), type(error).__name__, code, as_json)
 
 
 def refuse(text: str, kind: str, code: int, as_json: bool) -> None:
-    """Prints why not: a red line on stderr, broken between words on a terminal; and JSON on stdout if it was asked for.
-    What was stopped on purpose is no error, and yellow.
+    """Prints a reason as one red line on stderr, and as JSON on stdout if that was asked for.
 
-    Characters that would steer a terminal, as in the name of a hostile file, are escaped.
+    On a terminal the line is broken between words. A stop on purpose is yellow, because it is not an error. Characters
+    that would steer a terminal, as in the name of a hostile file, are escaped.
     """
     text = " ".join(text.split())
     label, colour = ("stopped:", "yellow") if kind == "Stopped" else ("error:", "red")
@@ -57,14 +57,14 @@ def refuse(text: str, kind: str, code: int, as_json: bool) -> None:
 
 
 def result(as_json: bool, value: Any, text: str) -> None:
-    """Prints a result on stdout: JSON if it was asked for, else the text."""
+    """Prints a result on stdout, as JSON or as text."""
     if not as_json and sys.stdout.isatty():
         text = fitted(text, shutil.get_terminal_size().columns)
     typer.echo(json.dumps(value, indent=2, allow_nan=False) if as_json else text)
 
 
 def fitted(text: str, columns: int) -> str:
-    """Long lines broken between words; what follows is indented.
+    """Breaks long lines between words and indents the rest.
 
     >>> print(fitted("  one two three", 10))
       one two
@@ -81,13 +81,13 @@ def fitted(text: str, columns: int) -> str:
 
 @contextlib.contextmanager
 def working() -> Iterator[None]:
-    """While a command works, whatever a library prints goes to stderr, so that stdout holds the result alone."""
+    """Within it, prints of libraries go to stderr, so that stdout holds only the result."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def log_to_stderr(verbose: bool) -> None:
-    """Sends selectune's own log to stderr: warnings, and with `verbose` what is going on."""
+    """Sends selectune's log to stderr: warnings, and with `verbose` also information."""
     logger = logging.getLogger("selectune")
     for old in [h for h in logger.handlers if isinstance(h, _Handler)]:
         logger.removeHandler(old)
@@ -102,9 +102,7 @@ class _Handler(logging.Handler):
 
 
 class ProgressBar:
-    """Progress on stderr: loss, selected/budget, steps a second, metric. A bar on a terminal; a line now and then in
-    a file or a pipe.
-    """
+    """Progress on stderr: a bar on a terminal, and a line now and then in a file or a pipe."""
 
     def __init__(self) -> None:
         self._title = ""
@@ -150,7 +148,7 @@ class ProgressBar:
 
 
 def state_line(update: Update, rate: float) -> str:
-    """What stands beside the bar.
+    """The text beside the bar.
 
     >>> from selectune.runs.training import Update
     >>> state_line(Update(10, 100, 0.5, 40, 400, None), 2.5)

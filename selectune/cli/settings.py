@@ -1,4 +1,4 @@
-"""`--config FILE`: the options of a command as a file has them."""
+"""`--config FILE`: the options of a command from a file."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ RUN = "run.json"
 def settings(path: str, params: Sequence[Any]) -> dict[str, Any]:
     """The options in a YAML or JSON file, or those of a run: a run.json, a checkpoint's, or a run's folder.
 
-    `params`: click's, of the command. Names may have - or _. Raises ConfigError that names the file: for one that
-    cannot be read, for options that the command does not have, and for values of another kind.
+    `params`: click's parameters of the command. Names may have - or _. Raises ConfigError, which names the file, if it
+    cannot be read, has unknown options, or has values of another kind.
     """
     where = Path(path) / RUN if Path(path).is_dir() else Path(path)
     found = _read(where)
@@ -33,7 +33,7 @@ def settings(path: str, params: Sequence[Any]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for written, value in found.items():
         name = str(written).replace("-", "_")
-        if value in (None, []):
+        if value in (None, []) or name == "plugins":  # a checkpoint's record of them; --plugin names the files
             continue
         if name not in known:
             flags = [known_name.replace("_", "-") for known_name in known]
@@ -64,7 +64,7 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"--config {path} needs the package pyyaml: pip install 'selectune[hf]'.") from error
 
     class Plain(yaml.SafeLoader):
-        """Values written once: an alias can stand for more than memory holds, a key twice hides a mistake."""
+        """Refuses aliases, which can expand to more than memory holds, and keys that are given twice."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
@@ -85,7 +85,7 @@ def _read(path: Path) -> Any:
 
 
 def _fitting(what: str, value: Any, param: Any) -> Any:
-    """A value as the option takes it from the command line."""
+    """A value in the form that the option takes on the command line."""
     if param.multiple:
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(one, str) for one in values):

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: the first ends what can be ended in order, the second ends the process.
+"""Ctrl-C and SIGTERM: the first signal ends the command in order, the second ends the process.
 
-A run that is between its first and its last step finishes the step and saves a checkpoint; anything else is left at
-once, through every `finally`. The exit code is 128 + the signal's number, as a shell gives it.
+A run between its first and its last step finishes the step and saves a checkpoint. Anything else ends at once, through
+every `finally`. The exit code is 128 + the signal's number, as a shell gives it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class StoppedBySignal(BaseException):
-    """Leaves whatever runs; no library takes it for an error of its own, as some do KeyboardInterrupt."""
+    """Ends whatever runs. Libraries do not handle it, as some handle KeyboardInterrupt."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(signal)
@@ -31,21 +31,21 @@ class StoppedBySignal(BaseException):
 
 class _State:
     received: int | None = None
-    stop: Stop | None = None  # of the run that may be going on
+    stop: Stop | None = None  # of the run, if one is going on
 
 
 _state = _State()
 
 
 def watch() -> None:
-    """From here on signals are ours, in the main thread; for the first line of a command."""
+    """Handles signals from here on. Call it in the main thread, as a command begins."""
     _state.received = _state.stop = None
     for number in SIGNALS:
         signal.signal(number, _received)
 
 
 def heed(stop: Stop) -> None:
-    """The first signal is told to this run while it listens."""
+    """Sends the first signal to this run while it listens."""
     _state.stop = stop
 
 
@@ -67,8 +67,8 @@ def _received(number: int, frame: Any) -> None:
 
 
 def _say(text: str) -> None:
-    """One line on stderr, by the system call alone: whoever writes there may be what was interrupted."""
+    """Writes one line to stderr by a system call, because the signal may have interrupted a write."""
     try:
         os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
     except (OSError, ValueError):
-        return  # nobody reads it any more
+        return  # the reader has gone

@@ -1,4 +1,4 @@
-"""Values as people write them on a command line."""
+"""Values of a command line: budgets and dtypes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from decimal import Decimal, InvalidOperation
 from selectune.cli import catalogue
 from selectune.errors import BudgetError
 
-_MARKS = re.compile(r"[^,_]*|\d{1,3}([,_]\d{3})+\D?")  # none at all, or 1,234,567
+_MARKS = re.compile(r"[^,_]*|\d{1,3}([,_]\d{3})+\D?")  # no marks, or 1,234,567
 _UNITS = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 
-def budget_or_module(text: str) -> int | float | str:
-    """A budget, or a module that has as many scalars: lora:r=2.
+def budget_or_adapter(text: str) -> int | float | str:
+    """A budget, or an adapter whose number of scalars is the budget: lora:r=2.
 
-    >>> budget_or_module("lora:r=2"), budget_or_module("103k")
+    >>> budget_or_adapter("lora:r=2"), budget_or_adapter("103k")
     ('lora:r=2', 103000)
     """
     name = text.strip().partition(":")[0]
@@ -59,7 +59,7 @@ def _refuse(text: str, why: str) -> BudgetError:
 
 
 def dtype(text: str) -> str:
-    """The short name of a dtype, as `plan` and `bench` print it.
+    """The short name of a dtype, for `plan` and `bench`.
 
     >>> dtype("bfloat16"), dtype("bf16")
     ('bf16', 'bf16')

@@ -1,10 +1,10 @@
-"""Bridges to other libraries; a file that is named after one needs it.
+"""Bridges to other libraries. A file with a library's name needs that library.
 
 transformers  the callback for transformers.Trainer
-checkpoints   the Trainer's checkpoints that are whole, and which one a run goes on from
-first_rows    the first rows of a run, on which `Tuner.check` looks
+checkpoints   the Trainer's whole checkpoints, and the newest of them
+first_rows    `Tuner.check` on the first rows of a run
 ref_model     TRL's reference models beside a tuner
 lightning     the callback for Lightning's Trainer
 accelerate    save_state and load_state of an Accelerator
-loading       weights that a loader brings are compared with the model's, and not written
+loading       weights from a loader are compared with the model's, and not written
 """

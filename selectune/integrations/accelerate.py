@@ -1,4 +1,4 @@
-"""A loop of one's own over `accelerate.Accelerator`: its checkpoints hold the tuner, and go back into it exactly.
+"""Your own loop over `accelerate.Accelerator`: its checkpoints hold the tuner and restore it exactly.
 
 tuner = st.attach(model, st.id3(budget=103_000, steps=steps), accumulation_steps=4)
 optimizer = torch.optim.AdamW(tuner.parameters(), lr=5e-4)
@@ -17,16 +17,16 @@ from typing import Any
 
 from torch import nn
 
-from selectune.errors import ConfigError, IntegrityError, TunerError
+from selectune.errors import ConfigError
 from selectune.files import seal, verify
-from selectune.integrations.loading import KeptOut
+from selectune.integrations.loading import KeptOut, refuse_other_windows
 from selectune.train import STATE_FILE, Tuner, read_state, write_state
 
 log = logging.getLogger("selectune")
 
 
 class Registration:
-    """What `register` put on an Accelerator; `remove` takes it off."""
+    """The hooks that `register` put on an Accelerator; `remove` takes them off."""
 
     def __init__(self, accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None, full: bool) -> None:
         self.accelerator, self.tuner, self.base, self.full = accelerator, tuner, base, full
@@ -39,7 +39,7 @@ class Registration:
         accelerator.save_state = self._save_and_seal
 
     def remove(self) -> None:
-        """From here on `save_state` and `load_state` know nothing of the tuner."""
+        """Takes the tuner out of `save_state` and `load_state`."""
         for handle in self._handles:
             handle.remove()
         self.accelerator.save_state = self._save_state
@@ -60,35 +60,31 @@ class Registration:
             write_state(Path(folder) / STATE_FILE, state)
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
-        """The tuner's state first; then the accelerator's weights, which must be the same bits, come to nothing."""
+        """Loads the tuner's state first. The accelerator's weights are then compared with it, and not written."""
         self._prepared(models, "loaded")
         self._release()
-        tuner, file = self.tuner, Path(folder) / STATE_FILE
+        file = Path(folder) / STATE_FILE
         if not file.is_file():
             raise ConfigError(
                 f"{folder} has no {STATE_FILE}, so the support and its order cannot be restored: it was saved before "
-                "register(accelerator, tuner). Load another, or start anew."
+                "register(accelerator, tuner). Load another folder, or start anew."
             )
         verify(folder)
         saved = read_state(file)
-        try:
-            before = tuner.state_dict()
-        except TunerError:  # within a window, whose gradient the loaded state drops
-            before = None
-        tuner.load_state_dict(saved)
 
         def then() -> None:
             guard = self._release()
-            try:
-                if guard is not None:
-                    guard.agree(folder)
-            except IntegrityError:
-                if before is not None:
-                    tuner.load_state_dict(before)
-                raise
-            log.info("Goes on from %s: step %d, %d scalars selected.", folder, tuner.step, tuner.selected)
+            if guard is not None:
+                guard.agree(folder)
+            log.info("Resumed from %s: step %d, %d scalars selected.", folder, self.tuner.step, self.tuner.selected)
 
-        self._guard = KeptOut(tuner, then)
+        guard = KeptOut(self.tuner, then)
+        try:
+            guard.load(saved)
+        except BaseException:
+            guard.release()
+            raise
+        self._guard = guard
 
     def _release(self) -> KeptOut | None:
         guard, self._guard = self._guard, None
@@ -109,11 +105,11 @@ class Registration:
 def register(accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None = None, full: bool = True) -> Registration:
     """Makes `save_state` write the tuner's state and its delta, and `load_state` read the state before any weights.
 
-    Both files lie in the folder beside accelerate's own: `tuner.safetensors` and `delta.safetensors`; `base` and `full`
-    are what the delta records of its base, see `Tuner.save`. `manifest.json`, written last, names them all with their
-    sha256: `load_state` takes a folder that is whole, and no other. It takes a fresh tuner, attached alike to the same
-    base, or one that has stepped, which goes back. The folder's weights are not loaded, they are compared: both must
-    agree by bits. Call it after `accelerator.prepare`, in both processes.
+    The files `tuner.safetensors` and `delta.safetensors` are written beside accelerate's own; `base` and `full` are
+    those of `Tuner.save`. `manifest.json` is written last and names all files with their sha256: `load_state` takes
+    only a whole folder. The tuner may be a fresh one, attached in the same way to the same base, or one that has
+    stepped, which then goes back. The folder's weights are compared by bits, and not loaded. Call `register` after
+    `accelerator.prepare`, in both processes.
 
     Raises ConfigError if the tuner's model was not prepared by this accelerator, if `gradient_accumulation_steps` is
     above 1 and not the tuner's `accumulation_steps`, or under more than one process. `save_state` raises TunerError
@@ -127,12 +123,8 @@ def register(accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None = No
             f"This accelerator runs {accelerator.num_processes} processes, and each would select other scalars. Train "
             "in one process."
         )
-    if passes > 1 and tuner.accumulation_steps % passes:
-        raise ConfigError(
-            f"The accelerator accumulates gradient_accumulation_steps={passes} backward passes, the tuner was attached "
-            f"with accumulation_steps={tuner.accumulation_steps}. Both must be the same: attach(..., "
-            f"accumulation_steps={passes})."
-        )
+    if passes > 1:
+        refuse_other_windows("The accelerator", "gradient_accumulation_steps", passes, tuner)
     registration = Registration(accelerator, tuner, base, full)
     registration._prepared(accelerator._models, "saved")
     return registration

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer that are whole: which one a run goes on from."""
+"""Whole checkpoints of transformers' Trainer, and the newest of them, from which a run resumes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ log = logging.getLogger("selectune")
 
 
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint in a Trainer's output folder that is whole, each file as its manifest says; None without.
+    """The newest whole checkpoint in a Trainer's output folder, or None if there are no checkpoints.
 
-    The log says which were passed over, and why. Reads every file of the one it gives. Raises CheckpointError if there
-    are checkpoints and none of them is whole.
+    A checkpoint is whole if its files are those of its manifest; every file is read. The log names those that were
+    passed over, with the reason. Raises CheckpointError if there are checkpoints and none of them is whole.
 
     >>> newest_checkpoint("no-such-folder")
     """
@@ -41,10 +41,10 @@ def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def guard(trainer: Any) -> None:
-    """From here on `trainer.train(resume_from_checkpoint=...)` takes whole checkpoints only.
+    """Makes `trainer.train(resume_from_checkpoint=...)` take only whole checkpoints.
 
-    True means the newest that is whole, where the Trainer would take the one with the largest number; a folder that is
-    not whole is a CheckpointError before anything is read from it.
+    True means the newest whole one, where the Trainer alone would take the one with the largest number. A folder that
+    is not whole raises CheckpointError before the Trainer reads it.
     """
     train = trainer.train
     if hasattr(train, "guarded_by_selectune"):
@@ -53,7 +53,7 @@ def guard(trainer: Any) -> None:
     @functools.wraps(train)
     def guarded(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
-            # without any the Trainer has a sentence of its own
+            # without any, the Trainer raises its own error
             resume_from_checkpoint = newest_checkpoint(trainer.args.output_dir) or True
         elif isinstance(resume_from_checkpoint, str | os.PathLike) and Path(resume_from_checkpoint).is_dir():
             verify(resume_from_checkpoint)

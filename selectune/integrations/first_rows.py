@@ -1,4 +1,4 @@
-"""The first rows of a run, on which `Tuner.check` looks before anything is trained."""
+"""`Tuner.check` on the first rows of a run, before anything is trained."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ AFFORDABLE = 4_000_000_000  # weights x tokens of these rows; three passes take 
 
 
 def check_first_rows(tuner: Tuner, trainer: Any, loader: Any, wanted: bool | None) -> None:
-    """Checks the tuner on the first rows of a Trainer's data; `wanted=None`: where that takes about a second.
+    """Checks the tuner on the first rows of a Trainer's data; `wanted=None`: only if that takes about a second.
 
-    By default only where the Trainer's own loss is used, since another may keep count of what it is asked. Data that
-    has no rows by number is left alone. The run goes on with the same random numbers. Raises IntegrityError as
-    `Tuner.check` does.
+    By default the check needs the Trainer's own loss, because another loss may count its calls. Data without rows by
+    number is not checked. The run continues with the same random numbers. Raises IntegrityError as `Tuner.check` does.
     """
     own_loss = type(trainer).compute_loss is Trainer.compute_loss
     data: Any = getattr(loader, "dataset", None)

@@ -12,7 +12,7 @@
     trainer = L.Trainer(accumulate_grad_batches=4, callbacks=[SelectuneCallback(task.tuner)])
     trainer.fit(task, loader)                           # later, in a new process: fit(task, loader, ckpt_path=...)
 
-Works with `pytorch_lightning`, the same package under its older name, where `lightning` is not installed.
+Without `lightning`, the same package under its older name is used, `pytorch_lightning`.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ except ImportError:
     from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
 
 from selectune.delta import digest_bits
-from selectune.errors import CheckpointError, ConfigError, IntegrityError, TunerError
+from selectune.errors import CheckpointError, ConfigError
 from selectune.frames import methods_of
-from selectune.integrations.loading import KeptOut
+from selectune.integrations.loading import KeptOut, refuse_other_windows
 from selectune.train import Tuner
 
 log = logging.getLogger("selectune")
 
 DELTA_SUFFIX = ".delta.safetensors"
-"""`epoch=3.ckpt` has its delta beside it as `epoch=3.delta.safetensors`."""
+"""The delta of `epoch=3.ckpt` is `epoch=3.delta.safetensors`, beside it."""
 
 _DIGEST = "selectune_digest"  # of a checkpoint's other keys
 
 
 class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
-    """Puts the tuner's state into every checkpoint and its delta beside it, resumes from one, logs selected and quota.
+    """Saves the tuner's state in every checkpoint and the delta beside it, resumes from one, logs selected and quota.
 
-    `trainer.fit(..., ckpt_path=)`: with a fresh tuner, attached as the first one was to the same base, or with one that
-    has stepped, which goes back. The checkpoint's weights are kept out of the model, which stays the base; the state
-    puts them there, and both must agree by bits. Batches, optimizers and learning rates are Lightning's to restore.
-    `base` and `full`: what a delta records of its base, see `Tuner.save`. A delta whose checkpoint Lightning removed
-    goes as well; beside a checkpoint that is no local file (`s3://...`) none is written.
+    `trainer.fit(..., ckpt_path=)` resumes with a fresh tuner, attached as the first one was to the same base, or with a
+    tuner that has stepped, which then goes back. The checkpoint's weights are kept out of the model; the tuner's state
+    sets them, and both must agree by bits. Lightning restores batches, optimizers and learning rates. `base` and `full`
+    are those of `Tuner.save`. If Lightning removes a checkpoint, its delta is removed too. A checkpoint that is not a
+    local file (`s3://...`) gets no delta.
 
-    Raises CheckpointError for a checkpoint with another content than was written; ConfigError as fitting or an epoch
-    starts, if `accumulate_grad_batches` does not fit the tuner's `accumulation_steps`, if the tuner's model is not part
-    of the module, or if the checkpoint has no state or that of another run. BaseMismatchError for another base;
-    IntegrityError, naming tensors, for weights that are not those of base and state. The model is then as it was.
+    Raises CheckpointError if the content of a checkpoint changed. Raises ConfigError as fitting or an epoch starts, if
+    `accumulate_grad_batches` does not fit the tuner's `accumulation_steps`, if the tuner's model is not part of the
+    module, or if the checkpoint has no state or that of another run. Raises BaseMismatchError for another base, and
+    IntegrityError, naming tensors, for other weights than those of base and state; the model is then unchanged. Raises
     TunerError for a checkpoint within an accumulation window.
     """
 
@@ -66,7 +66,7 @@ class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
         self._deltas: dict[Path, Path] = {}  # {checkpoint: its delta} of this process
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """From here to the start of fitting, no weights get into the attached model."""
+        """Keeps weights out of the attached model until fitting starts."""
         if stage != "fit":
             return
         if not any(module is self.tuner.model for module in pl_module.modules()):
@@ -82,20 +82,11 @@ class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
         return self.tuner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        guard = self._release()
-        try:
-            before = self.tuner.state_dict()
-        except TunerError:  # within a window, whose gradient the loaded state drops
-            before = None
-        self.tuner.load_state_dict(state_dict)
-        try:
-            if guard is not None:
-                guard.agree("the checkpoint")
-        except IntegrityError:
-            if before is not None:
-                self.tuner.load_state_dict(before)
-            raise
-        log.info("Goes on from step %d, %d scalars selected.", self.tuner.step, self.tuner.selected)
+        guard = self._release() or KeptOut(self.tuner)
+        guard.release()
+        guard.load(state_dict)
+        guard.agree("the checkpoint")
+        log.info("Resumed from step %d, %d scalars selected.", self.tuner.step, self.tuner.selected)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         guard = self._release()
@@ -107,7 +98,7 @@ class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
             )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self._windows(trainer)  # Lightning's GradientAccumulationScheduler changes them between epochs
+        self._windows(trainer)  # GradientAccumulationScheduler changes them between epochs
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         tuner = self.tuner
@@ -138,16 +129,10 @@ class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
         self._release()
 
     def _windows(self, trainer: Any) -> None:
-        passes = trainer.accumulate_grad_batches
-        if self.tuner.accumulation_steps % passes:
-            raise ConfigError(
-                f"Lightning makes a step of accumulate_grad_batches={passes} backward passes, the tuner was attached "
-                f"with accumulation_steps={self.tuner.accumulation_steps}. The selection is exact over one step's "
-                f"passes, so both must be the same: attach(..., accumulation_steps={passes})."
-            )
+        refuse_other_windows("Lightning", "accumulate_grad_batches", trainer.accumulate_grad_batches, self.tuner)
 
     def _forget_removed(self) -> None:
-        """The deltas of checkpoints that `save_top_k` removed go after them."""
+        """Removes the deltas of checkpoints that `save_top_k` removed."""
         for checkpoint, delta in list(self._deltas.items()):
             if not checkpoint.exists():
                 delta.unlink(missing_ok=True)
@@ -161,7 +146,7 @@ class SelectuneCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def _digest(checkpoint: Mapping[str, Any], keys: Iterable[str]) -> str:
-    """sha256 over the tensors and plain values under some keys: torch.load sees no flipped bit."""
+    """A sha256 over the tensors and plain values under some keys, because torch.load does not see a flipped bit."""
     found = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -183,7 +168,7 @@ def _digest(checkpoint: Mapping[str, Any], keys: Iterable[str]) -> str:
 
 
 def _file_of(trainer: Any) -> Path | None:
-    """The local file that is being saved. Callbacks are not told, so it is read off the Trainer that is calling."""
+    """The local file that is being saved. Callbacks do not get it, so it is read from the calling Trainer's frame."""
     for name, variables in methods_of(trainer):
         if name == "save_checkpoint":
             path = str(variables.get("filepath"))

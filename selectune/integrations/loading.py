@@ -1,4 +1,4 @@
-"""What the loaders of other libraries share: weights meet a tuner whose own state gives the same bits."""
+"""Parts that the integrations share: weights are kept out of a model whose tuner's state gives the same bits."""
 
 from __future__ import annotations
 
@@ -9,34 +9,58 @@ from typing import Any
 from torch import Tensor, nn
 
 from selectune.delta import digest_bits
-from selectune.errors import IntegrityError
+from selectune.errors import ConfigError, IntegrityError, TunerError
 from selectune.train import Tuner
 
 
-class KeptOut:
-    """Weights that are to be loaded into a tuner's model stay out of it; `agree` asks whether they may be forgotten.
+def refuse_other_windows(who: str, setting: str, passes: int, tuner: Tuner) -> None:
+    """Raises ConfigError if a library's gradient accumulation does not fit the tuner's."""
+    if tuner.accumulation_steps % passes:
+        raise ConfigError(
+            f"{who} makes a step of {setting}={passes} backward passes, the tuner was attached with "
+            f"accumulation_steps={tuner.accumulation_steps}. The selection is exact over one step's passes, so both "
+            f"must be the same: attach(..., accumulation_steps={passes})."
+        )
 
-    To whoever loads them it looks as if they had been: every tensor of the model gets its own present value. `then` is
+
+class KeptOut:
+    """Keeps weights that a loader brings out of a tuner's model; `agree` checks that the model has the same bits.
+
+    For the loader it looks as if they were loaded: every tensor of the model gets its own present value. `then` is
     called after each load.
     """
 
     def __init__(self, tuner: Tuner, then: Callable[[], None] | None = None) -> None:
-        self._model, self._then = tuner.model, then
+        self._tuner, self._model, self._then = tuner, tuner.model, then
         self._digests: dict[str, str] = {}
+        self._before: dict[str, Any] | None = None
         self._handle = self._model.register_load_state_dict_pre_hook(self._keep_out)
 
     def __len__(self) -> int:
         return len(self._digests)
 
     def release(self) -> None:
-        """Weights get in again."""
+        """Lets weights in again."""
         self._handle.remove()
 
+    def load(self, state: dict[str, Any]) -> None:
+        """Loads the tuner's state, and keeps the one before it for `agree`."""
+        try:
+            self._before = self._tuner.state_dict()
+        except TunerError:  # within a window, whose gradient the loaded state drops
+            self._before = None
+        self._tuner.load_state_dict(state)
+
     def agree(self, where: str | Path) -> None:
-        """Raises IntegrityError, naming tensors, if what was kept out is not what the model holds now."""
+        """Raises IntegrityError, naming tensors, if the weights that were kept out are not those of the model now.
+
+        The tuner then has the state that it had before `load`.
+        """
         now = dict(_tensors(self._model))
         wrong = [name for name, digest in self._digests.items() if digest_bits(now[name].cpu()) != digest]
         if wrong:
+            if self._before is not None:
+                self._tuner.load_state_dict(self._before)
             raise IntegrityError(
                 f"{len(wrong)} of the {len(self._digests)} tensors in {where} are not the base's with the tuner's "
                 f"state on it: {', '.join(wrong[:5])}. Its weights were changed, or the state is of another checkpoint."

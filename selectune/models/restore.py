@@ -1,4 +1,4 @@
-"""A saved delta on its base again: which model that is, what it scores, and the merged model as a folder."""
+"""A saved delta on its base again: loaded, measured, verified, or merged into a model folder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import selectune as st
-from selectune import tasks
+from selectune import plugins, tasks
 from selectune.adapters import belongs, spec_of
 from selectune.delta import Delta, Report, canonical_name, inventory
 from selectune.errors import BaseMismatchError, ConfigError, DeltaError
-from selectune.models.adapted import mergeable, virtual_tokens, with_module_of
+from selectune.models.adapted import mergeable, virtual_tokens, with_adapter_of
 from selectune.models.bases import DTYPES, LoadedModel, Shape, device, load_model, longest, quiet
 from selectune.models.evaluate import Evaluation, encode, evaluate
 from selectune.tasks import Task
@@ -21,7 +21,7 @@ from selectune.tasks import Task
 
 @dataclass(frozen=True)
 class Source:
-    """How the base model of a delta is loaded."""
+    """The base model of a delta, and the options of loading it."""
 
     model: str
     revision: str | None = None
@@ -30,15 +30,15 @@ class Source:
 
 
 def task_of(delta: Delta) -> Task | None:
-    """The task that the delta was trained for, if it says so; raises UnknownTaskError where it is not known here."""
+    """The task that the delta records, if any. Raises UnknownTaskError for a task that is not known here."""
     name = delta.info["method"].get("task")
-    return tasks.get(name) if isinstance(name, str) else None
+    return plugins.task(name) if isinstance(name, str) else None
 
 
 def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool = True) -> LoadedModel:
-    """The base that a delta needs: its class, head and module, drawn from its seed, in the dtype of its values.
+    """The base that a delta needs: its class, head and adapter, drawn from its seed, in the dtype of its values.
 
-    `task` gives the head; without one the delta's record of the model does, or of its task.
+    The head is that of `task`, else of the model that the delta records, else of the task that it records.
     """
     shape = _shape(delta)
     task = task or (task_of(delta) if shape is None else None)
@@ -60,13 +60,13 @@ def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool =
         shape,
         tokenizer,
     )
-    return with_module_of(loaded, delta)
+    return with_adapter_of(loaded, delta)
 
 
 def fitted(delta: Delta, loaded: LoadedModel) -> Delta:
-    """The delta, told which of the tensors that it stores whole no checkpoint holds, if it does not say so itself.
+    """The delta with a record of the whole tensors that no checkpoint holds, if it has no such record.
 
-    Its digest of all weights counts a head then that is gone, so it is left out.
+    The digest of all weights then counts a head that is gone, so it is left out.
     """
     base = delta.info["base"]
     told, found = {row["name"] for row in base["initialised"]}, inventory(loaded.model).find
@@ -83,7 +83,7 @@ def fitted(delta: Delta, loaded: LoadedModel) -> Delta:
 
 
 def apply_to(delta: Delta, loaded: LoadedModel) -> None:
-    """Writes a delta into its base, whose weights are all compared where the delta has their digest."""
+    """Applies a delta to its base. All weights are compared if the delta has their digest."""
     delta = fitted(delta, loaded)
     delta.apply(loaded.model, full=delta.info["base"]["weights"] is not None)
 
@@ -96,13 +96,14 @@ def evaluate_delta(
     max_length: int | None = None,
     seed: int = 6,
 ) -> Evaluation:
-    """What a delta scores on a task: its base is loaded, its head drawn again, the delta applied.
+    """The metric of a delta on a task: its base is loaded, its head drawn again, and the delta applied.
 
-    Without a path the base itself is measured, with a head drawn from `seed`. The same batches as in training, so the
-    value is that of the run to the last bit on the same machine and versions.
+    Without a path the base itself is measured, with a head drawn from `seed`. The batches are those of training, so
+    the value is that of the run to the last bit, on the same machine and versions.
     """
-    delta = None if path is None else st.load(path)  # before the data: a wrong path is told at once
-    split = tasks.load(task, "validation", data)
+    delta = None if path is None else st.load(path)  # before the data, so that a wrong path fails at once
+    with plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
+        split = tasks.load(task, "validation", data)
     if delta is None:
         loaded = load_model(source.model, task, seed, source.revision, source.dtype, source.trust_remote_code)
     else:
@@ -118,24 +119,23 @@ def evaluate_delta(
 
 
 def verify_delta(source: Source, path: str | Path, task: Task | None = None) -> Report:
-    """Whether a model is the delta's base and the delta changes no more than it says; see `Delta.verify`.
+    """Verifies that a model is the delta's base and that the delta changes no more than it says; see `Delta.verify`.
 
-    All weights are compared where the delta has their digest (those of `selectune train` do), else those it writes.
+    All weights are compared if the delta has their digest (those of `selectune train` do), else those it writes.
     """
     delta = st.load(path)
     loaded = load_base(source, delta, task or task_of(delta), tokenizer=False)
     delta = fitted(delta, loaded)
     report = delta.verify(loaded.model, full=delta.info["base"]["weights"] is not None)
     if not report.base:
-        task_of(delta)  # one that is unknown here is the reason to tell
+        task_of(delta)  # an unknown task is the better reason
     return report
 
 
 def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | None = None) -> dict[str, Any]:
-    """Writes base + delta as an ordinary model folder with its tokenizer; LoRA and its kin are folded into weights.
+    """Writes base + delta as an ordinary model folder with its tokenizer. LoRA and its kin are folded into weights.
 
-    Raises ConfigError for a delta on a module that weights cannot stand for, and for an `out` that is a file or the
-    base's own folder.
+    Raises ConfigError for a delta on an adapter that cannot be merged, and if `out` is a file or the base's own folder.
     """
     _check_out(Path(out), source.model)
     delta = st.load(path)
@@ -155,7 +155,7 @@ def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | 
 
 
 def diff_models(base: Source, tuned: str, out: str | Path, seed: int = 6) -> tuple[Delta, Path]:
-    """The delta that turns one model folder into another, saved; tensors the base lacks are drawn from `seed`."""
+    """Saves the delta that turns one model folder into another. Tensors that the base lacks are drawn from `seed`."""
     after = load_model(tuned, None, seed, None, base.dtype, base.trust_remote_code)
     shape = Shape(type(after.model).__name__, int(after.model.config.num_labels))
     before = load_model(base.model, None, seed, base.revision, base.dtype, base.trust_remote_code, shape)
@@ -178,7 +178,7 @@ def _check_out(out: Path, model: str) -> None:
 
 
 def _shape(delta: Delta) -> Shape | None:
-    """Class and outputs that a delta recorded: of its model, or (older ones) of two model folders."""
+    """The class and outputs that a delta records: of its model, or (in older deltas) of two model folders."""
     model, method = delta.info.get("model"), delta.info["method"]
     if model is not None:
         labels = None if model["labels"] is None else tuple(model["labels"])
@@ -189,7 +189,7 @@ def _shape(delta: Delta) -> Shape | None:
 
 @contextmanager
 def _of_known_task(delta: Delta) -> Iterator[None]:
-    """Within it a model that is not the base is told as an unknown task, where the delta names one."""
+    """Within it, BaseMismatchError becomes UnknownTaskError if the delta names a task that is not known here."""
     try:
         yield
     except BaseMismatchError:
@@ -198,6 +198,6 @@ def _of_known_task(delta: Delta) -> Iterator[None]:
 
 
 def _commit(revision: Any, recorded: Any, asked: str) -> str | None:
-    """The recorded hub commit, if the model that is asked for is the one recorded."""
+    """The recorded hub commit, if this model is the recorded one."""
     looks = isinstance(revision, str) and len(revision) == 40 and recorded == asked
     return revision if looks else None

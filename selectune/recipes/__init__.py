@@ -40,7 +40,8 @@ class Recipe:
 
     @property
     def summary(self) -> str:
-        return (self.function.__doc__ or "").partition("\n")[0].partition(": ")[2]
+        first = (self.function.__doc__ or "").partition("\n")[0]
+        return first.partition(": ")[2] or first
 
 
 _ID3 = "Agarwal et al. 2025, arXiv 2408.14470"

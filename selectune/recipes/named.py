@@ -1,4 +1,4 @@
-"""A recipe with its options as people write it: `id3:exp=1,every=10`. The options are read off its signature."""
+"""A recipe with options as text: `id3:exp=1,every=10`. Its signature says which options it takes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from selectune.method import Method
 from selectune.recipes import RECIPES, Recipe
 
 APART = ("budget", "steps", "scope", "train_fully")
-"""Parameters that every run has, and that are no options of a recipe."""
+"""Parameters of every run, which are not options of a recipe."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """A recipe and the options that it was given."""
+    """A recipe with the given options."""
 
     recipe: Recipe
     options: Mapping[str, spec.Value]
@@ -28,7 +28,7 @@ class Named:
         return self.recipe.name
 
     def __str__(self) -> str:
-        """The one way to write it: options in the signature's order, those at their default left out."""
+        """The canonical text: options in the signature's order, without those at their default."""
         known = parameters(self.recipe)
         given = {name: self.options[name] for name in known if name in self.options}
         return spec.join(self.name, {n: v for n, v in given.items() if v != known[n].default})
@@ -50,7 +50,7 @@ class Named:
 
 
 def named(text: str, also: Sequence[str] = ()) -> Named:
-    """What is written, read; raises ConfigError with the known names (and `also`), or the options that it takes.
+    """Reads the text of a recipe. Raises ConfigError with the known names (and `also`), or the known options.
 
     >>> str(named("id3:every=10,exp=2"))
     'id3:every=10'
@@ -78,19 +78,26 @@ def parameters(recipe: Recipe) -> dict[str, inspect.Parameter]:
 
 
 def _value(name: str, parameter: inspect.Parameter, value: spec.Value) -> spec.Value:
-    """A value in the type that the signature says."""
-    kinds = [kind.strip() for kind in str(parameter.annotation).split("|")]
+    """The value in the type of the signature."""
+    kinds = _kinds(parameter)
     if type(value) is int and "int" not in kinds and "float" in kinds:
         return float(value)
     if ("None" if value is None else type(value).__name__) not in kinds:
         words = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a word", "None": "none"}
-        allowed = " or ".join(words[kind] for kind in kinds if (kind, "float" in kinds) != ("int", True))
+        allowed = " or ".join(words.get(kind, kind) for kind in kinds if (kind, "float" in kinds) != ("int", True))
         raise ConfigError(f"The method '{name}': {parameter.name}={value!r} is not allowed; it must be {allowed}.")
     return value
 
 
+def _kinds(parameter: inspect.Parameter) -> list[str]:
+    """The names of the types that an option takes: those of its annotation, else the one of its default."""
+    annotation = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return [kind.strip().replace("NoneType", "None") for kind in text.split("|")]
+
+
 def _meant(name: str, also: Sequence[str]) -> str:
-    """A guess: Python's names have underscores, and one is another word."""
+    """A guess at the name that was meant, which may also be the name of the Python function."""
     names = {recipe.function.__name__.replace("_", "-"): known for known, recipe in RECIPES.items()}
     names |= {known: known for known in (*RECIPES, *also)}
     guess = did_you_mean(name.lower().replace("_", "-"), names)

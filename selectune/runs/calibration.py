@@ -1,4 +1,4 @@
-"""What a calibrated score is shown in a run: single examples, mini-batches or ones, and the loss of each."""
+"""The data of a calibrated score in a run: single examples, mini-batches or ones, and the loss of each."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def calibration(
     batch: int,
     seed: int,
 ) -> dict[str, Any]:
-    """What `attach` gets as `calibration` and `loss` for this score; nothing for a score that needs none.
+    """The arguments `calibration` and `loss` of `attach` for this score; empty if the score needs none.
 
-    Rows come in an order drawn from the seed, the same each time they are read. Raises CalibrationError for
-    more examples or mini-batches than the rows give.
+    The order of the rows is drawn from the seed and is the same at each reading. Raises CalibrationError if the score
+    needs more examples or mini-batches than the rows give.
     """
     if score is None or not score.reads.calibrated:
         return {}
@@ -55,14 +55,14 @@ def calibration(
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
-    """The model's own loss; with a temperature, that of the logits divided by it."""
+    """The model's own loss; with a temperature, the loss of the logits divided by it."""
     if temperature == 1.0:
         return model(**batch).loss
     logits, labels = _logits(model, batch) / temperature, batch["labels"]
     if logits.ndim != 2:
         raise CalibrationError(
-            f"A temperature needs logits of shape (batch, classes), this model gives {tuple(logits.shape)}: "
-            "temperature=1 takes the model's own loss."
+            f"A temperature needs logits of shape (batch, classes), and this model gives {tuple(logits.shape)}. "
+            "With temperature=1 the model's own loss is used."
         )
     if labels.is_floating_point():
         return F.mse_loss(logits.squeeze(-1), labels.to(logits))
@@ -74,7 +74,7 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _ones(model: Any, rows: Rows) -> Tensor:
-    """(1, tokens, width) ones in place of input embeddings: as many tokens as the first row has."""
+    """Ones in place of input embeddings, (1, tokens, width), with as many tokens as the first row has."""
     table = model.get_input_embeddings().weight
     return torch.ones(1, len(rows[0]["input_ids"]), table.shape[1], dtype=table.dtype, device=table.device)
 

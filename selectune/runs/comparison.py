@@ -16,7 +16,7 @@ import selectune as st
 from selectune import tasks
 from selectune.delta import digest_bits, inventory
 from selectune.errors import IntegrityError, TaskError
-from selectune.models.bases import DEMO, device, load_model, longest
+from selectune.models.bases import DEMO, LoadedModel, device, load_model, longest
 from selectune.models.evaluate import encode, evaluate
 from selectune.runs.config import RunConfig
 from selectune.runs.folder import refuse_used
@@ -27,7 +27,7 @@ PREFERRED = "glue/stsb"
 FALLBACK = "demo/topic"
 LORA = "lora:r=8"
 METHODS = {"random": "random mask", LORA: "LoRA, r=8", "id3": "ID3", "full": "full fine-tuning"}
-DENSE = (LORA, "full")  # they take no budget
+DENSE = (LORA, "full")  # these take no budget
 BUDGET = 0.0017  # of the weights, about 39,000 of 22.7 million
 STEPS = {PREFERRED: 240, FALLBACK: 120}
 RATES = {FALLBACK: {LORA: 2e-3, "full": 1e-4}}  # the defaults of these two are for thousands of steps
@@ -58,7 +58,7 @@ class Revert:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found."""
+    """The result of the demo."""
 
     model: str
     weights: int
@@ -77,7 +77,7 @@ class DemoResult:
 
 
 class Stopwatch:
-    """A run's progress, passed on to whoever shows it, and how long its steps took."""
+    """Passes a run's progress on, and measures how long its steps take."""
 
     def __init__(self, shown: Progress | None, title: str) -> None:
         self._shown, self._title = shown, title
@@ -103,7 +103,7 @@ class Stopwatch:
 
     @property
     def step_seconds(self) -> float:
-        """The median, so that what the first steps compile does not count."""
+        """The median, so that compilation in the first steps does not count."""
         return statistics.median(self._took) if self._took else 0.0
 
 
@@ -116,27 +116,26 @@ def demo(
     budget: int | float = BUDGET,
     seed: int = 6,
     progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], object] = str,
     overwrite: bool = False,
 ) -> DemoResult:
-    """Trains and measures the base, a random mask, LoRA, ID3 and full fine-tuning, reverts ID3's delta and proves it.
+    """Compares the base, a random mask, LoRA, ID3 and full fine-tuning, and proves that ID3's delta can be reverted.
 
-    STS-B where `data` or SELECTUNE_DATA has it, otherwise sentences that are generated here; the hub is not asked
-    unless `task` says so. LoRA's row is for the latter, where peft is installed. Deltas are kept under `out` if it is
-    given; runs that are there are refused, or with `overwrite` removed. `say` is told what was found, a sentence at a
-    time. Raises IntegrityError if the revert left a trace.
+    The task is STS-B if `data` or SELECTUNE_DATA has it, otherwise sentences that are generated here; the hub is asked
+    only if `task` is given. LoRA is trained on the latter only, if peft is installed. `out` keeps the deltas; runs that
+    are in it are refused, or with `overwrite` replaced. `say` gets each finding as a sentence. Raises IntegrityError if
+    the revert left a trace.
     """
     began = time.perf_counter()
-    say = say or (lambda sentence: None)
     chosen = _choose(data, task)
     steps = steps or STEPS.get(chosen.name, max(STEPS.values()))
     methods, why = _methods(chosen)
     if why:
         say(why)
     with tempfile.TemporaryDirectory(prefix="selectune-demo-") as scratch:
-        folder = Path(out or scratch)
-        for method in methods if not overwrite else ():
-            refuse_used(folder / method.partition(":")[0])
+        folders = {method: Path(out or scratch) / method.partition(":")[0] for method in methods}
+        for folder in folders.values() if not overwrite else ():
+            refuse_used(folder)
         base, weights = _base(chosen, data, model, seed)
         rows = [base]
         say(_found(base))
@@ -152,33 +151,24 @@ def demo(
                 eval_every=steps,
                 seed=seed,
                 data=data,
-                out=str(folder / method.partition(":")[0]),
+                out=str(folders[method]),
             )
-            watch = Stopwatch(progress, METHODS[method])
+            name = METHODS[method]
+            watch = Stopwatch(progress, name)
             results[method] = found = run(config, watch, overwrite=overwrite)
             share, seconds = found.trained / weights, watch.step_seconds
-            rows.append(
-                Row(METHODS[method], found.value, found.trained, share, seconds, found.delta_bytes, found.seconds)
-            )
+            rows.append(Row(name, found.value, found.trained, share, seconds, found.delta_bytes, found.seconds))
             say(_found(rows[-1]))
-        revert = _revert(chosen, results["id3"], data)
+        id3 = results["id3"]
+        revert = _revert(chosen, id3, data)
     return DemoResult(
-        model=model,
-        weights=weights,
-        task=chosen.name,
-        origin=results["id3"].origins["validation"],
-        metric=chosen.metric_name,
-        chance=chosen.chance,
-        steps=steps,
-        rows=rows,
-        revert=revert,
-        seconds=time.perf_counter() - began,
-        delta=str(results["id3"].delta) if out else "",
-    )
+        model, weights, chosen.name, id3.origins["validation"], chosen.metric_name, chosen.chance, steps, rows, revert,
+        time.perf_counter() - began, str(id3.delta) if out else "",
+    )  # fmt: skip
 
 
 def _methods(task: Task) -> tuple[list[str], str]:
-    """What is trained on a task, and why LoRA is not, if it is not."""
+    """The methods that are trained on a task, and the reason if LoRA is left out."""
     if task.name != FALLBACK:
         why = f"LoRA is left out: so few steps of {task.name} are too few for it, and its row would say nothing."
     elif find_spec("peft") is None:
@@ -193,9 +183,9 @@ def _found(row: Row) -> str:
 
 
 def _choose(data: str | None, name: str | None) -> Task:
+    preferred, folder = tasks.get(name or PREFERRED), data or os.environ.get(tasks.DATA)
     if name is not None:
-        return tasks.get(name)
-    preferred, folder = tasks.get(PREFERRED), data or os.environ.get(tasks.DATA)
+        return preferred
     if not folder:
         return tasks.get(FALLBACK)
     try:
@@ -203,34 +193,35 @@ def _choose(data: str | None, name: str | None) -> Task:
             tasks.load(preferred, split, folder, limit=1)
     except TaskError:
         if data is not None:
-            raise  # a folder was named, so its lack is an error and not a reason to do something else
+            raise  # the user named this folder, so missing data is an error
         return tasks.get(FALLBACK)
     return preferred
 
 
 def _base(task: Task, data: str | None, model: str, seed: int) -> tuple[Row, int]:
-    """The base with a fresh head, measured, and how many weights it has."""
+    """The base with a fresh head, measured, and its number of weights."""
     began = time.perf_counter()
     loaded = load_model(model, task, seed)
-    split = tasks.load(task, "validation", data)
     length = longest(loaded.model, loaded.tokenizer, None, task.max_length)
-    loaded.model.to(device())
-    found = evaluate(loaded.model, loaded.tokenizer, task, encode(loaded.tokenizer, split.examples, length))
+    value = _value(loaded, task, data, length)
     weights = sum(parameter.numel() for parameter in loaded.model.parameters())
-    return Row("base", found.value, 0, 0.0, 0.0, 0, time.perf_counter() - began), weights
+    return Row("base", value, 0, 0.0, 0.0, 0, time.perf_counter() - began), weights
+
+
+def _value(loaded: LoadedModel, task: Task, data: str | None, length: int) -> float:
+    rows = encode(loaded.tokenizer, tasks.load(task, "validation", data).examples, length)
+    loaded.model.to(device())
+    return evaluate(loaded.model, loaded.tokenizer, task, rows).value
 
 
 def _revert(task: Task, result: RunResult, data: str | None) -> Revert:
-    """Applies the ID3 delta to a base that is loaded anew, measures it, reverts, compares every bit."""
+    """Applies the ID3 delta to a freshly loaded base, measures it, reverts, and compares every bit."""
     loaded = load_model(result.config.model, task, result.config.seed)
     delta = st.load(result.delta)
-    split = tasks.load(task, "validation", data)
-    rows = encode(loaded.tokenizer, split.examples, result.max_length)
     before = _digests(loaded.model)
     delta.apply(loaded.model)
     tuned = _digests(loaded.model)
-    loaded.model.to(device())
-    value = evaluate(loaded.model, loaded.tokenizer, task, rows).value
+    value = _value(loaded, task, data, result.max_length)
     delta.revert(loaded.model)
     after = _digests(loaded.model)
     if after != before or tuned == before:

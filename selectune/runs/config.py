@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selectune import tasks
+from selectune import plugins, tasks
 from selectune.adapters import KINDS, Spec, parse
 from selectune.errors import ConfigError
 from selectune.method import Method
@@ -23,24 +23,24 @@ from selectune.spec import split
 
 SCHEDULES = ("linear", "cosine", "constant")
 LEARNING_RATES = {"full": 5e-5, "child-tuning-d": 4e-5, "child-tuning-f": 4e-5, "spiel-ma": 2e-3}
-DENSE_RATES = {"lt-sft": 5e-5, "diff-pruning": 1e-5}  # the papers' own, of the steps that train everything
+DENSE_RATES = {"lt-sft": 5e-5, "diff-pruning": 1e-5}  # the papers' rates for dense steps
 LEARNING_RATE = 5e-4
-_MANY = 1 << 30  # stands for a number of steps that is not known yet
+_MANY = 1 << 30  # in place of a number of steps that is not known yet
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What `selectune train` is told. None means the method's, the task's or the checkpoint's own default.
+    """Settings of one training run. None uses the default of the method, the task or the checkpoint.
 
-    `method`: a recipe with its options, `id3:exp=1,every=10`, or a dense peer with its own, `lora:r=16`. `on`: a module
-    under a recipe, `pfeiffer`. `budget`: a count (int), a density (float below 1), or as many scalars as a module has,
-    `lora:r=2`. `lr` None: 5e-5 for `full`, 4e-5 for Child-Tuning, a peer's own in `selectune.adapters.KINDS`, 5e-4 for
-    the others. `epochs`, `eval_every`, `max_length` None: the papers' values for the task. `seed` draws the head, the
-    data order, dropout and the method's choices. `batch_size` rows make one backward pass, `accumulation` of these one
-    step. `save_every` steps a checkpoint, of which the newest `keep` stay (None: all); the model is in them with
-    `full_checkpoints` only. `group_by_length`: batches of rows of like length, so less padding (on STS-B half the
-    tokens), in another order. `report_to`: trackers of transformers that get the log, such as tensorboard, beside
-    run.json.
+    `method`: a recipe with its options, `id3:exp=1,every=10`, or an adapter that is trained in full, `lora:r=16`. `on`:
+    an adapter under a recipe, `pfeiffer`. `budget`: a count (int), a density (float below 1), or an adapter with as
+    many scalars, `lora:r=2`. `lr` None: 5e-5 for `full`, 4e-5 for Child-Tuning, an adapter's own in
+    `selectune.adapters.KINDS`, 5e-4 for the others. `epochs`, `eval_every`, `max_length` None: the papers' values for
+    the task. `seed` draws the head, the data order, dropout and the method's choices. `batch_size` rows make one
+    backward pass and `accumulation` passes make one step. `save_every`: steps between checkpoints; the newest `keep`
+    remain (None: all), and they hold the model only with `full_checkpoints`. `group_by_length` batches rows of similar
+    length, which saves padding (half the tokens on STS-B) and changes the order. `report_to`: trackers of transformers
+    that get the log, such as tensorboard. `plugin`: Python files with more methods and tasks.
 
     >>> RunConfig(model="demo", task="glue/rte", budget=1000).learning_rate
     0.0005
@@ -76,35 +76,30 @@ class RunConfig:
     max_grad_norm: float = 1.0
     group_by_length: bool = False
     report_to: tuple[str, ...] = ()
+    plugin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        tasks.get(self.task)
+        plugins.add_files(self.plugin)
+        plugins.want_method(self.recipe)
+        plugins.task(self.task)
         for name in ("batch_size", "accumulation", "max_steps", "max_length", "eval_every", "save_every", "keep"):
             _count(name, getattr(self, name), optional=name not in ("batch_size", "accumulation"))
-        for name, low in (("lr", 0.0), ("epochs", 0.0)):
-            value = getattr(self, name)
-            if value is not None and not (_number(value) and value > low):
-                raise ConfigError(f"{name}={value!r}: must be a finite number above 0.")
-        for name in ("weight_decay", "warmup", "max_grad_norm"):
-            value = getattr(self, name)
-            if not (_number(value) and value >= 0):
-                raise ConfigError(f"{name}={value!r}: must be a finite number of at least 0.")
+        for name in ("lr", "epochs", "weight_decay", "warmup", "max_grad_norm"):
+            _number(name, getattr(self, name), optional=name in ("lr", "epochs"))
         if self.epochs is not None and self.max_steps is not None:
             raise ConfigError(f"Give epochs ({self.epochs}) or max_steps ({self.max_steps}), not both.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed!r}: must be an int from 0 to {2**32 - 1}.")
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"Unknown schedule '{self.schedule}'. Known: {', '.join(SCHEDULES)}.")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(f"Unknown dtype '{self.dtype}'. Known: {', '.join(DTYPES)}.")
+        for name, known in (("schedule", SCHEDULES), ("dtype", (None, *DTYPES))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"Unknown {name} '{getattr(self, name)}'. Known: {', '.join(filter(None, known))}.")
         if self.out is not None and not self.out.strip():
             raise ConfigError("out is empty; it must name a folder, which is made if it is missing.")
         if self.out is not None and Path(self.out).exists() and not Path(self.out).is_dir():
             raise ConfigError(f"out={self.out} is a file; it must be a folder, which is made if it is missing.")
-        size = self.module_for_size
         if self.keep is not None and self.save_every is None:
-            raise ConfigError(f"keep={self.keep} says how many checkpoints stay, and save_every that there are any.")
-        build_method(self, self.max_steps or _MANY, 1 if size is not None else None)
+            raise ConfigError(f"keep={self.keep} needs save_every: without it no checkpoint is written.")
+        build_method(self, self.max_steps or _MANY, None if self.adapter_for_size is None else 1)
         if self.report_to:
             check_trackers(self.report_to)
 
@@ -112,9 +107,9 @@ class RunConfig:
     def learning_rate(self) -> float:
         if self.lr is not None:
             return self.lr
-        module = self.module
-        if module is not None and (peer(self.method) or self.recipe == "full"):
-            return KINDS[module.kind].lr
+        adapter = self.adapter
+        if adapter is not None and (peer(self.method) or self.recipe == "full"):
+            return KINDS[adapter.kind].lr
         return LEARNING_RATES.get(self.recipe, LEARNING_RATE)
 
     @property
@@ -124,21 +119,21 @@ class RunConfig:
 
     @property
     def canonical(self) -> str:
-        """The method in the one way to write it; two that mean the same are the same."""
+        """The canonical text of the method: equal methods have equal texts."""
         return str(peer(self.method) or named(self.method))
 
     @property
-    def module(self) -> Spec | None:
-        """What is put on the model before training."""
+    def adapter(self) -> Spec | None:
+        """The adapter that is put on the model before training."""
         return spec_of(self.method, self.on)
 
     @property
-    def module_for_size(self) -> Spec | None:
-        """The module whose number of scalars is the budget, where it is given so."""
+    def adapter_for_size(self) -> Spec | None:
+        """The adapter whose number of scalars is the budget, if the budget is given so."""
         return parse(self.budget) if isinstance(self.budget, str) else None
 
     def steps(self, examples: int) -> int:
-        """Optimizer steps of the run over that many training examples: the last batch and window may be short."""
+        """The number of optimizer steps over this many training examples. The last batch and window may be short."""
         if self.max_steps is not None:
             return self.max_steps
         epochs = self.epochs if self.epochs is not None else tasks.get(self.task).epochs
@@ -151,13 +146,13 @@ class RunConfig:
 
 
 def build_method(config: RunConfig, steps: int, size: int | None = None) -> Method:
-    """The method that a run asks for; a setting that its recipe does not take is refused, not ignored.
+    """The method of a run. A setting that its recipe does not take is refused, not ignored.
 
-    `size`: how many scalars the module has that the budget names.
+    `size`: the number of scalars of the adapter that the budget names.
     """
     spec = spec_of(config.method, config.on)
     if spec is not None and config.on is None:
-        return _peer_method(config, spec)
+        return _adapter_method(config, spec)
     chosen = named(config.method, also=tuple(KINDS))
     takes = inspect.signature(chosen.recipe.function).parameters
     rates = {"dense_lr": DENSE_RATES.get(chosen.name)} if "dense_lr" in takes else {}
@@ -165,13 +160,13 @@ def build_method(config: RunConfig, steps: int, size: int | None = None) -> Meth
     return chosen.make(budget, steps, **rates, **_scope(config, takes))
 
 
-def _peer_method(config: RunConfig, spec: Spec) -> Method:
+def _adapter_method(config: RunConfig, spec: Spec) -> Method:
     for name in ("budget", "include", "exclude", "train_fully"):
         if getattr(config, name) not in (None, ()):
             raise ConfigError(
-                f"The method '{config.method}' trains all of its module and takes no {name}; its options are written "
-                f"{spec.kind}:name=value and are {', '.join(spec.options) or 'none'}. To select from a module, give a "
-                f"recipe and on='{spec.kind}' (command line: --on {spec.kind})."
+                f"The method '{config.method}' trains all of its adapter and takes no {name}; its options are "
+                f"written {spec.kind}:name=value and are {', '.join(spec.options) or 'none'}. To select from an "
+                f"adapter, give a recipe and on='{spec.kind}' (command line: --on {spec.kind})."
             )
     return method_of(spec)
 
@@ -179,28 +174,33 @@ def _peer_method(config: RunConfig, spec: Spec) -> Method:
 def _scope(config: RunConfig, takes: Any) -> dict[str, Any]:
     if not (config.include or config.exclude or config.train_fully):
         return {}
+    if "scope" not in takes:
+        raise ConfigError(f"The method '{config.method}' takes no include, exclude or train_fully.")
     include = config.include or takes["scope"].default
     if config.train_fully and "train_fully" not in takes:
         raise ConfigError(
-            f"The method '{config.method}' trains whole tensors anyway and takes no train_fully: include and exclude "
-            "say which."
+            f"The method '{config.method}' trains whole tensors anyway and takes no train_fully: choose them by "
+            "include and exclude."
         )
     if not config.exclude and not config.train_fully:
         return {"scope": include}
     return {"scope": Scope(include=include, exclude=config.exclude, train_fully=config.train_fully)}
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(name: str, value: Any, optional: bool) -> None:
+    """Checks a finite number: above 0 where None is a value too, else at least 0."""
+    if value is None and optional:
+        return
+    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (real and value is not None and (value > 0 or (value == 0 and not optional))):
+        raise ConfigError(f"{name}={value!r}: must be a finite number {'above' if optional else 'of at least'} 0.")
 
 
 def _count(name: str, value: Any, optional: bool) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not (value is None and optional) and (type(value) is not int or value < 1):
         raise ConfigError(f"{name}={value!r}: must be an int of at least 1.")
 
 
 def patterns(values: Sequence[str] | None) -> tuple[str, ...]:
-    """Patterns as the command line gives them: repeated options, each one or several separated by commas."""
+    """The patterns of repeated options, each with one pattern or several separated by commas."""
     return tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())

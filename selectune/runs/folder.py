@@ -1,4 +1,4 @@
-"""The folder of a run: one owner, nothing overwritten without a word, nothing left by those that died."""
+"""The folder of a run: it has one owner, is not overwritten unasked, and is cleaned after runs that died."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ log = logging.getLogger("selectune")
 
 RUN_FILE = "run.json"
 RESULTS = (RUN_FILE, "delta.safetensors")
-"""What a finished run leaves in its folder."""
+"""The files of a finished run."""
 
-_MARKS = (MANIFEST, "trainer_state.json", "tuner.safetensors", "optimizer.pt")  # one of them is in every checkpoint
+_MARKS = (MANIFEST, "trainer_state.json", "tuner.safetensors", "optimizer.pt")  # every checkpoint has one of these
 
 
 @dataclass
 class RunFolder:
-    """A folder that this process owns. `id`: of the run in it; a resumed run keeps the id it began with."""
+    """A folder that this process owns. `id` names the run in it; a resumed run keeps its first id."""
 
     path: Path
     id: str
     overwrite: bool = False
 
     def begin(self, resumed: Path | None) -> None:
-        """Before the first file is written: makes room, or refuses to.
+        """Makes room before the first file is written, or refuses to.
 
-        `resumed`: the checkpoint that the run goes on from; one in this folder is of the same run. Whatever else is
-        there is kept, and RunFolderError says what it is, unless it may be overwritten: then it is removed.
+        `resumed`: the checkpoint that the run resumes from; one in this folder belongs to the same run. RunFolderError
+        names anything else in the folder, unless it may be overwritten: then it is removed.
         """
         ours = resumed is not None and resumed.resolve().parent == self.path.resolve()
         if not ours and not self.overwrite:
@@ -48,10 +48,10 @@ class RunFolder:
         for folder in checkpoints(self.path):
             newer = newer and not folder.samefile(resumed or folder)
             if not ours or not (_is_whole(folder) if newer else (folder / MANIFEST).is_file()):
-                remove_checkpoint(folder)  # one that was passed over would be in the way of its successor
+                remove_checkpoint(folder)  # a skipped one would be in the way of its successor
 
     def check_space(self, needed: int) -> None:
-        """Raises RunFolderError where `needed` bytes do not fit."""
+        """Raises RunFolderError if `needed` bytes do not fit."""
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise RunFolderError(
@@ -62,10 +62,10 @@ class RunFolder:
 
 @contextmanager
 def run_folder(out: str | os.PathLike[str], resume: bool = False, overwrite: bool = False) -> Iterator[RunFolder]:
-    """Owns the folder of a run while the block runs; temporary files of runs that died in it are removed.
+    """Owns the folder of a run while the block runs, and removes temporary files of runs that died in it.
 
-    Raises RunFolderError within a second and before anything is loaded: where another process owns the folder, where it
-    cannot be written into, or, without `resume` and `overwrite`, where a run is in it.
+    Raises RunFolderError within a second, before anything is loaded, if another process owns the folder, if it cannot
+    be written to, or if it holds a run and neither `resume` nor `overwrite` is given.
     """
     id = secrets.token_hex(8)
     with own(out, id) as folder:
@@ -78,7 +78,7 @@ def run_folder(out: str | os.PathLike[str], resume: bool = False, overwrite: boo
 
 
 def refuse_used(folder: Path) -> None:
-    """Raises RunFolderError if a run is in a folder, finished or not."""
+    """Raises RunFolderError if a folder holds a run, finished or not."""
     there = [name for name in RESULTS if (folder / name).exists()]
     saved = checkpoints(folder)
     if there:
@@ -103,14 +103,14 @@ def _is_whole(folder: Path) -> bool:
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints; for just after another was completed."""
+    """Removes all but the newest `keep` checkpoints. Call it after another one was completed."""
     complete = [path for path in checkpoints(folder) if (path / MANIFEST).is_file()]
     for path in complete[keep:]:
         remove_checkpoint(path)
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Removes a checkpoint, its manifest first, so that half of one is none. What looks like no checkpoint stays."""
+    """Removes a checkpoint, its manifest first, so that half of it is not taken for one. Other folders stay."""
     if any((folder / name).exists() for name in _MARKS) or not any(folder.iterdir()):
         with contextlib.suppress(IsADirectoryError, FileNotFoundError):
             (folder / MANIFEST).unlink()

@@ -1,4 +1,4 @@
-"""What a run does between the Trainer's steps: measure, keep the log, tell whoever follows, stop when asked to."""
+"""The callback between the Trainer's steps: it measures, keeps the log, reports progress and stops when asked to."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class AskedError(Exception):
-    """A measurement was broken off, since the run is to stop: where it is, its checkpoint has all there is."""
+    """A measurement was cut short because the run must stop. The checkpoint of its step is complete."""
 
 
 class RunCallback(TrainerCallback):
-    """Keeps `history`: one record for each logged loss and each evaluation, in checkpoints too.
+    """Keeps `history`, a record for each logged loss and each evaluation; checkpoints hold it too.
 
-    `history`: of the run up to its checkpoint. `unmeasured`: whether that checkpoint's step has yet to be measured.
-    `stop`: when it is asked, this step's checkpoint is written and training ends. `keep`: how many checkpoints stay.
+    `history`: the records up to the checkpoint. `unmeasured`: True if the checkpoint's step was not measured yet.
+    `stop`: when it is asked, this step's checkpoint is written and training ends. `keep`: the number of checkpoints.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RunCallback(TrainerCallback):
         self.metric: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.save_steps = args.save_steps  # a resumed run has those of its checkpoint otherwise
+        state.save_steps = args.save_steps  # else a resumed run takes them from its checkpoint
         if self.unmeasured:
             self._measure(int(state.global_step))
             if self.unmeasured:
@@ -64,7 +64,7 @@ class RunCallback(TrainerCallback):
             self.stopped_at = step
             control.should_save = control.should_training_stop = True
         if control.should_save:
-            control.should_log = True  # else a resumed run's next loss would be the mean over fewer steps
+            control.should_log = True  # else the next loss of a resumed run would be a mean over fewer steps
         self._tell(step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -82,14 +82,14 @@ class RunCallback(TrainerCallback):
         self._tell(int(state.global_step))
 
     def _measure(self, step: int) -> None:
-        """The metric, unless the run is to stop: a measurement may take long, and the resumed run makes it first."""
+        """Measures the metric, unless the run must stop: the resumed run then measures first."""
         self.unmeasured = True
         try:
             self.metric = self.measure(self._look)
         except AskedError:
             return
         self.unmeasured = False
-        before = [record["step"] < step for record in self.history]  # a resumed run has the step's loss already
+        before = [record["step"] < step for record in self.history]  # a resumed run has the loss of this step already
         at = before.index(False) if False in before else len(before)
         self.history.insert(at, {"step": step, "metric": self.metric, "selected": self.tuner.selected})
 
@@ -107,7 +107,7 @@ class RunCallback(TrainerCallback):
 
 
 class AfterStep(TrainerCallback):
-    """Calls a function with the step's number after the optimizer's step, while gradients are still there."""
+    """Calls a function with the step's number after the optimizer's step, before gradients are cleared."""
 
     def __init__(self, function: Callable[[int], None]) -> None:
         self.function = function

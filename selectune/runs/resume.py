@@ -1,4 +1,4 @@
-"""Going on with a run: what is kept in its checkpoints, which one is taken, and what must be as it was."""
+"""Resuming a run: the contents of its checkpoints, the choice of one, and the settings that must agree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selectune import tasks
+from selectune import plugins, tasks
 from selectune.adapters import Adapted
 from selectune.errors import CheckpointError, ConfigError
 from selectune.files import Manifest, checkpoints, read_json, verify, write_durably
@@ -22,8 +22,8 @@ from selectune.train import STATE_FILE, read_state
 
 log = logging.getLogger("selectune")
 
-MODULE_FILE = "module.safetensors"
-"""What a module keeps between steps beside its weights, in a checkpoint."""
+ADAPTER_FILE = "module.safetensors"
+"""The file in a checkpoint with the state that an adapter keeps between steps, apart from its weights."""
 
 _FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE, RUN_FILE)
 _FIELDS: dict[str, Any] = {
@@ -31,13 +31,14 @@ _FIELDS: dict[str, Any] = {
     "history": list,
 }  # fmt: skip
 MAX_RUN = 1 << 26
-"""Bytes of a run.json, whose history grows with a run."""
-_FREE = ("out", "data", "eval_every", "save_every", "keep", "full_checkpoints", "report_to")  # no bit depends on these
+"""The most bytes of a run.json, whose history grows with the run."""
+# No bit depends on these; `plugins` has what a plug-in's file holds, wherever it lies.
+_FREE = ("out", "data", "eval_every", "save_every", "keep", "full_checkpoints", "report_to", "plugin")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint of `selectune train`. `unmeasured`: its step was to be measured, and stopped before."""
+    """A complete checkpoint of `selectune train`. `unmeasured`: the run stopped before its step was measured."""
 
     folder: Path
     run: str
@@ -51,17 +52,19 @@ class Checkpoint:
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """What a delta's bits depend on, with defaults filled in; the model by its name, since a folder may be moved."""
+    """The settings that decide a delta's bits, defaults filled in. The model is named, because a folder may move."""
     settings = {key: value for key, value in config.as_json().items() if key not in _FREE}
     settings["lr"], settings["method"] = config.learning_rate, config.canonical
     settings["model"] = resolve(config.model, config.revision).id
+    if found := plugins.used(config.recipe, config.task):
+        settings["plugins"] = found
     if config.max_steps is None and config.epochs is None:
         settings["epochs"] = tasks.get(config.task).epochs
     return settings
 
 
 def digest_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    """16 hex digits over encoded rows, in their order."""
+    """A digest of encoded rows in their order, 16 hex digits."""
     found = hashlib.sha256()
     for row in rows:
         found.update(json.dumps(row, sort_keys=True).encode())
@@ -69,25 +72,25 @@ def digest_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_run(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes a checkpoint's run.json: what `Checkpoint` holds."""
+    """Writes the run.json of a checkpoint: the fields of `Checkpoint`."""
     write_durably(folder / RUN_FILE, json.dumps(record, indent=2).encode())
 
 
-def load_module(found: Checkpoint, adapted: Adapted | None) -> None:
-    """Gives a module what it had kept; raises ConfigError for a checkpoint that lacks it."""
+def load_adapter(found: Checkpoint, adapted: Adapted | None) -> None:
+    """Gives an adapter the state it had kept. Raises ConfigError for a checkpoint that lacks it."""
     if adapted is None or adapted.ranks is None:
         return
-    if not (found.folder / MODULE_FILE).is_file():
-        raise ConfigError(f"{found.folder} has no {MODULE_FILE}, which {adapted.spec.kind} needs to go on.")
-    adapted.ranks.load_state_dict(read_state(found.folder / MODULE_FILE))
+    if not (found.folder / ADAPTER_FILE).is_file():
+        raise ConfigError(f"{found.folder} has no {ADAPTER_FILE}, which {adapted.spec.kind} needs to go on.")
+    adapted.ranks.load_state_dict(read_state(found.folder / ADAPTER_FILE))
 
 
 def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:
-    """The checkpoint that a run is to go on from: a folder, or the newest whole one in `out` (True).
+    """The checkpoint that a run resumes from: this folder, or (True) the newest whole one in `out`.
 
-    Raises ConfigError where there is none, and for one of another run, naming each setting that differs;
-    CheckpointError for one that is incomplete or damaged. Of those in `out` the log says which were passed over, and
-    why. Reads no model and no data.
+    Raises ConfigError if there is none, or if it is of another run, with each setting that differs. Raises
+    CheckpointError if it is incomplete or damaged. The log names those in `out` that were passed over, with the reason.
+    Reads no model and no data.
     """
     if not isinstance(resume, bool):
         found = _explicit(Path(resume))
@@ -118,7 +121,7 @@ def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:
 
 
 def read(folder: Path) -> Checkpoint:
-    """A folder as a checkpoint, each of its files as its manifest says; CheckpointError says what is wrong."""
+    """Reads a folder as a checkpoint. Raises CheckpointError if a file is not the one in its manifest."""
     manifest = verify(folder)
     missing = [name for name in _FILES if name not in manifest.files]
     if missing:
@@ -131,7 +134,7 @@ def read(folder: Path) -> Checkpoint:
 
 
 def _wrong(told: Any, manifest: Manifest) -> str:
-    """What in a checkpoint's run.json is not as `write_run` writes it, or nothing."""
+    """The fault of a checkpoint's run.json, or an empty text."""
     if not isinstance(told, dict) or told.keys() != _FIELDS.keys():
         return f"it must have the keys {', '.join(_FIELDS)}"
     for name, kind in _FIELDS.items():

@@ -1,4 +1,4 @@
-"""A wish to stop a run, told by a signal or by another thread, and looked at between steps."""
+"""A request to stop a run, by a signal or another thread. The run checks it between steps."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import signal
 
 
 class Stop:
-    """`ask()` it, and the run that was given it ends after its step with a checkpoint and StoppedError.
+    """After `ask()`, the run that has this object ends its step, writes a checkpoint and raises StoppedError.
 
-    `listening`: whether a run will look soon. Before and after its steps there is nothing to finish, and whoever asks
-    may as well end the process; `where` says what becomes of the run then.
+    `listening`: True while the run takes steps. Before and after that there is nothing to finish, so the caller may end
+    the process; `where` says what that means for the run.
     """
 
     def __init__(self) -> None:
@@ -22,5 +22,5 @@ class Stop:
         return self.signal is not None
 
     def ask(self, signal: int = signal.SIGINT) -> None:
-        """The run shall stop; `signal`: what asked, for whoever gives an exit code."""
+        """Asks the run to stop. `signal` gives the exit code."""
         self.signal = signal

@@ -1,11 +1,10 @@
-"""Trackers that a run can report to: transformers' own, checked by name and by package before anything is loaded."""
+"""The trackers of transformers that a run can report to. Name and package are checked before anything is loaded."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
-from selectune.errors import ConfigError
+from selectune.errors import ConfigError, did_you_mean
 
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit", "tensorboard": "tensorboardX"}
 
@@ -16,16 +15,14 @@ def check_trackers(names: Sequence[str]) -> None:
 
     for name in names:
         if name not in known.INTEGRATION_TO_CALLBACK:
-            near = difflib.get_close_matches(name, known.INTEGRATION_TO_CALLBACK, 1)
+            trackers = sorted(known.INTEGRATION_TO_CALLBACK)
             raise ConfigError(
-                f"Unknown tracker '{name}' in report_to."
-                + (f" Did you mean '{near[0]}'?" if near else "")
-                + f" Known: {', '.join(sorted(known.INTEGRATION_TO_CALLBACK))}."
+                f"Unknown tracker '{name}' in report_to. Known: {', '.join(trackers)}.{did_you_mean(name, trackers)}"
             )
         there = name in known.get_available_reporting_integrations()
-        if name == "azure_ml":  # not offered beside mlflow, but usable
+        if name == "azure_ml":  # not listed beside mlflow, but usable
             there = known.is_azureml_available()
-        elif name == "flyte":  # never offered, but usable
+        elif name == "flyte":  # never listed, but usable
             there = known.is_flytekit_available()
         if not there:
             package = _PACKAGES.get(name, name)

@@ -1,4 +1,4 @@
-"""transformers' Trainer as a run uses it: its arguments, its rows, and checkpoints without the model."""
+"""The Trainer of transformers in a run: its arguments, its rows, and checkpoints without the model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from selectune.errors import CheckpointError, SelectuneError
 from selectune.models.bases import LoadedModel, device
 from selectune.recipes import RECIPES
 from selectune.runs.config import RunConfig
-from selectune.runs.resume import MODULE_FILE
+from selectune.runs.resume import ADAPTER_FILE
 from selectune.train import STATE_FILE, Tuner
 
 Groups = list[dict[str, Any]]
 
 
 def _adamw(groups: Groups, weight_decay: float) -> torch.optim.Optimizer | None:
-    """None: the Trainer's own AdamW, where all tensors have one learning rate."""
+    """None (the Trainer's own AdamW) if all tensors have one learning rate."""
     return torch.optim.AdamW(groups, weight_decay=weight_decay) if len(groups) > 1 else None
 
 
@@ -47,10 +47,10 @@ OPTIMIZERS: Mapping[str, Callable[[Groups, float], torch.optim.Optimizer | None]
 
 
 class RunTrainer(Trainer):
-    """The Trainer; a checkpoint of its has the tuner's state and the delta, the model only where `full` says so.
+    """The Trainer, whose checkpoints hold the tuner's state and the delta, and the model only if `full` is True.
 
-    Both are O(B), and the base is known: it is what the run was given. What cannot be written is a CheckpointError, and
-    the checkpoints before are as they were.
+    State and delta are O(B), and the run knows its base. Raises CheckpointError if a checkpoint cannot be written; the
+    earlier ones are untouched.
     """
 
     def __init__(self, *args: Any, full: bool, **kwargs: Any) -> None:
@@ -74,19 +74,19 @@ class RunTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except SelectuneError:
             raise
-        except (OSError, RuntimeError) as error:  # torch says the latter of a full disk
+        except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
             folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             raise CheckpointError(f"cannot write {folder}: {error}. Earlier checkpoints are as they were.") from error
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a checkpoint has the model's weights beside what is the tuner's."""
-    own = {DELTA_FILE, STATE_FILE, MODULE_FILE}
+    """True if a checkpoint has the model's weights beside the tuner's files."""
+    own = {DELTA_FILE, STATE_FILE, ADAPTER_FILE}
     return any(path.name not in own for pattern in ("*.safetensors", "*model*.bin") for path in folder.glob(pattern))
 
 
 class RowDataset(torch.utils.data.Dataset):
-    """Rows as the Trainer wants them: a torch Dataset."""
+    """Rows as a torch Dataset, for the Trainer."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = rows
@@ -99,7 +99,7 @@ class RowDataset(torch.utils.data.Dataset):
 
 
 def optimizer_of(config: RunConfig, loaded: LoadedModel, tuner: Tuner) -> torch.optim.Optimizer | None:
-    """The recipe's optimizer, in groups where the method or the module gives tensors a rate of their own."""
+    """The recipe's optimizer, with parameter groups if the method or the adapter gives tensors their own rate."""
     spec = None if loaded.adapted is None else loaded.adapted.spec
     if spec is not None and "ratio" in spec.options:
         return two_rates(loaded.model, config.learning_rate, float(spec.options["ratio"]), config.weight_decay)
@@ -109,7 +109,7 @@ def optimizer_of(config: RunConfig, loaded: LoadedModel, tuner: Tuner) -> torch.
 
 
 def arguments_of(config: RunConfig, steps: int) -> TrainingArguments:
-    """A run's settings as the Trainer's."""
+    """The settings of a run as arguments of the Trainer."""
     return TrainingArguments(
         output_dir=str(config.out),
         max_steps=steps,
@@ -134,12 +134,9 @@ def arguments_of(config: RunConfig, steps: int) -> TrainingArguments:
 
 
 def _sampling(group_by_length: bool) -> dict[str, Any]:
-    """Trainer's setting for batches of rows of like length, by its name in the transformers at hand."""
+    """The Trainer's setting for batches of rows of similar length; its name depends on the version."""
     if not group_by_length:
         return {}
     fields = TrainingArguments.__dataclass_fields__
-    return (
-        {"train_sampling_strategy": "group_by_length"}
-        if "train_sampling_strategy" in fields
-        else {"group_by_length": True}
-    )
+    new = "train_sampling_strategy" in fields
+    return {"train_sampling_strategy": "group_by_length"} if new else {"group_by_length": True}

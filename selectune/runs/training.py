@@ -1,4 +1,4 @@
-"""A run: a model, a task and a method become delta.safetensors and run.json. The loop is transformers' Trainer."""
+"""A run turns a model, a task and a method into delta.safetensors and run.json, by transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -17,28 +17,27 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 import selectune as st
-from selectune import tasks
+from selectune import plugins, tasks
 from selectune.adapters import KINDS
 from selectune.delta import DELTA_FILE, versions
 from selectune.errors import ConfigError, NonFiniteError, StoppedError
 from selectune.files import write_durably
-from selectune.models.adapted import size_of, virtual_tokens, with_module
-from selectune.models.bases import LoadedModel, device, load_model, longest, quiet
+from selectune.models.adapted import size_of, virtual_tokens, with_adapter
+from selectune.models.bases import device, load_model, longest, quiet
 from selectune.models.evaluate import Evaluation, collate, encode, evaluate
 from selectune.runs.calibration import calibration
 from selectune.runs.config import RunConfig, build_method
 from selectune.runs.folder import RUN_FILE, RunFolder, run_folder
 from selectune.runs.resume import (
-    MODULE_FILE,
+    ADAPTER_FILE,
     Checkpoint,
     digest_of_rows,
     find,
-    load_module,
+    load_adapter,
     settings_of,
     write_run,
 )
 from selectune.runs.stop import Stop
-from selectune.tasks import Split, Task
 from selectune.train import STATE_FILE, Tuner, Verification, read_state, write_state
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ Keep = Callable[[Path, int, "RunCallback"], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Update:
-    """Where a run is; what a progress bar shows."""
+    """The state of a run that a progress bar shows."""
 
     step: int
     steps: int
@@ -62,7 +61,7 @@ class Update:
 
 
 class Progress(Protocol):
-    """Whoever wants to follow a run."""
+    """A follower of a run."""
 
     def start(self, title: str, steps: int) -> None: ...
     def update(self, update: Update) -> None: ...
@@ -71,7 +70,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to. `value` is the metric of the saved delta, read back and applied to the bare base."""
+    """The result of a run. `value` is the metric of the saved delta, read back and applied to the bare base."""
 
     evaluation: Evaluation
     best: Mapping[str, Any] | None  # the best evaluation on the way: step, value, selected
@@ -98,14 +97,12 @@ class RunResult:
 
     def as_json(self) -> dict[str, Any]:
         """The result as `train --json` prints it and run.json keeps it."""
+        counts = {name: getattr(self, name) for name in ("steps", "selected", "budget", "trained")}
         return {
             **self.evaluation.as_json(),
             "method": self.config.method,
             "best": None if self.best is None else dict(self.best),
-            "steps": self.steps,
-            "selected": self.selected,
-            "budget": self.budget,
-            "trained": self.trained,
+            **counts,
             "changed": self.verification.changed,
             "delta": str(self.delta),
             "delta_bytes": self.delta_bytes,
@@ -117,6 +114,7 @@ class RunResult:
             "model": dict(self.model),
             "data": dict(self.origins),
             "config": self.config.as_json(),
+            "plugins": plugins.used(self.config.recipe, self.config.task),
             "versions": _versions(),
         }
 
@@ -129,18 +127,18 @@ def run(
     stop: Stop | None = None,
     folder: RunFolder | None = None,
 ) -> RunResult:
-    """Trains, saves `out`/delta.safetensors and `out`/run.json, and measures what was saved.
+    """Trains, saves `out`/delta.safetensors and `out`/run.json, and measures the saved delta.
 
     The same config gives the same delta, byte for byte, on the same machine, thread count and versions (on a CPU).
-    `resume`: a checkpoint, or True for the newest whole one in `out`; the delta is the same bytes as without a stop.
-    Only `out`, `data`, `eval_every`, `save_every`, `keep`, `full_checkpoints` and `report_to` may differ. `overwrite`:
-    a run that is in `out` may go. `stop`: asked, it ends the run after its step, with a checkpoint. `folder`: `out`, if
-    the caller owns it already (`run_folder`).
+    `resume`: a checkpoint, or True for the newest whole one in `out`. The delta then has the bytes of a run without a
+    stop. Only `out`, `data`, `eval_every`, `save_every`, `keep`, `full_checkpoints` and `report_to` may differ.
+    `overwrite`: replace a run that is in `out`. `stop`: when it is asked, the run ends after its step, with a
+    checkpoint. `folder`: `out`, if the caller owns it already (`run_folder`).
 
-    Raises RunFolderError at once where `out` is another run's; ModelError, TaskError, ConfigError before training, the
-    last before anything is loaded for a checkpoint that is missing or of another run, and CheckpointError for one that
-    is not whole; StoppedError if it was stopped; NonFiniteError if the loss is not finite and NothingTrainedError if no
-    scalar moved, and then no delta is written.
+    Raises RunFolderError at once if `out` is another run's. Raises ModelError, TaskError, ConfigError before training,
+    the last one before anything is loaded if a checkpoint is missing or of another run, and CheckpointError if it is
+    not whole. Raises StoppedError if the run was stopped, NonFiniteError if the loss is not finite, and
+    NothingTrainedError if no scalar moved; then no delta is written.
     """
     if config.out is None:
         raise ConfigError("out is missing: the folder that the delta is written to.")
@@ -150,211 +148,210 @@ def run(
     stop = stop or Stop()
     with owned as folder:
         try:
-            return _run(config, progress, None if resume is False else find(config, resume), folder, stop)
+            return _Run(config, progress, None if resume is False else find(config, resume), folder, stop).result()
         finally:
             stop.listening = False
 
 
-def _run(
-    config: RunConfig, progress: Progress | None, checkpoint: Checkpoint | None, folder: RunFolder, stop: Stop
-) -> RunResult:
-    began = time.perf_counter()
-    task = tasks.get(config.task)
-    splits = {name: tasks.load(task, name, config.data) for name in ("train", "validation")}
-    loaded = load_model(config.model, task, config.seed, config.revision, config.dtype, config.trust_remote_code)
-    taken = virtual_tokens(config.module)
-    max_length = longest(loaded.model, loaded.tokenizer, config.max_length, task.max_length, taken)
-    rows = {name: encode(loaded.tokenizer, split.examples, max_length) for name, split in splits.items()}
-    steps = config.steps(len(rows["train"]))
-    size = None if config.module_for_size is None else size_of(loaded, config.module_for_size, config.seed)
-    if config.module is not None:
-        loaded = with_module(loaded, config.module, config.seed, steps if config.on is None else None)
-    if checkpoint is not None:
-        folder.id = checkpoint.run
-    keep = _keep(config, loaded, checkpoint, rows["train"], began, folder.id)
-    base = loaded.base(full=True)
-    loaded.model.to(device())
-    tuner = _attach(config, loaded, rows["train"], steps, size)
-    folder.check_space(_space(config, tuner))
-    history = _train(config, loaded, tuner, task, rows, steps, base, progress, keep, checkpoint, stop, folder)
-    delta, verification = _save(config, tuner, base, max_length)
-    counts = {"selected": tuner.selected, "budget": tuner.budget, "trained": tuner.trained}
-    events, taken = dict(tuner.events), tuner.step
-    tuner.detach()
-    stop.listening = False
-    stop.where = f"after its last step: {delta} is whole; it was not measured, which `selectune eval` does"
-    if stop.asked:
-        raise StoppedError(f"{stop.where}.", taken, stop.signal or 0)
-    with st.load(delta).applied(loaded.model):
-        evaluation = evaluate(loaded.model, loaded.tokenizer, task, rows["validation"])
-    result = RunResult(
-        evaluation=evaluation,
-        best=_best(history, taken, counts["selected"], evaluation.value),
-        steps=taken,
-        **counts,
-        verification=verification,
-        delta=delta,
-        delta_bytes=delta.stat().st_size,
-        seconds=time.perf_counter() - began + (0.0 if checkpoint is None else checkpoint.seconds),
-        events=events,
-        history=history,
-        model={k: base[k] for k in ("id", "revision", "seed", "initialised")},
-        origins=_origins(splits),
-        max_length=max_length,
-        config=config,
-        run=folder.id,
-        resumed=None if checkpoint is None else checkpoint.step,
-    )
-    text = json.dumps({**result.as_json(), "history": list(history)}, indent=2, allow_nan=False)
-    write_durably(folder.path / RUN_FILE, text.encode())
-    stop.where = "after its end: all of it is written"
-    return result
+class _Run:
+    """One run: its settings, and the model, task, rows and tuner that it works on."""
 
-
-def _space(config: RunConfig, tuner: Tuner) -> int:
-    """Bytes that a run may write: two deltas, and the checkpoints that are there at once, at 60 bytes a scalar."""
-    delta = 8 * tuner.trained + (1 << 16)
-    model = sum(p.numel() * p.element_size() for p in tuner.model.parameters()) if config.full_checkpoints else 0
-    return 2 * delta + (config.keep or 1) * (60 * tuner.trained + (1 << 16) + model) * (config.save_every is not None)
-
-
-def _attach(config: RunConfig, loaded: LoadedModel, rows: Rows, steps: int, size: int | None) -> Tuner:
-    method = build_method(config, steps, size)
-    model, seed = loaded.model, config.seed
-    read = calibration(model, method.score, rows, lambda some: collate(loaded.tokenizer, some), config.batch_size, seed)
-    return st.attach(model, method, seed=seed, accumulation_steps=config.accumulation, **read)
-
-
-def _train(
-    config: RunConfig,
-    loaded: LoadedModel,
-    tuner: Tuner,
-    task: Task,
-    rows: Mapping[str, Rows],
-    steps: int,
-    base: Mapping[str, Any],
-    progress: Progress | None,
-    keep: Keep,
-    checkpoint: Checkpoint | None,
-    stop: Stop,
-    folder: RunFolder,
-) -> list[dict[str, Any]]:
-    """Trains for `steps` steps; returns the log: losses, and the metric where it was asked for on the way."""
-    history = [] if checkpoint is None else [dict(record) for record in checkpoint.history]
-    if checkpoint is not None:
-        load_module(checkpoint, loaded.adapted)
-    if checkpoint is not None and checkpoint.step >= steps:  # the Trainer would take a step more
-        stop.listening = True
-        folder.begin(checkpoint.folder)
-        tuner.load_state_dict(read_state(checkpoint.folder / STATE_FILE))
-        return history
-    from selectune.integrations.transformers import SelectuneCallback
-    from selectune.runs.progress import AfterStep, AskedError, RunCallback
-    from selectune.runs.trainer import RowDataset, RunTrainer, arguments_of, optimizer_of
-
-    def measure(look: Callable[[], None]) -> float:
-        return evaluate(loaded.model, loaded.tokenizer, task, rows["validation"], look).value
-
-    every, unmeasured = config.eval_every or task.eval_every, checkpoint is not None and checkpoint.unmeasured
-    follower = RunCallback(tuner, steps, measure, every, progress, stop, config.keep, history, unmeasured)
-    after = None if loaded.adapted is None else loaded.adapted.after_step
-    with quiet():
-        trainer = RunTrainer(
-            full=config.full_checkpoints,
-            model=loaded.model,
-            args=arguments_of(config, steps),
-            train_dataset=RowDataset(rows["train"]),
-            data_collator=lambda batch: collate(loaded.tokenizer, batch),
-            callbacks=[
-                SelectuneCallback(tuner, base, keep=lambda folder, step: keep(folder, step, follower)),
-                follower,
-                *([] if after is None else [AfterStep(after)]),
-            ],
-            optimizers=(optimizer_of(config, loaded, tuner), None),
+    def __init__(
+        self, config: RunConfig, progress: Progress | None, checkpoint: Checkpoint | None, folder: RunFolder, stop: Stop
+    ) -> None:
+        self.began = time.perf_counter()
+        self.config, self.progress, self.checkpoint = config, progress, checkpoint
+        self.folder, self.stop = folder, stop
+        self.task = tasks.get(config.task)
+        with plugins.blame(plugins.source_of(plugins.TASKS, self.task.name)):
+            splits = {name: tasks.load(self.task, name, config.data) for name in ("train", "validation")}
+        self.origins = {name: f"{split.origin} ({len(split):,} rows)" for name, split in splits.items()}
+        loaded = load_model(
+            config.model, self.task, config.seed, config.revision, config.dtype, config.trust_remote_code
         )
-        if progress is not None:
-            progress.start(f"{config.method} on {task.name}", steps)
-        stop.listening = True  # until the delta is saved
-        folder.begin(None if checkpoint is None else checkpoint.folder)
-        try:
-            with suppress(AskedError):
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
-        finally:
-            if progress is not None:
-                progress.stop()
-    if follower.stopped_at is not None:
-        step = follower.stopped_at
-        raise StoppedError(
-            f"after step {step:,} of {steps:,}, as asked. {Path(str(config.out)) / f'checkpoint-{step}'} has "
-            "all of it, and the same run with resume=True goes on from there (command line: --resume, and neither "
-            "--overwrite nor --resume-from).",
-            step,
-            stop.signal or 0,
+        taken = virtual_tokens(config.adapter)
+        self.max_length = longest(loaded.model, loaded.tokenizer, config.max_length, self.task.max_length, taken)
+        self.rows = {name: encode(loaded.tokenizer, split.examples, self.max_length) for name, split in splits.items()}
+        self.steps = config.steps(len(self.rows["train"]))
+        named = config.adapter_for_size
+        size = None if named is None else size_of(loaded, named, config.seed)
+        if config.adapter is not None:
+            loaded = with_adapter(loaded, config.adapter, config.seed, self.steps if config.on is None else None)
+        self.loaded = loaded
+        if checkpoint is not None:
+            folder.id = checkpoint.run
+        self.keep = self._keeper()
+        self.base = loaded.base(full=True)
+        loaded.model.to(device())
+        self.tuner = self._attach(size)
+        folder.check_space(self._space())
+
+    def result(self) -> RunResult:
+        """Trains, saves and measures."""
+        config, tuner, stop, checkpoint = self.config, self.tuner, self.stop, self.checkpoint
+        history = self._train()
+        delta, verification = self._save()
+        counts = {"selected": tuner.selected, "budget": tuner.budget, "trained": tuner.trained}
+        events, taken = dict(tuner.events), tuner.step
+        tuner.detach()
+        stop.listening = False
+        stop.where = f"after its last step: {delta} is whole; it was not measured, which `selectune eval` does"
+        if stop.asked:
+            raise StoppedError(f"{stop.where}.", taken, stop.signal or 0)
+        with st.load(delta).applied(self.loaded.model):
+            evaluation = self._measure()
+        result = RunResult(
+            evaluation=evaluation,
+            best=_best(history, taken, counts["selected"], evaluation.value),
+            steps=taken,
+            **counts,
+            verification=verification,
+            delta=delta,
+            delta_bytes=delta.stat().st_size,
+            seconds=time.perf_counter() - self.began + (0.0 if checkpoint is None else checkpoint.seconds),
+            events=events,
+            history=history,
+            model={key: self.base[key] for key in ("id", "revision", "seed", "initialised")},
+            origins=self.origins,
+            max_length=self.max_length,
+            config=config,
+            run=self.folder.id,
+            resumed=None if checkpoint is None else checkpoint.step,
         )
-    for record in follower.history:
-        loss = record.get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise NonFiniteError(
-                f"The training loss is {loss} at step {record['step']} of {steps}, so the run was stopped and no delta "
-                f"was saved. A lower learning rate than {config.learning_rate:g} or float32 weights may help."
+        text = json.dumps({**result.as_json(), "history": list(history)}, indent=2, allow_nan=False)
+        write_durably(self.folder.path / RUN_FILE, text.encode())
+        stop.where = "after its end: all of it is written"
+        return result
+
+    def _measure(self, look: Callable[[], None] | None = None) -> Evaluation:
+        return evaluate(self.loaded.model, self.loaded.tokenizer, self.task, self.rows["validation"], look)
+
+    def _collate(self, rows: Rows) -> dict[str, torch.Tensor]:
+        return collate(self.loaded.tokenizer, rows)
+
+    def _space(self) -> int:
+        """The bytes that a run may write: two deltas, and its checkpoints at 60 bytes a scalar."""
+        config, trained = self.config, self.tuner.trained
+        parameters = self.tuner.model.parameters() if config.full_checkpoints else ()
+        checkpoint = 60 * trained + (1 << 16) + sum(p.numel() * p.element_size() for p in parameters)
+        return 2 * (8 * trained + (1 << 16)) + (config.keep or 1) * checkpoint * (config.save_every is not None)
+
+    def _attach(self, size: int | None) -> Tuner:
+        config, model, rows = self.config, self.loaded.model, self.rows["train"]
+        method = build_method(config, self.steps, size)
+        read = calibration(model, method.score, rows, self._collate, config.batch_size, config.seed)
+        return st.attach(model, method, seed=config.seed, accumulation_steps=config.accumulation, **read)
+
+    def _train(self) -> list[dict[str, Any]]:
+        """Trains, and returns the log: losses, and the metric where it was measured on the way."""
+        config, checkpoint, adapted, stop = self.config, self.checkpoint, self.loaded.adapted, self.stop
+        history = [] if checkpoint is None else [dict(record) for record in checkpoint.history]
+        if checkpoint is not None:
+            load_adapter(checkpoint, adapted)
+        if checkpoint is not None and checkpoint.step >= self.steps:  # the Trainer would take one more step
+            stop.listening = True
+            self.folder.begin(checkpoint.folder)
+            self.tuner.load_state_dict(read_state(checkpoint.folder / STATE_FILE))
+            return history
+        from selectune.integrations.transformers import SelectuneCallback
+        from selectune.runs.progress import AfterStep, AskedError, RunCallback
+        from selectune.runs.trainer import RowDataset, RunTrainer, arguments_of, optimizer_of
+
+        follower = RunCallback(
+            self.tuner, self.steps, lambda look: self._measure(look).value, config.eval_every or self.task.eval_every,
+            self.progress, stop, config.keep, history, checkpoint is not None and checkpoint.unmeasured,
+        )  # fmt: skip
+        after = None if adapted is None else adapted.after_step
+        keeper = SelectuneCallback(self.tuner, self.base, keep=lambda folder, step: self.keep(folder, step, follower))
+        with quiet():
+            trainer = RunTrainer(
+                full=config.full_checkpoints,
+                model=self.loaded.model,
+                args=arguments_of(config, self.steps),
+                train_dataset=RowDataset(self.rows["train"]),
+                data_collator=self._collate,
+                callbacks=[keeper, follower, *([] if after is None else [AfterStep(after)])],
+                optimizers=(optimizer_of(config, self.loaded, self.tuner), None),
             )
-    return follower.history
-
-
-def _keep(
-    config: RunConfig, loaded: LoadedModel, checkpoint: Checkpoint | None, rows: Rows, began: float, run: str
-) -> Keep:
-    """Writes what a checkpoint keeps of a run beside the Trainer's and the tuner's files."""
-    digest, before = digest_of_rows(rows), 0.0
-    settings, now = settings_of(config), {**_versions(), "threads": str(torch.get_num_threads())}
-    if checkpoint is not None:
-        before = checkpoint.seconds
-        if checkpoint.rows != digest:
-            raise ConfigError(
-                f"The checkpoint {checkpoint.folder} is of a run over other training data: the {len(rows):,} rows "
-                "found now, as the model reads them, are not the same."
+            if self.progress is not None:
+                self.progress.start(f"{config.method} on {self.task.name}", self.steps)
+            stop.listening = True  # until the delta is saved
+            self.folder.begin(None if checkpoint is None else checkpoint.folder)
+            try:
+                with suppress(AskedError):
+                    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+            finally:
+                if self.progress is not None:
+                    self.progress.stop()
+        if (step := follower.stopped_at) is not None:
+            raise StoppedError(
+                f"after step {step:,} of {self.steps:,}, as asked. {Path(str(config.out)) / f'checkpoint-{step}'} has "
+                "all of it, and the same run with resume=True goes on from there (command line: --resume, and neither "
+                "--overwrite nor --resume-from).",
+                step,
+                stop.signal or 0,
             )
-        other = [
-            f"{name} {old}, now {now.get(name)}" for name, old in checkpoint.versions.items() if old != now.get(name)
-        ]
-        if other:
-            log.warning("The run began under other versions; its bits may differ from here on: %s.", ", ".join(other))
+        for record in follower.history:
+            if not math.isfinite(record.get("loss", 0.0)):
+                raise NonFiniteError(
+                    f"The training loss is {record['loss']} at step {record['step']} of {self.steps}, so the run was "
+                    "stopped and no delta was saved. A lower learning rate than "
+                    f"{config.learning_rate:g} or float32 weights may help."
+                )
+        return follower.history
 
-    def keep(folder: Path, step: int, follower: RunCallback) -> Mapping[str, Any]:
-        ranks = None if loaded.adapted is None else loaded.adapted.ranks
-        if ranks is not None:
-            write_state(folder / MODULE_FILE, ranks.state_dict())
-        told = {"settings": settings, "rows": digest, "seconds": before + time.perf_counter() - began, "versions": now}
-        seen = {"unmeasured": follower.unmeasured, "history": list(follower.history)}
-        write_run(folder, {"step": step, **told, **seen})
-        return {"run": run, "step": step}
+    def _keeper(self) -> Keep:
+        """The function that writes a checkpoint's record of the run, beside the files of the Trainer and the tuner."""
+        rows, checkpoint, adapted = self.rows["train"], self.checkpoint, self.loaded.adapted
+        digest, before = digest_of_rows(rows), 0.0
+        settings, now = settings_of(self.config), {**_versions(), "threads": str(torch.get_num_threads())}
+        if checkpoint is not None:
+            before = checkpoint.seconds
+            if checkpoint.rows != digest:
+                raise ConfigError(
+                    f"The checkpoint {checkpoint.folder} is of a run over other training data: the {len(rows):,} rows "
+                    "found now, as the model reads them, are not the same."
+                )
+            old = checkpoint.versions
+            other = [f"{name} {old[name]}, now {now.get(name)}" for name in old if old[name] != now.get(name)]
+            if other:
+                log.warning(
+                    "The run began under other versions, so its bits may differ from here on: %s.", ", ".join(other)
+                )
 
-    return keep
+        def keep(folder: Path, step: int, follower: RunCallback) -> Mapping[str, Any]:
+            if adapted is not None and adapted.ranks is not None:
+                write_state(folder / ADAPTER_FILE, adapted.ranks.state_dict())
+            seconds = before + time.perf_counter() - self.began
+            told = {"settings": settings, "rows": digest, "seconds": seconds, "versions": now}
+            seen = {"unmeasured": follower.unmeasured, "history": list(follower.history)}
+            write_run(folder, {"step": step, **told, **seen})
+            return {"run": self.folder.id, "step": step}
 
+        return keep
 
-def _save(config: RunConfig, tuner: Tuner, base: Mapping[str, Any], max_length: int) -> tuple[Path, Verification]:
-    """Writes the delta, with what `eval` needs to rebuild the task's head and the same batches."""
-    method = {"task": config.task, "max_length": max_length}
-    info: dict[str, dict[str, Any]] = {"method": method}
-    if config.dtype is not None:
-        method["dtype"] = config.dtype
-    if config.module is not None and KINDS[config.module.kind].peft:
-        info["versions"] = {"peft": metadata.version("peft")}
-    verification = tuner.verify()
-    return tuner.save(Path(str(config.out)) / DELTA_FILE, base=base, info=info), verification
+    def _save(self) -> tuple[Path, Verification]:
+        """Writes the delta with the task and the length, from which `eval` rebuilds the head and the batches."""
+        config = self.config
+        method = {"task": config.task, "max_length": self.max_length}
+        info: dict[str, dict[str, Any]] = {"method": method}
+        if config.dtype is not None:
+            method["dtype"] = config.dtype
+        if config.adapter is not None and KINDS[config.adapter.kind].peft:
+            info["versions"] = {"peft": metadata.version("peft")}
+        verification = self.tuner.verify()
+        return self.tuner.save(Path(str(config.out)) / DELTA_FILE, base=self.base, info=info), verification
 
 
 def _best(history: Sequence[Mapping[str, Any]], step: int, selected: int, value: float) -> Mapping[str, Any] | None:
-    """The best evaluation of the run, the last one included, as the papers report it; None if there was one only."""
-    seen = [record for record in history if "metric" in record]
-    if not seen:
-        return None
-    points = [{"step": r["step"], "value": r["metric"], "selected": r["selected"]} for r in seen]
-    return max([*points, {"step": step, "value": value, "selected": selected}], key=lambda point: point["value"])
-
-
-def _origins(splits: Mapping[str, Split]) -> dict[str, str]:
-    return {name: f"{split.origin} ({len(split):,} rows)" for name, split in splits.items()}
+    """The best evaluation of the run with the last one, as the papers report it; None if there was only one."""
+    points = [
+        {"step": record["step"], "value": record["metric"], "selected": record["selected"]}
+        for record in history
+        if "metric" in record
+    ]
+    last = {"step": step, "value": value, "selected": selected}
+    return max([*points, last], key=lambda point: point["value"]) if points else None
 
 
 def _versions() -> dict[str, str]:

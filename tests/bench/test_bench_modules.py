@@ -59,7 +59,7 @@ def test_names():
     ("name", "message"),
     [
         ("id3+lorra", "Unknown adapter 'lorra'"),
-        ("id3+loraplus", "is a way to train a module"),
+        ("id3+loraplus", "is a way to train an adapter"),
         ("lora:rank=2", "takes no option rank"),
         ("full+lora", "unknown. Known"),
         ("pafi:every=3+lora", "'pafi' takes no option every"),

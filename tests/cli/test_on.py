@@ -41,7 +41,7 @@ def test_a_selection_on_lora(common, tiny, data, tmp_path):
     assert data_of("eval", *args, "--task", "glue/stsb", "--data", data)["value"] == printed["value"]
     assert data_of("verify", *args)["ok"]
     shown = call("delta", "show", out).stdout
-    assert "module    lora:alpha=32.0,dropout=0.0,init=zero,r=32,targets=all, seed 3" in shown
+    assert "adapter   lora:alpha=32.0,dropout=0.0,init=zero,r=32,targets=all, seed 3" in shown
     assert data_of("delta", "show", out)["module"]["kind"] == "lora"
     call("delta", "apply", *args, "--out", tmp_path / "merged")
     assert "adapter_config.json" not in {p.name for p in (tmp_path / "merged").iterdir()}

@@ -151,7 +151,7 @@ def test_a_head_in_a_module_of_one_s_own(tmp_path):
     with delta.applied(other):
         assert bits(other) == said
     assert bits(other) == before
-    with pytest.raises(ModelError, match="not recorded"):
+    with pytest.raises(ModelError, match="does not record where its base is"):
         st.load_model(path)
 
 

@@ -24,8 +24,8 @@ RTE, STSB = tasks.get("glue/rte"), tasks.get("glue/stsb")
 
 
 def test_names_resolve(tiny):
-    assert resolve(str(tiny)) == bases.Place("tiny", str(tiny), None, True)
-    assert resolve("someone/model", "v1") == bases.Place("someone/model", "someone/model", "v1", False)
+    assert resolve(str(tiny)) == bases.Origin("tiny", str(tiny), None, True)
+    assert resolve("someone/model", "v1") == bases.Origin("someone/model", "someone/model", "v1", False)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_merged_lora_is_a_plain_model(config, tiny, data, tmp_path):
 
 def test_an_adapter_cannot_be_merged(config, tiny, tmp_path):
     result = run(dataclasses.replace(config, method="pfeiffer"))
-    with pytest.raises(ConfigError, match=r"cannot be folded into weights.*Can be merged: lora"):
+    with pytest.raises(ConfigError, match=r"cannot be folded into weights.*These can be merged: lora"):
         merge_delta(Source(str(tiny)), result.delta, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -202,12 +202,12 @@ def test_a_module_that_comes_out_otherwise_is_reported(config, tiny):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "lora", "budget": 10}, "'lora' trains all of its module and takes no budget.*--on lora"),
+        ({"method": "lora", "budget": 10}, "'lora' trains all of its adapter and takes no budget.*--on lora"),
         ({"method": "lora:r=2", "include": ("*",)}, "takes no include"),
         ({"method": "lora:rank=2"}, "lora takes no option rank"),
         ({"method": "lorra"}, "Unknown method 'lorra'. Known: id3, .*lora"),
         ({"method": "lora", "on": "pfeiffer"}, "nothing goes under it"),
-        ({"method": "id3", "budget": 10, "on": "loraplus"}, "is a way to train a module"),
+        ({"method": "id3", "budget": 10, "on": "loraplus"}, "is a way to train an adapter"),
         ({"method": "id3", "budget": 10, "on": "lorra"}, "Unknown adapter 'lorra'"),
         ({"method": "id3", "on": "lora"}, "needs a budget"),
         ({"method": "pafi:budget=10"}, "budget is no option of a method; it is given by itself"),

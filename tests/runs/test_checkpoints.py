@@ -174,7 +174,7 @@ def test_the_newest_are_kept(made, tmp_path):
     assert [path.name for path in folders.checkpoints(tmp_path / "out")] == ["checkpoint-5"]
     with pytest.raises(ConfigError, match="keep=0"):
         dataclasses.replace(config, keep=0)
-    with pytest.raises(ConfigError, match="keep=2 says how many checkpoints stay"):
+    with pytest.raises(ConfigError, match="keep=2 needs save_every"):
         dataclasses.replace(config, keep=2, save_every=None)
 
 
@@ -308,14 +308,14 @@ def test_an_earlier_run_goes_only_when_the_new_one_can_be_stopped_in_order(made,
 
 def test_a_stop_while_the_delta_is_saved(made, tmp_path, monkeypatch):
     config, whole = made
-    stop, save = Stop(), training._save
+    stop, save = Stop(), training._Run._save
 
     def asked(*args):
         assert stop.listening
         stop.ask()
         return save(*args)
 
-    monkeypatch.setattr(training, "_save", asked)
+    monkeypatch.setattr(training._Run, "_save", asked)
     with pytest.raises(StoppedError, match=r"after its last step: .* is whole"):
         run(dataclasses.replace(config, out=str(tmp_path / "out")), stop=stop)
     assert (tmp_path / "out/delta.safetensors").read_bytes() == whole

@@ -327,7 +327,7 @@ def test_what_dense_methods_leave_out(config, method):
 
 def test_batches_of_like_length_pad_less_and_show_every_row(config, monkeypatch):
     shapes: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-    real = run.collate
+    real = training.collate
     for grouped, seen in shapes.items():
 
         def collate(tokenizer, rows, seen=seen):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selectune import tasks
+from selectune import plugins
 from selectune.cli.exits import FAILED, WRONG
-from selectune.cli.options import DeltaPath, Dtype, Json, Model, Revision, Trust
+from selectune.cli.options import DeltaPath, Dtype, Json, Model, OfTask, Plugins, Revision, Trust
 from selectune.cli.output import fail, result, working
 from selectune.errors import ConfigError, DeltaError, IntegrityError, ModelError, TaskError
 
@@ -20,16 +20,11 @@ if TYPE_CHECKING:
 
 VERIFY_EXAMPLES = (
     "Example:  selectune verify --model demo --delta runs/rte\n\n"
-    "Exit codes: 0 all holds, 1 wrong base, damaged file or more scalars than the budget, 2 it could not be checked"
+    "Exit codes: 0 verified, 1 wrong base, damaged file or more scalars than the budget, 2 the check was impossible"
 )
 app = typer.Typer(
-    help="Look at deltas, make one out of two models, combine several, merge one into a model.", no_args_is_help=True
+    help="Show deltas, make one from two models, combine several, merge one into a model.", no_args_is_help=True
 )
-
-OfTask = Annotated[
-    str | None,
-    typer.Option("--task", "-t", help="Task of the head. Default: the delta's own.", show_default=False),
-]
 
 
 def verify(
@@ -39,17 +34,19 @@ def verify(
     revision: Revision = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Prove that a model is a delta's base and that the delta changes at most its budget: by bits, then reverted."""
+    """Prove that a model is a delta's base and that the delta keeps its budget: apply it, compare bits, revert."""
     from selectune.models.restore import Source, verify_delta
 
     try:
         with working():
             if not Path(delta).exists():
                 raise ConfigError(f"There is no delta at {delta}: no such file or folder.")
+            plugins.add_files(plugin or ())
             source = Source(model, revision, dtype, trust_remote_code)
-            report = verify_delta(source, delta, None if task is None else tasks.get(task))
+            report = verify_delta(source, delta, None if task is None else plugins.task(task))
     except (DeltaError, IntegrityError) as error:
         fail(error, FAILED, as_json=False)
         if as_json:
@@ -75,7 +72,7 @@ def show(
     path: Annotated[str, typer.Argument(help="A folder that holds delta.safetensors, or a .safetensors file.")],
     as_json: Json = False,
 ) -> None:
-    """Say what a delta holds: method, budget, base, and where its scalars are. Needs no model."""
+    """Show what a delta holds: its method, budget and base, and the tensors it changes. No model is needed."""
     from selectune.delta import load
 
     delta = load(path)
@@ -87,13 +84,8 @@ def _described(delta: Delta) -> dict[str, Any]:
     from selectune.bits import dtype_name
 
     patches = [
-        {
-            "name": p.name,
-            "shape": list(p.shape),
-            "dtype": dtype_name(p.dtype),
-            "count": p.indices.numel(),
-            **({"zeroed": True} if p.zeroed else {}),
-        }
+        {"name": p.name, "shape": list(p.shape), "dtype": dtype_name(p.dtype), "count": p.indices.numel()}
+        | ({"zeroed": True} if p.zeroed else {})
         for p in delta.patches
     ]
     dense = [{"name": d.name, "kind": d.kind, "shape": list(d.tensor.shape)} for d in delta.dense]
@@ -112,11 +104,11 @@ def _shown(value: dict[str, Any]) -> str:
 
     base, method = value["base"], value["method"]
     scalars = sum(patch["count"] for patch in value["patches"])
-    module = value.get("module")
+    adapter = value.get("module")
     sizes = {entry["name"]: math.prod(entry["shape"]) for entry in value["dense"]}
     lines = [
         f"method    {method.get('name', '?')}" + (f" on {method['task']}" if "task" in method else ""),
-        *([f"module    {Spec(module['kind'], module['options'])}, seed {module['seed']}"] if module else []),
+        *([f"adapter   {Spec(adapter['kind'], adapter['options'])}, seed {adapter['seed']}"] if adapter else []),
         f"selected  {scalars:,}" + ("" if value["budget"] is None else f" of {value['budget']:,}"),
         *([f"whole     {sum(sizes.values()):,} scalars in {len(sizes)} tensors"] if sizes else []),
         f"base      {base['id'] or 'unknown'}"
@@ -138,15 +130,15 @@ def _shown(value: dict[str, Any]) -> str:
 @app.command(epilog="Example:  selectune delta diff --base ./base --tuned ./tuned --out runs/difference")
 def diff(
     base: Annotated[str, typer.Option("--base", help="The model that the delta starts from.")],
-    tuned: Annotated[str, typer.Option("--tuned", help="The model of the same shape that it leads to.")],
+    tuned: Annotated[str, typer.Option("--tuned", help="The model that base + delta gives, of the same shape.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder or .safetensors file for the delta.")],
-    seed: Annotated[int, typer.Option(help="Draws tensors that the base's checkpoint lacks (a head).")] = 6,
+    seed: Annotated[int, typer.Option(help="Seed of tensors that the base's checkpoint lacks (a head).")] = 6,
     revision: Revision = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Make a delta out of two models of one shape: all scalars whose bits differ."""
+    """Make a delta from two models of one shape: all scalars whose bits differ."""
     from selectune.models.restore import Source, diff_models
 
     with working():
@@ -164,12 +156,14 @@ def apply(
     revision: Revision = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Write base + delta as an ordinary model folder, to be loaded without selectune."""
+    """Write base + delta as an ordinary model folder, which loads without selectune."""
     from selectune.models.restore import Source, merge_delta
 
     with working():
+        plugins.add_files(plugin or ())
         source = Source(model, revision, dtype, trust_remote_code)
-        value = merge_delta(source, delta, out, None if task is None else tasks.get(task))
+        value = merge_delta(source, delta, out, None if task is None else plugins.task(task))
     result(as_json, value, f"{value['model']} + {value['delta']}: {value['out']}")

@@ -1,4 +1,4 @@
-"""`selectune demo`: the first thing that people see. A line at once, a table at the end, and what to try next."""
+"""`selectune demo`: a line at once, a table at the end, and a command to try next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from selectune.cli import values
-from selectune.cli.options import Data, Json
+from selectune.cli.options import Data, Json, option
 from selectune.cli.output import ProgressBar, result, stderr, working
 
 if TYPE_CHECKING:
@@ -22,49 +22,37 @@ LEARNT = {
     "glue/stsb": ("how similar two sentences are", ""),
     "demo/topic": (
         "what a sentence is about, one of 12 topics",
-        "It is measured on sentences whose nouns it never saw in training.",
+        "It is measured on sentences with nouns that it never saw in training.",
     ),
 }
 
 
 def demo(
     data: Data = None,
-    out: Annotated[
-        str | None, typer.Option("--out", "-o", help="Keep the deltas in this folder. Default: they are thrown away.")
-    ] = None,
+    out: Annotated[str | None, option("Folder that keeps the deltas. Default: none.", "--out", "-o")] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="A folder, a hub id, or 'demo'.")] = "demo",
     task: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Default: glue/stsb if --data or SELECTUNE_DATA has it, else demo/topic.",
             "--task",
             "-t",
-            help="Default: glue/stsb where --data or SELECTUNE_DATA has it, else demo/topic, which needs no data.",
         ),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps of each method. Default: 240, or 120 for demo/topic.")
-    ] = None,
+    steps: Annotated[int | None, option("Optimizer steps of each method. Default: 240, or 120 for demo/topic.")] = None,
     budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget",
-            "-b",
-            help="Scalars that ID3 and the random mask may change. Default: 0.17%.",
-            show_default=False,
-        ),
+        str | None, option("Scalars that ID3 and the random mask may change. Default: 0.17%.", "--budget", "-b")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the head, the order of the data, dropout, the random mask.")] = 6,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Runs that are in --out may go; otherwise they are refused.")
-    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the head, the data order, dropout and the random mask.")] = 6,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace runs that are in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the point in minutes: one small model untuned, and tuned by a random mask, LoRA, ID3 and as a whole.
+    """Compare a small model untuned, and tuned by a random mask, LoRA, ID3 and full fine-tuning, in minutes.
 
-    Then ID3's file is verified, put on a fresh base and taken off again, bit for bit.
+    Then ID3's file is applied to a fresh base, measured and reverted, and every bit is compared.
     """
     share = None if budget is None else values.budget(budget)
-    say("A small model is measured, then tuned in several ways; this takes minutes. PyTorch is being loaded.")
+    say("Loading PyTorch. A small model is then measured and tuned in several ways, which takes minutes.")
     from selectune.runs import comparison as demos
 
     with working():
@@ -74,12 +62,12 @@ def demo(
 
 
 def say(sentence: str) -> None:
-    """A line on stderr, so that nobody looks at a blank screen."""
+    """Prints a line on stderr, so that nobody looks at a blank screen."""
     stderr().print(f"[dim]{escape(sentence)}[/]")
 
 
 def page(found: DemoResult, data: str | None = None) -> str:
-    """What the demo found, in 80 columns."""
+    """The result of the demo, in 80 columns."""
     name = "MiniLM" if found.model == "demo" else found.model
     what, how = LEARNT.get(found.task, ("", ""))
     lines = [
@@ -93,7 +81,7 @@ def page(found: DemoResult, data: str | None = None) -> str:
         "",
         *_proofs(found),
         f"All of it took {found.seconds:.0f} seconds."
-        + (f" ID3's file is {found.delta}." if found.delta else " The files were thrown away."),
+        + (f" ID3's file is {found.delta}." if found.delta else " The files were removed."),
         f"Try next: {_program()} train -m {shlex.quote(found.model)} -t {found.task} -b 1% -o runs/first"
         + (f" --data {shlex.quote(data)}" if data else ""),
     ]
@@ -117,5 +105,5 @@ def _proofs(found: DemoResult) -> list[str]:
 
 
 def _program() -> str:
-    """The program's name as it was typed, so that the next line can be: `make demo` runs .venv/bin/selectune."""
+    """The program's name as it was typed: `make demo` runs .venv/bin/selectune."""
     return sys.argv[0] if Path(sys.argv[0]).name == "selectune" else "selectune"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from selectune.cli import signals, values
-from selectune.cli.options import Data, Dtype, Json, MaxLength, Model, Revision, Trust
+from selectune.cli.options import Data, Dtype, Json, MaxLength, Model, Plugins, Revision, Trust, option
 from selectune.cli.output import ProgressBar, result, working
 from selectune.errors import ConfigError
 
@@ -22,11 +23,11 @@ TRAIN_EXAMPLES = (
     "selectune train --config runs/rte/run.json --seed 7 --out runs/rte-7"
 )
 EVAL_EXAMPLES = "Example:  selectune eval --model demo --delta runs/rte --task glue/rte --json"
-SCOPE, LOOP, FILES = "What may be chosen", "Training", "Files and checkpoints"
+SCOPE, LOOP, FILES = "Scope", "Training", "Files and checkpoints"
 
 
 def _from_file(ctx: typer.Context, path: str | None) -> str | None:
-    """Settings of a file become the defaults of the options, so that what is typed comes first."""
+    """Makes the settings of a file the defaults of the options, so that typed options win."""
     if path is not None:
         from selectune.cli.settings import settings
 
@@ -37,158 +38,90 @@ def _from_file(ctx: typer.Context, path: str | None) -> str | None:
 def train(
     ctx: typer.Context,
     model: Model,
-    task: Annotated[str, typer.Option("--task", "-t", help="What to learn; `selectune tasks` lists them.")],
+    task: Annotated[str, typer.Option("--task", "-t", help="The task to learn; see `selectune tasks`.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for delta.safetensors and run.json.")],
-    method: Annotated[
-        str, typer.Option(help="id3:exp=1,every=10, or a peer: lora:r=8; see `selectune methods`.")
-    ] = "id3",
-    on: Annotated[
-        str | None,
-        typer.Option("--on", help="Select from a module on the frozen model: lora:r=32.", show_default=False),
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget", "-b", help="Scalars that may change: 103k, 0.17%, or as many as lora:r=2.", show_default=False
-        ),
-    ] = None,
+    method: Annotated[str, typer.Option(help="Such as id3:exp=1 or lora:r=8: `selectune methods`.")] = "id3",
+    on: Annotated[str | None, option("Select from an adapter on the model: lora:r=32.", "--on")] = None,
+    budget: Annotated[str | None, option("Scalars: 103k, 0.17%, or as many as lora:r=2 has.", "--budget", "-b")] = None,
     config_file: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "A YAML or JSON file of options, or a run.json; options on the command line win.",
             "--config",
-            help="A YAML or JSON file of options, or a run.json; what is typed comes first.",
             callback=_from_file,
             is_eager=True,
-            show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the head, data order, dropout, random masks.")] = 6,
+    seed: Annotated[int, typer.Option(help="Seed of the head, data order, dropout and masks.")] = 6,
     data: Data = None,
     revision: Revision = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    plugin: Plugins = None,
     as_json: Json = False,
     include: Annotated[
-        list[str] | None,
-        typer.Option(help="Only these tensors: patterns such as '*.attention.*'; repeatable.", rich_help_panel=SCOPE),
+        list[str] | None, option("Select only from these tensors: '*.attention.*'; repeatable.", panel=SCOPE)
     ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Not these, such as '*embeddings*'.", rich_help_panel=SCOPE)
-    ] = None,
+    exclude: Annotated[list[str] | None, option("Not from these: '*embeddings*'; repeatable.", panel=SCOPE)] = None,
     train_fully: Annotated[
-        list[str] | None,
-        typer.Option(help="Trained whole, outside the budget: 'classifier.*'.", rich_help_panel=SCOPE),
+        list[str] | None, option("Train these in full, outside the budget: 'classifier.*'.", panel=SCOPE)
     ] = None,
     lr: Annotated[
-        float | None,
-        typer.Option(
-            "--lr",
-            help="Learning rate. Default: the method's, 5e-4 for most.",
-            show_default=False,
-            rich_help_panel=LOOP,
-        ),
+        float | None, option("Learning rate. Default: the method's, 5e-4 for most.", "--lr", panel=LOOP)
     ] = None,
-    epochs: Annotated[
-        float | None,
-        typer.Option(help="Passes over the data. Default: the task's.", show_default=False, rich_help_panel=LOOP),
-    ] = None,
-    max_steps: Annotated[
-        int | None, typer.Option(help="Steps, in place of --epochs.", show_default=False, rich_help_panel=LOOP)
-    ] = None,
+    epochs: Annotated[float | None, option("Passes over the data. Default: the task's.", panel=LOOP)] = None,
+    max_steps: Annotated[int | None, option("Optimizer steps, in place of --epochs.", panel=LOOP)] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in a backward pass.", rich_help_panel=LOOP)] = 16,
     accumulation: Annotated[int, typer.Option(help="Backward passes in a step.", rich_help_panel=LOOP)] = 1,
-    max_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens of an example. Default: the task's.", show_default=False, rich_help_panel=LOOP),
-    ] = None,
+    max_length: Annotated[int | None, option("Tokens of an example. Default: the task's.", panel=LOOP)] = None,
     group_by_length: Annotated[
-        bool, typer.Option("--group-by-length", help="Batches of rows of like length.", rich_help_panel=LOOP)
+        bool, typer.Option("--group-by-length", help="Batch rows of similar length.", rich_help_panel=LOOP)
     ] = False,
-    schedule: Annotated[
-        str, typer.Option(help="Of the learning rate: linear, cosine or constant.", rich_help_panel=LOOP)
-    ] = "linear",
-    warmup: Annotated[float, typer.Option(help="Steps of it, or a share below 1.", rich_help_panel=LOOP)] = 0.0,
-    weight_decay: Annotated[float, typer.Option(help="Towards the base.", rich_help_panel=LOOP)] = 0.0,
+    schedule: Annotated[str, option("Learning rate: linear (default), cosine, constant.", panel=LOOP)] = "linear",
+    warmup: Annotated[float, typer.Option(help="Warmup steps, or a share below 1.", rich_help_panel=LOOP)] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="Decay towards the base.", rich_help_panel=LOOP)] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.", rich_help_panel=LOOP)] = 1.0,
-    eval_every: Annotated[
-        int | None,
-        typer.Option(help="Steps between measurements. Default: the task's.", show_default=False, rich_help_panel=LOOP),
-    ] = None,
+    eval_every: Annotated[int | None, option("Steps between evaluations. Default: the task's.", panel=LOOP)] = None,
     report_to: Annotated[
-        list[str] | None,
-        typer.Option("--report-to", help="A tracker: tensorboard, trackio, wandb; repeatable.", rich_help_panel=LOOP),
+        list[str] | None, option("A tracker: tensorboard, trackio, wandb; repeatable.", "--report-to", panel=LOOP)
     ] = None,
-    save_every: Annotated[
-        int | None,
-        typer.Option(help="Steps between checkpoints. Default: none.", show_default=False, rich_help_panel=FILES),
-    ] = None,
-    keep: Annotated[
-        int | None,
-        typer.Option(help="Checkpoints that stay. Default: all.", show_default=False, rich_help_panel=FILES),
-    ] = None,
+    save_every: Annotated[int | None, option("Steps between checkpoints. Default: none.", panel=FILES)] = None,
+    keep: Annotated[int | None, option("Number of checkpoints to keep. Default: all.", panel=FILES)] = None,
     full_checkpoints: Annotated[
-        bool, typer.Option("--full-checkpoints", help="With the whole model in them.", rich_help_panel=FILES)
+        bool, typer.Option("--full-checkpoints", help="Save the whole model in each.", rich_help_panel=FILES)
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole one in --out.", rich_help_panel=FILES)
+        bool, typer.Option("--resume", help="Resume from the newest whole one in --out.", rich_help_panel=FILES)
     ] = False,
-    resume_from: Annotated[
-        str | None,
-        typer.Option("--resume-from", help="Go on from this one.", show_default=False, rich_help_panel=FILES),
-    ] = None,
+    resume_from: Annotated[str | None, option("Resume from this one.", "--resume-from", panel=FILES)] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="A run that is in --out may go.", rich_help_panel=FILES)
+        bool, typer.Option("--overwrite", help="Replace a run that is in --out.", rich_help_panel=FILES)
     ] = False,
 ) -> None:
-    """Train a few scalars of a model on a task, save them as a delta, and measure what was saved."""
+    """Train a few scalars of a model on a task, save them as a delta, and measure the saved delta."""
+    given = dict(ctx.params)
     if resume and resume_from:
-        raise ConfigError("--resume goes on from the newest checkpoint in --out and --resume-from names one: give one.")
+        raise ConfigError("--resume takes the newest checkpoint in --out and --resume-from names one: give one.")
     if config_file is not None and epochs is not None and max_steps is not None:
-        sources = {n: ctx.get_parameter_source(n) for n in ("epochs", "max_steps")}
-        typed = {n for n, source in sources.items() if getattr(source, "name", "") == "COMMANDLINE"}
-        epochs, max_steps = epochs if typed != {"max_steps"} else None, max_steps if typed != {"epochs"} else None
-    out, data = os.path.expanduser(out), None if data is None else os.path.expanduser(data)
-    amount = None if budget is None else values.budget_or_module(budget)
+        sources = {name: ctx.get_parameter_source(name) for name in ("epochs", "max_steps")}
+        typed = {name for name, source in sources.items() if getattr(source, "name", "") == "COMMANDLINE"}
+        given |= {"epochs": None} if typed == {"max_steps"} else {}
+        given |= {"max_steps": None} if typed == {"epochs"} else {}
+    given |= {"out": os.path.expanduser(out), "data": None if data is None else os.path.expanduser(data)}
+    given["budget"] = None if budget is None else values.budget_or_adapter(budget)
     from selectune.runs.folder import run_folder
     from selectune.runs.stop import Stop
 
     stop = Stop()
-    with run_folder(out, bool(resume or resume_from), overwrite) as folder, working():
+    with run_folder(given["out"], bool(resume or resume_from), overwrite) as folder, working():
         from selectune.runs.config import RunConfig, patterns
         from selectune.runs.training import run
 
-        config = RunConfig(
-            model=model,
-            task=task,
-            method=method,
-            on=on,
-            budget=amount,
-            lr=lr,
-            epochs=epochs,
-            max_steps=max_steps,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            max_length=max_length,
-            seed=seed,
-            out=out,
-            include=patterns(include),
-            exclude=patterns(exclude),
-            train_fully=patterns(train_fully),
-            eval_every=eval_every,
-            save_every=save_every,
-            keep=keep,
-            full_checkpoints=full_checkpoints,
-            data=data,
-            revision=revision,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            warmup=warmup,
-            schedule=schedule,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-            group_by_length=group_by_length,
-            report_to=() if report_to is None or report_to == ["none"] else tuple(report_to),
-        )
+        for name in ("include", "exclude", "train_fully"):
+            given[name] = patterns(given[name])
+        given["report_to"] = () if report_to is None or report_to == ["none"] else tuple(report_to)
+        given["plugin"] = tuple(plugin or ())
+        config = RunConfig(**{field.name: given[field.name] for field in dataclasses.fields(RunConfig)})
         signals.heed(stop)
         found = run(config, ProgressBar(), resume_from or resume, overwrite, stop, folder)
     result(as_json, found.as_json(), _told(found))
@@ -203,7 +136,7 @@ def _told(found: RunResult) -> str:
             f"{found.selected:,} of {found.budget:,} scalars selected, {found.verification.changed:,} changed"
             + (f", {found.trained:,} trained in all" if found.trained != found.selected else "")
             if found.budget
-            else f"{found.trained:,} scalars trained, all of their tensors"
+            else f"{found.trained:,} scalars trained, in whole tensors"
         )
         + f"\n{found.delta} ({found.delta_bytes:,} bytes)"
     )
@@ -211,24 +144,25 @@ def _told(found: RunResult) -> str:
 
 def evaluate(
     model: Model,
-    task: Annotated[str, typer.Option("--task", "-t", help="What to measure; `selectune tasks` lists them.")],
+    task: Annotated[str, typer.Option("--task", "-t", help="The task to measure; see `selectune tasks`.")],
     delta: Annotated[
-        str | None,
-        typer.Option("--delta", "-d", help="The delta to apply. Without it the base is measured.", show_default=False),
+        str | None, option("The delta to apply. Without it the base is measured.", "--delta", "-d")
     ] = None,
     data: Data = None,
     max_length: MaxLength = None,
-    seed: Annotated[int, typer.Option(help="Draws the head where no delta says which seed it was.")] = 6,
+    seed: Annotated[int, typer.Option(help="Seed of the head, for a base without a delta.")] = 6,
     revision: Revision = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model with a delta on a task's validation split; the same number as training printed."""
-    from selectune import tasks
+    """Measure a model with a delta on a task's validation split. The number is the one that training printed."""
+    from selectune import plugins
     from selectune.models.restore import Source, evaluate_delta
 
     with working():
+        plugins.add_files(plugin or ())
         source = Source(model, revision, dtype, trust_remote_code)
-        found = evaluate_delta(source, delta, tasks.get(task), data, max_length, seed)
+        found = evaluate_delta(source, delta, plugins.task(task), data, max_length, seed)
     result(as_json, found.as_json(), f"{found.task}: {found.metric} {found.value:.4f} on {found.examples:,} examples")
