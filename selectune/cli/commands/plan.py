@@ -48,5 +48,5 @@ def plan(
 
     with working():
         bench = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device)
-        found = asdict(predict(bench, method, values.budget_or_module(budget), steps, optimizer, on))
+        found = asdict(predict(bench, method, values.budget_or_adapter(budget), steps, optimizer, on))
     result(as_json, found, planned(found))
