@@ -123,7 +123,7 @@ class StepHooks:
 
     def _tell(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer learns which entries are new, and where they stand, if it asks."""
-        ledger, news = self.tracker.ledger, self.tracker.chooser.news
+        ledger, news = self.tracker.ledger, self.tracker.chooser.new_entries
         if isinstance(optimizer, Placed) and self._placed.get(optimizer) != ledger.changes:
             self._placed[optimizer] = ledger.changes
             optimizer.place(ledger.offsets, LedgerPlaces(ledger))

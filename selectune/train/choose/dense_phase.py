@@ -24,7 +24,7 @@ from selectune.ops.scratch import scratch
 from selectune.phases import DensePhase, Here
 from selectune.scope import OWN, Found
 from selectune.seeds import Stream, mixed
-from selectune.train.choose.chooser import Chooser, Ground
+from selectune.train.choose.chooser import Chooser
 from selectune.train.choose.scan import scan
 from selectune.train.proof import BaseCopy
 from selectune.types import Phased
@@ -37,9 +37,9 @@ WIDE = (torch.float32, torch.float64)
 class DenseThenSparse(Chooser):
     """Selects where a dense phase ends; turns the phase on and off, and follows its steps."""
 
-    def __init__(self, ground: Ground, kind: DensePhase, found: Found, base: BaseCopy, carrier: nn.Module) -> None:
-        super().__init__(ground)
-        self.kind, self.phased = kind, ground.schedule if isinstance(ground.schedule, Phased) else None
+    def __init__(self, *run: Any, kind: DensePhase, found: Found, base: BaseCopy, carrier: nn.Module) -> None:
+        super().__init__(*run)
+        self.kind, self.phased = kind, self.schedule if isinstance(self.schedule, Phased) else None
         self.reached: set[int] = set()  # tensors that ever sent a gradient here
         self._carrier, self._base, self._heads, self._total = carrier, base, found.whole, found.eligible
         self._before: list[Tensor] = []  # what the heads were when the phase began
@@ -281,7 +281,7 @@ class DenseThenSparse(Chooser):
         self._pulled = False
         return True
 
-    def turn(self) -> bool:
+    def switch_phase(self) -> bool:
         wanted = self.phased is None or self.phased.dense(self.clock.step)
         if wanted == self.dense:
             return False

@@ -37,7 +37,7 @@ def scan(
     gradient: Tensor | None = None,  # the weight's shape, or (r, d) for given rows
     rows: Tensor | None = None,  # (r,) ascending
     generator: torch.Generator | None = None,
-    ready: Tensor | None = None,  # scores known beforehand, the weight's shape
+    known: Tensor | None = None,  # calibrated scores, the weight's shape
 ) -> bool:
     """Scores one tensor and offers it; False if a score is NaN or infinite (then it is not offered whole).
 
@@ -45,9 +45,9 @@ def scan(
     double as the cutoff gets better: each then has about as many candidates as the quota.
     """
     weight = tensor.parameter.detach()
-    w, g, known = _flat(weight, rows), _flat(gradient), _flat(ready)
+    w, g, known = _flat(weight, rows), _flat(gradient), _flat(known)
     barred = _barred(tensor, taken, rows)
-    filtered = ready is None and _has_one_pass(score)
+    filtered = known is None and _has_one_pass(score)
     start, size = 0, max(1, PIECE // 4) if filtered else PIECE
     if filtered and _cutoff(collector) > NOT_ELIGIBLE:
         size = max(1, w.numel())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selectune import bits, ops
 from selectune.errors import ConfigError
-from selectune.train.optim.contract import News
+from selectune.train.optim.contract import NewEntries
 from selectune.train.optim.stepping import Stepping
 
 AGES = ("shared", "entry")
@@ -71,7 +71,7 @@ class SparseAdamW(Stepping):
                 self.state[parameter][name] = kept
 
     @torch.no_grad()
-    def inherit(self, values: Tensor, news: News) -> None:
+    def inherit(self, values: Tensor, news: NewEntries) -> None:
         """See `selectune.types.Inheriting`."""
         group = self._group(values)
         if not self.state[values]:

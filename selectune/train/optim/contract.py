@@ -47,7 +47,7 @@ class Placed(Protocol):
 
 
 @dataclass(frozen=True)
-class News:
+class NewEntries:
     """Slots whose entries are new, and what was seen of their gradients before."""
 
     slots: Tensor  # (k,) int64
@@ -60,7 +60,7 @@ class News:
 class Inheriting(Protocol):
     """An optimizer that knows what to make of new entries; any other has its elementwise state set to 0 there."""
 
-    def inherit(self, values: Tensor, news: News) -> None:
+    def inherit(self, values: Tensor, news: NewEntries) -> None:
         """Called before the step that is the first of these entries."""
         ...
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from selectune import bits
 from selectune.errors import ConfigError
 from selectune.train.ledger import matrix
-from selectune.train.optim.contract import News, Places
+from selectune.train.optim.contract import NewEntries, Places
 from selectune.train.optim.stepping import Stepping
 
 
@@ -56,7 +56,7 @@ class SparseSM3(Stepping):
         """See `selectune.types.Placed`."""
         self._places[id(values)] = (places.rows, places.columns, places.shape)
 
-    def inherit(self, values: Tensor, news: News) -> None:
+    def inherit(self, values: Tensor, news: NewEntries) -> None:
         """See `selectune.types.Inheriting`: there is no state per entry that a new one could find stale."""
 
     def factors(self, values: Tensor) -> tuple[Tensor, Tensor] | None:

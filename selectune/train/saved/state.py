@@ -179,7 +179,7 @@ def load_into(engine: Engine, state: Mapping[str, Any]) -> None:
             ledger.write_weights()
         engine.phase.load_phase(_unpacked(info["phase"], tensors))
     tracker.follow_phase()
-    tracker.turn()
+    tracker.switch_phase()
     for parameter in engine.parameters():
         parameter.grad = None  # of a step that was not
     engine.step_hooks.strangers()
