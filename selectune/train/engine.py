@@ -152,7 +152,7 @@ def assemble(
         on.callback(handle.remove)
     # 7, 8
     if scores is not None and keeps:
-        tracker.prepare(scores)
+        chooser.prepare(scores)
     if schedule is not None and schedule.target(0) == budget:
         tracker.select_ahead()
     if method.fill == "zero":

@@ -111,11 +111,6 @@ class Tracker:
             if self.coming.ahead():
                 self._version = self.ledger.offsets._version
 
-    @torch.no_grad()
-    def prepare(self, scores: Sequence[Tensor]) -> None:
-        """Ranks the whole budget by calibrated scores."""
-        self.chooser.prepare(scores)
-
     def pages(self) -> list[tuple[Page, bool]]:
         """The pages of a new graph, and whether each tensor needs a gradient in it."""
         self._opened, before = self._now(), self.window.before

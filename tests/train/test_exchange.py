@@ -51,7 +51,7 @@ def test_drop_the_smallest_change_grow_the_best_candidate():
     assert weight[3].item() == torch.tensor(0.4).item()
     assert tuner.engine.ledger.pages[0].watched is None
     assert tuner.verify().touched == 3
-    tuner.engine.step_hooks._tell(optimizer)
+    tuner.engine.step_hooks._inform(optimizer)
     state, slot = optimizer.state[tuner.parameters()[0]], tuner.engine.ledger.pages[0].slot[1]
     assert state["age"][slot].item() == 2
     assert state["exp_avg"][slot].item() == pytest.approx(6 * (1 - 0.81))

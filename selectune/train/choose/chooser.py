@@ -67,12 +67,10 @@ class Chooser:
 
     def quota(self, step: int) -> int:
         """How many entries the schedule asks for at this step."""
-        del step
         return 0
 
     def passes(self, step: int, accumulation_steps: int) -> int:
         """How many backward passes of this step's window, from the first on, offer their dense gradients."""
-        del step, accumulation_steps
         return 0
 
     def switch_phase(self) -> bool:
@@ -86,7 +84,6 @@ class Chooser:
 
     def ahead(self, step: int) -> bool:
         """Selects before forward if it is time; returns whether it did."""
-        del step
         return False
 
     def offer(self, step: int, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
@@ -94,7 +91,6 @@ class Chooser:
 
     def close(self, step: int) -> Selection | None:
         """Changes the support after the last offer; None if nothing changed."""
-        del step
         return None
 
     def add_watched(self, pieces: Mapping[int, Tensor]) -> None:
@@ -108,7 +104,6 @@ class Chooser:
 
     def commit(self, step: int, scale: float) -> None:
         """The optimizer has taken step number `step - 1`, with `scale` times the gradient of the backward passes."""
-        del step, scale
         self.new_entries = None
 
     def undo(self) -> None:

@@ -32,6 +32,7 @@ class Growing(Chooser):
 
     # -- before forward
 
+    @torch.no_grad()
     def prepare(self, scores: Sequence[Tensor] | None = None) -> None:
         self._order = self._rank(0, self.ledger.offsets.numel(), scores)
 
@@ -67,7 +68,6 @@ class Growing(Chooser):
 
     def _seed_of(self, step: int) -> int:
         """The seed of a score that draws: one order for the whole run."""
-        del step
         return self.seed
 
     def _report_zeros(self, tensors: Tensor, flat: Tensor, scores: Sequence[Tensor]) -> None:
@@ -156,7 +156,6 @@ class Afresh(Growing):
         return seed_of(self.seed, step)
 
     def _taken(self, index: int) -> Tensor | None:
-        del index
         return None
 
     def _take(self, tensors: Tensor, flat: Tensor) -> tuple[Tensor, Tensor | slice]:
