@@ -3,31 +3,31 @@
 SelectuneError
 ├── ConfigError              a value of a recipe, an axis or a command is not allowed   (also ValueError)
 │   ├── BudgetError          a budget of 0, beyond the model, or neither count nor density
-│   ├── RunFolderError       a folder that another run owns, or holds one
-│   ├── ScheduleError        a method without its steps, or with steps it cannot use
+│   ├── RunFolderError       a run's folder that belongs to another run
+│   ├── ScheduleError        a method without steps, or with steps that it cannot use
 │   └── ScopeError           patterns that match nothing, tensors that cannot be trained in place
 ├── TunerError               attach, train, detach                                      (also RuntimeError)
 │   ├── AlreadyAttachedError the model carries a tuner already
-│   ├── DetachedError        the tuner was taken off the model
+│   ├── DetachedError        the tuner was detached
 │   ├── OptimizerError       an optimizer over the frozen weights, or one whose state is of another step
-│   ├── AccumulationError    more backward passes in a step than `accumulation_steps` said
-│   ├── CalibrationError     a method that needs examples got none, or unusable ones
-│   ├── IntegrityError       a weight outside the support is not the base's any more
+│   ├── AccumulationError    more backward passes in a step than `accumulation_steps`
+│   ├── CalibrationError     a method that reads data got none, or data that it cannot use
+│   ├── IntegrityError       a weight outside the support has changed
 │   └── NothingTrainedError  nothing was selected, or nothing moved
 ├── DeltaError               files and deltas                                           (also RuntimeError)
 │   ├── DeltaFormatError     a file that is not a delta, is damaged, or is of a later version
 │   ├── CheckpointError      a checkpoint that is incomplete or damaged
-│   ├── BaseMismatchError    the model is not the base this delta was made on
+│   ├── BaseMismatchError    the model is not the base of the delta
 │   ├── DeltaStateError      applied twice, reverted out of order, applied under a tuner
-│   │   └── DeltaTimeoutError other threads used the model for longer than the timeout      (also TimeoutError)
+│   │   └── DeltaTimeoutError other threads used the model longer than the timeout          (also TimeoutError)
 │   └── NonFiniteError       NaN or infinity among the trained values
 ├── ModelError               a model that cannot be found or loaded
 ├── PluginError              a plug-in that raised, or offers something that cannot be taken
-├── StoppedError             a run was asked to stop, and did; a checkpoint holds it
+├── StoppedError             a run stopped on request; its checkpoint is written
 └── TaskError                a task, split or data file that cannot be found or read
-    └── UnknownTaskError     a name that is no task's                               (also ConfigError)
+    └── UnknownTaskError     no task has this name                                  (also ConfigError)
 
-A message says what was asked, why it cannot be, what was received and what is allowed.
+A message says what was wanted, why it is impossible, what was received and what is allowed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RunFolderError(ConfigError):
 
 
 class ScheduleError(ConfigError):
-    """A method got no steps, or steps it cannot use."""
+    """A method got no steps, or steps that it cannot use."""
 
 
 class ScopeError(ConfigError):
@@ -73,15 +73,15 @@ class DetachedError(TunerError):
 
 
 class OptimizerError(TunerError):
-    """An optimizer holds the frozen weights and not the values, or steps that the tuner never took."""
+    """An optimizer holds frozen weights instead of the offsets, or state of steps that the tuner never took."""
 
 
 class AccumulationError(TunerError):
-    """A step saw more backward passes than `accumulation_steps` announced."""
+    """A step had more backward passes than `accumulation_steps` announced."""
 
 
 class CalibrationError(TunerError):
-    """A method that reads examples got none, or examples it cannot use."""
+    """A method that reads data got none, or data that it cannot use."""
 
 
 class IntegrityError(TunerError):
@@ -117,11 +117,11 @@ class DeltaTimeoutError(DeltaStateError, TimeoutError):
 
 
 class NonFiniteError(DeltaError):
-    """NaN or infinity stands among the trained values."""
+    """There is NaN or infinity among the trained values."""
 
 
 class StoppedError(SelectuneError):
-    """A run was asked to stop. `step`: after which it did; `signal`: what asked."""
+    """A run stopped on request, after step `step`. `signal`: the signal that asked for it."""
 
     def __init__(self, message: str, step: int, signal: int) -> None:
         super().__init__(message)
@@ -141,11 +141,11 @@ class TaskError(SelectuneError):
 
 
 class UnknownTaskError(TaskError, ConfigError):
-    """A name that is no task's."""
+    """No task has this name."""
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the known one that is most like it, or nothing.
+    """The end of a message about an unknown name: the most similar known name, or nothing.
 
     >>> did_you_mean("lroa", ("lora", "dora")), did_you_mean("what", ("lora", "dora"))
     (' Did you mean lora?', '')

@@ -1,4 +1,4 @@
-"""What is read off Python's call stack, here and nowhere else: calls without hooks, callers that pass nothing on."""
+"""The only file that reads Python's call stack: to see when a call has ended, and what a caller knows."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 
 class Call:
-    """The running call `above` frames above the function that makes this.
+    """Handle on a caller's stack frame, `above` frames further up; says whether that call is still running.
 
-    torch runs no forward hook, and no step hook, of a call that a KeyboardInterrupt ends; the frame tells.
+    torch runs no forward hook and no step hook after a KeyboardInterrupt, but the frame shows that the call has ended.
     """
 
     def __init__(self, above: int = 1) -> None:
         self._frame = sys._getframe(above + 1)
 
     def over(self) -> bool:
-        """Whether it has ended; what a call that has ended held on to is then let go."""
+        """Whether the call has ended; if so, its variables are freed."""
         try:
             self._frame.clear()
         except RuntimeError:  # it is executing
@@ -27,9 +27,9 @@ class Call:
 
 
 def methods_of(kind: type | object) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(name, variables) of the running methods of an object, or of any object of a class, innermost first.
+    """(name, variables) of the running methods of an object, or of all objects of a class, innermost first.
 
-    For callbacks whose caller knows a thing (a folder, a file) and does not pass it on.
+    For callbacks whose caller knows something (a folder, a file) and does not pass it on.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

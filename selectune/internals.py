@@ -1,7 +1,7 @@
-"""What selectune uses of torch that torch does not promise to keep: every private name, in this one file.
+"""Every private name of torch that selectune uses; torch does not promise to keep them.
 
-`tests/test_internals.py` says what each must do, and runs on the oldest and on the newest torch (`make test-torch`).
-A torch that has a name no longer is told by its version here, at import, and not by a wrong gradient later.
+`tests/test_internals.py` checks what each must do, on the oldest and the newest torch (`make test-torch`). If a torch
+lacks a name, importing this file raises an error with its version, so that no gradient is wrong later.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def _name(path: str) -> Any:
-    """torch.`path`, or an error that says which torch lacks it."""
+    """torch.`path`; ImportError with torch's version if it does not exist."""
     try:
         return functools.reduce(getattr, path.split("."), torch)
     except AttributeError:
@@ -35,42 +35,42 @@ def _name(path: str) -> Any:
         ) from None
 
 
-# The number of the backward pass that this thread is in, or -1.
+# The number of the backward pass that runs in this thread, or -1.
 backward_id: Callable[[], int] = _name("_C._current_graph_task_id")
 
-# Whether the backward pass that this thread is in will come to a node.
+# Whether the backward pass that runs in this thread will reach a node.
 will_reach: Callable[[Any], bool] = _name("_C._will_engine_execute_node")
 
-# How many dispatch modes are in place.
+# How many dispatch modes are active.
 dispatch_modes: Callable[[], int] = _name("_C._len_torch_dispatch_stack")
 
-# The hooks that saved tensors go through, or None; the argument: also while tracing.
+# The hooks on saved tensors, or None; the argument: also while tracing.
 _saved_tensor_hooks: Callable[[bool], Any] = _name("_C._autograd._top_saved_tensors_default_hooks")
 
-# Tensor subclasses are taken for plain tensors while this context is entered.
+# A context in which tensor subclasses are treated as plain tensors.
 without_dispatch: Callable[[], AbstractContextManager[None]] = _name("_C.DisableTorchFunctionSubclass")
 
 # Whether the calling code runs inside vmap, grad or another transform of torch.func.
 in_transform: Callable[[], bool] = _name("_C._are_functorch_transforms_active")
 
-# Within this context no transform of torch.func is on: what is made there is made for the ordinary graph.
+# A context without torch.func's transforms: what is made there belongs to the ordinary graph.
 outside_transforms: Callable[[], AbstractContextManager[Any]] = _name(
     "_functorch.pyfunctorch.temporarily_clear_interpreter_stack"
 )
 
-# What TorchScript makes of functions and methods: their calls ask no __torch_function__.
+# TorchScript's functions and methods, whose calls bypass __torch_function__.
 SCRIPTED: tuple[Any, ...] = (_name("_C.ScriptFunction"), _name("_C.ScriptMethod"))
 
-# Where vmap and grad of torch.func wrap tensors they are given: that asks no __torch_function__ either.
+# Where torch.func's vmap and grad wrap their tensors, which bypasses __torch_function__ too.
 WRAPPING: tuple[tuple[Any, str], ...] = (
     (_name("_functorch.vmap"), "_add_batch_dim"),
     (_name("_functorch.eager_transforms"), "_wrap_for_grad"),
 )
 
-# How torch.compile decides about a frame of code.
+# torch.compile's decisions about frames of code.
 _frames: Any = _name("_C._dynamo.eval_frame")
 
-# Whether a tensor can take another's place in memory: modules ask it of parameters that are moved or cast.
+# Whether a tensor can take another's place in memory; modules ask this when they move or cast parameters.
 can_share: Callable[..., bool] = _name("_has_compatible_shallow_copy_type")
 
 # Functions over nested tuples, lists and dicts.
@@ -86,28 +86,28 @@ def in_backward() -> bool:
 
 
 def after_backward(call: Callable[[], None]) -> None:
-    """Calls `call` when the backward pass that this thread is in is over."""
+    """Calls `call` when the backward pass that runs in this thread has ended."""
     _name("autograd.Variable")._execution_engine.queue_callback(call)
 
 
 def saved_tensors_are_hooked() -> bool:
-    """Whether what autograd saves goes through somebody's hooks."""
+    """Whether hooks are active on the tensors that autograd saves."""
     return _saved_tensor_hooks(False) is not None
 
 
 def kept_plain(node: Any, *names: str) -> bool:
-    """Whether a node of torch keeps all of these as they were, not through hooks that allow one look only."""
+    """Whether a torch node saved all of these plainly, not through hooks, which allow only one read."""
     raw: list[Any] = [getattr(node, f"_raw_saved_{name}", None) for name in names]
     return all(hasattr(one, "unpack_hook") and one.unpack_hook is None for one in raw)
 
 
 def plain_parameter(data: torch.Tensor, trainable: bool) -> Any:
-    """What stands for a parameter in a pickle, as torch's own parameters say it."""
+    """The form of a parameter in a pickle, as torch's own parameters give it."""
     return _name("_utils._rebuild_parameter"), (data, trainable, OrderedDict())
 
 
 def never_compiled(function: Any) -> Any:
-    """The function itself, which torch.compile neither traces nor inlines: it breaks the graph there."""
+    """Marks a function that torch.compile must neither trace nor inline; returns the function."""
     skip, default = _frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT
     _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, default))
     function._torchdynamo_disable = True
@@ -116,13 +116,13 @@ def never_compiled(function: Any) -> Any:
 
 @never_compiled
 def stop_compiling() -> Any:
-    """From here on code of this thread runs as it is written; what `go_on_compiling` takes, None if it did anyway."""
+    """Runs this thread's code uncompiled from now on; returns what `go_on_compiling` takes, None if it did already."""
     return _frames.set_eval_frame(None)
 
 
 @never_compiled
 def go_on_compiling(before: Any) -> None:
-    """Takes back `stop_compiling`."""
+    """Undoes `stop_compiling`."""
     if before is not None:
         _frames.set_eval_frame(before)
 
@@ -153,9 +153,9 @@ def fake_of(mode: Any, tensor: torch.Tensor, device: torch.device) -> torch.Tens
 
 
 def forget(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
-    """The optimizer's state of a parameter is again what it was before the first step.
+    """Resets an optimizer's state of a parameter to that before the first step.
 
-    Any optimizer makes a state that is missing; but Adagrad made it in its constructor only, up to torch 2.12 at most.
+    Optimizers make a missing state again; but up to torch 2.12, Adagrad makes it only in its constructor.
     """
     state = optimizer.state.pop(parameter, None)
     if state and isinstance(optimizer, torch.optim.Adagrad) and torch.__version__ < "2.13":

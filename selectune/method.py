@@ -25,12 +25,12 @@ Patterns = str | Sequence[str]
 class Method:
     """scope x score x select x schedule.
 
-    Without a score nothing is selected and the scope must train something wholly (`full`). A score
-    that reads examples takes them through `attach(..., calibration=batches, loss=callable)`. `dense`: what
-    is trained at the schedule's dense steps, after which the score reads the change; without a
-    schedule every step is dense.
-    `fill` says what entries in scope that are not selected hold while the tuner is on: "keep" their base
-    value, or "zero". Zero needs the whole selection at `attach`, and a copy of the scope's weights.
+    Without a score nothing is selected, and the scope must train some tensors whole (`full`). A score
+    that reads data takes it through `attach(..., calibration=batches, loss=callable)`. `dense`: what is
+    trained at the schedule's dense steps, after which the score reads the change; without a schedule
+    every step is dense.
+    `fill`: the value of unselected entries in scope while the tuner is on, "keep" for the base's or "zero".
+    Zero needs the complete selection at `attach`, and a copy of the scope's weights.
 
     >>> import selectune as st
     >>> from selectune.schedule import Increment
@@ -70,7 +70,7 @@ class Method:
         if self.score is None and not self.scope.train_fully and self.dense is None:
             raise ConfigError("A method without a score trains nothing unless its scope has train_fully patterns.")
         self._check_dense()
-        self._check_exchange()
+        self._check_drop_and_grow()
 
     def _check_dense(self) -> None:
         if self.dense is not None and not isinstance(self.dense, DensePhase):
@@ -79,33 +79,33 @@ class Method:
         phased = isinstance(self.schedule, Phased)
         if self.schedule is not None and not (changes == phased == (self.dense is not None)):
             raise ConfigError(
-                "Three things come together: a dense phase (dense=), a schedule that says which steps are dense, and a "
-                f"score that reads the change. Got dense={self.dense!r}, the schedule {type(self.schedule).__name__} "
+                "Three things come together: a dense phase (dense=), a schedule that says which steps are dense, and "
+                f"a score that reads the change. Got dense={self.dense!r}, the schedule {type(self.schedule).__name__} "
                 f"that says {'which' if phased else 'none'}, a score that reads {getattr(self.score, 'reads', None)}."
             )
 
-    def _check_exchange(self) -> None:
+    def _check_drop_and_grow(self) -> None:
         factors = self.score is not None and self.score.reads is Reads.FACTORS
         if not isinstance(self.schedule, DropAndGrow):
             if factors:
                 raise ConfigError(
-                    f"The score '{getattr(self.score, 'name', '')}' reads what the optimizer holds for rows and "
-                    "columns, which it does only later in a run: it needs a schedule that drops and grows, DropGrow."
+                    f"The score '{getattr(self.score, 'name', '')}' reads the optimizer's numbers for rows and "
+                    "columns, which exist late in a run; it needs a schedule that drops and grows, such as DropGrow."
                 )
             return
         can = (Reads.NOTHING, Reads.WEIGHT, Reads.GRADIENT, Reads.FACTORS)
         if self.score is not None and self.score.reads not in can:
             raise ConfigError(
-                f"Entries grow while training goes on, so the score must read one of {', '.join(can)}; "
+                f"Entries grow during training, so the score must read one of {', '.join(can)}; "
                 f"'{self.score.name}' reads {self.score.reads}."
             )
         if not isinstance(self.select, Allocating):
             raise ConfigError(
-                "A schedule that drops and grows keeps the number of entries of every tensor, so it needs a selection "
+                "A schedule that drops and grows keeps every tensor's number of entries, so it needs a selection "
                 f"that divides them, such as PerTensor(); got {type(self.select).__name__}."
             )
         if self.fill != "keep":
-            raise ConfigError(f'A schedule that drops and grows puts dropped entries back; got fill="{self.fill}".')
+            raise ConfigError(f'A schedule that drops and grows resets dropped entries; got fill="{self.fill}".')
 
     def describe(self) -> dict[str, Any]:
         """The method as plain JSON values, as recorded in a delta."""
@@ -133,7 +133,7 @@ def compose(
     dense: DensePhase | None = None,
     fill: str = "keep",
 ) -> Method:
-    """A method whose scope is a Scope or patterns; `train_fully` joins the scope's own."""
+    """A method whose scope is a Scope or patterns; `train_fully` adds to the scope's own."""
     if isinstance(scope, Scope):
         if patterns(train_fully):
             scope = dataclasses.replace(scope, train_fully=(*scope.train_fully, *patterns(train_fully)))

@@ -1,6 +1,6 @@
-"""Dense phases: what is trained while every entry in scope is. The contract, `DensePhase`, and its values.
+"""Dense phases train every entry in scope for a while: the contract, `DensePhase`, and its values.
 
-`Weights` trains the weights themselves, `Gates` a difference to the base behind gates that can close.
+`Weights` trains the weights themselves. `Gates` trains a difference from the base behind gates that can close.
 Letters: theta_0 the weight before the phase, N entries in scope.
 """
 
@@ -20,49 +20,49 @@ from selectune.seeds import Stream, uniform
 
 @dataclass(frozen=True)
 class Here:
-    """One tensor at one step of a dense phase: what its functions may read, and, in the last four, may use."""
+    """One tensor at one step: the inputs of the dense-phase functions. The last four fields are buffers and helpers."""
 
-    base: Tensor  # the weight as the phase found it; this and all below in float32, or float64 for float64 weights
+    base: Tensor  # the weight before the phase; all tensors are float32, or float64 for float64 weights
     latents: tuple[Tensor, ...]
-    stream: Stream  # of run, step and tensor: asked twice within a step, it draws the same
+    stream: Stream  # of this run, step and tensor, so it draws the same whenever it is asked within a step
     total: int  # N, the entries in scope
-    target: Tensor | None = None  # where `weight` may write its answer
+    target: Tensor | None = None  # memory where `weight` may write its result
     in_place: bool = False  # `step` may write into its gradients
-    lend: Callable[[Tensor], Tensor] | None = None  # memory like that of a tensor, undefined, until the next asks
-    draw: Callable[[Tensor, Stream, Tensor | None], Tensor] | None = None  # `seeds.uniform`, only faster
+    lend: Callable[[Tensor], Tensor] | None = None  # undefined memory like a tensor's, until the next call
+    draw: Callable[[Tensor, Stream, Tensor | None], Tensor] | None = None  # as `seeds.uniform`, but faster
 
 
 @runtime_checkable
 class DensePhase(Protocol):
-    """What is trained while every entry in scope is, and what becomes of it.
+    """What a dense phase trains, and how the weights follow.
 
     A weight is a function of *latents*, tensors that the user's optimizer trains in its place. In a step:
 
         forward   the weights are `weight(here)`
-        backward  the weight's dense gradient becomes the latents' through `pull`, and is freed
-        step      `step` has the last word on the latents' gradients, after clipping and unscaling
+        backward  `pull` turns the weight's dense gradient into the latents'; the dense gradient is freed
+        step      `step` changes the latents' gradients after clipping and unscaling
 
-    At the end `change` is what the score reads, the weights are rewound to the bits they had, entries are
-    selected, and the latents are freed with their gradients and optimizer state. Pure but for what `Here` offers.
+    At the end the score reads `change`, the weights get their old bits back, entries are selected, and the latents
+    are freed with their gradients and optimizer state. All functions are pure, except for the buffers in `Here`.
     """
 
     @property
     def latents(self) -> Mapping[str, float | None]:
-        """The latents of a tensor by name, each with its own learning rate; None: that of the optimizer."""
+        """{name of a latent: its own learning rate}; None is the optimizer's rate."""
         ...
 
     @property
     def itself(self) -> bool:
-        """Whether the one latent is the weight itself: it is then trained in place, where its dtype allows."""
+        """True: the only latent is the weight itself, which is trained in place if its dtype allows."""
         ...
 
     @property
     def found(self) -> bool:
-        """Whether selected entries go on from the values that the phase found, and not from those before it."""
+        """True: selected entries keep the values learned in the dense phase. False: they restart from the base."""
         ...
 
     def start(self, base: Tensor) -> tuple[Tensor, ...]:
-        """The latents of a tensor at the phase's first step, at which the weight is `base`."""
+        """The latents of a tensor at the phase's first step, when the weight is `base`."""
         ...
 
     def weight(self, here: Here) -> Tensor:
@@ -70,7 +70,7 @@ class DensePhase(Protocol):
         ...
 
     def pull(self, gradient: Tensor, here: Here) -> tuple[Tensor, ...]:
-        """The latents' gradients out of the weight's: linear, so that the passes of a step add up."""
+        """The latents' gradients from the weight's; linear, so that the passes of a step add up."""
         ...
 
     def step(self, gradients: tuple[Tensor, ...], here: Here) -> tuple[Tensor, ...]:
@@ -78,17 +78,17 @@ class DensePhase(Protocol):
         ...
 
     def change(self, here: Here) -> Tensor:
-        """What the phase adds to `base`, without noise."""
+        """What the phase has added to `base`, without noise."""
         ...
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights themselves are trained, in place where they are float32 or float64, else behind master values.
+    """Trains the weights themselves, in place if they are float32 or float64, else behind float32 masters.
 
-    `l1`: adds the gradient of l1 * sum |theta - theta_0| / N, which keeps changes few. `p` below 1: at every
-    step each entry of the gradient is kept with this probability and divided by it, so the mean is the
-    gradient. `lr`: the phase's own learning rate; None: that of the optimizer.
+    `l1`: adds the gradient of l1 * sum |theta - theta_0| / N, which keeps changes few. `p` below 1: every
+    step keeps each entry of the gradient with this probability and divides it by p, so the mean is the
+    gradient. `lr`: the phase's own learning rate; None is the optimizer's.
 
     >>> import torch
     >>> from selectune.seeds import Stream
@@ -108,7 +108,7 @@ class Weights:
     def __post_init__(self) -> None:
         _at_least_0("l1", self.l1)
         if isinstance(self.p, bool) or not isinstance(self.p, int | float) or not 0 < self.p <= 1:
-            raise ConfigError(f"p={self.p!r}: the probability that a gradient is kept, above 0 and at most 1.")
+            raise ConfigError(f"p={self.p!r}: the probability that a gradient is kept must be above 0 and at most 1.")
         _rate("lr", self.lr)
 
     @property
@@ -143,13 +143,13 @@ class Gates:
 
     s = sigmoid(log u - log(1 - u) + alpha), u uniform in [1e-4, 1 - 1e-4]; z = min(1, max(0, s (right - left) + left)).
     Gradients, g that of the weight: dL/dw = g z and dL/dalpha = g w dz/dalpha, where dz/dalpha is
-    (right - left) s (1 - s) while 0 < z < 1, else 0. One z is drawn a step, whatever the number of its backward passes.
+    (right - left) s (1 - s) while 0 < z < 1, else 0. All backward passes of a step see the same z.
 
-    `penalty`: the gradient of penalty * sum P(z != 0), P = sigmoid(alpha - log(-left / right)), is added to that of
-    alpha, after clipping and unscaling. `structured`: every tensor has one more gate, and z is the product of both;
-    the sum is then over P P_tensor ("product"), or over P once an entry and P_tensor once a tensor ("sum").
-    `start_from="found"`: selected entries go on from theta_0 + z w, else from theta_0. The change is z w with u = 1/2.
-    Costs two floats an entry beside the weight, and what the optimizer keeps of each.
+    `penalty`: the gradient of penalty * sum P(z != 0), P = sigmoid(alpha - log(-left / right)), is added to alpha's
+    after clipping and unscaling. `structured`: every tensor has one more gate, and z is the product of both; the sum
+    then runs over P P_tensor ("product"), or over P for every entry and P_tensor for every tensor ("sum").
+    `start_from="found"`: selected entries continue from theta_0 + z w, else from theta_0. The change is z w at u = 1/2.
+    Costs two floats per entry beside the weight, and the optimizer's state for each.
 
     Source: Guo, Rush, Kim (2021), Diff Pruning, arXiv 2012.07463; the gates: Louizos, Welling, Kingma
     (2018), L0 regularization, arXiv 1712.01312.
@@ -216,9 +216,9 @@ class Gates:
     def pull(self, gradient: Tensor, here: Here) -> tuple[Tensor, ...]:
         w, alpha = here.latents[:2]
         group = self._group(here)
-        found, gates = torch.empty_like(w), torch.empty_like(alpha)
+        differences, gates = torch.empty_like(w), torch.empty_like(alpha)
         summed = gates if group is None else _lent(alpha, here)
-        cut = pieces(gradient, w, alpha, found, gates, summed, rooms=3)
+        cut = pieces(gradient, w, alpha, differences, gates, summed, rooms=3)
         for g, difference, gate, for_w, for_gate, for_group, s, z, slope in cut:
             s, z = self._opened(gate, _drawn(gate, here, s), s, z)
             self._slope(s, z, slope)
@@ -230,7 +230,7 @@ class Gates:
                 slope.mul_(group[0])
             torch.mul(g, z, out=for_w)
             for_gate.mul_(slope)
-        return (found, gates) if group is None else (found, gates, summed.sum() * group[1])
+        return (differences, gates) if group is None else (differences, gates, summed.sum() * group[1])
 
     def step(self, gradients: tuple[Tensor, ...], here: Here) -> tuple[Tensor, ...]:
         if not self.penalty:
@@ -260,14 +260,14 @@ class Gates:
         return out
 
     def gate(self, alpha: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """s, z and dz/dalpha of gates with this draw; without one u = 1/2, the gate's median."""
+        """s, z and dz/dalpha of gates for a draw u; without one u = 1/2, the gate's median."""
         s, z, slope = (torch.empty_like(alpha) for _ in range(3))
         s, z = self._opened(alpha, None if u is None else u.clone(), s, z)
         self._slope(s, z, slope)
         return s, z.clamp_(0.0, 1.0), slope
 
     def _opened(self, alpha: Tensor, u: Tensor | None, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """s, and z before it is cut to [0, 1], in the memory of these two; with a draw, s in that of the draw."""
+        """Writes s, and z before it is cut to [0, 1], into these two; with a draw u, s is written into u."""
         if u is None:
             torch.sigmoid(alpha, out=s)
         else:
@@ -275,26 +275,26 @@ class Gates:
         return s, torch.mul(s, self.right - self.left, out=z).add_(self.left)
 
     def _slope(self, s: Tensor, z: Tensor, slope: Tensor) -> None:
-        """Writes dz/dalpha, given a z that is not cut yet."""
+        """Writes dz/dalpha for a z that is not cut yet."""
         torch.addcmul(s, s, s, value=-1, out=slope).mul_(self.right - self.left)
         _within(slope, z, 0.0, 1.0, slope)
 
     def _group(self, here: Here) -> tuple[Tensor, Tensor] | None:
-        """z of the tensor's own gate and its slope; drawn before those of the entries."""
+        """z and slope of the tensor's own gate, drawn before the entries' gates; None without one."""
         if not self.structured:
             return None
         alpha = here.latents[2]
         return self.gate(alpha, _drawn(alpha, here))[1:]
 
 
-PIECE = 1 << 16  # entries that a thread works on at once: some buffers of them fit in its cache
+PIECE = 1 << 16  # entries that a thread works on at once: a few buffers of them fit in its cache
 
 
 def pieces(*tensors: Tensor, rooms: int = 0) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape cut alike into flat pieces, in row-major order; whole where they are not laid out so.
+    """Cuts tensors of one shape into flat pieces in row-major order; they stay whole if they are not contiguous.
 
-    With each come `rooms` tensors like it, of undefined content and the same memory for all: buffers that are
-    made and freed at every piece are pages that the system hands out, clears and takes back at every piece.
+    With each piece come `rooms` buffers like it, of undefined content. All pieces share their memory, because the
+    system would have to clear the pages of a new buffer every time.
     """
     if not all(t.is_contiguous() and t.device.type == "cpu" for t in tensors):
         yield (*tensors, *(torch.empty_like(tensors[0]) for _ in range(rooms)))
@@ -306,12 +306,12 @@ def pieces(*tensors: Tensor, rooms: int = 0) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _drawn(like: Tensor, here: Here, room: Tensor | None = None) -> Tensor:
-    """`uniform` by what the engine offers: in `room` then, a tensor alike, where it is laid out in row-major order."""
+    """Uniform draws in the shape of `like`; the engine's faster draw may write them into `room`."""
     return uniform(like, here.stream) if here.draw is None else here.draw(like, here.stream, room)
 
 
 def _within(value: Tensor, x: Tensor, low: float, high: float, out: Tensor) -> Tensor:
-    """`value` where low < x < high, else 0: torch.where in one pass, without a mask, which is ten times as fast."""
+    """`value` where low < x < high, else 0. One pass without a mask is ten times as fast as torch.where."""
     return torch.ops.aten.hardtanh_backward.grad_input(value, x, low, high, grad_input=out)
 
 

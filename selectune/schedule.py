@@ -18,9 +18,9 @@ Budget = int | float | None
 
 
 def resolve_budget(budget: Budget, eligible: int) -> int:
-    """A count of scalars out of a count or a density.
+    """Turns a count or a density into a count of scalars.
 
-    An int is a count; a float below 1 is a density and is rounded to the nearest count; None is everything.
+    An int is a count. A float below 1 is a density and is rounded to the nearest count. None means everything.
 
     >>> resolve_budget(0.25, 1000), resolve_budget(12, 1000), resolve_budget(None, 1000)
     (250, 12, 1000)
@@ -50,7 +50,7 @@ def check_budget(budget: Budget) -> None:
         )
     if isinstance(budget, float) and not 0.0 < budget < 1.0:
         raise BudgetError(
-            f"budget={budget} is a float, so a density, and must lie between 0 and 1. For a count pass an int."
+            f"budget={budget} is a float, so it is a density and must lie between 0 and 1. For a count pass an int."
         )
     if isinstance(budget, int) and budget < 1:
         raise BudgetError(f"budget={budget}: at least 1 scalar must be trained.")
@@ -63,7 +63,7 @@ def check_count(name: str, value: int | None, what: str) -> None:
 
 @dataclass(frozen=True)
 class OneShot:
-    """All B entries at step 0, fixed from then on (static masks)."""
+    """All B entries are selected at step 0 and stay (static masks)."""
 
     budget: Budget
 
@@ -87,11 +87,11 @@ class OneShot:
 
 @dataclass(frozen=True)
 class Increment:
-    """Unmask a share of the budget at every step: selected by the end of step t, floor((t+1) B / T).
+    """A share of the budget at every step: floor((t+1) B / T) entries are selected by the end of step t.
 
-    `every=k` selects the quotas of k steps at every k-th step, so the other steps need no dense
-    gradient. `spread` says where the remainder of B / T goes when T does not divide B: "cumulative"
-    spreads it, "front" gives one more to the first B mod T steps.
+    `every=k` selects the quotas of k steps at every k-th step, so the other steps need no dense gradient.
+    If T does not divide B, `spread` says where the remainder goes: "cumulative" spreads it over all steps,
+    "front" gives one more entry to each of the first B mod T steps.
     Source: Agarwal et al. (2025), ID3, increment-S (schedule {u_t}, sum B).
 
     >>> from selectune.schedule import Increment
@@ -131,7 +131,7 @@ class Increment:
 
 @dataclass(frozen=True)
 class Quotas:
-    """Any sequence u_0, u_1, ... of quotas; nothing is selected after its end.
+    """A sequence u_0, u_1, ... of quotas; nothing is selected after its end.
 
     >>> from selectune.schedule import Quotas
     >>> [Quotas((3, 0, 2)).target(t) for t in range(4)]
@@ -170,10 +170,10 @@ class Quotas:
 
 @dataclass(frozen=True)
 class Repeat:
-    """B entries afresh at every step, old ones competing equally; after `steps` the last choice stays.
+    """B entries are chosen again at every step, and old ones compete equally; after `steps` the last choice stays.
 
-    The entries ever touched can grow to the whole scope; an entry that is dropped keeps its trained
-    value and loses its optimizer state. Source: Agarwal et al. (2025), repeat-S.
+    In the end every entry in scope may have been touched. A dropped entry keeps its trained value and
+    loses its optimizer state. Source: Agarwal et al. (2025), repeat-S.
     """
 
     budget: Budget
@@ -184,7 +184,7 @@ class Repeat:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        check_count("steps", self.steps, "the number of optimizer steps at which the entries are chosen afresh")
+        check_count("steps", self.steps, "the number of optimizer steps at which the entries are chosen again")
         check_count("every", self.every, "how many steps lie between two selections")
 
     def resolve(self, eligible: int) -> Repeat:
@@ -200,11 +200,11 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Rounds of dense, then sparse training; each adds its share of the budget where its dense steps end.
+    """Rounds of dense, then sparse training; each adds its share of the budget when its dense steps end.
 
-    Round r of n is steps [r T / n, (r + 1) T / n), rounded down; `share` of them, a share (float) or a
-    count (int), are dense, and at least one is and one is not. By the end of round r, (r + 1) B / n
-    entries are selected, rounded down: exactly B in the end.
+    Round r of n consists of steps [r T / n, (r + 1) T / n), rounded down. `share` of them, a share (float)
+    or a count (int), are dense; at least one step is dense and at least one is sparse. By the end of round
+    r, (r + 1) B / n entries are selected, rounded down: exactly B in the end.
 
     >>> rounds = Rounds(budget=5, steps=12, share=0.5, rounds=2)
     >>> [t for t in range(14) if rounds.dense(t)], [rounds.target(t) for t in (2, 3, 8, 9, 99)]
@@ -267,17 +267,17 @@ class Rounds:
 
 @dataclass(frozen=True)
 class DropGrow:
-    """B entries drawn at random before step 0; from time to time the least moved are exchanged.
+    """B entries drawn at random before step 0; from time to time the least moved are dropped and others grow.
 
-    After step c is done, entries are exchanged if c mod S = A (`every` = S, `window` = A), c > 0 and
-    c < E = until T. The share of a tensor's entries that is exchanged:
+    This happens after step c if c mod S = A (`every` = S, `window` = A), c > 0 and c < E = until T. The
+    share of a tensor's entries that is dropped and grown:
 
         linear     fraction (1 - c / E), and all of them the first time
         cosine     fraction (1 + cos(pi c / E)) / 2
         constant   fraction
 
-    A window opens with the run and after every step c with (c + 1) mod S = 0; it closes with the
-    exchange, so that the first has A steps and the others A + 1. `drop`: the smallest "change"
+    A window opens with the run and after every step c with (c + 1) mod S = 0. It closes when entries are
+    dropped, so the first window has A steps and the others A + 1. `drop`: the smallest "change"
     |value - base|, or the smallest "weight" |value|. `regrow`: a dropped entry may grow again at once.
     Source: Ansell et al. (2024), SpIEL, arXiv 2401.16405, and its released code; Evci et al. (2020), RigL, arXiv
     1911.11134, for the cosine.
@@ -304,11 +304,11 @@ class DropGrow:
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_count("steps", self.steps, "the number of optimizer steps of the run")
-        check_count("every", self.every, "how many steps lie between two exchanges")
+        check_count("every", self.every, "how many steps lie between two times of dropping")
         if isinstance(self.window, bool) or not isinstance(self.window, int) or not 0 <= self.window < self.every:
             raise ScheduleError(
-                f"window= is how many steps gradients are watched before an exchange: an int of at least 0 and below "
-                f"every={self.every}, got {self.window!r}."
+                f"window= is how many steps gradients are watched before entries are dropped: an int of at least 0 and "
+                f"below every={self.every}, got {self.window!r}."
             )
         for name in ("fraction", "until"):
             value = getattr(self, name)
@@ -348,7 +348,7 @@ class DropGrow:
 
 
 def _exact(value: float) -> Fraction:
-    """The number that was written down: 0.2 is 1/5, so that no rounding moves a count."""
+    """The number as it was written: 0.2 is 1/5, so that no rounding changes a count."""
     return Fraction(str(value))
 
 

@@ -1,7 +1,7 @@
-"""Scope: which tensors may be selected, which are trained whole, which stay out.
+"""Scope: which tensors may be selected, which are trained whole, and which stay out.
 
 Patterns are shell patterns on parameter names (`*` crosses dots): "*.bias", "encoder.layer.11.*". A pattern that begins
-with @ is a role, which stands for the names that a block has in different model families (`ROLES`).
+with @ is a role: it stands for a block's names in different model families (`ROLES`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from selectune.errors import ScopeError
 
 log = logging.getLogger("selectune")
-OWN = "selectune_"  # how the names of all parameters begin that a tuner puts on a model
+OWN = "selectune_"  # prefix of all parameters that a tuner puts on a model
 VALUES = OWN + "values"  # the name of the trainable vector on an attached model
 BIASES = "*bias"  # names whose last component is `bias` or ends in `_bias`
 CROSS_ATTENTION = "@cross_attention"  # a decoder's attention to the encoder, and the layer norm of that block
 
 ROLES = {
     CROSS_ATTENTION: (
-        "*.EncDecAttention.*", "*decoder.block.*.layer.1.layer_norm.*",  # T5 and its kin: sublayer 1 of a decoder block
+        "*.EncDecAttention.*", "*decoder.block.*.layer.1.layer_norm.*",  # T5 and relatives: sublayer 1 of a block
         "*.encoder_attn.*", "*.encoder_attn_layer_norm.*",  # BART, Marian, mBART, Pegasus, M2M100, Whisper
         "*.cross_attn.*", "*.cross_attn_layer_norm.*",  # ProphetNet
         "*.crossattention.*", "*.ln_cross_attn.*",  # BERT and GPT-2 as decoders
@@ -34,7 +34,7 @@ ROLES = {
 
 
 def is_own(name: str) -> bool:
-    """Whether a parameter's name is one that a tuner gave."""
+    """Whether a tuner gave a parameter this name."""
     return name.rpartition(".")[2].startswith(OWN)
 
 
@@ -45,11 +45,11 @@ def patterns(value: str | Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Scope:
-    """Include and exclude patterns for selection, and patterns trained wholly outside the budget.
+    """Patterns of tensors that entries are selected from, and of tensors trained whole, outside the budget.
 
-    Only floating tensors with requires_grad=True are eligible, so what was frozen before stays out
-    (point `include` at LoRA or adapter tensors by freezing the rest, as peft does). Tied tensors count
-    once, under their first name; a pattern may match any of their names.
+    Only floating tensors with requires_grad=True are eligible, so frozen tensors stay out (to train LoRA
+    or adapter tensors, freeze the rest, as peft does). Tied tensors count once, under their first name; a
+    pattern may match any of their names.
 
     >>> import torch, selectune as st
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
@@ -71,7 +71,7 @@ class Scope:
                     raise ScopeError(f"{name}= names an unknown role '{pattern}'. Known: {', '.join(ROLES)}.")
 
     def find(self, model: nn.Module, *, loaded: bool = True) -> Found:
-        """The tensors of a model that this scope selects from and trains wholly, checked.
+        """The tensors of a model that this scope selects from and those it trains whole, checked.
 
         `loaded=False`: the model has shapes and no weights yet, so nothing is asked about its memory.
         """
@@ -98,8 +98,8 @@ class Scope:
                 )
         for pattern in self.exclude:
             if pattern not in matched:
-                log.warning("exclude: '%s' matches no parameter, so it keeps nothing out of the selection.", pattern)
-        _tell_left_out(model, names)
+                log.warning("exclude: '%s' matches no parameter, so it excludes nothing.", pattern)
+        _warn_of_left_out(model, names)
         if not scoped and not whole:
             raise ScopeError(
                 f"The scope include={list(self.include)}, exclude={list(self.exclude)} leaves no trainable floating "
@@ -135,7 +135,7 @@ class ScopedTensor:
 
 @dataclass(frozen=True)
 class Found:
-    """What a scope found in a model, in the model's order."""
+    """The tensors that a scope matches, in the model's order: those selected from, and those trained whole."""
 
     tensors: tuple[ScopedTensor, ...]
     whole: tuple[ScopedTensor, ...]
@@ -170,8 +170,8 @@ def _some(names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]) -> str:
     return ", ".join(shown) + (f" ... ({len(names)} in all)" if len(names) > 6 else "") or "(none)"
 
 
-def _tell_left_out(model: nn.Module, names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]) -> None:
-    """Says what cannot be selected from for its kind: complex numbers, and weights that a quantised layer packs."""
+def _warn_of_left_out(model: nn.Module, names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]) -> None:
+    """Warns of complex parameters and quantised layers, which cannot be selected from."""
     odd = [aliases[0] for parameter, aliases in names if parameter.requires_grad and parameter.is_complex()]
     if odd:
         log.warning(
@@ -215,8 +215,8 @@ def _check(tensor: ScopedTensor) -> None:
         why = "it is expanded: several entries share one memory cell"
     elif getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None):
         why = (
-            "a hook is registered on it, which would wait for a gradient of all its entries that is never formed; "
-            "remove the hook (a score of your own can keep entries out)"
+            "a hook is registered on it, which would wait for a dense gradient that is never formed; "
+            "remove the hook (a score of your own can exclude entries)"
         )
     if why:
         raise ScopeError(f'The parameter "{tensor.name}" cannot be trained in place: {why}. Exclude it.')
@@ -228,7 +228,7 @@ def _check_owners(model: nn.Module, tensor: ScopedTensor) -> None:
         if isinstance(owner, torch.jit.ScriptModule):
             raise ScopeError(
                 f'"{name}" belongs to a scripted or traced module, whose code runs outside of Python, so uses of the '
-                "weight cannot be followed. Exclude it, or attach before torch.jit.script or torch.jit.trace."
+                "weight cannot be seen. Exclude it, or attach before torch.jit.script or torch.jit.trace."
             )
         if getattr(owner, "max_norm", None) is not None and isinstance(owner, nn.Embedding | nn.EmbeddingBag):
             raise ScopeError(

@@ -1,11 +1,11 @@
 """Selection: scores x quota -> exactly that many entries.
 
 One total order decides everything: score descending, tensor order, flat index ascending. Scores
-arrive in pieces, one dense tensor at a time; a collector keeps candidates only, because the best q of
-all lie among the best q of every piece. So nothing of size N is ever built beside the scores at hand.
+arrive in pieces, one dense tensor at a time. A collector keeps candidates only, because the best q of
+all entries are among the best q of every piece. So nothing of size N is built beside the present scores.
 
-There are two ways in. `offer` looks at the numbers: a cutoff leaves out most of the next piece, the fastest on a CPU.
-`queue` never asks for a number, so that on a GPU the host runs ahead: a piece costs one top-k of integer keys.
+A collector takes scores in two ways. `offer` reads the numbers: a cutoff rules out most of the next piece, which is
+fastest on a CPU. `queue` reads no number, so on a GPU the host does not wait: a piece costs one top-k of integer keys.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import Tensor
 from selectune.errors import BudgetError, ConfigError
 from selectune.seeds import STEP, finish, signed
 
-Rows = tuple[Tensor, Tensor, Tensor]  # scores, positions in the total order, what is carried along
+Rows = tuple[Tensor, Tensor, Tensor]  # scores, positions in the total order, carried numbers
 
 _SLACK = 1 << 10  # candidates kept beyond two quotas before they are sorted down to one
 
 
 @dataclass(frozen=True)
 class GlobalTopK:
-    """The q best entries over all tensors together: exact count, exact ties.
+    """The q best entries of all tensors together: exact count, exact ties.
 
-    `tie="order"` gives equal scores to the earlier tensor and the lower index; `tie="random"` to a
-    seeded shuffle (PaFi on LoRA, whose B matrices are all zeros, otherwise fills the first layers only).
+    Among equal scores `tie="order"` prefers the earlier tensor and the lower index, and `tie="random"`
+    follows a seeded shuffle. (Otherwise PaFi on LoRA, whose B matrices are all zeros, fills only the first layers.)
     """
 
     tie: str = "order"
@@ -46,10 +46,10 @@ class GlobalTopK:
 
 @dataclass(frozen=True)
 class PerTensor:
-    """The best entries of each tensor, the quota divided in proportion to size; ties by flat index.
+    """The best entries of each tensor; the quota is divided in proportion to size, and ties go by flat index.
 
-    k_j = q n_j / N rounded down, and the entries that are left over go to the largest remainders, the earlier
-    tensor first: exactly q in all. (SpIEL's code rounds down only, so it stays below its budget.)
+    k_j = q n_j / N is rounded down, and the remaining entries go to the largest remainders, the earlier
+    tensor first: exactly q in all. (SpIEL's code only rounds down, so it stays below its budget.)
 
     >>> from selectune.select import PerTensor
     >>> PerTensor().allocate(10, [100, 50, 50, 3])
@@ -57,7 +57,7 @@ class PerTensor:
     """
 
     def allocate(self, total: int, sizes: Sequence[int]) -> list[int]:
-        """How many entries each tensor gets: at most its size, `total` in all."""
+        """How many entries each tensor gets: at most its size, and `total` in all."""
         whole = sum(sizes)
         if total > whole:
             raise BudgetError(f"{total:,} entries cannot be divided among tensors of {whole:,}.")
@@ -78,7 +78,7 @@ class PerTensor:
 
 
 class PerTensorCollector:
-    """One collector a tensor; all they kept in the total order."""
+    """One collector per tensor; together they give the total order."""
 
     def __init__(self, counts: Sequence[int], sizes: Sequence[int]) -> None:
         self._all = GlobalCollector(sum(counts), sizes, None)
@@ -102,14 +102,14 @@ class PerTensorCollector:
 
 
 class GlobalCollector:
-    """Keeps the q best of what it is offered, in any order of offers and any cut into pieces."""
+    """Keeps the q best entries offered, for any order of offers and any division into pieces."""
 
     def __init__(self, quota: int, sizes: Sequence[int], tie_seed: int | None) -> None:
         self.quota = quota
         self.tie_seed = tie_seed
         self._starts = [0, *itertools.accumulate(sizes)]  # of each tensor in the total order
         self.starts = torch.tensor(self._starts)
-        self.cutoff = float("-inf")  # q entries at least this good are known
+        self.cutoff = float("-inf")  # q entries with at least this score are known
         self.kept: list[Rows] = []
         self.count = 0
         self.queued: list[Rows] = []  # on their devices, at most `quota` each
@@ -146,18 +146,18 @@ class GlobalCollector:
             self.waiting = sum(rows[0].numel() for rows in self.queued)
 
     def by_device(self) -> list[list[Rows]]:
-        """What is queued, apart by device."""
+        """The queued rows of each device."""
         devices = dict.fromkeys(rows[0].device for rows in self.queued)
         return [[rows for rows in self.queued if rows[0].device == device] for device in devices]
 
     def merged(self, rows: list[Rows]) -> Rows:
-        """The best q of rows of one device, in order."""
+        """The best q rows of one device, in order."""
         scores, positions, carried = (torch.cat(part) for part in zip(*rows, strict=True))
         order = self._order(scores, positions)[: self.quota]
         return scores[order], positions[order], carried[order]
 
     def _close_queued(self) -> Rows:
-        """The chosen of all devices, on the first one. Here the host waits."""
+        """The chosen rows of all devices, on the first one. The host waits here."""
         home = self.queued[0][0].device
         every = [(a.to(home), b.to(home), c.to(home)) for a, b, c in [*self.queued, *self.kept]]
         scores, positions, carried = self.merged(every)
@@ -187,7 +187,7 @@ class GlobalCollector:
             self._compress()
 
     def _compress(self) -> None:
-        """The best q of all that is kept, in no particular order."""
+        """Reduces the kept rows to the best q, in no particular order."""
         if not self.kept:
             return
         rows = self.kept[0] if len(self.kept) == 1 else tuple(torch.cat(part) for part in zip(*self.kept, strict=True))
@@ -198,7 +198,7 @@ class GlobalCollector:
             self.cutoff = float(rows[0].min())
 
     def _best(self, rows: Rows) -> Rows:
-        """The best q of some rows, ties at the edge kept by the total order; only those are sorted."""
+        """The best q rows; only the ties at the edge are sorted."""
         scores, positions, carried = rows
         spare = scores.numel() - self.quota
         if spare <= 0:
@@ -219,9 +219,9 @@ class GlobalCollector:
 
 
 def _keys(scores: Tensor) -> Tensor:
-    """int64 keys, all different, ordered as (score descending, position ascending) is when they descend.
+    """Distinct int64 keys whose descending order is (score descending, position ascending).
 
-    The upper half is the float32's bits as an integer that grows with it (-0 counts as 0, as in any comparison).
+    The upper half is an integer that grows with the float32 score (-0 counts as 0, as in any comparison).
     """
     bits = (scores + 0.0).view(torch.int32).long()
     rank = torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)

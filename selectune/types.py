@@ -1,13 +1,13 @@
 """The contract: what a score, a selection and a schedule are, and what a score may read.
 
-A method is these values (`selectune.method.Method`):
+A method (`selectune.method.Method`) consists of these values:
     scope     which tensors may be selected                    selectune/scope.py
     score     one number per entry, higher = more worth it     selectune/scores/
     select    scores x quota -> exactly that many entries      selectune/select.py
     schedule  is it time to select, and how many by then       selectune/schedule.py
-    dense     what is trained while every entry is, if ever    selectune/dense.py
+    dense     what a dense phase trains, if there is one       selectune/phases.py
 
-Letters used beside tensors: N entries in scope, B the budget, n entries of one tensor, q a quota.
+Letters in shapes: N entries in scope, B the budget, n entries of one tensor, q a quota.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from selectune.errors import ConfigError
 
 
 class Reads(enum.StrEnum):
-    """What a score must be shown; the engine computes only that.
+    """What a score reads; the engine computes only that.
 
-    The last five are *calibrated*: scored from data at fixed weights, through `attach(..., calibration=batches,
+    The last five are *calibrated*: read from data at fixed weights, through `attach(..., calibration=batches,
     loss=callable)`. They keep one float32 per entry in scope while they run (CURVATURE two, and a graph).
     """
 
-    NOTHING = "nothing"  # f(weight, generator): the shape and a seeded generator
+    NOTHING = "nothing"  # f(weight, generator): only the shape, and a seeded generator
     WEIGHT = "weight"  # f(weight): one pass over the weights, no data
-    GRADIENT = "gradient"  # f(weight, gradient): the gradient of the step that is being taken
+    GRADIENT = "gradient"  # f(weight, gradient): the gradient of the present step
     CHANGE = "change"  # f(weight, change): the weight before a dense phase, and what the phase added to it
-    FACTORS = "factors"  # f(row, column): what the optimizer holds for an entry's row and its column, >= 0 (`Factored`)
-    EXAMPLES = "examples"  # sum over single examples of f(weight, gradient): a backward pass each
-    BATCHES = "batches"  # sum over mini-batches of f(weight, gradient): a backward pass each
-    POOLED = "pooled"  # f(weight, gradient summed over mini-batches): a backward pass each
+    FACTORS = "factors"  # f(row, column): the optimizer's numbers for an entry's row and column, >= 0
+    EXAMPLES = "examples"  # sum over single examples of f(weight, gradient): one backward pass each
+    BATCHES = "batches"  # sum over mini-batches of f(weight, gradient): one backward pass each
+    POOLED = "pooled"  # f(weight, gradient summed over mini-batches): one backward pass each
     CURVATURE = "curvature"  # f(weight, H g), Hessian and gradient summed over mini-batches: three passes each
-    FLOW = "flow"  # sum over inputs of f(|w|, dR/d|w|): R = loss(model, input) while every weight is absolute
+    FLOW = "flow"  # sum over inputs of f(|w|, dR/d|w|): R = loss(model, input) with absolute weights
 
     @property
     def calibrated(self) -> bool:
@@ -56,14 +56,14 @@ FUSED = {"ratio": "|g| / (|w| + eps)^exp", "small": "-|w|"}
 class Score:
     """One number per entry, float32 (float64 for float64 weights); higher means more worth training.
 
-    `function` gets flat pieces of a tensor of any length, so it must be elementwise. `above`: an entry is eligible only
-    if it scores strictly above this; a gradient score with `above=0` promises to be 0 wherever the gradient is 0, so
-    entries without gradient are never selected. NaN or infinity abort the selection of that step.
+    `function` gets flat pieces of a tensor of any length, so it must be elementwise. `above`: only entries that score
+    strictly above this are eligible. A gradient score with `above=0` promises to be 0 where the gradient is 0, so
+    entries without a gradient are never selected. NaN or infinity cancels the selection of that step.
 
-    Parameters that the engine of a calibrated score reads: `examples`, `batches` (how many; absent or None: all),
+    The engine reads these parameters of a calibrated score: `examples`, `batches` (how many; absent or None: all),
     `labels` ("data", "model"), `clip` (each tensor's gradient is scaled down to this norm first), `train_mode` (the
-    model trains meanwhile; else eval), `temperature` (passed on as `loss(model, batch, temperature=T)`, unless it is
-    1), `hardest` (only the n examples with the largest loss count).
+    model is in training mode, else in eval mode), `temperature` (passed on as `loss(model, batch, temperature=T)`
+    unless it is 1), `hardest` (only the n examples with the largest loss count).
     """
 
     name: str
@@ -72,7 +72,7 @@ class Score:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     above: float | None = None
     fused: str | None = None  # a form that `ops` scores and filters in one pass: a key of FUSED
-    drawn: float = 0.0  # matrices that are all 0 are scored as if drawn from N(0, drawn^2): 0 times g makes ties
+    drawn: float = 0.0  # matrices that are all 0 are scored as if drawn from N(0, drawn^2), since 0 times g ties
 
     def __call__(
         self,
@@ -80,7 +80,7 @@ class Score:
         gradient: Tensor | None = None,  # (n,) same dtype; None unless the score reads it
         generator: Generator | None = None,
     ) -> Tensor:  # (n,)
-        """The scores of n entries. Raises ConfigError for a function that gives anything else, or writes into these."""
+        """The scores of n entries. Raises ConfigError if the function gives anything else or changes its arguments."""
         given = [part for part in (weight, gradient) if part is not None and not part.is_inference()]
         versions = [part._version for part in given]
         if self.reads is Reads.WEIGHT:
@@ -94,7 +94,8 @@ class Score:
             got = f"{tuple(scores.shape)}, {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
             raise ConfigError(
                 f"The score '{self.name}' has to give one floating number for each entry and change no argument: "
-                f"for weights of {tuple(weight.shape)} it {'wrote into its arguments' if wrote else f'gave {got}'}."
+                f"for weights of shape {tuple(weight.shape)} it "
+                f"{'wrote into its arguments' if wrote else f'gave {got}'}."
             )
         return scores
 
@@ -123,7 +124,7 @@ def score(
         defaults = dict(list(signature.parameters.items())[tensors:])
         if fused == "ratio" and not {"exp", "eps"} <= set(defaults):
             raise ConfigError(
-                f"The score '{function.__name__}' is of the form {FUSED[fused]}, so it takes exp and eps."
+                f"The score '{function.__name__}' has the form {FUSED[fused]}, so it must take exp and eps."
             )
 
         @functools.wraps(function)
@@ -148,30 +149,33 @@ def _known(value: str, allowed: Sequence[str], what: str) -> str:
 
 
 class Collector(Protocol):
-    """Takes scores piece by piece and keeps the best; never sees all of them at once.
+    """Takes scores piece by piece and keeps the best; it never sees all of them at once.
 
-    A collector may have a number `cutoff`: entries that score below it are of no use and need not be offered.
+    A collector may have a number `cutoff`: entries that score below it need not be offered.
     """
 
     def offer(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
-        """Entries of tensor number `tensor` and their scores (n,); -inf = not eligible.
+        """Takes scores (n,) of entries of tensor number `tensor`; -inf = not eligible.
 
         `flat`: their flat indices (n,) int64, or the first of n consecutive ones. `carry` (n,): a number
-        that travels with each entry (its gradient), 0 without it.
+        that stays with each entry (its gradient), by default 0.
         """
         ...
 
     def close(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The chosen, best first: tensors, flat indices, carried, each (k <= quota,); on the CPU or where queued."""
+        """The chosen entries, best first: tensors, flat indices, carried numbers, each (k <= quota,).
+
+        They are on the CPU, or on the device of queued scores.
+        """
         ...
 
 
 @runtime_checkable
 class Queueing(Collector, Protocol):
-    """A collector that can also take scores without reading them, so that the host need not wait for a GPU."""
+    """A collector that can also take scores without reading them, so that the host does not wait for a GPU."""
 
     def queue(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
-        """As `offer`, `flat` ascending; no number leaves the device until `close`. After a NaN the answer is void."""
+        """As `offer`, with `flat` ascending; no number leaves the device before `close`. A NaN voids the result."""
         ...
 
 
@@ -180,20 +184,20 @@ class Select(Protocol):
     """scores x quota -> support."""
 
     def collector(self, quota: int, sizes: Sequence[int], seed: int) -> Collector:
-        """A fresh collector of `quota` entries over tensors of these sizes."""
+        """A new collector of `quota` entries over tensors of these sizes."""
         ...
 
 
 @runtime_checkable
 class Allocating(Select, Protocol):
-    """A selection whose quota is divided among the tensors beforehand."""
+    """A selection that divides its quota among the tensors in advance."""
 
     def allocate(self, total: int, sizes: Sequence[int]) -> list[int]:
-        """How many of `total` entries each tensor gets: at most its size, `total` in all."""
+        """How many entries each tensor gets: at most its size, and `total` in all."""
         ...
 
     def per_tensor(self, counts: Sequence[int], sizes: Sequence[int], seed: int) -> Collector:
-        """A fresh collector of the best `counts[j]` entries of every tensor j."""
+        """A new collector of the best `counts[j]` entries of every tensor j."""
         ...
 
 
@@ -207,7 +211,7 @@ class Schedule(Protocol):
         ...
 
     def resolve(self, eligible: int) -> Schedule:
-        """The same schedule with its budget as a count, checked against the entries there are."""
+        """The same schedule with its budget as a count, checked against the number of eligible entries."""
         ...
 
     @property
@@ -217,7 +221,7 @@ class Schedule(Protocol):
 
     @property
     def steps(self) -> int | None:
-        """The planned number of optimizer steps T, if the schedule has one."""
+        """The schedule's number of optimizer steps T, if it has one."""
         ...
 
     def due(self, step: int) -> bool:
@@ -231,7 +235,7 @@ class Schedule(Protocol):
 
 @runtime_checkable
 class Phased(Schedule, Protocol):
-    """A schedule with dense steps. Entries are selected at the first step that is not dense again."""
+    """A schedule with dense steps. Entries are selected at the first sparse step after dense ones."""
 
     def dense(self, step: int) -> bool:
         """Whether every entry in scope is trained at this step."""
@@ -242,28 +246,28 @@ class Phased(Schedule, Protocol):
 class DropAndGrow(Schedule, Protocol):
     """A schedule that drops and grows. The budget is selected at random before step 0, divided by an `Allocating`.
 
-    At every due step and in every tensor, the entries that moved least are dropped (they are the base again, bit for
-    bit) and as many grow, best score first, from the base on. A score that reads gradients is shown
+    At every due step, every tensor drops its least moved entries, which become the base again, bit for bit. As many
+    entries grow, best score first, starting from the base. A score that reads gradients reads
 
-        without a window   the gradient of the due step, like any score that reads one
-        with a window      the sum over the window of the gradients of candidates: in the first backward pass after
-                           `opens`, the best entries of a tensor, as many as it has selected. Only theirs are formed
-                           in the passes that follow, so that memory stays O(B)
+        without a window   the gradient of the due step
+        with a window      the candidates' gradients, summed over the window. The candidates are the best entries of
+                           a tensor, as many as it has selected, in the first backward pass after `opens`. Later
+                           passes form only their gradients, so memory stays O(B)
     """
 
     @property
     def window(self) -> int:
-        """Steps that candidates are watched before a due step; 0: no candidates."""
+        """How many steps before a due step candidates are watched; 0: there are none."""
         ...
 
     @property
     def drop(self) -> str:
-        """What is small in a dropped entry: "change", |value - base|, or "weight", |value|."""
+        """By what the entries to drop are the smallest: "change", |value - base|, or "weight", |value|."""
         ...
 
     @property
     def regrow(self) -> bool:
-        """Whether an entry that is dropped may grow again at once; it then keeps its value and state."""
+        """Whether a dropped entry may grow again at once; it then keeps its value and its optimizer state."""
         ...
 
     def opens(self, step: int) -> bool:
@@ -271,5 +275,5 @@ class DropAndGrow(Schedule, Protocol):
         ...
 
     def share(self, step: int) -> Fraction:
-        """The share of a tensor's entries that is exchanged at this step; of k entries, floor(share k)."""
+        """The share of a tensor's entries that is dropped and grown at this step: floor(share k) of k entries."""
         ...

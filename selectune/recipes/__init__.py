@@ -1,12 +1,12 @@
 """Recipes: named methods, sorted by when they select. A new one is a function and a row here.
 
 increment   more entries at every step: ID3
-repeat      all of them again, every so many steps
+repeat      all entries again, every few steps
 static      once, from the weights or the first gradient
 calibrated  once, from data at fixed weights
 drop_grow   drop and grow: RigL, SET, SpIEL
-phased      where a dense phase ends: LT-SFT, diff pruning
-whole       whole tensors: full fine-tuning and its kin
+phased      when a dense phase ends: LT-SFT, diff pruning
+whole       whole tensors: full fine-tuning and relatives
 named       recipes by name, with options: `id3:exp=1,every=10`
 parameters  checks that recipes share
 """
@@ -62,16 +62,16 @@ _HARDEST = "losses of all examples and gradients of the hardest, every 100 steps
 _BEFORE = "mini-batch gradients, before training"
 _LT_SFT = "Ansell et al. 2022, arXiv 2110.07560"
 _DIFF = "Guo, Rush, Kim 2021, arXiv 2012.07463"
-_CHANGE = "what dense training changed, once a round"
+_CHANGE = "the change by dense training, once per round"
 _SPIEL = "Ansell et al. 2024, arXiv 2401.16405"
 _RIGL = "Evci et al. 2020, arXiv 1911.11134"
 _SET = "Mocanu et al. 2018, arXiv 1707.04780"
 _EVERY = "the gradient of every selecting step"
-_DENSE_STEP = "a dense gradient and one pass, a selecting step"
-_LATER = "{} a weight in dense steps, then about 40 a selected scalar"
-_SPARSE = "about 40 a selected scalar"
-_ONCE = f"{_SPARSE}; 4 a weight, once"
-_DOUBLE = f"{_SPARSE}; 12 a weight and the graph of a double backward pass, once"
+_DENSE_STEP = "a dense gradient and one pass, each selecting step"
+_LATER = "{} per weight in dense steps, then about 40 per selected scalar"
+_SPARSE = "about 40 per selected scalar"
+_ONCE = f"{_SPARSE}; 4 per weight, once"
+_DOUBLE = f"{_SPARSE}; 12 per weight and the graph of a double backward pass, once"
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -80,25 +80,30 @@ RECIPES: dict[str, Recipe] = {
         Recipe("static-d3", static_d3, "the gradient of the first step", f"{_ID3}; {_GALLOP}", "one", _SPARSE),
         Recipe("increment-pafi", increment_pafi, "the weights, once", _ID3, "one", _SPARSE),
         Recipe("pafi", pafi, "the weights, once", _PAFI, "one", _SPARSE),
-        Recipe("fish", fish, "single-example gradients, before training", _FISH, "one an example", _ONCE),
+        Recipe("fish", fish, "single-example gradients, before training", _FISH, "one per example", _ONCE),
         Recipe(
             "fish-dip",
             fish_dip,
             _HARDEST,
             _DIP,
-            "one an example, a selecting step",
-            f"{_SPARSE}; 4 a weight, a selection",
+            "one per example, each selecting step",
+            f"{_SPARSE}; 4 per weight, each selection",
         ),
-        Recipe("child-tuning-d", child_tuning_d, _BEFORE, _CHILD, "one a mini-batch", _ONCE),
-        Recipe("movement", movement, _BEFORE, _MOVEMENT, "one a mini-batch", _ONCE),
+        Recipe("child-tuning-d", child_tuning_d, _BEFORE, _CHILD, "one per mini-batch", _ONCE),
+        Recipe("movement", movement, _BEFORE, _MOVEMENT, "one per mini-batch", _ONCE),
         Recipe("magnitude", magnitude, "the weights, once", _MAGNITUDE, "one", _SPARSE),
-        Recipe("snip", snip, _BEFORE, _SNIP, "one a mini-batch", _ONCE),
-        Recipe("grasp", grasp, "Hessian-gradient products, before training", _GRASP, "three a mini-batch", _DOUBLE),
+        Recipe("snip", snip, _BEFORE, _SNIP, "one per mini-batch", _ONCE),
+        Recipe("grasp", grasp, "Hessian-gradient products, before training", _GRASP, "three per mini-batch", _DOUBLE),
         Recipe(
-            "synflow", synflow, "the flow of ones, before training", _SYNFLOW, "one", f"{_SPARSE}; 5 a weight, once"
+            "synflow", synflow, "the flow of ones, before training", _SYNFLOW, "one", f"{_SPARSE}; 5 per weight, once"
         ),
         Recipe(
-            "sparse-adapter", sparse_adapter, _BEFORE, _ADAPTER, "one a mini-batch", f"{_SPARSE}; 8 a weight in scope"
+            "sparse-adapter",
+            sparse_adapter,
+            _BEFORE,
+            _ADAPTER,
+            "one per mini-batch",
+            f"{_SPARSE}; 8 per weight in scope",
         ),
         Recipe("gallop", gallop, "the gradient of the first step", _GALLOP, "one", _SPARSE),
         Recipe(
@@ -106,8 +111,8 @@ RECIPES: dict[str, Recipe] = {
             spiel_ag,
             "gradients: of a window's first pass, then of candidates",
             _SPIEL,
-            "a dense gradient and one pass, a window",
-            f"{_SPARSE}; 40 a candidate in a window",
+            "a dense gradient and one pass, each window",
+            f"{_SPARSE}; 40 per candidate in a window",
             "adamw-entry",
         ),
         Recipe(
@@ -115,15 +120,15 @@ RECIPES: dict[str, Recipe] = {
             spiel_ma,
             "SM3's accumulators",
             _SPIEL,
-            "one, an exchange",
-            "about 50 a selected scalar, 4 a row and column",
+            "one, each selecting step",
+            "about 50 per selected scalar, 4 per row and column",
             "sm3",
         ),
         Recipe("rigl", rigl, _EVERY, _RIGL, _DENSE_STEP, _SPARSE, "adamw-entry"),
-        Recipe("set", sparse_evolution, "nothing", _SET, "one, an exchange", _SPARSE, "adamw-entry"),
+        Recipe("set", sparse_evolution, "nothing", _SET, "one, each selecting step", _SPARSE, "adamw-entry"),
         Recipe("bitfit", bitfit, "names", _BITFIT, "none", _SPARSE),
         Recipe("random", random, "nothing", "R-Mask baseline of arXiv 2111.09839 and 2408.14470", "one", _SPARSE),
-        Recipe("xattn", xattn, "names", _XATTN, "none", "16 a weight of the blocks"),
+        Recipe("xattn", xattn, "names", _XATTN, "none", "16 per weight of the blocks"),
         Recipe("lt-sft", lt_sft, _CHANGE, _LT_SFT, "dense steps, and one", _LATER.format(20)),
         Recipe(
             "diff-pruning",
@@ -133,8 +138,8 @@ RECIPES: dict[str, Recipe] = {
             "dense steps, and one",
             _LATER.format(36),
         ),
-        Recipe("child-tuning-f", child_tuning_f, "nothing", _CHILD, "dense steps", "20 a weight"),
-        Recipe("full", full, "nothing", "the dense baseline", "none", "16 a weight"),
+        Recipe("child-tuning-f", child_tuning_f, "nothing", _CHILD, "dense steps", "20 per weight"),
+        Recipe("full", full, "nothing", "the dense baseline", "none", "16 per weight"),
     )
 }
 

@@ -1,4 +1,4 @@
-"""Recipes that choose the support once, before training, from data read at the weights as they are."""
+"""Recipes that choose the support once, before training, from data at fixed weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def fish(
 ) -> Method:
     """FISH mask: the B entries with the largest Fisher information over single examples, once.
 
-    labels="data": the loss's own labels, one backward pass an example (empirical Fisher).
-    labels="model": every class weighted by its probability, one backward pass a class (true Fisher).
+    labels="data": the labels of the loss, one backward pass per example (empirical Fisher).
+    labels="model": every class weighted by its probability, one backward pass per class (true Fisher).
     Source: Sung, Nair, Raffel (2021), Training Neural Networks with Fixed Sparse Masks, arXiv 2111.09839.
 
     >>> import selectune as st
@@ -45,10 +45,10 @@ def child_tuning_d(
     """Child-Tuning-D: the B entries with the largest squared gradients summed over mini-batches, once.
 
     `batches`: how many mini-batches are read; None: all that `calibration` gives (the paper: one pass over
-    the training set). `clip`: every tensor's gradient is scaled down to this norm before it is squared (None:
-    not), in training mode, as the released code does. Its script keeps 30 %, and masks only tensors with
-    "layer" in their name while embeddings, pooler and head are trained densely: scope="*layer*",
-    train_fully=... says that.
+    the training set). `clip`: every tensor's gradient is scaled down to this norm before it is squared; None:
+    it is not. The model is in training mode, as in the released code. Its script keeps 30 % and masks only
+    tensors with "layer" in their name; embeddings, pooler and head are trained whole. Here that is
+    scope="*layer*", train_fully=....
     Source: Xu et al. (2021), Raise a Child in Large Language Model, arXiv 2109.05687.
 
     >>> import selectune as st
@@ -69,9 +69,9 @@ def movement(
 ) -> Method:
     """Movement: the B entries with the largest -sum g w over a window in which no weight moves, once.
 
-    Movement Pruning's score as a selection: weights that descent would move away from 0 are trained, the
-    others keep their pretrained value, where pruning would set them to 0. The paper learns the score while
-    it trains; the window of 64 mini-batches is ours.
+    This uses Movement Pruning's score as a selection: weights that descent would move away from 0 are trained.
+    The others keep their pretrained values, where pruning would set them to 0. The paper learns the score
+    during training; the window of 64 mini-batches is ours.
     Source: Sanh, Wolf, Rush (2020), Movement Pruning, arXiv 2005.07683.
 
     >>> import selectune as st
@@ -90,7 +90,7 @@ def snip(
 ) -> Method:
     """SNIP: the B entries with the largest |g w| over `batches` mini-batches, once.
 
-    The paper's one mini-batch of 100 examples. Several are summed before the absolute value.
+    The paper takes one mini-batch of 100 examples. Several are summed before the absolute value is taken.
     Source: Lee, Ajanthan, Torr (2019), SNIP, arXiv 1810.02340.
 
     >>> import selectune as st
@@ -110,8 +110,8 @@ def grasp(
 ) -> Method:
     """GraSP: the B entries with the largest w (H g), the ones that keep the gradient flowing, once.
 
-    `temperature` divides the logits: `loss(model, batch, temperature=200.0)` has to do it; at 1 the callable is
-    `loss(model, batch)`. Needs the second derivative of every operation of the model.
+    `temperature` divides the logits, which `loss(model, batch, temperature=200.0)` has to do; at 1 the callable
+    is `loss(model, batch)`. GraSP needs the second derivative of every operation of the model.
     Source: Wang, Zhang, Grosse (2020), GraSP, arXiv 2002.07376 (temperature 200: its released code).
 
     >>> import selectune as st
@@ -127,8 +127,8 @@ def grasp(
 def synflow(budget: Budget, scope: Scope | Patterns = ("*",), train_fully: Patterns = ()) -> Method:
     """SynFlow: the B entries with the largest |w dR/dw|, R the outputs' sum on ones with absolute weights, once.
 
-    `attach(..., calibration=[ones], loss=lambda model, ones: model(ones).sum())`; a model of tokens takes ones
-    as its input embeddings, so an embedding table scores 0. One round; the paper prunes in 100.
+    `attach(..., calibration=[ones], loss=lambda model, ones: model(ones).sum())`; a language model takes ones
+    as its input embeddings, so an embedding table scores 0. There is one round; the paper prunes in 100.
     Source: Tanaka, Kunin, Yamins, Ganguli (2020), SynFlow, arXiv 2006.05467.
 
     >>> import selectune as st
@@ -152,15 +152,15 @@ def sparse_adapter(
     scope: Scope | Patterns = ("*",),
     train_fully: Patterns = (),
 ) -> Method:
-    """SparseAdapter: the B best entries of freshly made modules by a pruning score, once; all others are set to 0.
+    """SparseAdapter: the B best entries of a new adapter by a pruning score, once; all others are set to 0.
 
-    The scope is what was put on the model (adapters, LoRA, a prefix; freeze the rest). `budget`: .2 keeps a
-    fifth, the paper's 80 % sparsity; `score`: snip, grasp, synflow, magnitude or random. Large-Sparse is a
-    setting: a bottleneck k times as wide with budget .2 / k keeps as many entries. The delta holds the kept
-    entries and says that the others are 0. Needs a copy of the scope's weights.
+    The scope is an adapter (a bottleneck, LoRA, a prefix; freeze the rest). `budget`: .2 keeps a fifth, the
+    paper's 80 % sparsity. `score`: snip, grasp, synflow, magnitude or random. For Large-Sparse, make the
+    bottleneck k times as wide and set the budget to .2 / k, which keeps as many entries. The delta holds the
+    kept entries and marks the others as 0. Needs a copy of the scope's weights.
 
-    Matrices that are all 0 (an up-projection) are scored as if drawn from N(0, .02^2), for 0 times its
-    gradient would tie; biases of 0 score 0 and stay 0 under snip, grasp, synflow and magnitude.
+    Matrices that are all 0 (an up-projection) are scored as if drawn from N(0, .02^2), because 0 times a
+    gradient would tie. Biases of 0 score 0 and stay 0 under snip, grasp, synflow and magnitude.
     Source: He et al. (2022), SparseAdapter, arXiv 2210.04284; temperature 200: its released code.
 
     >>> import selectune as st
@@ -175,7 +175,7 @@ def sparse_adapter(
     for name in given:
         if name not in takes and given[name] != defaults[name]:
             raise ConfigError(f"The score '{score}' takes no {name}, but {name}={given[name]!r} was given.")
-    made = _PRUNERS[score](**{name: given[name] for name in takes})
+    chosen = _PRUNERS[score](**{name: given[name] for name in takes})
     if score != "random":
-        made = dataclasses.replace(made, drawn=0.02)
-    return compose("sparse-adapter", made, OneShot(budget), scope, train_fully, fill="zero")
+        chosen = dataclasses.replace(chosen, drawn=0.02)
+    return compose("sparse-adapter", chosen, OneShot(budget), scope, train_fully, fill="zero")

@@ -1,7 +1,7 @@
-"""Recipes that drop and grow: a support of constant size, drawn at random, whose least moved entries are exchanged.
+"""Recipes that drop and grow: a support of constant size, drawn at random, drops its least moved entries for others.
 
-The papers take linear layers only (SpIEL: all of a decoder's, without embeddings and head); here the scope is every
-tensor, as in the other recipes, and entries are divided in proportion to size: `scope=` narrows it.
+The papers train linear layers only (SpIEL: all of a decoder's, without embeddings and head). Here the scope is every
+tensor, as in the other recipes, and the budget is divided in proportion to size; `scope=` narrows it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def spiel_ag(
 ) -> Method:
     """SpIEL-AG: drop the smallest |value - base|, grow the largest |sum of g over a window| among candidates.
 
-    Candidates of a tensor: in the window's first backward pass, the entries with the largest |g|, as many as are
-    selected; with accumulation that pass is a part of the batch. Every tensor keeps its number of entries.
-    Grown entries start at the base, with the window's mean gradient and mean square in
-    `SparseAdamW(age="entry")`; other optimizers start them from 0. With accumulation means are over
-    steps (the released code: over backward passes, which are smaller). Reads one dense gradient a window.
+    The candidates of a tensor are its entries with the largest |g| in the window's first backward pass, as many
+    as it has selected; under accumulation that pass is only a part of the batch. Every tensor keeps its number
+    of entries. Grown entries start at the base. `SparseAdamW(age="entry")` starts them with the window's mean
+    gradient and mean square; other optimizers start them from 0. Under accumulation the means are over steps
+    (in the released code over backward passes, which are smaller). Reads one dense gradient per window.
     Source: Ansell et al. (2024), Scaling Sparse Fine-Tuning to Large Language Models, arXiv 2401.16405.
 
     >>> import selectune as st
@@ -55,8 +55,8 @@ def spiel_ma(
 ) -> Method:
     """SpIEL-MA: drop the smallest |value - base|, grow the largest r_i c_j of SM3's accumulators.
 
-    Needs `SparseSM3`, which has them. No dense gradient at all; an entry that is dropped does not grow at once.
-    Exchanges fall on the steps of SpIEL-AG, whose `window` is only their offset here.
+    Needs `SparseSM3`, which has these. No dense gradient is formed; a dropped entry does not grow at once.
+    Entries are dropped at the same steps as in SpIEL-AG; `window` only shifts these steps here.
     Source: Ansell et al. (2024), Scaling Sparse Fine-Tuning to Large Language Models, arXiv 2401.16405.
 
     >>> import selectune as st
@@ -80,8 +80,8 @@ def rigl(
 ) -> Method:
     """RigL on deltas: drop the smallest |value - base|, grow the largest |g| of the step, which trains them at once.
 
-    `drop="weight"` takes the smallest |value| as the paper does, which trains from scratch, where base values are 0.
-    Reads one dense gradient every `every` steps, none after `until` of them.
+    `drop="weight"` drops the smallest |value|, as in the paper, which trains from scratch. Reads one dense gradient
+    every `every` steps, and none after the share `until` of all steps.
     Source: Evci, Gale, Menick, Castro, Elsen (2020), Rigging the Lottery, arXiv 1911.11134.
 
     >>> import selectune as st
@@ -106,7 +106,7 @@ def sparse_evolution(
 ) -> Method:
     """SET on deltas: drop the smallest |value - base|, grow as many at random; the seed is `attach`'s.
 
-    `drop="weight"` takes the smallest |value|, as in the paper. Reads no gradient.
+    `drop="weight"` drops the smallest |value|, as in the paper. Reads no gradient.
     Source: Mocanu et al. (2018), Sparse Evolutionary Training, arXiv 1707.04780.
 
     >>> import selectune as st

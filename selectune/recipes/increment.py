@@ -1,4 +1,4 @@
-"""Recipes that unmask the budget step by step: the support grows, nothing is dropped."""
+"""Recipes that select the budget step by step: the support grows, and nothing is dropped."""
 
 from __future__ import annotations
 

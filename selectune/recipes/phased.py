@@ -1,4 +1,4 @@
-"""Recipes that choose by what dense training changed, and train what they chose from the base again."""
+"""Recipes that select by how dense training changed the weights, and train the selected entries from the base again."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def lt_sft(
 ) -> Method:
     """LT-SFT: train everything, keep the B entries with the largest |theta_1 - theta_0|, rewind, train those.
 
-    `dense`: the share of the steps (or their number, a round) that is dense; 3 of 13 epochs by default.
-    `rounds`: each adds B / rounds entries among those still frozen and rewinds to where it began. `l1`: the
-    gradient of l1 * sum |theta - theta_0| / N is added in dense steps. `train_fully` tensors are rewound
-    too. One learning-rate schedule runs over both phases; the optimizer's state starts anew at the switch.
-    Costs, in dense steps, a copy of the base, dense gradients and dense optimizer state; O(B) after them.
+    `dense`: the dense share of the steps, or their number in a round; 3 of 13 epochs by default. `rounds`:
+    each adds B / rounds of the entries that are still frozen and rewinds to its own start. `l1`: dense steps
+    add the gradient of l1 * sum |theta - theta_0| / N. `train_fully` tensors are rewound too. One
+    learning-rate schedule covers both phases; the optimizer's state is reset at the switch.
+    Costs, in dense steps, a copy of the base, dense gradients and dense optimizer state; then O(B).
     Source: Ansell, Ponti, Korhonen, Vulic (2022), Composable Sparse Fine-Tuning, arXiv 2110.07560.
 
     >>> import selectune as st
@@ -51,11 +51,11 @@ def diff_pruning(
 ) -> Method:
     """Diff pruning: train theta_0 + z w behind hard-concrete gates, keep the B largest |z w|, train those.
 
-    Half of the steps are dense by default. `penalty` presses the expected number of open gates down; it is
-    added to the gates' gradient, so the loss stays as it is. `structured`: a further gate a tensor, with
-    `group_penalty` "product" or "sum". `start_from`: the kept entries go on from the "base" or from the
-    values "found". Gates want a learning rate of their own: `AdamW(tuner.parameter_groups(lr))`.
-    Costs, in dense steps, the base, w, alpha, their gradients and optimizer state; O(B) after them.
+    Half of the steps are dense by default. `penalty` lowers the expected number of open gates; it is added to
+    the gates' gradient, so the loss is unchanged. `structured`: every tensor has one more gate, with
+    `group_penalty` "product" or "sum". `start_from`: the kept entries continue from the "base" or from the
+    values "found". Gates need a learning rate of their own: `AdamW(tuner.parameter_groups(lr))`.
+    Costs, in dense steps, the base, w, alpha, their gradients and optimizer state; then O(B).
     Source: Guo, Rush, Kim (2021), Parameter-Efficient Transfer Learning with Diff Pruning, arXiv 2012.07463.
 
     >>> import selectune as st

@@ -1,4 +1,4 @@
-"""Recipes that choose the support afresh at every selection."""
+"""Recipes that choose the whole support again at every selection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def repeat_d3(
     scope: Scope | Patterns = ("*",),
     train_fully: Patterns = (),
 ) -> Method:
-    """repeat-D3: at every step train the B entries with the largest D3 score, chosen afresh.
+    """repeat-D3: at every step train the B entries with the largest D3 score, chosen again each time.
 
     More than B entries differ from the base in the end, up to all: `tuner.touched` counts them and the
     delta stores them. Dropped entries keep their value and lose their optimizer state.
@@ -40,16 +40,16 @@ def fish_dip(
     scope: Scope | Patterns = ("*",),
     train_fully: Patterns = (),
 ) -> Method:
-    """FISH-DIP: the B largest Fisher entries over the examples with the largest loss, afresh every `every` steps.
+    """FISH-DIP: the B largest Fisher entries over the examples with the largest loss, again every `every` steps.
 
-    Each time the loss of every calibration example (at most `pool` of them, the first) is taken, and the
-    Fisher scores are summed over the `examples` hardest. `calibration` is read again and again, so it is a list
-    or a callable. Dropped entries keep their trained value, so more than B differ from the base in the end.
-    Costs, each time, a forward pass without a graph for every example of the pool, one by one, since `loss` gives
-    the loss of a batch and not of its examples, and a second forward and a backward pass for the hardest alone. With
-    the whole training set as pool the forwards may take longer than the steps in between: `pool` or `every` lowers it.
-    The released code: 1 % of the weights, 100 steps, a tenth of the training set but 3 to 25 examples, optimizer
-    state that stays dense; here entries that come or come back start with fresh state, and scoring is in eval mode.
+    Each selection computes the loss of the calibration examples (the first `pool` of them, if given) and sums
+    Fisher scores over the `examples` hardest. `calibration` is read each time, so it is a list or a callable.
+    Dropped entries keep their trained values, so more than B entries differ from the base in the end.
+    A selection costs one forward pass without a graph for every example of the pool, one by one because `loss`
+    gives no losses of single examples, and a forward and a backward pass for each of the hardest. With the whole
+    training set as pool this may take longer than the steps in between; `pool` or `every` reduces it.
+    The released code: 1 % of the weights, 100 steps, a tenth of the training set but 3 to 25 examples, dense
+    optimizer state. Here new and returning entries start with fresh state, and scoring is in eval mode.
     Source: Das, Zhang, Shi, Yin, Zhang (2023), Unified Low-Resource Sequence Labeling by Sample-Aware Dynamic
     Sparse Finetuning, arXiv 2311.03748.
 

@@ -59,7 +59,7 @@ def bitfit(train_fully: Patterns = (), scope: Scope | Patterns = (BIASES,)) -> M
 def random(budget: Budget, scope: Scope | Patterns = ("*",), train_fully: Patterns = ()) -> Method:
     """Random mask: B entries uniformly over the scope, once; the seed is `attach`'s.
 
-    The baseline that every other selection has to beat (R-Mask).
+    This is the baseline that every other selection has to beat (R-Mask).
 
     >>> import selectune as st
     >>> st.random(budget=1000).score.name
@@ -73,7 +73,7 @@ def magnitude(
 ) -> Method:
     """Magnitude: the B largest |w| of the scope, once. Reads the weights, no data.
 
-    The weights that magnitude pruning would keep are trained; the others keep their pretrained value.
+    It trains the weights that magnitude pruning would keep; the others keep their pretrained values.
     Source: Han, Pool, Tran, Dally (2015), arXiv 1506.02626, for the score; per layer it is the mask of
     Super-Tuning (2026), arXiv 2607.09287.
 
@@ -92,8 +92,8 @@ def gallop(
 ) -> Method:
     """GaLLoP: the B entries with the largest |g| / |w|, the gradient of the first step, then fixed.
 
-    static-D3 with exp=1. The paper's abstract says: largest task gradients and smallest pretrained magnitudes,
-    chosen once. Inferred, not read: that the two are combined as a ratio, eps, and that the gradient is the
+    This is static-D3 with exp=1. The paper's abstract says: largest task gradients and smallest pretrained
+    magnitudes, chosen once. We infer that the two form a ratio, the value of eps, and that the gradient is the
     first step's.
     Source: Choudhary et al. (2025), GaLLoP, arXiv 2510.19778.
 

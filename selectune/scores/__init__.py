@@ -1,10 +1,10 @@
-"""Scores by what they read. A new one is one function here or anywhere (docs/extend.md).
+"""Scores, sorted by what they read. A new one is one function, in this room or anywhere (docs/extend.md).
 
 weight    the weight alone: |w|, -|w|, chance
 gradient  the step's gradient: ID3's |g| / (|w| + eps)^exp
 data      data at fixed weights: Fisher, SNIP, GraSP, SynFlow, movement
-change    what a dense phase changed
-factors   what an optimizer holds for rows and columns
+change    the change that a dense phase made
+factors   an optimizer's numbers for rows and columns
 """
 
 from selectune.scores.change import change

@@ -1,4 +1,4 @@
-"""Scores that read what a dense phase changed."""
+"""Scores that read the change that a dense phase made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from selectune.types import score
 def change(weight: Tensor, change: Tensor) -> Tensor:
     """H = |theta_1 - theta_0|: how far dense training moved an entry.
 
-    Reads: the change of every entry, once, where a dense phase ends. Source: Ansell, Ponti, Korhonen,
+    Reads: the change of every entry, once, when a dense phase ends. Source: Ansell, Ponti, Korhonen,
     Vulic (2022), LT-SFT, arXiv 2110.07560; |z w| of Guo, Rush, Kim (2021), arXiv 2012.07463.
 
     >>> import torch, selectune as st

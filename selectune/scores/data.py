@@ -1,6 +1,6 @@
 """Scores read from data at fixed weights, before training or between its steps (`selectune.types.Reads`).
 
-The engine calls these with gradients it has computed; it reads the parameters named in `selectune.types.Score` itself.
+The engine computes the gradients for these functions, and itself uses the parameters named in `selectune.types.Score`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def fisher(
 ) -> Tensor:
     """F = sum over single examples of g^2: the diagonal of the Fisher information.
 
-    The engine calls this with the gradient of one example at a time and sums. With labels drawn from
-    the data it is the empirical Fisher, with labels="model" the true one (every class, weighted by its
-    probability). `hardest`: only the n examples with the largest present loss. Reads:
-    `examples` gradients at fixed weights; one float per entry in scope meanwhile.
+    The engine calls this with the gradient of one example at a time and sums. With the data's labels it is
+    the empirical Fisher, with labels="model" the true one (every class, weighted by its probability).
+    `hardest`: only the n examples with the largest present loss. Reads: `examples` gradients at fixed
+    weights, and uses one float per entry in scope for the sum.
     Source: Sung, Nair, Raffel (2021), FISH mask, arXiv 2111.09839, equation 3.
 
     >>> import torch, selectune as st
@@ -31,7 +31,7 @@ def fisher(
     >>> sum(st.scores.fisher()(torch.zeros(3), g) for g in examples).tolist()
     [2.0, 18.0, 0.5]
     """
-    del weight, examples, labels, hardest  # the engine reads how many examples, whose labels, and which count
+    del weight, examples, labels, hardest  # the engine uses these
     return gradient.square()
 
 
@@ -45,9 +45,9 @@ def fisher_batches(
 ) -> Tensor:
     """F = sum over mini-batches of g^2, each tensor's g scaled down to norm `clip` first: Child-Tuning-D's score.
 
-    Not the Fisher information of single examples: (mean g)^2 is not mean(g^2), so signs cancel within a
-    batch. Dropout is on (`train_mode`). Reads: a gradient a mini-batch, `batches` or all that calibration
-    gives; one float per entry in scope meanwhile.
+    This is not the Fisher information of single examples: (mean g)^2 is not mean(g^2), so signs cancel within
+    a batch. Dropout is on (`train_mode`). Reads: one gradient per mini-batch, for `batches` or all that
+    calibration gives, and uses one float per entry in scope for the sum.
     Source: Xu et al. (2021), Child-Tuning, arXiv 2109.05687; clipping and training mode as in its released code.
 
     >>> import torch, selectune as st
@@ -63,8 +63,8 @@ def fisher_batches(
 def movement(weight: Tensor, gradient: Tensor, batches: int | None = 64) -> Tensor:
     """S = -sum over mini-batches of g w: positive where a descent step moves the weight away from 0.
 
-    The score that Movement Pruning learns, here over a window in which no weight moves, so it is the
-    signed first-order change of the loss. Reads: a gradient a mini-batch; one float per entry in scope.
+    Movement Pruning learns this score; here no weight moves in the window, so it is the signed first-order
+    change of the loss. Reads: one gradient per mini-batch; uses one float per entry in scope.
     Source: Sanh, Wolf, Rush (2020), Movement Pruning, arXiv 2005.07683.
 
     >>> import torch, selectune as st
@@ -78,10 +78,10 @@ def movement(weight: Tensor, gradient: Tensor, batches: int | None = 64) -> Tens
 
 @score(reads="pooled")
 def snip(weight: Tensor, gradient: Tensor, batches: int | None = 1) -> Tensor:
-    """S = |g w|, g the gradient summed over mini-batches: what the loss feels when the weight is taken away.
+    """S = |g w|, g the gradient summed over mini-batches: how much the loss changes without the weight.
 
-    Reads: a gradient a mini-batch (the paper: one); one float per entry in scope. Its sum, by which the
-    paper divides, does not change the order.
+    Reads: one gradient per mini-batch (the paper: one in all); uses one float per entry in scope. The paper
+    divides by the sum of S, which does not change the order.
     Source: Lee, Ajanthan, Torr (2019), SNIP, arXiv 1810.02340.
 
     >>> import torch, selectune as st
@@ -95,11 +95,11 @@ def snip(weight: Tensor, gradient: Tensor, batches: int | None = 1) -> Tensor:
 
 @score(reads="curvature")
 def grasp(weight: Tensor, gradient: Tensor, batches: int | None = 1, temperature: float = 200.0) -> Tensor:
-    """S = w (H g): the weights whose removal would shrink the norm of the gradient most come first.
+    """S = w (H g): the weights whose removal would reduce the gradient's norm most come first.
 
-    `gradient` is the Hessian-gradient product H g. The paper's S(-w) = -w (H g) is high for what may go, so
-    the sign is turned. `temperature` divides the logits (200 in the paper's code). Reads: three passes a
-    mini-batch; two floats per entry in scope and the graph of a double backward pass.
+    `gradient` is the Hessian-gradient product H g. The paper's S(-w) = -w (H g) is high for weights to remove,
+    so the sign is changed. `temperature` divides the logits (200 in the paper's code). Reads: three passes per
+    mini-batch; uses two floats per entry in scope and the graph of a double backward pass.
     Source: Wang, Zhang, Grosse (2020), GraSP, arXiv 2002.07376.
 
     >>> import torch, selectune as st
@@ -113,10 +113,10 @@ def grasp(weight: Tensor, gradient: Tensor, batches: int | None = 1, temperature
 
 @score(reads="flow")
 def synflow(weight: Tensor, gradient: Tensor) -> Tensor:
-    """S = |w dR/dw|, R the sum of the outputs for an input of ones while every weight is absolute.
+    """S = |w dR/dw|, R the sum of the outputs for an input of ones with absolute weights.
 
-    How much of the flow through the network passes the weight; needs no data. Reads: one backward pass; one
-    float per entry in scope, a byte a weight of the model for the signs.
+    It is the part of the flow through the network that passes the weight, and needs no data. Reads: one backward
+    pass; uses one float per entry in scope, and one byte per weight of the model for the signs.
     Source: Tanaka, Kunin, Yamins, Ganguli (2020), SynFlow, arXiv 2006.05467; one round here, 100 in the paper.
 
     >>> import torch, selectune as st

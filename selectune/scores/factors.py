@@ -1,4 +1,4 @@
-"""Scores that read what the optimizer holds for rows and columns."""
+"""Scores that read the optimizer's numbers for rows and columns."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from selectune.types import score
 
 @score(reads="factors", above=0.0)
 def row_times_column(row: Tensor, column: Tensor) -> Tensor:
-    """H = r_i c_j: where both the row and the column had large gradients.
+    """H = r_i c_j: high if both the row and the column had large gradients.
 
     Reads: SM3's accumulators, the largest sums of g^2 of a row and of a column; no gradient. Entries of a row or
-    column that never had a selected one score 0 and are never taken.
+    column without any entry ever selected score 0 and are never taken.
     Source: Ansell et al. (2024), SpIEL-MA, arXiv 2401.16405.
 
     >>> import torch, selectune as st

@@ -1,4 +1,4 @@
-"""Scores that read the gradient of the step being taken."""
+"""Scores that read the gradient of the present step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from selectune.types import score
 def d3(weight: Tensor, gradient: Tensor, exp: float = 2.0, eps: float = 1.0) -> Tensor:
     """H = |g| / (|w| + eps)^exp: large gradient on a small weight.
 
-    exp 0 is |g|; exp < 0 prefers large weights. Entries without gradient are never selected.
+    exp 0 is |g|; exp < 0 prefers large weights. Entries without a gradient are never selected.
     Reads: the weight and its gradient. Source: Agarwal et al. (2025), ID3, equation of D3.
 
     >>> import torch, selectune as st

@@ -4,17 +4,17 @@ attach      the door: attach, Tuner
 engine      the parts of one attached tuner, and how they are put on a model
 step        one optimizer step, from forward to commit: the algorithm
 tracker     finds out when forwards, backward passes and steps happen
-window      what makes one optimizer step, and what has become of its gradient since
-ledger      which entry is trained in which slot, and what stood there before
+window      what makes one optimizer step, and what happened to its gradient since backward
+ledger      which entry is trained in which slot, and its base value
 step_hooks  torch's step hooks: which optimizer steps, and when
-proof       what the base was, and that nothing outside the support moved
-check       the engine's gradients held against plain autograd's on one small batch
-ranks       more than one process is refused
+proof       checksums and copies of the base: nothing outside the support moved
+check       compares the engine's gradients with plain autograd's on one small batch
+ranks       refuses more than one process
 
-graph/      how every use of a weight is seen, and the autograd nodes it becomes
+graph/      how every use of a weight is seen, and the autograd nodes that it becomes
 choose/     which entries are trained: choosers, scores over tensors, calibration, dense phases
-optim/      the optimizers of our own, and what an optimizer may ask of the engine
-saved/      what leaves the engine: a delta, and the state that a later process goes on from
+optim/      our own optimizers, and what an optimizer may ask of the engine
+saved/      what leaves the engine: a delta, and the state from which a later process continues
 """
 
 from selectune.train.attach import Tuner, attach, tuner_of

@@ -1,4 +1,4 @@
-"""attach: put a tuner on a model. Everything a user touches while training is on the `Tuner`."""
+"""attach puts a tuner on a model. Everything a user needs while training is on the `Tuner`."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def attach(
     `tuner.parameters()`, or `transformers.Trainer` on the model. Gradients of the weights are formed at
     the support only, optimizer state is O(B), unselected weights keep their bits.
 
-    `accumulation_steps`: backward passes that make one optimizer step; the selection is exact over their
-    sum. `calibration`, `loss`: what a calibrated score is read from (`selectune.types.Reads`): single
-    examples, mini-batches or inputs (an iterable, or a callable that gives one), and `loss(model, batch)`.
+    `accumulation_steps`: how many backward passes make one optimizer step; the selection is exact over their
+    sum. `calibration`, `loss`: the data of a calibrated score (`selectune.types.Reads`): single examples,
+    mini-batches or inputs, as an iterable or a callable that gives one; and `loss(model, batch)`.
     `seed`: for methods that draw. Costs one pass over the weights (a checksum) and O(B) memory.
 
-    Raises ScopeError, BudgetError, ScheduleError before anything changes; AlreadyAttachedError for a
-    second attach; CalibrationError.
+    Raises ScopeError, BudgetError and ScheduleError before anything changes, AlreadyAttachedError for a
+    second attach, and CalibrationError.
 
     >>> import torch, selectune as st
     >>> model = torch.nn.Linear(8, 4)
@@ -92,7 +92,7 @@ class Tuner:
         loss: Loss | None,
     ) -> None:
         self._model: nn.Module | None = model
-        with ExitStack() as on:  # what is put on the model comes off with detach, and now if anything fails
+        with ExitStack() as on:  # all that is put on the model comes off with detach, or now if anything fails
             self.engine = assemble(on, model, method, seed, accumulation_steps, calibration, loss)
             handle = model.register_load_state_dict_post_hook(copies.OfTuner(self._weights_loaded))
             on.callback(handle.remove)
@@ -103,14 +103,14 @@ class Tuner:
     # -- what is trained
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer gets: the offsets (B,), what a dense phase trains while on, the tensors trained wholly.
+        """What an optimizer gets: the offsets (B,), the latents of a dense phase that is on, the whole tensors.
 
-        An offset is how far a selected scalar went from the weight it had when it was selected; 0 at first.
+        An offset is the difference between a selected scalar and its weight at selection, so it starts at 0.
         """
         return self.engine.parameters()
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """`parameters()` as an optimizer's groups: one for each learning rate, that of the method where it has one.
+        """`parameters()` as an optimizer's groups, one for each learning rate; a method may set some of the rates.
 
         >>> import torch, selectune as st
         >>> tuner = st.attach(torch.nn.Linear(8, 4), st.diff_pruning(budget=6, steps=10))
@@ -121,11 +121,11 @@ class Tuner:
         groups: dict[float | None, list[nn.Parameter]] = {None: []}
         for parameter in self.parameters():
             groups.setdefault(own.get(id(parameter)), []).append(parameter)
-        return [{"params": found, "lr": lr if rate is None else rate} for rate, found in groups.items() if found]
+        return [{"params": params, "lr": lr if rate is None else rate} for rate, params in groups.items() if params]
 
     @property
     def in_dense_phase(self) -> bool:
-        """Whether every entry in scope is being trained; a delta then holds these tensors whole."""
+        """Whether every entry in scope is being trained now; a delta then holds these tensors whole."""
         return self.engine.chooser.dense
 
     @property
@@ -142,17 +142,17 @@ class Tuner:
 
     @property
     def touched(self) -> int:
-        """Scalars that were ever selected: more than `selected` only under a repeat schedule."""
+        """Scalars that were ever selected: more than `selected` only under a schedule that repeats."""
         return self.engine.ledger.touched
 
     @property
     def trained(self) -> int:
-        """Scalars that may differ from the base: touched, and all of the tensors trained wholly."""
+        """Scalars that may differ from the base: those touched, and all of the whole tensors."""
         return (0 if self.in_dense_phase else self.touched) + sum(t.parameter.numel() for t in self.engine.now.whole)
 
     @property
     def values(self) -> Tensor:
-        """The selected scalars as they are trained (B,), in order of selection: weight at selection + offset, wide."""
+        """The selected scalars (B,) in order of selection, in float32 or float64: weight at selection + offset."""
         return self.engine.ledger.values()
 
     @property
@@ -168,12 +168,12 @@ class Tuner:
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps over which the schedule unmasks the budget, if it has such a number."""
+        """The schedule's number of optimizer steps, if it has one."""
         return None if self.schedule is None else self.schedule.steps
 
     @property
     def quota(self) -> int:
-        """Entries that the schedule asks for at the coming step."""
+        """How many entries the schedule asks for at the coming step."""
         return self.engine.tracker.quota
 
     @property
@@ -183,7 +183,7 @@ class Tuner:
 
     @property
     def events(self) -> Counter[str]:
-        """How often something out of the ordinary happened: skipped_steps, nonfinite_selections, shortfall ..."""
+        """Counts of unusual events: skipped_steps, nonfinite_selections, shortfall ..."""
         return self.engine.tracker.events
 
     @property
@@ -195,15 +195,15 @@ class Tuner:
 
     @torch.no_grad()
     def verify(self) -> Verification:
-        """Proves by bits that only touched scalars differ from the base, at most the budget of them.
+        """Proves, bit by bit, that only touched scalars differ from the base.
 
-        One pass over the weights. Raises IntegrityError naming the tensors that moved, were replaced or joined.
+        Costs one pass over the weights. Raises IntegrityError with the tensors that moved, were replaced or joined.
         """
         engine, ledger, base = self.engine, self.engine.ledger, self.engine.base
         if not self.in_dense_phase:
             strays = ledger.strays() if engine.tracker.current else []
             if strays:
-                raise IntegrityError(proof.written(strays))
+                raise IntegrityError(proof.overwritten(strays))
             engine.tracker.write_weights()
         base.check(self.model, ledger)
         changed = 0 if self.in_dense_phase else ledger.changed()
@@ -212,11 +212,13 @@ class Tuner:
         return Verification(changed, self.selected, self.touched, self.budget, dense, len(self.support), zeroed)
 
     def check(self, batch: Any, loss: Loss | None = None) -> Check:
-        """Holds all gradients against plain autograd's on one small batch: whether every use of a weight is seen.
+        """Compares all gradients with plain autograd's on one small batch, to find uses of weights that are not seen.
 
-        `loss(model, batch)` gives a scalar; without it `model(**batch).loss`. Three passes, one dense gradient at a
-        time; nothing is changed. Raises IntegrityError that names tensors, ConfigError for a loss that is no scalar."""
-        self.model  # noqa: B018  (raises for one that is off)
+        `loss(model, batch)` gives a scalar; without it the loss is `model(**batch).loss`. Takes three passes, with
+        one dense gradient at a time, and changes nothing. Raises IntegrityError that names tensors, and ConfigError
+        for a loss that is no scalar.
+        """
+        self.model  # noqa: B018  (raises once the tuner is off)
         return check(self.engine, batch, loss)
 
     @torch.no_grad()
@@ -230,7 +232,7 @@ class Tuner:
         allow_empty: bool = False,
         full: bool = True,
     ) -> Delta:
-        """The delta as it stands, in memory, verified. See `save`."""
+        """The present delta, in memory, verified. See `save`."""
         changed = self.verify().changed
         return to_delta.delta_of(self.engine, changed, base, info or {}, old_values, order, allow_empty, full)
 
@@ -247,32 +249,32 @@ class Tuner:
     ) -> Path:
         """Writes the delta: a folder gets `delta.safetensors`, a path ending in .safetensors is the file.
 
-        Durable and atomic: a save that returned survives a crash, one that did not changes nothing.
+        The write is durable and atomic: a save that returned survives a crash, and one that failed changes nothing.
         `base`: where the base came from (id, revision, seed), for `eval`; see `selectune.delta.base_info`. A
-        transformers model says it itself, and which tensors no checkpoint held. `info`: more fields of the delta's
-        info, {"method": {"task": ...}}, JSON values.
-        `old_values`: also store the base's values, so that a revert needs no base. `order`: also store the order
-        of selection, every smaller budget's mask. `full`: with a digest of all the base's weights, read at the first
-        save, so that a base is told apart from one that differs anywhere.
-        Raises ConfigError, NothingTrainedError, NonFiniteError, IntegrityError before a file is touched.
+        transformers model knows it, and which of its tensors no checkpoint held. `info`: more fields of the delta's
+        info, {"method": {"task": ...}}, with JSON values. `old_values`: also store the base's values, so that a
+        revert needs no base. `order`: also store the order of selection, which gives every smaller budget's mask.
+        `full`: also store a digest of all base weights, read at the first save, which detects a base that differs
+        anywhere.
+        Raises ConfigError, NothingTrainedError, NonFiniteError or IntegrityError before a file is touched.
         """
-        made = self.delta(base=base, info=info, old_values=old_values, order=order, allow_empty=allow_empty, full=full)
-        return made.save(path)
+        delta = self.delta(base=base, info=info, old_values=old_values, order=order, allow_empty=allow_empty, full=full)
+        return delta.save(path)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """The run between two steps: {"info": JSON values, "tensors": {key: tensor}}, O(B) but for what trains densely.
+        """The run between two steps, {"info": JSON values, "tensors": {key: tensor}}: O(B), and the whole tensors.
 
-        With the optimizer's own state dict it continues bit for bit. Raises TunerError within an accumulation window.
+        With this and the optimizer's own state dict a run continues bit for bit. Raises TunerError within a step.
         """
         self.model  # noqa: B018
         return state.state_of(self.engine)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict()`: on a fresh base attached alike, or back to another step of this run.
+        """Continues from `state_dict()`: on a fresh base attached the same way, or at another step of this run.
 
-        Bit for bit, if the optimizer loads its own. Raises ConfigError for the state of another run, or one
-        whose parts do not fit, BaseMismatchError for another base, TunerError within a step; nothing is changed then.
+        Bit for bit, if the optimizer loads its own state. Raises ConfigError for the state of another run or one
+        whose parts do not fit, BaseMismatchError for another base, and TunerError within a step; then nothing changes.
         """
         self.model  # noqa: B018
         state.load_into(self.engine, state_dict)
@@ -280,20 +282,19 @@ class Tuner:
     @torch.no_grad()
     def detach(self) -> None:
         """Takes the tuner off: the model is the base again, bit for bit, and trainable as it was before."""
-        self.model  # noqa: B018  (raises for one that is off)
+        self.model  # noqa: B018  (raises once the tuner is off)
         self._on.close()
         self._model = None
 
     @torch.no_grad()
     def _weights_loaded(self, module: nn.Module, incompatible: Any) -> None:
-        del module, incompatible
         now = dict(self.model.named_parameters(remove_duplicate=False))
         moved = self.engine.base.replaced(now) + self.engine.base.moved(self.model, self.engine.ledger)
         if moved:
             raise IntegrityError(
-                f"load_state_dict changed {len(moved)} tensors outside the support: {', '.join(moved[:5])}. To go on "
-                "with a run, load the tuner's state before its weights (selectune.integrations does, for accelerate, "
-                "Lightning and the Trainer); other weights are loaded before attach, or after detach."
+                f"load_state_dict changed {len(moved)} tensors outside the support: {', '.join(moved[:5])}. To "
+                "continue a run, load the tuner's state before its weights (selectune.integrations does, for "
+                "accelerate, Lightning and the Trainer). Load other weights before attach or after detach."
             )
         self.engine.tracker.weights_changed()
 
@@ -304,7 +305,7 @@ class Tuner:
 
 
 def tuner_of(model: nn.Module) -> Tuner | None:
-    """The tuner that a model, or a part of it, carries; None for a model without one, and for a copy of one with.
+    """The tuner that a model or a part of it carries; None without one, and for a copy of a model with one.
 
     >>> import copy, torch, selectune as st
     >>> model = torch.nn.Linear(8, 4)

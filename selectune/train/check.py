@@ -1,4 +1,4 @@
-"""check: whether the engine sees every use of every weight, held against plain autograd on one small batch."""
+"""check: compares the engine's gradients with plain autograd's, to find uses of weights that the engine misses."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from selectune.train.graph.nodes import Link
 from selectune.train.graph.weights import follow, let_go
 from selectune.train.ledger import Ledger, Page
 
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}  # of a tensor's gradient, relative to its norm; halves: 0.1
-NOTHING = 1e-6  # of the norm of all gradients: below that a tensor's is rounding
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}  # relative to the norm of a tensor's gradient; halves: 0.1
+NOTHING = 1e-6  # relative to the norm of all gradients: below that a tensor's gradient is rounding
 
 
 @dataclass(frozen=True)
 class Check:
-    """What `Tuner.check` compared: tensors in scope that got a gradient, and those that got none from either."""
+    """The result of `Tuner.check`: how many tensors in scope got a gradient, and the names of those without."""
 
     tensors: int
     without_gradient: tuple[str, ...]
 
 
 class Projected:
-    """Each tensor's gradient as one number, <g, r> with a seeded r, so that a sum of gradients is one of numbers."""
+    """Each tensor's gradient as one number <g, r> with a seeded r, so that memory does not grow with the model."""
 
     def __init__(self, tensors: Sequence[ScopedTensor]) -> None:
         self.tensors = tensors
@@ -57,7 +57,7 @@ class _Recorder:
     def __init__(self, ledger: Ledger, dense: bool) -> None:
         self.dense, self.seen = dense, Projected(ledger.tensors)
         self.at_support = torch.zeros_like(ledger.offsets)
-        self.vector = False  # the loss depends on the vector itself
+        self.vector = False  # whether the loss depends on the vector itself
         self._ledger = ledger
 
     def before_forward(self, inside: bool) -> None:
@@ -91,7 +91,7 @@ def check(engine: Engine, batch: Any, loss: Callable[[nn.Module, Any], Tensor] |
     model, tensors, ledger = engine.model, engine.found.tensors, engine.ledger
     if engine.chooser.dense or not tensors:
         return Check(0, ())
-    run = partial(_run, loss or _model_s_own, model, batch)
+    run = partial(_run, loss or _loss_of_model, model, batch)
     engine.tracker.write_weights()
     plain, support = _plain(engine, run)
     dense, sampled = (_followed(engine, dense, run) for dense in (True, False))
@@ -103,57 +103,57 @@ def check(engine: Engine, batch: Any, loss: Callable[[nn.Module, Any], Tensor] |
         if norm == 0:
             nothing.append(tensor.name)
         apart = abs(plain.sums[index] - dense.seen.sums[index])
-        here = float((support[page.slot] - sampled.at_support[page.slot]).norm()) if page.flat.numel() else 0.0
-        if not max(apart, here) <= limit:
+        at_support = float((support[page.slot] - sampled.at_support[page.slot]).norm()) if page.flat.numel() else 0.0
+        if not max(apart, at_support) <= limit:  # also for NaN
             wrong.append(f'"{tensor.name}"' + (" (never seen)" if dense.seen.squares[index] == 0 else ""))
     if dense.vector or sampled.vector:
         raise IntegrityError(
-            "The loss depends on the tuner's own vector, which is the last of the model's parameters(): a penalty over "
-            "them, perhaps. Its gradient would be added to that of the weights. Leave it out of the loss."
+            "The loss depends on the tuner's own vector, which is the last of the model's parameters(); perhaps it has "
+            "a penalty over them. That gradient would be added to the weights'. Leave the vector out of the loss."
         )
     if wrong:
         raise IntegrityError(
-            f"The gradients of {len(wrong)} of the {len(tensors)} tensors in scope are not what plain autograd gives "
-            f"on this batch: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}. They are used where a tuner "
-            "does not see it, in native code perhaps. Keep these tensors out: Scope(exclude=...)."
+            f"The gradients of {len(wrong)} of the {len(tensors)} tensors in scope differ from plain autograd's on "
+            f"this batch: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}. The tuner misses some of their "
+            "uses, perhaps in native code. Exclude these tensors: Scope(exclude=...)."
         )
     return Check(len(tensors) - len(nothing), tuple(nothing))
 
 
-def _model_s_own(model: nn.Module, batch: Any) -> Tensor:
+def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
     output = model(**batch) if isinstance(batch, Mapping) else model(batch)
     found = getattr(output, "loss", None)
     if not isinstance(found, Tensor):
-        raise ConfigError("The model gave no .loss for this batch: say what the loss is, check(batch, loss=callable).")
+        raise ConfigError("The model gave no .loss for this batch. Pass one: check(batch, loss=callable).")
     return found
 
 
 def _run(loss: Callable[[nn.Module, Any], Tensor], model: nn.Module, batch: Any) -> None:
     result = loss(model, batch)
     if not isinstance(result, Tensor) or result.numel() != 1:
-        raise ConfigError(f"loss(model, batch) has to give a scalar tensor, and gave {type(result).__name__}.")
+        raise ConfigError(f"loss(model, batch) must give a scalar tensor, but gave {type(result).__name__}.")
     if result.requires_grad:
         result.backward()
 
 
 def _followed(engine: Engine, dense: bool, run: Callable[[], None]) -> _Recorder:
-    """One pass with the weights followed, told to somebody else than the tracker."""
+    """One pass with the weights followed by a recorder."""
     ledger = engine.ledger
     recorder = _Recorder(ledger, dense)
     with _untouched(engine, recorder):
         run()
-        straight = ledger.offsets.grad  # what came through weights went to the recorder
-        recorder.vector = straight is not None and bool(straight.any())
+        direct = ledger.offsets.grad  # gradients through weights went to the recorder
+        recorder.vector = direct is not None and bool(direct.any())
     return recorder
 
 
 def _plain(engine: Engine, run: Callable[[], None]) -> tuple[Projected, Tensor]:
-    """One pass as torch makes it, of a model without tuner: projections, and the gradient at the support (B,)."""
+    """One pass without the tuner: projections, and the gradient at the support (B,)."""
     tensors, ledger, taps = engine.found.tensors, engine.ledger, engine.tracker.taps
     seen, support = Projected(tensors), torch.zeros_like(ledger.offsets)
     carrier = next(m for m in engine.model.modules() if VALUES in m._parameters)
 
-    def took(tensor: ScopedTensor) -> Callable[[Tensor], None]:
+    def hook_of(tensor: ScopedTensor) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
             gradient, weight.grad = weight.grad, None
             if gradient is not None:
@@ -171,7 +171,7 @@ def _plain(engine: Engine, run: Callable[[], None]) -> tuple[Projected, Tensor]:
             for tensor in tensors:
                 let_go(tensor.parameter)
                 tensor.parameter.requires_grad_(True)
-                hooks.append(tensor.parameter.register_post_accumulate_grad_hook(took(tensor)))
+                hooks.append(tensor.parameter.register_post_accumulate_grad_hook(hook_of(tensor)))
             run()
         finally:
             for hook in hooks:
@@ -186,7 +186,7 @@ def _plain(engine: Engine, run: Callable[[], None]) -> tuple[Projected, Tensor]:
 
 @contextmanager
 def same_chance() -> Iterator[None]:
-    """The random states of torch, NumPy and Python are afterwards what they were."""
+    """Puts back the random states of torch, NumPy and Python afterwards."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -198,7 +198,7 @@ def same_chance() -> Iterator[None]:
 
 @contextmanager
 def _untouched(engine: Engine, recorder: _Recorder) -> Iterator[None]:
-    """Gradients, buffers and random states are afterwards what they were, and the tracker has seen nothing."""
+    """Hides the pass from the tracker, and puts back gradients, buffers and random states afterwards."""
     parameters = engine.parameters()
     grads, buffers = [p.grad for p in parameters], [(b, b.detach().clone()) for b in engine.model.buffers()]
     for parameter in parameters:

@@ -1,19 +1,18 @@
-"""The parts of one attached tuner, and how they are put on a model: in this order, and off again in the reverse."""
+"""The parts of one tuner, and how they are put on a model: in this order, and taken off in the reverse."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from selectune.errors import ConfigError
 from selectune.method import Method
-from selectune.scope import VALUES, Found, ScopedTensor
+from selectune.scope import VALUES, Found
 from selectune.train.choose.calibrate import Batches, Loss, again, calibrate, check_rereadable
-from selectune.train.choose.chooser import Chooser, Ground
+from selectune.train.choose.chooser import Chooser
 from selectune.train.choose.dense_phase import DenseThenSparse
 from selectune.train.choose.dropping import Dropping
 from selectune.train.choose.growing import Afresh, Growing
@@ -30,14 +29,14 @@ log = logging.getLogger("selectune")
 
 @dataclass
 class Engine:
-    """One run's parts. Each owns its state and hands it out; nobody reaches into another's."""
+    """The parts of one run. Each owns its state and gives it out; none reaches into another."""
 
     model: nn.Module
     method: Method
     schedule: Schedule | None
     seed: int
     budget: int
-    found: Found  # what is selected from, and what is trained wholly
+    found: Found  # the tensors that are selected from, and those that are trained whole
     ledger: Ledger
     base: BaseCopy
     tracker: Tracker
@@ -54,7 +53,7 @@ class Engine:
 
     @property
     def now(self) -> Found:
-        """What is selected from and what is trained wholly, at present."""
+        """The tensors that are selected from and those that are trained whole, at present."""
         found = self.found
         return Found((), (*found.whole, *found.tensors)) if self.chooser.dense else found
 
@@ -66,12 +65,12 @@ class Engine:
 
     def parameters(self) -> list[nn.Parameter]:
         """See `Tuner.parameters`."""
-        return trained(self.ledger, self.chooser, self.found)
+        return trained(self.chooser, self.found)
 
 
-def trained(ledger: Ledger, chooser: Chooser, found: Found) -> list[nn.Parameter]:
-    """The offsets, the latents of a dense phase that is on, the tensors trained wholly."""
-    offsets = [ledger.offsets] if ledger.offsets.numel() else []
+def trained(chooser: Chooser, found: Found) -> list[nn.Parameter]:
+    """The offsets, the latents of a dense phase that is on, the whole tensors."""
+    offsets = [chooser.ledger.offsets] if chooser.ledger.offsets.numel() else []
     latents = chooser.parameters() if isinstance(chooser, DenseThenSparse) else []
     return [*offsets, *latents, *(t.parameter for t in found.whole)]
 
@@ -85,12 +84,13 @@ def assemble(
     calibration: Batches | None,
     loss: Loss | None,
 ) -> Engine:
-    """Puts a method on a model. What is put there comes off with `on`, whatever raises within.
+    """Puts a method on a model. Everything put there comes off with `on`, even if something raises within.
 
-    1 what is in scope, how many are selected   2 the base's checksums and copies   3 all weights frozen
-    4 scores that are read from data            5 the vector on the model           6 who chooses, who follows
-    7 selections that read no gradient          8 what is not selected set to 0, if the method says so
+    1 the scope and the budget                     2 the base's checksums and copies   3 all weights frozen
+    4 scores that are read from data               5 the vector on the model           6 the chooser and the tracker
+    7 selections that read no gradient             8 unselected entries set to 0, if the method says so
     """
+    # 1
     found = method.scope.find(model)
     schedule = None if method.schedule is None else method.schedule.resolve(found.eligible)
     budget = 0 if schedule is None else int(schedule.budget or 0)
@@ -102,23 +102,38 @@ def assemble(
     tensors = found.tensors
     ledger = Ledger(tensors, budget)
     warn_of_zeros(method, tensors, budget)
+    # 2, 3
     base = BaseCopy(model, found)
     on.enter_context(copies.frozen(model))
-    on.callback(copies.sweep, model)  # nothing is left, wherever it is interrupted
-    ready = _scores_from_data(model, method, schedule, tensors, calibration, loss, seed)
+    on.callback(copies.sweep, model)  # leaves nothing on the model, wherever attach is interrupted
+    # 4
+    keeps = schedule is None or schedule.keeps
+    scores = rescore = None
+    if method.score is not None and (method.score.reads.calibrated or method.score.drawn):
+        if not keeps:
+            check_rereadable(method.score, calibration)
+        how = (model, method.score, tensors, calibration, loss, seed)
+        scores = calibrate(*how)
+        rescore = None if keeps else again(scores, *how)
+    # 5
     for tensor in found.whole:
         tensor.parameter.requires_grad_(True)
     carrier = copies.carrier(model)
     if tensors:
         on.callback(carrier._parameters.pop, VALUES, None)
         carrier.register_parameter(VALUES, ledger.offsets)
-    ground = Ground(method, schedule, tensors, ledger, seed)
-    keeps = schedule is None or schedule.keeps
-    if ready is not None and not keeps:
-        ground.rescore = again(ready, model, method.score, tensors, calibration, loss, seed)
-    chooser = _chooser(ground, found, base, carrier)
+    # 6
+    run = (method, schedule, ledger, seed, rescore)
+    chooser: Chooser
+    if method.dense is not None and tensors:
+        chooser = DenseThenSparse(*run, kind=method.dense, found=found, base=base, carrier=carrier)
+    elif isinstance(schedule, DropAndGrow):
+        chooser = Dropping(*run)
+    else:
+        chooser = Growing(*run) if keeps else Afresh(*run)
     on.callback(chooser.leave)
-    on.callback(_put_back, model, ledger, base)
+    on.callback(base.restore, model)
+    on.callback(ledger.write_base)
     tracker = Tracker(model, chooser, accumulation_steps)
     on.callback(tracker.taps.remove)
     if isinstance(chooser, DenseThenSparse):
@@ -127,7 +142,7 @@ def assemble(
             "gradients, with AdamW two moments of each, and memory that tensors use in turn.", method.name,
             f"{chooser.bytes():,}",
         )  # fmt: skip
-    hooks = StepHooks(tracker, trained(ledger, chooser, found), [t.parameter for t in tensors])
+    hooks = StepHooks(tracker, trained(chooser, found), [t.parameter for t in tensors])
     tracker.keepalive = hooks  # training goes on when only the model is kept
     on.callback(hooks.remove)
     for handle in (
@@ -135,8 +150,9 @@ def assemble(
         carrier.register_load_state_dict_post_hook(copies.expect_no_vector),
     ):
         on.callback(handle.remove)
-    if ready is not None and keeps:
-        tracker.prepare(ready)
+    # 7, 8
+    if scores is not None and keeps:
+        chooser.prepare(scores)
     if schedule is not None and schedule.target(0) == budget:
         tracker.select_ahead()
     if method.fill == "zero":
@@ -153,34 +169,3 @@ def _check_fill(method: Method, schedule: Schedule | None, budget: int) -> None:
             'fill="zero" needs the whole budget selected at attach, as OneShot does; '
             f"{type(schedule).__name__} selects {at_once} of {budget} then."
         )
-
-
-def _scores_from_data(
-    model: nn.Module,
-    method: Method,
-    schedule: Schedule | None,
-    tensors: Sequence[ScopedTensor],
-    calibration: Batches | None,
-    loss: Loss | None,
-    seed: int,
-) -> list[Tensor] | None:
-    """Scores that are read before training; None for a method that reads none."""
-    score = method.score
-    if score is None or not (score.reads.calibrated or score.drawn):
-        return None
-    if schedule is not None and not schedule.keeps:
-        check_rereadable(score, calibration)
-    return calibrate(model, score, tensors, calibration, loss, seed)
-
-
-def _chooser(ground: Ground, found: Found, base: BaseCopy, carrier: nn.Module) -> Chooser:
-    if ground.method.dense is not None and ground.tensors:
-        return DenseThenSparse(ground, ground.method.dense, found, base, carrier)
-    if isinstance(ground.schedule, DropAndGrow):
-        return Dropping(ground)
-    return Growing(ground) if ground.schedule is None or ground.schedule.keeps else Afresh(ground)
-
-
-def _put_back(model: nn.Module, ledger: Ledger, base: BaseCopy) -> None:
-    ledger.write_base()
-    base.restore(model)

@@ -1,11 +1,10 @@
-"""The ledger: which entry of which tensor is trained in which slot, and what stood there before.
+"""The ledger: which entry of which tensor is trained in which slot, and its base value.
 
-One trainable vector `offsets` (B,) holds, for every selected scalar, how far it went from the weight that
-stood there when it was selected; a slot each, in order of selection, 0 at entry and in empty slots. The
-weight is cast(start + offset). Per tensor the ledger keeps the sorted flat indices of its entries, their
-slots and their base values; entries that were trained and then dropped (repeat schedules) stay listed as
-retired, so that the base can be put back and the delta is complete. Index tensors are replaced, never
-changed in place, so a snapshot is a tuple of references.
+One trainable vector `offsets` (B,) has a slot for every selected scalar, in order of selection: the difference from
+its weight at selection, `start`. The offset is 0 at selection and in free slots; the weight is cast(start + offset).
+A page per tensor keeps the sorted flat indices of its entries, their slots and their base values. Entries that were
+trained and then dropped (repeat schedules) stay listed as retired, so that the base can be put back and the delta is
+complete. Index tensors are replaced, never changed in place, so a snapshot is a list of references.
 """
 
 from __future__ import annotations
@@ -29,31 +28,27 @@ class Spots:
         self._coordinates: tuple[Tensor, Tensor] | None = None
 
     def coordinates(self, width: int) -> tuple[Tensor, Tensor]:
-        """Rows (n,) and columns (n,), int32, of the entries in a tensor of this width, kept once made."""
+        """Rows (n,) and columns (n,), int32, of the entries in a tensor of this width; computed once."""
         if self._coordinates is None:
             self._coordinates = ((self.flat // width).int(), (self.flat % width).int())
         return self._coordinates
 
 
 class Page(Spots):
-    """The ledger of one tensor, n selected and r retired entries. Never changed, only replaced."""
+    """The ledger of one tensor: n selected and r retired entries. Never changed, only replaced."""
 
     def __init__(
         self,
         flat: Tensor,
-        slot: Tensor,
-        base: Tensor,
-        retired: Tensor,
-        retired_base: Tensor,
-        *,
-        watched: Spots | None = None,
+        slot: Tensor,  # (n,) int64 into `offsets`, on its device
+        base: Tensor,  # (n,) the weight's dtype
+        retired: Tensor,  # (r,) int64, ascending, disjoint from flat
+        retired_base: Tensor,  # (r,)
+        watched: Spots | None = None,  # entries outside the support whose gradients are formed too
     ) -> None:
         super().__init__(flat)
-        self.slot = slot  # (n,) int64 into `offsets`, on its device
-        self.base = base  # (n,) the weight's dtype
-        self.retired = retired  # (r,) int64, ascending, disjoint from flat
-        self.retired_base = retired_base  # (r,)
-        self.watched = watched  # entries beside the selected ones whose gradients are formed too
+        self.slot, self.base, self.watched = slot, base, watched
+        self.retired, self.retired_base = retired, retired_base
 
     @staticmethod
     def empty(weight: Tensor, home: torch.device) -> Page:
@@ -61,19 +56,18 @@ class Page(Spots):
         return Page(none, none.to(home), weight.new_empty(0), none, weight.new_empty(0))
 
     def to(self, device: torch.device, home: torch.device) -> Page:
-        return Page(
-            self.flat.to(device), self.slot.to(home), self.base.to(device),
-            self.retired.to(device), self.retired_base.to(device),
-            watched=None if self.watched is None else Spots(self.watched.flat.to(device)),
-        )  # fmt: skip
+        on_device = (part.to(device) for part in (self.flat, self.base, self.retired, self.retired_base))
+        flat, base, retired, retired_base = on_device
+        watched = None if self.watched is None else Spots(self.watched.flat.to(device))
+        return Page(flat, self.slot.to(home), base, retired, retired_base, watched)
 
     def watch(self, flat: Tensor | None) -> Page:
-        """The same page, these entries watched."""
+        """The same page with these entries watched, or none."""
         spots = None if flat is None else Spots(flat)
-        return Page(self.flat, self.slot, self.base, self.retired, self.retired_base, watched=spots)
+        return Page(self.flat, self.slot, self.base, self.retired, self.retired_base, spots)
 
     def touched(self) -> tuple[Tensor, Tensor]:
-        """Flat indices (n + r,), ascending, and base values of all that may differ from the base."""
+        """Flat indices (n + r,), ascending, and base values of all entries that may differ from the base."""
         if self.retired.numel() == 0:
             return self.flat, self.base
         flat, order = torch.sort(torch.cat((self.flat, self.retired)))
@@ -82,7 +76,7 @@ class Page(Spots):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The ledger at one time: references, and copies of offsets and starts where trained entries may go."""
+    """The ledger at one time: references, and copies of offsets and starts if trained entries may leave."""
 
     pages: list[Page]
     free: Tensor
@@ -90,15 +84,15 @@ class Snapshot:
     start: Tensor | None = None
 
 
-class LedgerPlaces:
-    """Where the entries stand (`optim.contract.Places`), computed when asked for."""
+class LedgerPositions:
+    """The positions of the entries (`optim.contract.Positions`), computed on request."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger, self._pages = ledger, list(ledger.pages)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """How many rows and columns there are; one more of each for slots not in use."""
+        """The numbers of rows and of columns; one more of each for free slots."""
         forms = [matrix(t.parameter) for t in self._ledger.tensors]
         return 1 + sum(rows for rows, _ in forms), 1 + sum(columns for _, columns in forms)
 
@@ -127,7 +121,7 @@ def matrix(weight: Tensor) -> tuple[int, int]:
 
 
 class Ledger:
-    """All pages, and the one trainable vector they share."""
+    """All pages, and the one trainable vector that they share."""
 
     def __init__(self, tensors: Sequence[ScopedTensor], capacity: int) -> None:
         self.tensors = tensors
@@ -135,11 +129,11 @@ class Ledger:
         wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
         home = weights[0].device if weights else torch.device("cpu")
         self.offsets = nn.Parameter(torch.zeros(capacity, dtype=wide, device=home))
-        self.start = torch.zeros(capacity, dtype=wide, device=home)  # the weight of each slot at its entry
+        self.start = torch.zeros(capacity, dtype=wide, device=home)  # the weight of each slot at selection
         self.dtypes = [w.dtype for w in weights]
         self.pages = [Page.empty(w, home) for w in weights]
-        self.free = torch.arange(capacity, device=home)  # slots not in use, lowest first
-        self.changes = 0  # of the support, ever
+        self.free = torch.arange(capacity, device=home)  # unused slots, lowest first
+        self.changes = 0  # how often the support has changed
 
     @property
     def selected(self) -> int:
@@ -150,7 +144,7 @@ class Ledger:
         return self.selected + sum(p.retired.numel() for p in self.pages)
 
     def follow(self) -> None:
-        """Moves the pages to where the weights went since, and sees that they kept their dtype."""
+        """Moves the pages to the weights' devices; IntegrityError if a weight changed its dtype."""
         home = self.offsets.device
         self.start = self.start.to(home)
         for index, (tensor, page) in enumerate(zip(self.tensors, self.pages, strict=True)):
@@ -170,44 +164,47 @@ class Ledger:
     def add(self, tensors: Tensor, flat: Tensor) -> Tensor:
         """Gives the entries (tensors[k], flat[k]) the next free slots, in this order: slots (k,).
 
-        A slot starts from its weight's present value, at an offset of 0.
+        A slot starts from the present weight, with an offset of 0.
         """
         slots, self.free = self.free[: flat.numel()], self.free[flat.numel() :]
         order = torch.argsort(tensors, stable=True)
         counts = torch.bincount(tensors, minlength=len(self.tensors)).tolist()
         parts = flat[order].split(counts), slots[order.to(slots.device)].split(counts)
-        for index, (mine, places) in enumerate(zip(*parts, strict=True)):
+        for index, (mine, taken) in enumerate(zip(*parts, strict=True)):
             if mine.numel():
-                self._insert(index, mine, places)
+                self._insert(index, mine, taken)
         return slots
 
     def replace(self, tensors: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Makes the support exactly these entries; those that were in it keep their slots.
+        """Makes these entries the support; those that are in it already keep their slots.
 
-        Returns which of the given entries are new, bool (k,), and the slots of those, in their order.
+        Returns which of the given entries are new, bool (k,), and their slots.
         """
-        fresh = torch.ones(flat.numel(), dtype=torch.bool)
+        new = torch.ones(flat.numel(), dtype=torch.bool)
         for index, page in enumerate(self.pages):
             mine = tensors == index
             chosen = flat[mine].to(page.flat.device)
-            fresh[mine] = torch.isin(chosen, page.flat, invert=True).cpu()
-            self._retire(index, torch.isin(page.flat, chosen, invert=True))
-        return fresh, self.add(tensors[fresh], flat[fresh])
+            new[mine] = torch.isin(chosen, page.flat, invert=True).cpu()
+            self.drop(index, torch.isin(page.flat, chosen, invert=True))
+        return new, self.add(tensors[new], flat[new])
 
     def drop(self, index: int, mask: Tensor) -> None:
-        """Takes entries (n,) bool out of a tensor's support; their weights are the base again after `settle`."""
-        self._retire(index, mask)
+        """Retires entries (n,) bool of a tensor; `settle` makes their weights the base again."""
+        page = self.pages[index]
+        if bool(mask.any()):
+            retired, order = torch.sort(torch.cat((page.retired, page.flat[mask])))
+            self._keep(index, ~mask, retired, torch.cat((page.retired_base, page.base[mask]))[order])
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Dropped weights are the base again, bit for bit, and forgotten."""
+        """Makes the weights of dropped entries the base again, bit for bit, and forgets these entries."""
         for index, page in enumerate(self.pages):
             if page.retired.numel():
                 ops.scatter_entries(self.tensors[index].parameter.detach(), page.retired, page.retired_base)
                 self._keep(index, torch.ones_like(page.flat, dtype=torch.bool), page.retired[:0], page.retired_base[:0])
 
     def watch(self, index: int, flat: Tensor | None) -> None:
-        """From the next forward on, gradients of these entries (n,) ascending are formed too; None: of none."""
+        """From the next forward on, forms the gradients of these entries (w,) ascending too; None ends that."""
         self.pages[index] = self.pages[index].watch(flat)
 
     def _insert(self, index: int, flat: Tensor, slots: Tensor) -> None:
@@ -219,7 +216,7 @@ class Ledger:
             self.start[slots] = base.to(self.start)
             self.offsets[slots] = 0
         retired, retired_base = page.retired, page.retired_base
-        if retired.numel():  # trained before: its base is the one recorded then
+        if retired.numel():  # an entry that was trained before keeps the base value recorded then
             back = torch.isin(retired, flat)
             base[torch.searchsorted(flat, retired[back])] = retired_base[back]
             retired, retired_base = retired[~back], retired_base[~back]
@@ -231,22 +228,15 @@ class Ledger:
             torch.cat((page.base, base))[order],
             retired,
             retired_base,
-            watched=page.watched,
+            page.watched,
         )
-
-    def _retire(self, index: int, drop: Tensor) -> None:
-        page = self.pages[index]
-        if not bool(drop.any()):
-            return
-        retired, order = torch.sort(torch.cat((page.retired, page.flat[drop])))
-        self._keep(index, ~drop, retired, torch.cat((page.retired_base, page.base[drop]))[order])
 
     def _keep(self, index: int, keep: Tensor, retired: Tensor, retired_base: Tensor) -> None:
         page = self.pages[index]
-        here = keep.to(page.slot.device)
-        self.free = torch.sort(torch.cat((page.slot[~here], self.free))).values
+        kept = keep.to(page.slot.device)
+        self.free = torch.sort(torch.cat((page.slot[~kept], self.free))).values
         self.pages[index] = Page(
-            page.flat[keep], page.slot[here], page.base[keep], retired, retired_base, watched=page.watched
+            page.flat[keep], page.slot[kept], page.base[keep], retired, retired_base, watched=page.watched
         )
         self.changes += 1
 
@@ -259,13 +249,12 @@ class Ledger:
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
-        """Puts pages, offsets and starts back; entries selected since are again what they were before."""
+        """Puts pages, offsets and starts back, and the weights of entries that were selected since."""
         for tensor, now, then in zip(self.tensors, self.pages, snapshot.pages, strict=True):
             if now.flat is not then.flat:
                 new = torch.isin(now.flat, then.flat, invert=True)
-                here = new.to(now.slot.device)
-                flat, start = now.flat[new], self.start[now.slot[here]].to(tensor.parameter)
-                if not _same(start, ops.gather_entries(tensor.parameter.detach(), flat)):  # else autograd sees no write
+                flat, start = now.flat[new], self.start[now.slot[new.to(now.slot.device)]].to(tensor.parameter)
+                if not _same(start, ops.gather_entries(tensor.parameter.detach(), flat)):  # autograd sees every write
                     ops.scatter_entries(tensor.parameter.detach(), flat, start)
         self.pages, self.free = list(snapshot.pages), snapshot.free
         self.changes += 1
@@ -276,12 +265,12 @@ class Ledger:
             self.offsets[self.free] = 0
 
     def joined(self, snapshot: Snapshot) -> list[Page]:
-        """Pages for a graph that form the gradients of both supports; slots are those of `gather`."""
+        """Pages for a graph that forms the gradients of both supports, to be read by `gather`."""
         return [
             now
             if now.flat is then.flat
             else Page(torch.unique(torch.cat((now.flat, then.flat))), now.slot, now.base, now.retired, now.retired_base,
-                      watched=now.watched)
+                      now.watched)
             for now, then in zip(self.pages, snapshot.pages, strict=True)
         ]  # fmt: skip
 
@@ -289,7 +278,7 @@ class Ledger:
 
     @torch.no_grad()
     def values(self) -> Tensor:
-        """start + offset of every slot (B,); an offset of 0 leaves the start's bits."""
+        """start + offset of every slot (B,); an offset of 0 gives the start's own bits."""
         offsets = self.offsets.detach()
         return torch.where(offsets == 0, self.start, self.start + offsets)
 
@@ -303,18 +292,18 @@ class Ledger:
             if values.device == weight.device:
                 near += [(weight, page.flat, slot)] if page.flat.numel() else []
             elif page.flat.numel():
-                here = values[slot].to(weight.device)
-                ops.scatter_values(weight, page.flat, here, torch.arange(len(slot), device=weight.device))
+                mine = values[slot].to(weight.device)
+                ops.scatter_values(weight, page.flat, mine, torch.arange(len(slot), device=weight.device))
         if near:
             weights, flats, slots = zip(*near, strict=True)
             ops.scatter_many(weights, flats, values, slots)
 
     @torch.no_grad()
     def read_weights(self) -> None:
-        """Takes offsets from the weights as they are now; a slot that already gives its weight's bits keeps its own.
+        """Sets the offsets to what gives the present weights; a slot that gives its weight's bits keeps its offset.
 
-        The nearest offset is taken, or its neighbour where rounding asks for it. A weight that no offset from the
-        start gives (it was not trained from there) becomes a start itself.
+        That is weight - start, or its neighbour if rounding requires it. If none of them gives the weight's bits (it
+        was not trained from this start), the weight becomes the start.
         """
         values = self.values()
         for tensor, page in zip(self.tensors, self.pages, strict=True):
@@ -323,24 +312,24 @@ class Ledger:
             differs = (ops.bits(values[page.slot].to(weight.dtype)) != ops.bits(weight).to(values.device)).nonzero()
             slot, wanted, weight = (x[differs[:, 0].to(x.device)] for x in (page.slot, wanted, weight))
             start = self.start[slot]
-            offset, found = wanted - start, torch.zeros_like(slot, dtype=torch.bool)
+            offset, done = wanted - start, torch.zeros_like(slot, dtype=torch.bool)
             for towards in (0.0, float("inf"), float("-inf")):
                 near = offset if towards == 0 else torch.nextafter(offset, torch.full_like(offset, towards))
                 gives = torch.where(near == 0, start, start + near).to(weight.dtype)
-                fits = (ops.bits(gives) == ops.bits(weight).to(gives.device)) & ~found
+                fits = (ops.bits(gives) == ops.bits(weight).to(gives.device)) & ~done
                 self.offsets[slot[fits]] = near[fits]
-                found |= fits
-            self.start[slot[~found]] = wanted[~found]
-            self.offsets[slot[~found]] = 0
+                done |= fits
+            self.start[slot[~done]] = wanted[~done]
+            self.offsets[slot[~done]] = 0
 
     @torch.no_grad()
     def agrees(self) -> bool:
-        """Whether every slot gives the bits of its weight: no optimizer moved them since."""
+        """Whether every slot gives the bits of its weight, so that no optimizer has moved it since."""
         return not self.strays()
 
     @torch.no_grad()
     def strays(self) -> list[str]:
-        """Names of tensors with selected weights that are not what their slots give."""
+        """Names of tensors with selected weights that differ from start + offset."""
         values = self.values()
         return [
             tensor.name
@@ -350,7 +339,7 @@ class Ledger:
 
     @torch.no_grad()
     def changed(self) -> int:
-        """How many touched entries differ from the base, by their bits."""
+        """How many touched entries differ from the base in their bits."""
         count = 0
         for tensor, page in zip(self.tensors, self.pages, strict=True):
             flat, base = page.touched()
@@ -365,17 +354,17 @@ class Ledger:
             ops.scatter_entries(tensor.parameter.detach(), *page.touched())
 
     def gather(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
-        """One gradient (B,) out of the gradients (n,) of the tensors; slots without one get 0."""
+        """One gradient (B,) from the gradients (n,) of the tensors' pieces; slots without one get 0."""
         gradient = torch.zeros_like(self.offsets)
         for page, mine, piece in zip(pages, self.pages, pieces, strict=True):
             if piece is None or not piece.numel():
                 continue
             if page.flat is mine.flat:
                 gradient[mine.slot] = piece.to(gradient)
-            elif mine.flat.numel():  # the support changed since the graph was built
+            elif mine.flat.numel():  # the support changed since the graph was made
                 at = torch.searchsorted(page.flat, mine.flat).clamp_(max=page.flat.numel() - 1)
-                here = (page.flat[at] == mine.flat).to(mine.slot.device)
-                gradient[mine.slot[here]] = piece.to(gradient)[at.to(mine.slot.device)[here]]
+                known = (page.flat[at] == mine.flat).to(mine.slot.device)
+                gradient[mine.slot[known]] = piece.to(gradient)[at.to(mine.slot.device)[known]]
         return gradient
 
 

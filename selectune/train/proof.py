@@ -1,4 +1,4 @@
-"""The proof that nothing but the support moved: what the base was, in checksums and copies, and what differs now."""
+"""The proof that nothing but the support moved: checksums and copies of the base, and what differs from them now."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from selectune.train.ledger import Ledger
 
 @dataclass(frozen=True)
 class Verification:
-    """What `Tuner.verify` found: scalars that differ from the base, counted by their bits."""
+    """The result of `Tuner.verify`: counts of scalars. `changed` ones differ from the base in their bits."""
 
     changed: int
     selected: int
@@ -28,7 +28,7 @@ class Verification:
 
 
 class BaseCopy:
-    """What it takes to see and to undo changes: a checksum a frozen tensor, a copy of dense tensors and buffers."""
+    """What is needed to find and undo changes: a checksum per frozen tensor, copies of whole tensors and buffers."""
 
     def __init__(self, model: nn.Module, found: Found) -> None:
         self.scoped = {id(t.parameter): t for t in found.tensors}
@@ -38,11 +38,11 @@ class BaseCopy:
         self.buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         self.filled: dict[str, Tensor] = {}
         self.objects = dict(model.named_parameters(remove_duplicate=False))
-        self.digests: dict[str, str] = {}  # of the base's tensors, as far as they were asked for: it never changes
+        self.digests: dict[str, str] = {}  # of the base's tensors, computed on request
 
     @torch.no_grad()
     def zero_unselected(self, model: nn.Module, ledger: Ledger) -> None:
-        """Sets all of the scope to 0 but the support, and keeps a copy of what was there: no entry is trained yet."""
+        """Sets the scope to 0 outside the support and keeps a copy of it; no entry may be trained yet."""
         self.filled = {t.name: t.parameter.detach().clone() for t in self.scoped.values()}
         for tensor in self.scoped.values():
             page = ledger.pages[tensor.index]
@@ -52,14 +52,14 @@ class BaseCopy:
         self.sums |= {names[id(t.parameter)]: ops.checksum(t.parameter) for t in self.scoped.values()}
 
     def hold(self, tensors: Sequence[ScopedTensor], ledger: Ledger) -> None:
-        """Copies of tensors in scope that are to be trained wholly for a while; touched entries as they were."""
+        """Keeps copies of the base of tensors in scope, which a dense phase is about to train."""
         for tensor in tensors:
             copy = tensor.parameter.detach().clone()
             ops.scatter_entries(copy, *ledger.pages[tensor.index].touched())
             self.whole[tensor.name] = copy
 
     def held(self, tensor: ScopedTensor) -> Tensor:
-        """The base of a tensor that is trained wholly, where its weight is now."""
+        """The kept base of a tensor, on its weight's device."""
         copy = self.whole[tensor.name]
         if copy.device != tensor.parameter.device:
             copy = self.whole[tensor.name] = copy.to(tensor.parameter.device)
@@ -70,36 +70,36 @@ class BaseCopy:
             self.whole.pop(tensor.name, None)
 
     def check(self, model: nn.Module, ledger: Ledger) -> None:
-        """Raises IntegrityError where a parameter joined, left or was replaced, or a frozen entry moved."""
+        """Raises IntegrityError if a parameter joined, left or was replaced, or a frozen entry moved."""
         now = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not is_own(n)}
         joined, gone = sorted(now.keys() - self.objects.keys()), sorted(self.objects.keys() - now.keys())
         replaced = self.replaced(now)
         if joined:
             raise IntegrityError(
-                f"{len(joined)} parameters joined the model after attach: {_some(joined)}. The tuner neither follows "
-                "nor saves them, so the delta would be incomplete. Build the whole model first, then attach; "
-                "Scope(train_fully=...) trains a new head wholly."
+                f"{len(joined)} parameters joined the model after attach: {_some(joined)}. The tuner neither trains "
+                "nor saves them, so the delta would be incomplete. Build the complete model first, then attach; "
+                "Scope(train_fully=...) trains a new head in full."
             )
         if replaced or gone:
             what = "were replaced by other Parameters" if replaced else "left the model"
             raise IntegrityError(
-                f"{len(replaced or gone)} parameters {what} since attach: {_some(replaced or gone)}. The tuner follows "
-                "those that were there. Change the model first (resize embeddings, add heads), then attach."
+                f"{len(replaced or gone)} parameters {what} since attach: {_some(replaced or gone)}. The tuner trains "
+                "the old ones. Change the model first (resize embeddings, add heads), then attach."
             )
         moved = self.moved(model, ledger)
         if moved:
             raise IntegrityError(
-                f"{len(moved)} tensors changed outside the support since attach: {_some(moved)}. Something besides the "
-                "tuner wrote into the frozen weights: load_state_dict, an optimizer, or the model's own forward "
-                "(tensors that it writes can be kept out: Scope(exclude=...))."
+                f"{len(moved)} tensors changed outside the support since attach: {_some(moved)}. Something other than "
+                "the tuner wrote into the frozen weights: load_state_dict, an optimizer, or the model's own forward "
+                "(exclude tensors that it writes: Scope(exclude=...))."
             )
 
     def replaced(self, now: Mapping[str, Tensor]) -> list[str]:
-        """Names under which other Parameters stand than at attach."""
+        """Names whose Parameter is another object than at attach."""
         return [name for name, parameter in self.objects.items() if name in now and now[name] is not parameter]
 
     def moved(self, model: nn.Module, ledger: Ledger) -> list[str]:
-        """Names of tensors whose untouched entries are not the base's."""
+        """Names of tensors whose untouched entries differ from the base."""
         moved = []
         for name, before in self.sums.items():
             if name in self.whole:
@@ -115,7 +115,7 @@ class BaseCopy:
         return moved
 
     def changed_buffers(self, model: nn.Module) -> dict[str, Tensor]:
-        """Persistent buffers whose bits differ from the base's (batch-norm statistics, say)."""
+        """Persistent buffers that differ from the base (batch-norm statistics, say)."""
         persistent = set(model.state_dict().keys())
         now = dict(model.named_buffers())
         return {
@@ -142,12 +142,12 @@ class BaseCopy:
                 buffer.copy_(old)
 
 
-def written(names: Sequence[str]) -> str:
-    """What is said of selected weights that are not what the tuner wrote."""
+def overwritten(names: Sequence[str]) -> str:
+    """The message about selected weights that differ from what the tuner wrote."""
     return (
-        f"Selected weights of {len(names)} tensors are not what the tuner wrote: {_some(names)}. Something besides it "
-        "writes them, such as a clamp in the model's own forward, so what is trained is not what the model computes "
-        "with. Keep these tensors out of the scope: Scope(exclude=...)."
+        f"Selected weights of {len(names)} tensors are not what the tuner wrote: {_some(names)}. Something else writes "
+        "them too, such as a clamp in the model's own forward, so the model does not compute with the trained values. "
+        "Exclude these tensors from the scope: Scope(exclude=...)."
     )
 
 
@@ -156,4 +156,5 @@ def _some(names: Sequence[str]) -> str:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool((ops.bits(a) == ops.bits(b)).all())
+    """Whether two tensors on one device agree in shape, dtype and every bit."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(ops.bits(a), ops.bits(b))

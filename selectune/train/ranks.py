@@ -1,4 +1,4 @@
-"""Many processes: refused until they choose together."""
+"""Training in more than one process is refused until processes can choose together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from selectune.errors import TunerError
 
 
 def refuse_many() -> None:
-    """Raises TunerError where more than one process trains: each would select by its own share of the batch."""
+    """Raises TunerError if more than one process trains: each would select by its own share of the batch."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise TunerError(
             f"A tuner trains in one process, and this one belongs to a group of {dist.get_world_size()}. Each process "

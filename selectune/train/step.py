@@ -1,15 +1,16 @@
 """One optimizer step, from forward to commit: the algorithm on one screen.
 
-    forward    `ahead`    selections that read no gradient of this step
-    backward   `offer`    on a selecting step every tensor's dense gradient is scored and dropped as it appears
-               `close`    a backward pass has ended; the last of the window selects
+    forward    `ahead`    selects where the score reads no gradient of this step
+    backward   `open`     the first backward pass of the window begins
+               `offer`    in a selecting step every tensor's dense gradient is scored as it appears, and dropped
+               `close`    a backward pass has ended; the last one of the window selects
     select     `select`   the best entries get slots, and their gradient of this very step
-    optimizer  `commit`   the offsets have moved: the step counts, and the weights follow
+    optimizer  `commit`   the optimizer has moved the offsets: the step counts, and the weights follow
                `undo`     the step was skipped: support, quota and step number are as before
 
-A *window* is what makes one optimizer step: `accumulation_steps` backward passes, then `step()`. The selection is
-exact over the sum of the window's gradients. The tracker finds out when each of these happens, a chooser decides which
-entries are selected, and the ledger keeps them.
+A *window* is the `accumulation_steps` backward passes that make one optimizer step. The selection is exact over the
+sum of the window's gradients. The tracker finds out when each of these happens, a chooser decides which entries are
+selected, and the ledger keeps them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Step:
     # -- forward
 
     def ahead(self) -> bool:
-        """Selects before forward, where the score reads no gradient of this step; whether it did."""
+        """Selects before forward if the score reads no gradient of this step; returns whether it did."""
         return self.chooser.ahead(self.clock.step)
 
     # -- backward
@@ -42,26 +43,26 @@ class Step:
         self.window.reads = self.chooser.passes(self.clock.step, self.accumulation_steps)
 
     def offer(self, index: int, gradient: Tensor, rows: Tensor | None, last_use: bool) -> None:
-        """One use of a tensor gives its dense gradient, or the rows of it that are not 0.
+        """Takes the dense gradient of one use of a tensor, or only those of its rows that are not 0.
 
-        The chooser is shown the sum over the uses and passes of the window, once, after the last of them.
+        The chooser gets the sum over all uses and passes of the window, once, after the last of them.
         """
         window, step = self.window, self.clock.step
         last = last_use and window.backwards + 1 == window.reads
-        if last and index not in window.held:
+        if last and index not in window.sums:
             self.chooser.offer(step, index, gradient, rows)
             return
-        window.hold(self.ledger.tensors[index], gradient, rows)
+        window.add(self.ledger.tensors[index], gradient, rows)
         if last:
-            self.chooser.offer(step, index, window.held.pop(index))
+            self.chooser.offer(step, index, window.sums.pop(index))
 
     def watch(self, index: int, piece: Tensor) -> None:
-        """The gradient of a tensor's watched entries, from one of its uses."""
-        seen, piece = self.window.watched, piece.to(self.ledger.offsets)
-        seen[index] = seen[index] + piece if index in seen else piece
+        """Takes the gradient of a tensor's watched entries from one of its uses."""
+        watched, piece = self.window.watched, piece.to(self.ledger.offsets)
+        watched[index] = watched[index] + piece if index in watched else piece
 
     def close(self, gradient: Tensor) -> Tensor:
-        """A backward pass has ended and gives this gradient (B,); returns it with that of new entries."""
+        """Ends a backward pass with this gradient (B,); returns it with the gradients of new entries."""
         window = self.window
         window.backwards += 1
         if window.selects:
@@ -70,7 +71,7 @@ class Step:
             else:
                 window.gradient = gradient.clone() if window.gradient is None else window.gradient.add_(gradient)
         if self.chooser.watching:
-            self.chooser.saw(window.watched)
+            self.chooser.add_watched(window.watched)
             window.watched = {}
             before = self.ledger.offsets.grad
             window.expected = gradient if before is None else before + gradient
@@ -79,36 +80,40 @@ class Step:
     # -- select
 
     def select(self, gradient: Tensor) -> Tensor:
-        """Changes the support; returns the window's gradient with that of the new entries."""
+        """Changes the support, and writes the new entries' gradients of this step into `gradient` (B,)."""
         window, step = self.window, self.clock.step
-        for index in list(window.held):
-            self.chooser.offer(step, index, window.held.pop(index))
+        for index in list(window.sums):
+            self.chooser.offer(step, index, window.sums.pop(index))
         window.closed = True
-        window.before = self.chooser.close(step, gradient)
+        selection = self.chooser.close(step)
+        if selection is not None:
+            window.before = selection.before
+            gradient[self.ledger.free] = 0  # the slots of dropped entries that no new entry took over
+            gradient[selection.slots] = selection.gradients.to(gradient)
         return gradient
 
     def select_short(self) -> bool:
-        """Selects on fewer passes than announced, as the last batches of an epoch may give; whether it did."""
+        """Selects on fewer passes than announced (the last batches of an epoch); returns whether it did."""
         window, offsets = self.window, self.ledger.offsets
         if not (window.selects and 0 < window.backwards < self.accumulation_steps):
             return False
         if offsets.grad is None:
             offsets.grad = torch.zeros_like(offsets)
-        scale = scale_between(window.gradient, offsets.grad)  # clipping has been
+        scale = scale_between(window.gradient, offsets.grad)  # the gradient may have been clipped since
         offsets.grad.add_(self.select(torch.zeros_like(offsets)), alpha=scale)
         return True
 
     # -- optimizer
 
     def commit(self) -> None:
-        """The optimizer has stepped."""
+        """The optimizer has stepped: the window counts."""
         self.clock.step += 1
         window, self.window = self.window, Window()
         self.chooser.commit(self.clock.step, window.scale)
         self.ledger.write_weights()
 
     def undo(self) -> None:
-        """The step was skipped, or its gradient thrown away: nothing of the window stays."""
+        """The step was skipped, or its gradient was thrown away: nothing of the window remains."""
         if self.window.before is not None:
             self.ledger.restore(self.window.before)
         self.window = Window()

@@ -1,4 +1,4 @@
-"""Following any torch optimizer through torch's own step hooks, without a call in the user's loop."""
+"""Follows any torch optimizer through torch's own step hooks, without a call in the user's loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from selectune.errors import OptimizerError
 from selectune.frames import Call
 from selectune.train.choose.dense_phase import DenseThenSparse
-from selectune.train.ledger import LedgerPlaces
+from selectune.train.ledger import LedgerPositions
 from selectune.train.optim.contract import Factored, Inheriting, Placed
 from selectune.train.optim.holders import held
 from selectune.train.tracker import Tracker
@@ -24,14 +24,14 @@ _all_hooks: weakref.WeakSet[StepHooks] = weakref.WeakSet()
 
 
 class StepHooks:
-    """Tells a tracker when the optimizer that holds its parameters steps, for as long as it is kept alive."""
+    """Reports the steps of every optimizer that holds a run's parameters to its tracker, while it is kept alive."""
 
     def __init__(self, tracker: Tracker, trained: list[nn.Parameter], frozen: list[nn.Parameter]) -> None:
         self.tracker = tracker
-        self._placed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._placed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # the support each knows
         self.trained = {id(p) for p in trained}
         self.frozen = {id(p) for p in frozen}
-        self._met: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those that stepped under this run
+        self._met: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those that have stepped
         _install()
         _all_hooks.add(self)
 
@@ -39,7 +39,7 @@ class StepHooks:
         _all_hooks.discard(self)
 
     def strangers(self) -> None:
-        """The run is at another step: what optimizers did before belongs to another."""
+        """The run continues from another step, so every optimizer is checked again at its next step."""
         self._met.clear()
 
     @property
@@ -59,13 +59,13 @@ class StepHooks:
             if tracker.tensors and id(tracker.ledger.offsets) not in mine:
                 return
             self._check(optimizer)
-            scale = getattr(optimizer, "grad_scale", None)  # a scaler's, left to the optimizer's own kernel
+            scale = getattr(optimizer, "grad_scale", None)  # of a scaler, if the optimizer unscales by itself
             tracker.holders.add(optimizer)
             tracker.before_step(call, 1.0 if scale is None else 1.0 / float(scale))
             if not closure:
                 tracker.close_short()
             if not _skips(optimizer):
-                self._tell(optimizer)
+                self._inform(optimizer)
         elif mine & self.frozen:
             raise OptimizerError(
                 f"This {type(optimizer).__name__} holds {len(mine & self.frozen)} weights that attach froze and not "
@@ -74,10 +74,10 @@ class StepHooks:
             )
 
     def after_closure(self, optimizer: torch.optim.Optimizer) -> None:
-        """The closure of a step has run: its backward passes belong to the window that the step ends."""
+        """The closure of a step has run; its backward passes belong to the window of this step."""
         if self.phase is None and id(self.tracker.ledger.offsets) in held(optimizer):
             self.tracker.close_short()
-            self._tell(optimizer)
+            self._inform(optimizer)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         tracker, mine, phase = self.tracker, held(optimizer), self.phase
@@ -92,9 +92,9 @@ class StepHooks:
             tracker.commit()
 
     def _meet(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer steps for the first time: what it holds for the run's own parameters must be of this run.
+        """Checks the state that an optimizer holds for the run's parameters before its first step in this run.
 
-        A weight that is its own latent counts only beside the values: an optimizer may have trained it before attach.
+        A weight that is its own latent counts only beside the offsets: an optimizer may have trained it before attach.
         """
         values = self.tracker.ledger.offsets
         phase = self.phase
@@ -109,7 +109,7 @@ class StepHooks:
                             f"This {type(optimizer).__name__} has {taken} behind it with the tuner's values, and the "
                             "tuner is at step 0: the optimizer's state was loaded and the tuner's was not. Call "
                             "tuner.load_state_dict with the state saved beside it (SelectuneCallback does, see "
-                            "selectune.integrations), or make a new optimizer to start anew."
+                            "selectune.integrations), or make a new optimizer to start again."
                         )
         self._met.add(optimizer)
 
@@ -117,22 +117,22 @@ class StepHooks:
         score = self.tracker.chooser.score
         if score.reads is Reads.FACTORS and not isinstance(optimizer, Factored):
             raise OptimizerError(
-                f"The score '{score.name}' reads what the optimizer holds for rows and columns, and a "
+                f"The score '{score.name}' reads the optimizer's numbers for rows and columns, and "
                 f"{type(optimizer).__name__} holds no such thing. Take selectune.SparseSM3."
             )
 
-    def _tell(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer learns which entries are new, and where they stand, if it asks."""
-        ledger, news = self.tracker.ledger, self.tracker.chooser.news
+    def _inform(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gives the optimizer the positions of its entries and the new ones, if it asks for them."""
+        ledger, new = self.tracker.ledger, self.tracker.chooser.new_entries
         if isinstance(optimizer, Placed) and self._placed.get(optimizer) != ledger.changes:
             self._placed[optimizer] = ledger.changes
-            optimizer.place(ledger.offsets, LedgerPlaces(ledger))
-        if news is None:
+            optimizer.place(ledger.offsets, LedgerPositions(ledger))
+        if new is None:
             return
         if isinstance(optimizer, Inheriting):
-            optimizer.inherit(ledger.offsets, news)
+            optimizer.inherit(ledger.offsets, new)
         else:
-            _forget(optimizer, ledger.offsets, news.slots)
+            _forget(optimizer, ledger.offsets, new.slots)
 
 
 @functools.cache
@@ -150,7 +150,6 @@ def _install() -> None:
         return ((args[0], watched, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": watched})
 
     def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
         for hooks in list(_all_hooks):
             hooks.after_step(optimizer)
 
@@ -159,7 +158,7 @@ def _install() -> None:
 
 
 def _watched(closure: Callable[..., Any], optimizer: torch.optim.Optimizer, all_hooks: list[StepHooks]) -> Any:
-    """The closure of a step, and then what follows from its backward passes."""
+    """The closure of a step, which reports to the run when it has ended."""
 
     @functools.wraps(closure)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -172,13 +171,13 @@ def _watched(closure: Callable[..., Any], optimizer: torch.optim.Optimizer, all_
 
 
 def _skips(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a fused optimizer skips a scaler's step by itself."""
+    """Whether a fused optimizer is about to skip a scaler's step by itself."""
     broken = getattr(optimizer, "found_inf", None)
     return broken is not None and bool(broken)
 
 
 def _taken(state: Mapping[str, Any], parameter: Tensor) -> str:
-    """What an optimizer did with a parameter, in words, as far as its state tells; "" for nothing."""
+    """How many steps an optimizer's state of a parameter comes from, in words; "" for none."""
     if "step" in state:
         steps = int(torch.as_tensor(state["step"]).max())
         return f"{steps} step{'s' if steps != 1 else ''}" if steps > 0 else ""
@@ -187,7 +186,7 @@ def _taken(state: Mapping[str, Any], parameter: Tensor) -> str:
 
 
 def _forget(optimizer: torch.optim.Optimizer, values: Tensor, slots: Tensor) -> None:
-    """Slots that changed hands start with a fresh elementwise state (moments 0)."""
+    """Sets the elementwise state (moments) of slots with new entries to 0."""
     for state in optimizer.state.get(values, {}).values():
         if isinstance(state, Tensor) and state.shape == values.shape:
             state[slots] = 0

@@ -1,9 +1,9 @@
 """The tracker finds out when things happen: it follows a run from forward to backward to optimizer step.
 
-What happens then is in `step`. Forwards and backward passes are told by the graph (`graph.taps`), steps by torch's
-hooks (`step_hooks`) or, for an optimizer without them, by the vector having moved.
+What happens then is in `step`. The graph (`graph.taps`) reports forwards and backward passes, torch's hooks
+(`step_hooks`) report optimizer steps; a step of an optimizer without hooks is noticed because the offsets have moved.
 
-A window whose gradient is thrown away (a scaler skipped its step, zero_grad() was called within it) is undone.
+A window whose gradient is thrown away (a scaler skipped its step, or zero_grad() was called within it) is undone.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from selectune.train.graph.taps import Taps
 from selectune.train.ledger import Page
 from selectune.train.optim.holders import Holders
 from selectune.train.step import Step
-from selectune.train.window import OtherWays, Window, scale_between
+from selectune.train.window import PenaltyWatch, Window, scale_between
 
 log = logging.getLogger("selectune")
 
 
 class Tracker:
-    """Follows the passes of one run (`taps.Follower`), and has its steps done."""
+    """Follows the passes of one run (`taps.Follower`), and calls its steps."""
 
     def __init__(self, model: nn.Module, chooser: Chooser, accumulation_steps: int) -> None:
         self.chooser, self.ledger, self.tensors = chooser, chooser.ledger, chooser.tensors
         self.clock, self.events, self.accumulation_steps = chooser.clock, chooser.events, accumulation_steps
         self.coming = Step(chooser, accumulation_steps)
         self.reached: set[int] = set()  # tensors that ever sent a gradient
-        self.keepalive: object = None  # what must live as long as the model is followed
+        self.keepalive: object = None  # lives as long as the model is followed
         self._in_backward = False
-        self._deferred = False  # the close waits for the end of a backward pass that consists of many
-        self._by_hand = False  # a backward pass came without a forward of a module
-        self._task = -1  # the backward pass that is going on
-        self._closed_in = -1  # the last backward pass that was closed
-        self._opened: tuple[int, int, bool] | None = None  # when the present graph was
+        self._deferred = False  # the window closes when a backward pass that contains others has ended
+        self._by_hand = False  # a backward pass came without a module's forward
+        self._task = -1  # number of the backward pass that is running
+        self._closed_in = -1  # number of the last backward pass that was closed
+        self._opened: tuple[int, int, bool] | None = None  # what the present graph was made for
         offsets = self.ledger.offsets
-        self._version = offsets._version
-        self._written: Tensor | None = None  # the offsets as the weights got them last
+        self._version = offsets._version  # of the offsets that the weights follow
+        self._written: Tensor | None = None  # a copy of these offsets
         self.holders = Holders(offsets)
         offsets.register_post_accumulate_grad_hook(weakly(self.accumulated))
-        self._ways = OtherWays(offsets)
+        self._penalties = PenaltyWatch(offsets)
         self.taps = Taps(model, self.tensors, offsets, self, chooser.beyond_rows)
-        self.turn()
+        self.switch_phase()
 
     @property
     def step(self) -> int:
@@ -79,8 +79,8 @@ class Tracker:
     def before_forward(self, inside: bool = True) -> None:
         """Brings weights and support up to date before the outermost module runs, or before a use outside of any.
 
-        A use outside may be a look, which shall change nothing; so selections of the coming step wait, unless it has
-        been seen that the model is trained like that.
+        A use outside of modules may only look at a weight and must change nothing. So selections of the coming step
+        wait then, unless the model was seen to be trained that way.
         """
         training = torch.is_grad_enabled()
         with torch.no_grad():
@@ -104,41 +104,36 @@ class Tracker:
             if self.stale():
                 self.taps.renew()
 
-    def pages(self) -> list[tuple[Page, bool]]:
-        """The pages of a new graph, and whether each tensor needs a gradient in it."""
-        self._opened, before = self._now(), self.window.before
-        # the step of a selection may yet be skipped: then both supports get gradients
-        pages = self.ledger.pages if before is None else self.ledger.joined(before)
-        dense = before is not None or self.chooser.passes(self.step, self.accumulation_steps) > 0
-        if not any(pages[i].flat.numel() for i in self.reached):
-            dense = True  # no entry is known to be reached: without a path to the loss, backward() would fail
-        return [(page, dense or page.flat.numel() > 0 or page.watched is not None) for page in pages]
-
-    def _now(self) -> tuple[int, int, bool]:
-        """What the pages of a graph, and which of them need gradients, depend on."""
-        return self.step, self.ledger.changes, self.window.before is None
-
-    def stale(self) -> bool:
-        """Whether the present graph is of another step or support."""
-        return self._opened != self._now()
-
-    def recompute(self) -> None:
-        """A forward is repeated inside a backward pass: with reentrant checkpointing, close after all of it."""
-        if self.taps.grad_was_off and not self._deferred:
-            self._deferred = True
-            after_backward(self._close_deferred)
-
     @torch.no_grad()
     def select_ahead(self) -> None:
-        """Selections that read no gradient of the step: before forward, so that no dense gradient is needed."""
+        """Selects before forward where the score reads no gradient of the step, so that no dense one is formed."""
         with self.taps.resting():
             if self.coming.ahead():
                 self._version = self.ledger.offsets._version
 
-    @torch.no_grad()
-    def prepare(self, ready: Sequence[Tensor] | None = None) -> None:
-        """Ranks the whole budget beforehand, by weights or by scores that are `ready`."""
-        self.chooser.prepare(ready)
+    def pages(self) -> list[tuple[Page, bool]]:
+        """The pages of a new graph, and whether each tensor needs a gradient in it."""
+        self._opened, before = self._now(), self.window.before
+        # the step of a selection may still be skipped: then both supports need gradients
+        pages = self.ledger.pages if before is None else self.ledger.joined(before)
+        dense = before is not None or self.chooser.passes(self.step, self.accumulation_steps) > 0
+        if not any(pages[i].flat.numel() for i in self.reached):
+            dense = True  # no selected entry is known to be reached, and backward() needs some path from the loss
+        return [(page, dense or page.flat.numel() > 0 or page.watched is not None) for page in pages]
+
+    def _now(self) -> tuple[int, int, bool]:
+        """What a graph's pages, and which of them need gradients, depend on."""
+        return self.step, self.ledger.changes, self.window.before is None
+
+    def stale(self) -> bool:
+        """Whether the present graph was made for another step or support."""
+        return self._opened != self._now()
+
+    def recompute(self) -> None:
+        """A forward is repeated inside a backward pass: reentrant checkpointing, whose outer pass ends it."""
+        if self.taps.grad_was_off and not self._deferred:
+            self._deferred = True
+            after_backward(self._close_deferred)
 
     # -- backward (Listener)
 
@@ -158,42 +153,17 @@ class Tracker:
         self._begin()
         if self.ledger.pages[link.index].watched is link.page.watched:
             self.coming.watch(link.index, piece)
-        # else it is a graph from before they were watched, or of a window that was undone
+        # else the graph is older than the watch, or of a window that was undone
 
     def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
         self._begin()
         self.reached.update(i for i, piece in enumerate(pieces) if piece is not None)
         gradient = self.ledger.gather(pages, pieces)
-        gradient[self.ledger.free] = 0  # slots of a selection that was undone after this graph was built
+        gradient[self.ledger.free] = 0  # slots of a selection that was undone after this graph was made
         if self.taps.grad_was_off:
             self.recompute()
-            return self._ways.sends(gradient)
-        return self._ways.sends(self._close(gradient))
-
-    def _close_deferred(self) -> None:
-        self._deferred = False
-        offsets = self.ledger.offsets
-        if offsets.grad is None:
-            offsets.grad = torch.zeros_like(offsets)
-        offsets.grad.add_(self._close(torch.zeros_like(offsets)))
-        self.accumulated(offsets)
-
-    def _close(self, gradient: Tensor) -> Tensor:
-        selects = self.window.selects
-        self._in_backward, self._closed_in = False, backward_id()
-        self.taps.forget()
-        gradient = self.coming.close(gradient)
-        if selects and self.window.before is not None:
-            self._version = self.ledger.offsets._version
-        return gradient
-
-    def accumulated(self, offsets: Tensor) -> None:
-        """Autograd added the gradient of a backward pass: what it left there is known."""
-        self.window.keep_track(offsets.grad)
-
-    def _thrown_away(self) -> bool:
-        """Whether the gradient of this window's backward passes is gone: zero_grad() was called, and no step."""
-        return self.window.lost(self.ledger.offsets.grad, self.ledger.selected)
+            return self._penalties.sends(gradient)
+        return self._penalties.sends(self._close(gradient))
 
     def _begin(self) -> None:
         """The first sign of a new backward pass."""
@@ -212,8 +182,7 @@ class Tracker:
         if not self.in_step and self._thrown_away():
             self._undo()
         if self.window.backwards >= self.accumulation_steps and not self.in_step:
-            grad = self.ledger.offsets.grad
-            if grad is None or not bool(grad.any()):
+            if self._no_gradient():
                 self._undo()
             elif self.window.reads == self.accumulation_steps:
                 raise AccumulationError(
@@ -223,34 +192,57 @@ class Tracker:
                     "backward passes between two optimizer steps."
                 )
         if self.window.backwards == 0:
-            version = self.ledger.changes
-            self.select_ahead()  # done before forward, but where no module's ran
-            self._by_hand = self._by_hand or version != self.ledger.changes
+            changes = self.ledger.changes
+            self.select_ahead()  # done already unless no module's forward ran
+            self._by_hand = self._by_hand or changes != self.ledger.changes
             self.coming.open()
 
+    def _close(self, gradient: Tensor) -> Tensor:
+        """Ends a backward pass."""
+        selects = self.window.selects
+        self._in_backward, self._closed_in = False, backward_id()
+        self.taps.forget()
+        gradient = self.coming.close(gradient)
+        if selects and self.window.before is not None:
+            self._version = self.ledger.offsets._version
+        return gradient
+
+    def _close_deferred(self) -> None:
+        """Ends a backward pass that contains others: reentrant checkpointing."""
+        self._deferred = False
+        offsets = self.ledger.offsets
+        if offsets.grad is None:
+            offsets.grad = torch.zeros_like(offsets)
+        offsets.grad.add_(self._close(torch.zeros_like(offsets)))
+        self.accumulated(offsets)
+
+    def accumulated(self, offsets: Tensor) -> None:
+        """Autograd has added the gradient of a backward pass."""
+        self.window.keep_track(offsets.grad)
+
     def _broke_off(self) -> None:
-        """A backward pass raised: what it showed is void."""
+        """A backward pass raised: what it offered is void."""
         window, self._in_backward = self.window, False
         window.watched.clear()
         self.chooser.forget()
         self.taps.forget()
         if window.backwards and self.ledger.offsets.grad is None:
-            self._undo()  # the user starts the window anew
+            self._undo()  # the user starts the window again
         elif window.backwards and window.selects:
-            window.closed = True  # part of it is in the sums over the window
+            window.closed = True  # its sums contain a part of the broken pass
             self.events["broken_windows"] += 1
             log.warning(
                 "Step %d: a backward pass broke off within its window, so nothing is selected; the quota waits.",
                 self.step,
             )
-        window.held.clear()
+        window.sums.clear()
 
     # -- the optimizer's step
 
     def before_step(self, call: Call, scale: float = 1.0) -> None:
         """The optimizer is about to step; `close_short` follows, after the closure if there is one.
 
-        `scale`: what the optimizer itself will multiply its gradient by.
+        `scale`: the factor by which the optimizer itself will multiply its gradient.
         """
         self.clock.call = call
         self.taps.trains_in_this_thread()
@@ -261,7 +253,7 @@ class Tracker:
 
     @torch.no_grad()
     def close_short(self) -> None:
-        """No backward pass comes any more: a window that ends short (last batches of an epoch) closes here."""
+        """No backward pass will follow: a window with too few (the last batches of an epoch) closes here."""
         if self.coming.select_short():
             self.events["short_windows"] += 1
             if self.window.before is not None:
@@ -269,47 +261,67 @@ class Tracker:
 
     @torch.no_grad()
     def commit(self) -> None:
-        """The optimizer has stepped: the window counts, the weights follow the offsets."""
+        """The optimizer has stepped."""
         self.clock.call = None
         if self.window.backwards == 0 and self.tensors:
-            return self.write_weights()  # momentum alone may have moved them
+            return self.write_weights()  # momentum alone may have moved the offsets
         self.coming.commit()
-        self._seen()
-        self.turn()
+        self._mark_written()
+        self.switch_phase()
 
     @torch.no_grad()
     def commit_dense(self) -> None:
         """The optimizer has stepped in a dense phase."""
         self.clock.step += 1
-        self.turn()
+        self.switch_phase()
         if self.chooser.dense:
             self.chooser.refresh()
 
-    def turn(self) -> None:
-        """A dense phase begins or ends, if it is time."""
-        if self.chooser.turn():
+    def _undo(self) -> None:
+        """The window's step was skipped, or its gradient was thrown away."""
+        selected = self.window.before is not None
+        self.coming.undo()
+        if selected:
+            self._version = self.ledger.offsets._version
+        self.events["skipped_steps"] += 1
+
+    def _thrown_away(self) -> bool:
+        """Whether the gradient of this window is gone: zero_grad() was called, and no step was taken."""
+        return self.window.lost(self.ledger.offsets.grad, self.ledger.selected)
+
+    def _no_gradient(self) -> bool:
+        """Whether the optimizer would find no gradient, or only zeros."""
+        grad = self.ledger.offsets.grad
+        return grad is None or not bool(grad.any())
+
+    # -- dense phases
+
+    def switch_phase(self) -> None:
+        """Begins or ends a dense phase if it is time."""
+        if self.chooser.switch_phase():
             self.follow_phase()
 
     def follow_phase(self) -> None:
-        """In a dense phase weights are trained as torch does it; in any other they follow the offsets."""
+        """In a dense phase torch trains the weights as ever; otherwise they follow the offsets."""
         self.taps.asleep = self.chooser.dense
         self.taps.forget()
         if not self.chooser.dense:
             self.write_weights()
 
+    # -- the state of a run
+
     @torch.no_grad()
     def settle(self) -> None:
-        """A window whose passes are done is committed or undone now, if its step is known to be taken or skipped."""
+        """Commits or undoes a window whose passes are done, if its step is known to be taken or skipped."""
         if self._in_backward or self.in_step or not 0 < self.accumulation_steps <= self.window.backwards:
             return
-        grad = self.ledger.offsets.grad
         if self._moved() and not self.holders.any():
             self.commit()
-        elif grad is None or not bool(grad.any()):
+        elif self._no_gradient():
             self._undo()
 
     def between_steps(self) -> None:
-        """Settles what can be; raises TunerError within a step."""
+        """Settles the window if possible; raises TunerError within a step."""
         self.settle()
         if self.window.backwards or self._in_backward or self.in_step:
             raise TunerError(
@@ -325,34 +337,25 @@ class Tracker:
         self.events.update(events)
 
     def restart(self) -> None:
-        """Forgets the present window and all that was kept for it: the ledger is about to be another."""
+        """Forgets the present window and graph: the ledger is about to be replaced."""
         self.chooser.forget()
         self.taps.forget()
         self.coming.window, self._in_backward, self._deferred = Window(), False, False
         self._closed_in, self._opened, self._written = -1, None, None
 
-    def _undo(self) -> None:
-        """The window's step was skipped, or its gradient thrown away: nothing of it stays."""
-        selected = self.window.before is not None
-        self.coming.undo()
-        if selected:
-            self._version = self.ledger.offsets._version
-        self.events["skipped_steps"] += 1
-
     # -- offsets and weights
 
     def write_weights(self) -> None:
-        """The weights are start + offset from here on."""
+        """Sets the weights to start + offset."""
         self.ledger.write_weights()
-        self._seen()
+        self._mark_written()
 
-    def _seen(self) -> None:
-        """The weights are those of the present offsets."""
+    def _mark_written(self) -> None:
         self._version = self.ledger.offsets._version
         self._written = self.ledger.offsets.detach().clone()
 
     def weights_changed(self) -> None:
-        """Somebody loaded weights into the model: what is trained follows them."""
+        """Somebody loaded weights into the model: the offsets (or the latents) follow them."""
         if self.chooser.dense:
             return self.chooser.weights_changed()
         self.ledger.follow()
@@ -360,13 +363,13 @@ class Tracker:
         self._version = self.ledger.offsets._version
 
     def _swapped(self) -> bool:
-        """Whether offsets were written through `.data`, which no version tells: an average's, for an evaluation."""
+        """Whether offsets were written through `.data`, which changes no version: an average's, for an evaluation."""
         offsets, written = self.ledger.offsets.detach(), self._written
         return written is not None and (written.device != offsets.device or not torch.equal(written, offsets))
 
     @property
     def current(self) -> bool:
-        """Whether weights were written since the offsets moved last."""
+        """Whether the weights follow the present offsets."""
         return self._version == self.ledger.offsets._version and not self._swapped()
 
     def _moved(self) -> bool:

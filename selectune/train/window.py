@@ -1,4 +1,4 @@
-"""A window: what makes one optimizer step, and what has become of its gradient since."""
+"""A window: what makes one optimizer step, and what happened to its gradient since backward."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ log = logging.getLogger("selectune")
 
 @dataclass
 class Clock:
-    """How many optimizer steps a run has taken, and whether one is being taken now."""
+    """How many optimizer steps a run has taken, and whether it is taking one now."""
 
     step: int = 0
-    call: Call | None = None  # the running optimizer.step(), where a closure may run backward again
+    call: Call | None = None  # the running optimizer.step(), whose closure may run backward again
 
     @property
     def in_step(self) -> bool:
@@ -34,44 +34,44 @@ class Clock:
 
 @dataclass
 class Window:
-    """What is known of the present step, from its first backward pass to its commit."""
+    """The present step, from its first backward pass to its commit."""
 
-    backwards: int = 0
-    reads: int = 0  # backward passes, from the first on, whose dense gradients are wanted
+    backwards: int = 0  # passes that have ended
+    reads: int = 0  # how many passes, from the first on, show their dense gradients
     closed: bool = False  # the selection of this window is done
-    held: dict[int, Tensor] = field(default_factory=dict)  # dense sums, while more is to come for them
+    sums: dict[int, Tensor] = field(default_factory=dict)  # dense gradients of tensors that still expect more of them
     before: Snapshot | None = None  # the ledger before this window's selection
-    gradient: Tensor | None = None  # (B,) what the window gave so far, kept under accumulation only
-    expected: Tensor | None = None  # (B,) what the optimizer will find, unless it is scaled; kept while watching
-    left: tuple[int, int] | None = None  # where the gradient lies, and its version, as autograd left it
+    gradient: Tensor | None = None  # (B,) the sum of the passes so far; kept under accumulation only
+    expected: Tensor | None = None  # (B,) what the optimizer finds unless it is scaled; kept while entries are watched
+    left: tuple[int, int] | None = None  # address and version of the gradient as autograd left it
     watched: dict[int, Tensor] = field(default_factory=dict)  # gradients of watched entries in this backward pass
-    scale: float = 1.0  # what clipping and unscaling made of the gradient
+    scale: float = 1.0  # the factor by which clipping and unscaling changed the gradient
 
     @property
     def selects(self) -> bool:
-        """Whether the present backward pass is read by a selection."""
+        """Whether a selection reads the present backward pass."""
         return self.reads > 0 and not self.closed
 
-    def hold(self, tensor: ScopedTensor, gradient: Tensor, rows: Tensor | None) -> None:
-        """Adds a dense gradient, or the given rows of one, to the sum that is kept for a tensor."""
-        dtype, total = wide(tensor.parameter.dtype), self.held.get(tensor.index)
+    def add(self, tensor: ScopedTensor, gradient: Tensor, rows: Tensor | None) -> None:
+        """Adds a dense gradient, or the given rows of one, to the sum of a tensor."""
+        dtype, total = wide(tensor.parameter.dtype), self.sums.get(tensor.index)
         if total is None:
-            whole = gradient.to(dtype, copy=True) if rows is None else scattered(gradient.to(dtype), rows, tensor)
-            self.held[tensor.index] = whole
+            dense = gradient.to(dtype, copy=True) if rows is None else scattered(gradient.to(dtype), rows, tensor)
+            self.sums[tensor.index] = dense
         elif rows is None:
             total.add_(gradient)
         else:
             total.index_add_(0, rows, gradient.to(dtype))
 
     def keep_track(self, gradient: Tensor | None) -> None:
-        """Autograd has added to the gradient (B,) that the optimizer will find."""
+        """Remembers the gradient (B,) that autograd has just added to."""
         if gradient is not None:
             self.left = (gradient.data_ptr(), gradient._version)
 
     def lost(self, gradient: Tensor | None, selected: int) -> bool:
-        """Whether what autograd left there is gone: set to None, or to 0.
+        """Whether the gradient that autograd left was since set to None or to 0.
 
-        A gradient that is 0 because nothing was selected yet looks like one set to 0, and is taken for the former.
+        While nothing is selected the gradient is 0 anyway, so a 0 says nothing then.
         """
         if self.left is None or self.backwards == 0:
             return False
@@ -81,13 +81,13 @@ class Window:
 
 
 def scattered(block: Tensor, rows: Tensor, tensor: ScopedTensor) -> Tensor:
-    """Rows of a gradient as the dense gradient they stand for."""
+    """The dense gradient of a tensor out of the rows that are not 0."""
     dense = block.new_zeros(tensor.parameter.shape)
     return dense.index_copy_(0, rows, block)
 
 
 def scale_between(then: Tensor | None, now: Tensor) -> float:
-    """What clipping or unscaling multiplied the gradient by since backward; 1 where that cannot be seen."""
+    """The factor by which clipping or unscaling changed a gradient; 1 if that cannot be seen."""
     if then is None or not bool(then.any()):
         return 1.0
     at = int(then.abs().argmax())
@@ -95,27 +95,27 @@ def scale_between(then: Tensor | None, now: Tensor) -> float:
     return scale if math.isfinite(scale) else 1.0
 
 
-class OtherWays:
-    """Whether the offsets get gradients by another way than the weights: a loss that depends on the vector itself."""
+class PenaltyWatch:
+    """Warns once if the offsets get gradients that did not come through the weights: from a penalty over them, say."""
 
     def __init__(self, offsets: Tensor) -> None:
         self._sent: list[Tensor] = []
-        self._said = False
+        self._warned = False
         offsets.register_hook(weakly(self._arrived))
 
     def sends(self, gradient: Tensor) -> Tensor:
-        """The gradient, which autograd is about to add to the offsets'."""
+        """Takes note of a gradient that autograd is about to add to the offsets'; returns it."""
         self._sent.append(gradient)
         return gradient
 
     def _arrived(self, gradient: Tensor) -> None:
         sent, self._sent = self._sent, []
-        if not self._said and not _is_sum(gradient, sent):
-            self._said = True
+        if not self._warned and not _is_sum(gradient, sent):
+            self._warned = True
             log.warning(
                 "The loss depends on the tuner's own vector of offsets, not only on the weights. A penalty over "
-                "tuner.parameters() pulls towards the base, and that is its gradient. A penalty over all of "
-                "model.parameters() counts the offsets beside the weights: leave the vector out, which is the last."
+                "tuner.parameters() pulls towards the base. A penalty over all of model.parameters() counts the "
+                "offsets in addition to the weights; leave out the vector, which is the last parameter."
             )
 
 

@@ -135,7 +135,7 @@ def test_it_is_the_diff_pruning_of_plain_torch(structured, start):
     for step in range(4):
         noise = {}
         for i, (n, p) in enumerate(base.items()):
-            draws = tuner.engine.phase._here(i).stream
+            draws = tuner.engine.phase._input(i).stream
             noise[n] = uniform(torch.zeros((), dtype=torch.float64), draws) if structured else None, uniform(p, draws)
         plain.zero_grad()
         chance = {n: torch.sigmoid(alpha[n]).sum() * (torch.sigmoid(group[n]) if structured else 1) for n in base}

@@ -51,7 +51,7 @@ def test_drop_the_smallest_change_grow_the_best_candidate():
     assert weight[3].item() == torch.tensor(0.4).item()
     assert tuner.engine.ledger.pages[0].watched is None
     assert tuner.verify().touched == 3
-    tuner.engine.step_hooks._tell(optimizer)
+    tuner.engine.step_hooks._inform(optimizer)
     state, slot = optimizer.state[tuner.parameters()[0]], tuner.engine.ledger.pages[0].slot[1]
     assert state["age"][slot].item() == 2
     assert state["exp_avg"][slot].item() == pytest.approx(6 * (1 - 0.81))
@@ -68,7 +68,7 @@ def test_with_a_shared_age_bias_correction_gives_the_window_back_too():
     for _ in range(4):
         values.grad = torch.ones(3)
         optimizer._step(values, optimizer.param_groups[0])
-    optimizer.inherit(values, tuner.engine.tracker.chooser.news)
+    optimizer.inherit(values, tuner.engine.tracker.chooser.new_entries)
     state, slot = optimizer.state[values], tuner.engine.ledger.pages[0].slot[1]
     assert state["exp_avg"][slot].item() / (1 - 0.9**4) == pytest.approx(6)
     assert state["exp_avg_sq"][slot].item() / (1 - 0.999**4) == pytest.approx(37)

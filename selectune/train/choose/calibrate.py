@@ -1,7 +1,7 @@
-"""Calibrated scores: read from data at fixed weights, one dense gradient alive at a time where that suffices.
+"""Calibrated scores: read from data at fixed weights, with one dense gradient at a time if that suffices.
 
-Every kind (`selectune.types.Reads`) leaves the model as it was: training modes, buffers, requires_grad, no gradients,
-and every bit of the weights, also when something raises.
+Every kind (`selectune.types.Reads`) leaves the model as it was, even if something raises: training modes, buffers,
+requires_grad, every bit of the weights, and no gradients.
 """
 
 from __future__ import annotations
@@ -45,19 +45,18 @@ def calibrate(
     loss: Loss | None,
     seed: int = 0,
 ) -> list[Tensor]:
-    """The score of every entry: a float per entry in scope, in the shape of its tensor.
+    """The scores of all entries: one tensor for each in scope, of its shape.
 
-    EXAMPLES   sum_i f(w, g_i), a backward pass an example; with labels="model" `loss` gives logits
-               (1, classes), and every class c counts with weight p(c), a backward pass a class
-    BATCHES    sum_b f(w, g_b), a backward pass a mini-batch
-    POOLED     f(w, sum_b g_b), a backward pass a mini-batch
-    CURVATURE  f(w, H g), g = sum_b g_b and H = sum_b H_b: a backward pass a mini-batch for g, then the
-               gradient of <g_b, g> by double backward; holds the graph of that, g and H g at once
-    FLOW       sum_b f(|w|, dR_b/d|w|), R_b = `loss(model, input)` with all weights of the model absolute
+    EXAMPLES   sum_i f(w, g_i), one backward pass per example; with labels="model" `loss` gives logits
+               (1, classes), and every class c counts with weight p(c), one backward pass per class
+    BATCHES    sum_b f(w, g_b), one backward pass per mini-batch
+    POOLED     f(w, sum_b g_b), one backward pass per mini-batch
+    CURVATURE  f(w, H g), g = sum_b g_b and H = sum_b H_b: one backward pass per mini-batch for g, then the
+               gradient of <g_b, g> by double backward; holds its graph, g and H g at once
+    FLOW       sum_b f(|w|, dR_b/d|w|), R_b = `loss(model, input)` with absolute weights in the whole model
 
-    Memory beside the model: 4 bytes an entry in scope (8 for CURVATURE) and one dense gradient (all of
-    them for CURVATURE). The model is in eval mode, unless the score has train_mode. Raises
-    CalibrationError.
+    Memory beside the model: 4 bytes per entry in scope (8 for CURVATURE) and one dense gradient (all of
+    them for CURVATURE). The model is in eval mode unless the score has train_mode. Raises CalibrationError.
     """
     if score.reads.calibrated and (batches is None or loss is None):
         raise CalibrationError(f"The score '{score.name}' reads {_WANTS[score.reads]}.")
@@ -65,30 +64,30 @@ def calibrate(
         stack.enter_context(still(model, tensors, bool(score.parameters.get("train_mode", False))))
         if score.drawn:
             stack.enter_context(drawn(tensors, score.drawn, seed))
-        if not score.reads.calibrated:  # reads weights or nothing; here because some of them are drawn
+        if not score.reads.calibrated:  # reads weights or nothing; some weights are drawn
             generator = torch.Generator().manual_seed(seed)
             return [score(_weight(t).reshape(-1), None, generator).reshape(t.parameter.shape) for t in tensors]
-        read = _Reading(score, tensors, batches, loss)
+        reading = _Reading(score, tensors, batches, loss)
         if score.reads is Reads.FLOW:
             stack.enter_context(absolute(model))
-        sums = read.curvature(model) if score.reads is Reads.CURVATURE else read.gradients(model)
-    read.check(sums)
+        sums = reading.curvature(model) if score.reads is Reads.CURVATURE else reading.gradients(model)
+    reading.check(sums)
     return sums
 
 
 def again(first: list[Tensor], *how: Any) -> Callable[[], list[Tensor]]:
-    """Gives the scores that are known already the first time, and from then on calibrates afresh."""
+    """A function that gives the known scores at its first call, and calibrates at every later one."""
     known = [first]
     return lambda: known.pop() if known else calibrate(*how)
 
 
 def check_rereadable(score: Score, batches: Batches | None) -> None:
-    """Raises CalibrationError for data that can be read once only, under a schedule that scores again in mid-run."""
+    """Raises CalibrationError for data that can be read only once, if the schedule scores again during the run."""
     if batches is not None and not callable(batches) and iter(batches) is batches:
         raise CalibrationError(
             f"The score '{score.name}' is read again at every selection, and calibration= is a "
-            f"{type(batches).__name__}, which is used up after the first: give a list, or a callable that "
-            "gives a fresh iterable."
+            f"{type(batches).__name__}, which is used up after the first. Give a list, or a callable that "
+            "gives a new iterable."
         )
 
 
@@ -105,10 +104,10 @@ class _Reading:
         self.seen = 0
         self._weight_of_class = 1.0
 
-    # -- scores of a gradient at a time
+    # -- scores of one gradient at a time
 
     def gradients(self, model: nn.Module) -> list[Tensor]:
-        """Sums of the score, folded in as each tensor's gradient appears, which is then dropped."""
+        """Sums of the score. Each tensor's gradient is added as it appears, and then dropped."""
         sums = [torch.zeros(t.parameter.shape, dtype=_wide(t), device=t.parameter.device) for t in self.tensors]
         with self._folding(sums):
             for batch in self._chosen(model):
@@ -145,7 +144,7 @@ class _Reading:
     # -- the Hessian-gradient product
 
     def curvature(self, model: nn.Module) -> list[Tensor]:
-        """f(w, H g). Two rounds over the batches: g, then the gradient of <g_b, g>, whose sum is H g."""
+        """f(w, H g) in two rounds over the batches: the first sums g, the second the gradients of <g_b, g> to H g."""
         weights = [t.parameter for t in self.tensors]
         totals = [
             torch.zeros(w.shape, dtype=_wide(t), device=w.device) for t, w in zip(self.tensors, weights, strict=True)
@@ -170,8 +169,8 @@ class _Reading:
 
     def _gradients(self, model: nn.Module, batch: Any, weights: list[nn.Parameter], graph: bool = False) -> list[Any]:
         ((loss, _),) = self._losses(self._loss_of(model, batch))
-        found = torch.autograd.grad(loss, weights, allow_unused=True, create_graph=graph)
-        return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True, create_graph=graph)
+        return [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
 
     # -- batches and losses
 
@@ -182,7 +181,7 @@ class _Reading:
             yield batch
 
     def _chosen(self, model: nn.Module) -> Iterable[Any]:
-        """All batches, or, for a score with `hardest`, those with the largest loss at the present weights."""
+        """All batches; for a score with `hardest`, only those with the largest loss at the present weights."""
         hardest = self.score.parameters.get("hardest")
         if hardest is None:
             return self._batches()
@@ -209,11 +208,11 @@ class _Reading:
                 raise
             raise CalibrationError(
                 f"The score '{self.score.name}' divides logits by its temperature {self.temperature:g}, which only "
-                "the loss callable can do: give one that takes (model, batch, temperature), or temperature=1."
+                "the loss callable can do. Give one that takes (model, batch, temperature), or set temperature=1."
             ) from error
 
     def _losses(self, result: Tensor) -> list[tuple[Tensor, float]]:
-        """The scalars to run backward from, and the weight of each in the sum."""
+        """The scalars that backward runs from, and the weight of each in the sum."""
         if self.labels == "data":
             if result.numel() != 1:
                 what = "the loss" if self.score.reads is not Reads.FLOW else "the sum of the outputs"
@@ -228,7 +227,7 @@ class _Reading:
         return [(-log_p[c], float(log_p[c].detach().exp())) for c in range(result.shape[1])]
 
     def check(self, sums: Sequence[Tensor]) -> None:
-        """Raises CalibrationError for too little data, scores that are not finite, scores that are all 0."""
+        """Raises CalibrationError for too little data, for scores that are not finite, and if all scores are 0."""
         if self.seen == 0:
             raise CalibrationError("calibration= yielded no batch; the score needs at least one example.")
         if self.wanted is not None and self.seen < self.wanted:
@@ -247,13 +246,13 @@ class _Reading:
             )
         if not any(bool(s.any()) for s in sums):
             raise CalibrationError(
-                f"No example sent a gradient into the {len(self.tensors)} tensors in scope, or every score is 0: is "
-                "the loss a function of the model, and are the weights in scope not all 0?"
+                f"No example sent a gradient into the {len(self.tensors)} tensors in scope, or every score is 0. Does "
+                "the loss depend on the model, and are some weights in scope not 0?"
             )
 
 
 def opened(batches: Batches) -> Iterator[Any]:
-    """A fresh iterator over the calibration data, an iterable or a callable that gives one."""
+    """A new iterator over the calibration data, an iterable or a callable that gives one."""
     return iter(batches() if callable(batches) else batches)
 
 

@@ -1,9 +1,9 @@
-"""Choosers: which entries are trained, decided step by step. The tracker says when; a chooser says which.
+"""Choosers decide, step by step, which entries are trained. The tracker says when; a chooser says which.
 
-before forward   `ahead`: choices that read no gradient of the coming step
-backward         `passes` of a window are shown as dense gradients, a tensor at a time, to `offer`
-close            after the last of them: the ledger is changed, new entries get their gradient
-step             `commit`, or `undo` where the step was skipped
+before forward   `ahead`: selections that read no gradient of the coming step
+backward         `passes`: how many passes of a window `offer` their dense gradients, one tensor at a time
+close            after the last of them: the ledger changes, and new entries come with their gradients
+step             `commit`, or `undo` if the step was skipped
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,121 +21,120 @@ from selectune.method import Method
 from selectune.scope import ScopedTensor
 from selectune.scores import constant
 from selectune.train.ledger import Ledger, Snapshot
-from selectune.train.optim.contract import News
-from selectune.train.window import Clock
+from selectune.train.optim.contract import NewEntries
+from selectune.train.window import Clock, scattered
 from selectune.types import Allocating, Collector, Schedule
 
 log = logging.getLogger("selectune")
 
 
-@dataclass
-class Ground:
-    """What the chooser of a run works on."""
+@dataclass(frozen=True)
+class Selection:
+    """A change of the support: the ledger before it, the slots of new entries (k,) and their gradients (k,)."""
 
-    method: Method
-    schedule: Schedule | None
-    tensors: Sequence[ScopedTensor]
-    ledger: Ledger
-    seed: int
-    rescore: Callable[[], Sequence[Tensor]] | None = None  # calibrated scores at the weights of now
-    clock: Clock = field(default_factory=Clock)
-    events: Counter[str] = field(default_factory=Counter)
-    beyond_rows: set[int] = field(default_factory=set)  # tensors used otherwise than by looking up rows: padding counts
+    before: Snapshot
+    slots: Tensor
+    gradients: Tensor
 
 
 class Chooser:
     """The contract, and what all choosers share. This one never chooses."""
 
-    def __init__(self, ground: Ground) -> None:
-        self.method, self.schedule, self.tensors, self.ledger = (
-            ground.method, ground.schedule, ground.tensors, ground.ledger,
-        )  # fmt: skip
-        self.seed, self.events, self.clock, self.beyond_rows = (
-            ground.seed,
-            ground.events,
-            ground.clock,
-            ground.beyond_rows,
-        )
-        self.rescore, self.score = ground.rescore, ground.method.score or constant()
-        self.news: News | None = None  # entries that took over slots: the optimizer's state of these is stale
-        self.factors: tuple[Tensor, Tensor] | None = None  # what the optimizer holds for rows and columns
-        self.watching = False  # entries beside the selected ones are watched
+    def __init__(
+        self,
+        method: Method,
+        schedule: Schedule | None,
+        ledger: Ledger,
+        seed: int,
+        rescore: Callable[[], Sequence[Tensor]] | None = None,
+    ) -> None:
+        self.method, self.schedule, self.ledger, self.seed = method, schedule, ledger, seed
+        self.rescore = rescore  # gives calibrated scores at the present weights
+        self.tensors, self.score = ledger.tensors, method.score or constant()
+        self.clock = Clock()
+        self.events: Counter[str] = Counter()
+        self.beyond_rows: set[int] = set()  # tensors used in other ways than looking up rows: their padding row counts
+        self.new_entries: NewEntries | None = None  # they took over slots, whose optimizer state is another entry's
+        self.factors: tuple[Tensor, Tensor] | None = None  # the optimizer's numbers for rows and columns
+        self.watching = False  # gradients of entries outside the support are formed too
         self.dense = False  # every entry in scope is trained at present, as torch does it
-        self._ahead = -1  # the step of the last choice before forward
+        self._ahead = -1  # the step of the last selection before forward
         self._collector: Collector | None = None
-        self._broken: list[str] = []  # tensors with non-finite scores
-        self._finite: list[tuple[str, Tensor]] = []  # what is not known yet, bool () on its device
+        self._broken: list[str] = []  # tensors whose scores are not finite
+        self._finite: list[tuple[str, Tensor]] = []  # queued answers: whether a tensor's scores are finite, bool ()
+
+    # -- when
 
     def quota(self, step: int) -> int:
         """How many entries the schedule asks for at this step."""
-        del step
         return 0
 
     def passes(self, step: int, accumulation_steps: int) -> int:
-        """How many backward passes of this step's window are shown as dense gradients, from the first on."""
-        del step, accumulation_steps
+        """How many backward passes of this step's window, from the first on, offer their dense gradients."""
         return 0
 
-    def prepare(self, ready: Sequence[Tensor] | None = None) -> None:
-        """Ranks the entries beforehand, by weights or by scores that are `ready`."""
+    def switch_phase(self) -> bool:
+        """Begins or ends a dense phase if it is time; returns whether it did."""
+        return False
+
+    # -- which
+
+    def prepare(self, scores: Sequence[Tensor] | None = None) -> None:
+        """Ranks the entries for the whole run, by their weights or by these calibrated scores."""
 
     def ahead(self, step: int) -> bool:
-        """Chooses before forward, if it is time; whether it did."""
-        del step
+        """Selects before forward if it is time; returns whether it did."""
         return False
 
     def offer(self, step: int, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
-        """The dense gradient of one tensor, whole; it is freed afterwards."""
+        """Takes the dense gradient of one tensor, or the rows of it that are not 0; it is freed afterwards."""
 
-    def close(self, step: int, gradient: Tensor) -> Snapshot | None:
-        """Changes the support after the passes shown; writes new entries' gradients into `gradient` (B,).
-
-        Returns the ledger as it was, or None if nothing was changed.
-        """
-        del step, gradient
+    def close(self, step: int) -> Selection | None:
+        """Changes the support after the last offer; None if nothing changed."""
         return None
 
-    def saw(self, pieces: Mapping[int, Tensor]) -> None:
-        """The gradients of watched entries in one backward pass, by tensor."""
+    def add_watched(self, pieces: Mapping[int, Tensor]) -> None:
+        """Takes the gradients of watched entries in one backward pass, by tensor."""
 
     def forget(self) -> None:
-        """The backward pass broke off: what it offered is void."""
+        """A backward pass broke off: its offers are void."""
         self._collector, self._finite = None, []
 
-    def undo(self) -> None:
-        """The window's step was skipped; the ledger is as it was."""
-        self._collector, self._broken, self._finite = None, [], []
+    # -- the step
 
     def commit(self, step: int, scale: float) -> None:
-        """The optimizer has stepped; `step` steps are done. `scale`: its gradient over that of the backward passes."""
-        del step, scale
-        self.news = None
+        """The optimizer has taken step number `step - 1`, with `scale` times the gradient of the backward passes."""
+        self.new_entries = None
 
-    def turn(self) -> bool:
-        """Begins or ends a dense phase, if the schedule has one and it is time; whether it did."""
-        return False
+    def undo(self) -> None:
+        """The window's step was skipped; the ledger is restored already."""
+        self._collector, self._broken, self._finite = None, [], []
+
+    # -- in a dense phase
 
     def refresh(self) -> None:
-        """In a dense phase: writes the weights that follow from what is trained."""
+        """Writes the weights that follow from the latents."""
 
     def weights_changed(self) -> None:
-        """In a dense phase: somebody loaded weights into the model."""
+        """Somebody loaded weights into the model."""
 
     def leave(self) -> None:
         """The tuner comes off the model, whose weights are the base again."""
 
+    # -- a later process
+
     def state(self) -> dict[str, Any]:
         """What a later process needs beside the ledger: tensors and plain values. Taken between steps."""
-        news = self.news
-        told = None if news is None else {k: getattr(news, k) for k in ("slots", "mean", "square", "age")}
-        return {"ahead": self._ahead, "news": told}
+        new = self.new_entries
+        news = None if new is None else {k: getattr(new, k) for k in ("slots", "mean", "square", "age")}
+        return {"ahead": self._ahead, "news": news}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state` gave, after the ledger is as it was."""
+        """Takes what `state` gave; the ledger is loaded already."""
         self._ahead = int(state["ahead"])
-        self.news = None if state["news"] is None else News(**state["news"])
+        self.new_entries = None if state["news"] is None else NewEntries(**state["news"])
 
-    # -- for choosers
+    # -- shared by the choosers
 
     def collector(self, quota: int) -> Collector:
         """A collector of `quota` entries; one that allocates completes every tensor's share of the support."""
@@ -150,23 +149,29 @@ class Chooser:
         return select.per_tensor(counts, sizes, self.seed)
 
     def _taken(self, index: int) -> Tensor | None:
-        """Flat indices of a tensor that may not be chosen."""
+        """Flat indices (ascending) of a tensor that may not be chosen."""
         return self.ledger.pages[index].flat
 
-    def tensor(self, index: int) -> ScopedTensor:
-        """A tensor and what of it may be chosen by its gradient: a row of padding too, where it gets one."""
+    def scannable(
+        self, index: int, gradient: Tensor, rows: Tensor | None
+    ) -> tuple[ScopedTensor, Tensor, Tensor | None]:
+        """A tensor, its gradient and the rows of it that are not 0, as `scan` takes them."""
         tensor = self.tensors[index]
-        return replace(tensor, padding=range(0)) if tensor.padding and index in self.beyond_rows else tensor
+        if tensor.padding and index in self.beyond_rows:
+            tensor = replace(tensor, padding=range(0))  # the padding row gets gradients too
+        if rows is not None and self.score.above is None:
+            gradient, rows = scattered(gradient, rows, tensor), None  # entries of gradient 0 may be chosen
+        return tensor, gradient, rows
 
-    def clear(self, gradient: Tensor | None, slots: Tensor) -> None:
-        """Gradients that belong to entries no longer there are 0."""
-        for stale in (gradient, self.ledger.offsets.grad):
-            if stale is not None:
-                stale[slots] = 0
-                stale[self.ledger.free] = 0
+    def clear_gradients(self, slots: Tensor) -> None:
+        """Earlier passes of the window gave these slots, and free ones, gradients of entries that have left."""
+        gradient = self.ledger.offsets.grad
+        if gradient is not None:
+            gradient[slots] = 0
+            gradient[self.ledger.free] = 0
 
     def report_broken(self, step: int) -> bool:
-        """Whether scores were not finite; says so once."""
+        """Whether any score was not finite; then warns, and nothing is selected."""
         names, self._broken = self._broken, []
         waiting, self._finite = self._finite, []
         if waiting:

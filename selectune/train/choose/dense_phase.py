@@ -1,9 +1,9 @@
-"""The dense phase of a run: latents in, their gradients, the weights that follow, and the way back to sparse.
+"""The dense phase of a run: its latents, their gradients, the weights that follow, and the way back to sparse steps.
 
-While the phase is on, autograd gives every weight in scope its ordinary dense gradient and the taps are
-asleep. Latents that are not the weight itself are parameters on the model, hidden from its state dict;
-a hook turns a weight's gradient into theirs as it appears. At the end the weights are the base again, bit
-for bit, the best entries get their slots, and of the phase nothing stays that is larger than O(B).
+While the phase is on, autograd gives every weight in scope its ordinary dense gradient, and the taps are asleep.
+Latents other than the weight itself are parameters on the model, hidden from its state dict; a hook turns a weight's
+gradient into theirs as it appears. When the phase ends, the weights are the base again, bit for bit, the best entries
+get slots, and all memory beyond O(B) is freed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from selectune.ops.scratch import scratch
 from selectune.phases import DensePhase, Here
 from selectune.scope import OWN, Found
 from selectune.seeds import Stream, mixed
-from selectune.train.choose.chooser import Chooser, Ground
+from selectune.train.choose.chooser import Chooser
 from selectune.train.choose.scan import scan
 from selectune.train.proof import BaseCopy
 from selectune.types import Phased
@@ -35,18 +35,18 @@ WIDE = (torch.float32, torch.float64)
 
 
 class DenseThenSparse(Chooser):
-    """Selects where a dense phase ends; turns the phase on and off, and follows its steps."""
+    """Turns a dense phase on and off, follows its steps, and selects when it ends."""
 
-    def __init__(self, ground: Ground, kind: DensePhase, found: Found, base: BaseCopy, carrier: nn.Module) -> None:
-        super().__init__(ground)
-        self.kind, self.phased = kind, ground.schedule if isinstance(ground.schedule, Phased) else None
-        self.reached: set[int] = set()  # tensors that ever sent a gradient here
+    def __init__(self, *run: Any, kind: DensePhase, found: Found, base: BaseCopy, carrier: nn.Module) -> None:
+        super().__init__(*run)
+        self.kind, self.phased = kind, self.schedule if isinstance(self.schedule, Phased) else None
+        self.reached: set[int] = set()  # tensors that ever sent a gradient in the phase
         self._carrier, self._base, self._heads, self._total = carrier, base, found.whole, found.eligible
-        self._before: list[Tensor] = []  # what the heads were when the phase began
+        self._before: list[Tensor] = []  # the heads as the phase began
         self._hooks: list[RemovableHandle] = []
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._pulled = False  # a gradient came since the last step
-        self._written: list[int] = []  # versions of the latents that the weights follow
+        self._pulled = False  # whether a gradient came since the last step
+        self._written: list[int] = []  # versions of the latents when the weights were written
         self.latents = [self._make(t.parameter) for t in self.tensors]
 
     def _make(self, weight: nn.Parameter) -> list[nn.Parameter]:
@@ -69,9 +69,9 @@ class DenseThenSparse(Chooser):
         return {id(latent): rate for latent, rate in rates if rate is not None}
 
     def bytes(self) -> int:
-        """Bytes beside the model while the phase is on: base, latents, gradients, and two moments each of AdamW.
+        """Bytes beside the model while the phase is on: base, latents, gradients, and AdamW's two moments of each.
 
-        Beside them: the heads as they were, and memory in the size of the largest tensor that all of them use in turn.
+        Also the copies of the heads, and memory of the largest tensor's size that all tensors use in turn.
         """
         total = sum(t.numel() * t.element_size() for t in self._before)
         total += self._largest(lambda index, weight: any(p.shape != weight.shape for p in self.latents[index]))
@@ -89,14 +89,14 @@ class DenseThenSparse(Chooser):
         return max((w.numel() * bits.wide(w.dtype).itemsize for w in weights), default=0)
 
     def _works_on_a_base(self, index: int, weight: nn.Parameter) -> bool:
-        """Whether the base of a phase is not the copy that is held: widened, or with the values of earlier rounds."""
+        """Whether the phase's base differs from the kept copy: it is widened, or has the values of earlier rounds."""
         return weight.dtype not in WIDE or self.ledger.pages[index].flat.numel() > 0
 
     # -- on and off
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Every entry in scope is trained from here on."""
+        """Turns the phase on: every entry in scope is trained."""
         self.dense, self._pulled = True, False
         self.ledger.offsets.grad = None
         self._base.hold(self.tensors, self.ledger)
@@ -114,12 +114,14 @@ class DenseThenSparse(Chooser):
 
     @torch.no_grad()
     def end(self) -> None:
-        """Rewinds the weights, gives the best entries their slots, and frees all that is dense.
+        """Rewinds the weights, gives the best entries slots, and frees everything dense.
 
-        Raises NonFiniteError, with nothing changed, if the phase ended in numbers that cannot be compared.
+        Raises NonFiniteError, with nothing changed, if the phase ended in NaN or infinity.
         """
         ledger, step = self.ledger, self.clock.step
-        broken = [t.name for t in self.tensors if not bool(torch.isfinite(self.kind.change(self._here(t.index))).all())]
+        broken = [
+            t.name for t in self.tensors if not bool(torch.isfinite(self.kind.change(self._input(t.index))).all())
+        ]
         if broken:
             raise NonFiniteError(
                 f"The dense phase ended at step {step} with NaN or infinity in {len(broken)} tensors "
@@ -128,23 +130,23 @@ class DenseThenSparse(Chooser):
         quota = 0 if self.phased is None else self.phased.target(step) - ledger.selected
         collector = self.method.select.collector(quota, [t.parameter.numel() for t in self.tensors], self.seed)
         for tensor in self.tensors:
-            change = self.kind.change(self._here(tensor.index))
+            change = self.kind.change(self._input(tensor.index))
             tensor.parameter.copy_(self._base.whole[tensor.name])
             if self.method.score is not None and quota > 0:
                 scan(collector, self.score, tensor, ledger.pages[tensor.index].flat, change)
-        tensors, flat, found = collector.close()
+        tensors, flat, changes = collector.close()
         if flat.numel() < quota:
             self.events["shortfall"] += quota - flat.numel()
         slots = ledger.add(tensors, flat)
         if self.kind.found:
-            ledger.offsets[slots] = found.to(ledger.offsets)
+            ledger.offsets[slots] = changes.to(ledger.offsets)
         ledger.write_weights()
         self._rewind_heads()
         self._restart(ledger.offsets)
         self.free()
 
     def free(self) -> None:
-        """Turns the phase off: what it held is released, whatever the weights are."""
+        """Turns the phase off and frees its memory; the weights are left as they are."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -175,7 +177,7 @@ class DenseThenSparse(Chooser):
             self._restart(tensor.parameter)
 
     def _restart(self, parameter: nn.Parameter) -> None:
-        """A tensor that goes on from its old value starts with a fresh optimizer state."""
+        """Drops the optimizer state of a tensor that continues from an older value."""
         parameter.grad = None
         for optimizer in self._optimizers:
             internals.forget(optimizer, parameter)
@@ -188,25 +190,25 @@ class DenseThenSparse(Chooser):
         if self._pulled and not self.clock.in_step:
             raise OptimizerError(
                 "The tensors of the dense phase changed without a step of a torch.optim.Optimizer, whose hooks tell "
-                "when the phase is over. Use an optimizer made from torch.optim.Optimizer."
+                "when the phase is over. Use a subclass of torch.optim.Optimizer."
             )
         self._write()
 
     @torch.no_grad()
     def _write(self) -> None:
-        """Writes the weights that the latents stand for."""
+        """Writes the weights that follow from the latents."""
         for tensor, latents in zip(self.tensors, self.latents, strict=True):
             weight = tensor.parameter.detach()
             if latents[0] is tensor.parameter:
                 continue
-            made = self.kind.weight(self._here(tensor.index, weight if weight.dtype in WIDE else None))
-            if made is not weight:
-                weight.copy_(made)
+            value = self.kind.weight(self._input(tensor.index, weight if weight.dtype in WIDE else None))
+            if value is not weight:
+                weight.copy_(value)
         self._written = self._versions()
 
     @torch.no_grad()
     def _pull(self, index: int, weight: Tensor) -> None:
-        """A weight's gradient is complete: it becomes that of the latents."""
+        """A weight's gradient is complete: turns it into the latents' gradients."""
         self._pulled = True
         self.reached.add(index)
         latents, gradient = self.latents[index], weight.grad
@@ -216,21 +218,21 @@ class DenseThenSparse(Chooser):
             gradient = weight.grad = gradient.to_dense()
         if latents[0] is not weight:
             weight.grad = None
-            for latent, part in zip(latents, self.kind.pull(_widened(gradient), self._here(index)), strict=True):
+            for latent, part in zip(latents, self.kind.pull(_widened(gradient), self._input(index)), strict=True):
                 latent.grad = _laid_out(part, latent) if latent.grad is None else latent.grad.add_(part)
         if self.clock.in_step:
-            self._finish(index, lambda latent: True)  # a closure: the optimizer's hook has been and gone
+            self._finish(index, lambda latent: True)  # in a closure: the optimizer's pre-step hook has run already
 
     def _versions(self) -> list[int]:
         return [latent._version for latents in self.latents for latent in latents]
 
-    def _here(self, index: int, target: Tensor | None = None) -> Here:
-        """Valid until the next one is made: a base that is not there as such is made in memory used again."""
+    def _input(self, index: int, target: Tensor | None = None) -> Here:
+        """The input of the phase's functions; valid until the next one, which may use the same memory for its base."""
         tensor, ledger = self.tensors[index], self.ledger
         base, page = self._base.held(tensor), ledger.pages[index]
         if self._works_on_a_base(index, tensor.parameter):
             base = _lend(base, "base").copy_(base)
-        if page.flat.numel():  # a later round: selected entries began it at their values
+        if page.flat.numel():  # a later round: selected entries began it with their values
             values = ledger.values()[page.slot].to(base.device, tensor.parameter.dtype)
             ops.scatter_entries(base, page.flat, values)
         stream = Stream(mixed(self.seed, self.clock.step, index))
@@ -240,13 +242,13 @@ class DenseThenSparse(Chooser):
     # -- the optimizer's step
 
     def last_word(self, optimizer: torch.optim.Optimizer, held: set[int], frozen: set[int]) -> bool:
-        """The optimizer is about to step: the last word on its gradients; whether it trains anything of the phase."""
+        """Applies penalties and masks as an optimizer is about to step; returns whether it trains part of the phase."""
         mine = {id(p) for p in self.parameters()}
         if not held & mine:
             if held & (frozen | {id(self.ledger.offsets)}):
                 raise OptimizerError(
-                    f"This {type(optimizer).__name__} holds nothing that the dense phase trains, which is on. Make the "
-                    "optimizer right after attach, over tuner.parameters(): then it holds what all phases train."
+                    f"A dense phase is on, and this {type(optimizer).__name__} holds nothing that the dense phase "
+                    "trains. Make the optimizer right after attach, over tuner.parameters(): then it serves all phases."
                 )
             return False
         if self._leads(held) and self.phased is not None and id(self.ledger.offsets) not in held:
@@ -265,37 +267,37 @@ class DenseThenSparse(Chooser):
         latents = self.latents[index]
         gradients = tuple(latent.grad for latent in latents if latent.grad is not None)
         if len(gradients) < len(latents):
-            return  # no use of this tensor in the step
+            return  # the step does not use this tensor
         if scale is not None:
             gradients = tuple(g / scale for g in gradients)
-        else:  # what another optimizer holds gets its last word there
+        else:  # another optimizer's latents get theirs at its own step
             gradients = tuple(g if holds(latent) else g.clone() for g, latent in zip(gradients, latents, strict=True))
-        for latent, gradient in zip(latents, self.kind.step(gradients, self._here(index)), strict=True):
+        for latent, gradient in zip(latents, self.kind.step(gradients, self._input(index)), strict=True):
             if holds(latent):
                 latent.grad = _laid_out(gradient if scale is None else gradient * scale, latent)
 
     def counts(self, held: set[int]) -> bool:
-        """Whether the step that an optimizer has taken is one of the run: it holds the first latent, and was needed."""
+        """Whether an optimizer's step counts as one of the run: it holds the first latent, and gradients came."""
         if not self._leads(held) or not self._pulled:
             return False
         self._pulled = False
         return True
 
-    def turn(self) -> bool:
-        wanted = self.phased is None or self.phased.dense(self.clock.step)
-        if wanted == self.dense:
+    def switch_phase(self) -> bool:
+        due = self.phased is None or self.phased.dense(self.clock.step)
+        if due == self.dense:
             return False
-        self.begin() if wanted else self.end()
+        self.begin() if due else self.end()
         return True
 
     def weights_changed(self) -> None:
-        """Latents follow the weights where they can be told from them."""
+        """Sets the latents to the loaded weights if they can be computed from them."""
         for tensor, latents in zip(self.tensors, self.latents, strict=True):
             weight, latent = tensor.parameter.detach(), latents[0].detach()
             if latents[0] is tensor.parameter:
                 continue
-            meant = self.kind.weight(self._here(tensor.index)).to(weight)
-            same = ops.bits(meant) == ops.bits(weight)
+            expected = self.kind.weight(self._input(tensor.index)).to(weight)
+            same = ops.bits(expected) == ops.bits(weight)
             if self.kind.itself:
                 latent.copy_(torch.where(same.view_as(latent), latent, weight.to(latent)))
             elif not bool(same.all()):
@@ -311,13 +313,13 @@ class DenseThenSparse(Chooser):
     # -- resuming a run
 
     def phase(self) -> dict[str, Any]:
-        """What a later process needs of the phase, beside step and ledger; of the model's size while it is on."""
+        """What a later process needs of the phase, beside step and ledger; as large as the model while it is on."""
         latents = [[p.detach().clone() for p in latents] for latents in self.latents] if self.dense else []
         return {"on": self.dense, "latents": latents, "before": [t.clone() for t in self._before]}
 
     @torch.no_grad()
     def load_phase(self, state: Mapping[str, Any]) -> None:
-        """Takes a `phase`, after step and ledger: an optimizer made before still holds its tensors."""
+        """Takes what `phase` gave, after step and ledger; optimizers made before still hold the phase's tensors."""
         self._pulled = False
         if not state["on"]:
             if self.dense:
@@ -344,7 +346,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def _lend(like: Tensor, purpose: str = "lent") -> Tensor:
-    """Memory of a tensor's shape and strides in a wide dtype: on the CPU the same for all of them."""
+    """Memory of a tensor's shape and strides in a wide dtype; on the CPU all tensors get the same."""
     dtype = bits.wide(like.dtype)
     if like.device.type == "cpu" and like.is_contiguous():
         return scratch(f"dense {purpose}", like.shape, dtype)
@@ -352,5 +354,5 @@ def _lend(like: Tensor, purpose: str = "lent") -> Tensor:
 
 
 def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
-    """A gradient in the memory layout of its tensor, which fused optimizers take for granted."""
+    """A gradient in the memory layout of its tensor, which fused optimizers require."""
     return gradient if gradient.stride() == like.stride() else torch.empty_like(like).copy_(gradient)

@@ -1,8 +1,8 @@
-"""Drop and grow: the least moved entries of every tensor are exchanged for better ones (`types.DropAndGrow`).
+"""Drop and grow: in every tensor the least moved entries make room for better ones (`types.DropAndGrow`).
 
-A score that reads the due step's gradient is served in backward, where the exchange happens too, so that new entries
-are trained in that very step. Any other exchange happens before the forward of the due step; a window of watched
-candidates then hands on the mean gradient and mean square of the entries that grow.
+A score that reads the due step's gradient drops and grows in backward, so that new entries are trained in that very
+step. Any other score does so before the forward of the due step. With a window, candidates are watched up to then, and
+the entries that grow pass on the mean and the mean square of their gradients.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from torch import Tensor
 
 from selectune.errors import OptimizerError
 from selectune.scores import random
-from selectune.train.choose.chooser import Chooser, Ground, seed_of
+from selectune.train.choose.chooser import Chooser, Selection, seed_of
 from selectune.train.choose.scan import NOT_ELIGIBLE, PIECE, scan
-from selectune.train.ledger import Snapshot, matrix
-from selectune.train.optim.contract import News
-from selectune.train.window import scattered
+from selectune.train.ledger import matrix
+from selectune.train.optim.contract import NewEntries
 from selectune.types import Allocating, Collector, DropAndGrow, Reads
 
 
@@ -29,16 +28,16 @@ class Dropping(Chooser):
 
     schedule: DropAndGrow  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, ground: Ground) -> None:
-        super().__init__(ground)
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
         self._steps = 0  # steps of the window so far
-        self._sum: dict[int, Tensor] = {}  # gradients of watched entries (w_j,) by tensor: of the window's steps,
+        self._sum: dict[int, Tensor] = {}  # by tensor, gradients of watched entries (w_j,) summed over the window,
         self._square: dict[int, Tensor] = {}  # their squares,
-        self._pending: dict[int, Tensor] = {}  # and of the passes of this step
+        self._pending: dict[int, Tensor] = {}  # and gradients summed over this step's passes
 
     @property
     def _in_backward(self) -> bool:
-        """Whether an exchange reads the gradient of its own step."""
+        """Whether the score reads the gradient of the due step itself."""
         return self.score.reads is Reads.GRADIENT and self.schedule.window == 0
 
     def quota(self, step: int) -> int:
@@ -62,12 +61,13 @@ class Dropping(Chooser):
             return True
         if self._in_backward or not self.schedule.due(step):
             return False
-        collector = self._grown(step)
+        collector = self._scored(step)
         if collector is None:
             return False
-        self._exchange(step, *collector.close())
+        tensors, flat, _ = collector.close()
+        self._drop_and_grow(step, tensors, flat)
         self.ledger.settle()
-        self._end()
+        self._end_window()
         return True
 
     def _draw(self) -> None:
@@ -79,73 +79,70 @@ class Dropping(Chooser):
         tensors, flat, _ = collector.close()
         self.ledger.add(tensors, flat)
 
-    def _grown(self, step: int) -> Collector | None:
-        """The best entries of every tensor to grow; None if they cannot be told."""
+    def _scored(self, step: int) -> Collector | None:
+        """The best entries of every tensor to grow; None if they are not known."""
         if self.score.reads is Reads.GRADIENT:
-            if self._steps == 0:
-                return None  # no window was open: its scores were not finite
-            return self._grown_from_window(step)
+            return self._scored_by_window(step) if self._steps else None  # no window: its scores were not finite
         collector = self._allocated(self._counts(step))
         generator = torch.Generator().manual_seed(seed_of(self.seed, step))
         factors = self.factors
         if self.score.reads is Reads.FACTORS and factors is None:
             raise OptimizerError(
-                f"Step {step} chooses entries by what the optimizer holds for rows and columns, and no step of an "
-                "optimizer that holds it was seen. Train with selectune.SparseSM3."
+                f"Step {step} chooses entries by the optimizer's numbers for rows and columns, and no step of an "
+                "optimizer that has them was seen. Train with selectune.SparseSM3."
             )
         for tensor in self.tensors:
-            taken = self._taken_in(step, tensor.index)
+            taken = self._taken_at(step, tensor.index)
             if factors is not None:
-                fine = self._scan_factors(collector, tensor.index, taken, *factors)
+                finite = self._scan_factors(collector, tensor.index, taken, *factors)
             else:
-                fine = scan(collector, self.score, tensor, taken, generator=generator)
-            if not fine:
+                finite = scan(collector, self.score, tensor, taken, generator=generator)
+            if not finite:
                 self._broken.append(tensor.name)
         return None if self.report_broken(step) else collector
 
-    def _grown_from_window(self, step: int) -> Collector | None:
+    def _scored_by_window(self, step: int) -> Collector | None:
         collector = self._allocated(self._counts(step))
         for index, total in self._sum.items():
             page, tensor = self.ledger.pages[index], self.tensors[index]
             if page.watched is None:
                 continue
             flat, total = page.watched.flat, total.to(page.flat.device)
-            weight = tensor.parameter.detach().reshape(-1)[flat].to(total.dtype)
-            scores = self.score(weight, total)
-            if not bool(torch.isfinite(scores).all()):
+            scores = self._eligible(self.score(tensor.parameter.detach().reshape(-1)[flat].to(total.dtype), total))
+            if scores is None:
                 self._broken.append(tensor.name)
                 continue
-            if self.score.above is not None:
-                scores = scores.masked_fill(scores <= self.score.above, NOT_ELIGIBLE)
-            scores = scores.masked_fill(torch.isin(flat, self._taken_in(step, index)), NOT_ELIGIBLE)
+            scores = scores.masked_fill(torch.isin(flat, self._taken_at(step, index)), NOT_ELIGIBLE)
             collector.offer(index, flat, scores)
         if self.report_broken(step):
-            self._end()
+            self._end_window()
             return None
         return collector
 
     def _scan_factors(self, collector: Collector, index: int, taken: Tensor, rows: Tensor, columns: Tensor) -> bool:
-        """Scores of one tensor from its rows' and columns' numbers, some rows at a time: never the whole product."""
-        weight = self.tensors[index].parameter
+        """Scores a tensor by its rows' and columns' numbers, some rows at a time; False if a score is not finite."""
+        device, padding = self.tensors[index].parameter.device, self.tensors[index].padding
         forms = [matrix(t.parameter) for t in self.tensors]
         height, width = forms[index]
-        above = sum(form[0] for form in forms[:index])
-        left = sum(form[1] for form in forms[:index])
-        r, c = rows[above : above + height].to(weight.device), columns[left : left + width].to(weight.device)
-        padding = self.tensors[index].padding
+        above, left = (sum(form[side] for form in forms[:index]) for side in (0, 1))
+        r, c = rows[above : above + height].to(device), columns[left : left + width].to(device)
         barred = torch.cat((taken, torch.arange(padding.start, padding.stop, device=taken.device)))
         at_once = max(1, PIECE // max(1, width))
         for top in range(0, height, at_once):
-            block = r[top : top + at_once]
-            scores = self.score(block.repeat_interleave(width), c.repeat(block.numel()))
-            if not bool(torch.isfinite(scores).all()):
+            block, start = r[top : top + at_once], top * width
+            scores = self._eligible(self.score(block.repeat_interleave(width), c.repeat(block.numel())))
+            if scores is None:
                 return False
-            if self.score.above is not None:
-                scores = scores.masked_fill(scores <= self.score.above, NOT_ELIGIBLE)
-            start = top * width
             mine = barred[(barred >= start) & (barred < start + scores.numel())] - start
             collector.offer(index, start, scores.index_fill(0, mine, NOT_ELIGIBLE))
         return True
+
+    def _eligible(self, scores: Tensor) -> Tensor | None:
+        """The scores, with -inf where they are not above the score's bound; None if one is not finite."""
+        if not bool(torch.isfinite(scores).all()):
+            return None
+        above = self.score.above
+        return scores if above is None else scores.masked_fill(scores <= above, NOT_ELIGIBLE)
 
     # -- in backward
 
@@ -153,49 +150,34 @@ class Dropping(Chooser):
         if self._collector is None:
             held = [page.flat.numel() for page in self.ledger.pages]
             self._collector = self._allocated(self._counts(step) if self._in_backward else held)
-        tensor = self.tensor(index)
-        if rows is not None and self.score.above is None:
-            gradient, rows = scattered(gradient, rows, tensor), None  # zeros may be chosen
-        taken = self._taken_in(step, index) if self._in_backward else None  # selected entries may be candidates
+        tensor, gradient, rows = self.scannable(index, gradient, rows)
+        taken = self._taken_at(step, index) if self._in_backward else None  # selected entries may be candidates
         if not scan(self._collector, self.score, tensor, taken, gradient, rows):
             self._broken.append(tensor.name)
 
-    def close(self, step: int, gradient: Tensor) -> Snapshot | None:
+    def close(self, step: int) -> Selection | None:
         if self.report_broken(step) or self._collector is None:
             return None
-        tensors, flat, carried = self._collector.close()
+        tensors, flat, gradients = self._collector.close()
         self._collector = None
         before = self.ledger.snapshot(trained=self._in_backward)
         if self._in_backward:
-            self._exchange(step, tensors, flat, carried, gradient)
-            return before
-        self._end()
-        self.watching = True
-        for index in torch.unique(tensors).tolist():
-            mine = tensors == index
-            found, order = torch.sort(flat[mine])
-            self.ledger.watch(index, found.to(self.tensors[index].parameter.device))
-            self._pending[index] = carried[mine][order].to(self.ledger.offsets)
-        return before
-
-    def saw(self, pieces: Mapping[int, Tensor]) -> None:
-        for index, piece in pieces.items():
-            if index in self._pending:
-                self._pending[index] += piece
-            elif self.ledger.pages[index].watched is not None:
-                self._pending[index] = piece.clone()
+            slots, new = self._drop_and_grow(step, tensors, flat)
+            return Selection(before, slots, gradients[new])
+        self._open_window(tensors, flat, gradients)
+        return Selection(before, self.ledger.free[:0], gradients[:0])
 
     def undo(self) -> None:
         super().undo()
         self._pending = {}
         if self._in_backward:
-            self.news = None
+            self.new_entries = None
         if self._steps == 0:
-            self._end()  # the window opened in the step that was skipped, and may open anew
+            self._end_window()  # it opened in the step that was skipped, and may open again
 
     def commit(self, step: int, scale: float) -> None:
-        if self._in_backward and self.news is not None:
-            self.ledger.settle()  # not before: a step that is skipped shall find the weights as they were
+        if self._in_backward and self.new_entries is not None:
+            self.ledger.settle()  # only now: a step that is skipped must find the weights as they were
         super().commit(step, scale)
         if not self.watching:
             return
@@ -206,15 +188,36 @@ class Dropping(Chooser):
         self._pending = {}
         self._steps += 1
 
-    def _end(self) -> None:
-        """The window is over."""
-        for index, page in enumerate(self.ledger.pages):
-            if page.watched is not None:
-                self.ledger.watch(index, None)
+    # -- the window
+
+    def _open_window(self, tensors: Tensor, flat: Tensor, gradients: Tensor) -> None:
+        """Watches these candidates, whose gradients in this pass are known."""
+        self._end_window()
+        self.watching = True
+        for index in torch.unique(tensors).tolist():
+            mine = tensors == index
+            watched, order = torch.sort(flat[mine])
+            self.ledger.watch(index, watched.to(self.tensors[index].parameter.device))
+            self._pending[index] = gradients[mine][order].to(self.ledger.offsets)
+
+    def add_watched(self, pieces: Mapping[int, Tensor]) -> None:
+        for index, piece in pieces.items():
+            if index in self._pending:
+                self._pending[index] += piece
+            elif self.ledger.pages[index].watched is not None:
+                self._pending[index] = piece.clone()
+
+    def _end_window(self) -> None:
+        for index in self._watched():
+            self.ledger.watch(index, None)
         self._sum, self._square, self._pending = {}, {}, {}
         self._steps, self.watching = 0, False
 
-    # -- the exchange
+    def _watched(self) -> dict[int, Tensor]:
+        """Flat indices (w_j,) of watched entries by tensor."""
+        return {i: p.watched.flat for i, p in enumerate(self.ledger.pages) if p.watched is not None}
+
+    # -- dropping and growing
 
     def _allocated(self, counts: Sequence[int]) -> Collector:
         select, sizes = self.method.select, [t.parameter.numel() for t in self.tensors]
@@ -223,7 +226,7 @@ class Dropping(Chooser):
         return select.per_tensor(counts, sizes, self.seed)
 
     def _counts(self, step: int) -> list[int]:
-        """How many entries of every tensor are exchanged."""
+        """How many entries every tensor drops and grows."""
         share = self.schedule.share(step)
         return [math.floor(share * page.flat.numel()) for page in self.ledger.pages]
 
@@ -233,7 +236,7 @@ class Dropping(Chooser):
         size = (self.ledger.offsets.detach() if self.schedule.drop == "change" else self.ledger.values())[page.slot]
         return torch.argsort(size.abs(), stable=True)[:count].to(page.flat.device)
 
-    def _taken_in(self, step: int, index: int) -> Tensor:
+    def _taken_at(self, step: int, index: int) -> Tensor:
         """Flat indices (ascending) of a tensor that may not grow."""
         page = self.ledger.pages[index]
         if not self.schedule.regrow:
@@ -242,47 +245,43 @@ class Dropping(Chooser):
         stays[self._smallest(index, math.floor(self.schedule.share(step) * page.flat.numel()))] = False
         return page.flat[stays]
 
-    def _exchange(
-        self, step: int, tensors: Tensor, flat: Tensor, carried: Tensor | None = None, gradient: Tensor | None = None
-    ) -> None:
-        """Puts the entries (tensors[k], flat[k]) in the place of as many of the smallest.
+    def _drop_and_grow(self, step: int, tensors: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Lets the entries (tensors[k], flat[k]) grow in the place of as many of the smallest.
 
-        One that is small itself stays as it is, with its value and state.
+        One that is among the smallest itself stays, with its value and state. Returns the slots of new entries, and
+        which of the given ones are new.
         """
-        counts, fresh = self._counts(step), torch.ones(flat.numel(), dtype=torch.bool)
-        watched = {i: p.watched.flat for i, p in enumerate(self.ledger.pages) if p.watched is not None}
+        counts, new, watched = self._counts(step), torch.ones(flat.numel(), dtype=torch.bool), self._watched()
         for index in torch.unique(tensors).tolist():
             page, mine = self.ledger.pages[index], tensors == index
             grown = flat[mine].to(page.flat.device)
-            fresh[mine] = torch.isin(grown, page.flat, invert=True).cpu()
+            new[mine] = torch.isin(grown, page.flat, invert=True).cpu()
             small = self._smallest(index, counts[index])
             small = small[torch.isin(page.flat[small], grown, invert=True)]
-            mask = torch.zeros(page.flat.shape, dtype=torch.bool, device=page.flat.device)
-            mask[small[: int(fresh[mine].sum())]] = True
-            self.ledger.drop(index, mask)
-        tensors, flat = tensors[fresh], flat[fresh]
-        slots = self.ledger.add(tensors, flat)
-        self.clear(gradient, slots)
-        if gradient is not None and carried is not None:
-            gradient[slots] = carried[fresh].to(gradient)
-        self.news = self._news(slots, tensors, flat, watched)
+            dropped = torch.zeros(page.flat.shape, dtype=torch.bool, device=page.flat.device)
+            dropped[small[: int(new[mine].sum())]] = True
+            self.ledger.drop(index, dropped)
+        slots = self.ledger.add(tensors[new], flat[new])
+        self.clear_gradients(slots)
+        self.new_entries = self._described(slots, tensors[new], flat[new], watched)
+        return slots, new
 
-    def _news(self, slots: Tensor, tensors: Tensor, flat: Tensor, watched: Mapping[int, Tensor]) -> News:
+    def _described(self, slots: Tensor, tensors: Tensor, flat: Tensor, watched: Mapping[int, Tensor]) -> NewEntries:
+        """New entries, with the mean and mean square of their gradients if a window watched them."""
         if self._steps == 0:
-            return News(slots)
+            return NewEntries(slots)
         mean, square = (torch.zeros(slots.shape).to(self.ledger.offsets) for _ in range(2))
         for index in torch.unique(tensors).tolist():
             mine = tensors == index
             at = torch.searchsorted(watched[index], flat[mine].to(watched[index].device)).to(mean.device)
             mine = mine.to(mean.device)
             mean[mine], square[mine] = self._sum[index][at] / self._steps, self._square[index][at] / self._steps
-        return News(slots, mean, square, self._steps)
+        return NewEntries(slots, mean, square, self._steps)
 
     # -- a later process
 
     def state(self) -> dict[str, Any]:
-        watched = {i: p.watched.flat for i, p in enumerate(self.ledger.pages) if p.watched is not None}
-        window = {"steps": self._steps, "watched": watched, "sum": self._sum, "square": self._square}
+        window = {"steps": self._steps, "watched": self._watched(), "sum": self._sum, "square": self._square}
         return super().state() | {"window": window, "factors": self.factors}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -290,7 +289,7 @@ class Dropping(Chooser):
         window, factors = state["window"], state["factors"]
         device = self.ledger.offsets.device
         self.factors = None if factors is None else (factors[0].to(device), factors[1].to(device))
-        self._end()
+        self._end_window()
         for index, flat in window["watched"].items():
             self.ledger.watch(int(index), flat.to(self.ledger.pages[int(index)].flat.device))
         self._sum = {int(i): t.to(device, copy=True) for i, t in window["sum"].items()}

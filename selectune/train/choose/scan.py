@@ -1,6 +1,6 @@
-"""Scanning: a tensor's scores, piece by piece, into a collector.
+"""Offers a tensor's scores to a collector, piece by piece.
 
-Exact and streaming: at most one dense gradient and one piece of scores are alive at a time.
+Exact and streaming: at most one dense gradient and one piece of scores exist at a time.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from selectune.types import Collector, Queueing, Reads, Score
 
 log = logging.getLogger("selectune")
 
-PIECE = 1 << 20  # scalars scored at once: small enough for the caches, large enough to be cheap
-QUEUED_PIECE = 1 << 22  # on a GPU: a few launches for each, 12 bytes of temporary memory a scalar
+PIECE = 1 << 20  # entries scored at once: few enough for the caches, enough to be cheap
+QUEUED_PIECE = 1 << 22  # on a GPU: a few launches per piece, 12 bytes of temporary memory per entry
 
 NOT_ELIGIBLE = float("-inf")
 
@@ -37,17 +37,17 @@ def scan(
     gradient: Tensor | None = None,  # the weight's shape, or (r, d) for given rows
     rows: Tensor | None = None,  # (r,) ascending
     generator: torch.Generator | None = None,
-    ready: Tensor | None = None,  # scores known beforehand, the weight's shape
+    known: Tensor | None = None,  # calibrated scores, the weight's shape
 ) -> bool:
-    """Scores one tensor and offers it; False if a score is NaN or infinite (then it is not offered whole).
+    """Scores one tensor and offers the scores; False, with only some of them offered, if one is NaN or infinite.
 
-    A score that `ops` can filter goes in one pass as soon as the collector has a cutoff, in pieces that
-    double as the cutoff gets better: each then has about as many candidates as the quota.
+    A score that `ops` can filter takes one pass as soon as the collector has a cutoff. The pieces double as the
+    cutoff improves, so that each has about as many candidates as the quota.
     """
     weight = tensor.parameter.detach()
-    w, g, known = _flat(weight, rows), _flat(gradient), _flat(ready)
+    w, g, known = _flat(weight, rows), _flat(gradient), _flat(known)
     barred = _barred(tensor, taken, rows)
-    filtered = ready is None and _has_one_pass(score)
+    filtered = known is None and _has_one_pass(score)
     start, size = 0, max(1, PIECE // 4) if filtered else PIECE
     if filtered and _cutoff(collector) > NOT_ELIGIBLE:
         size = max(1, w.numel())
@@ -57,13 +57,13 @@ def scan(
         mine = barred[torch.searchsorted(barred, start) : torch.searchsorted(barred, start + size)] - start
         cutoff = _cutoff(collector)
         if filtered and cutoff > NOT_ELIGIBLE:
-            found = _in_one_pass(score, *piece, mine, cutoff)
+            scored = _in_one_pass(score, *piece, mine, cutoff)
             size *= 2
         else:
-            found = _one_by_one(score, *piece, mine, None if known is None else known[part], generator)
-        if found is None:
+            scored = _one_by_one(score, *piece, mine, None if known is None else known[part], generator)
+        if scored is None:
             return False
-        at, scores, carry = found
+        at, scores, carry = scored
         if rows is None:
             collector.offer(tensor.index, start if at is None else at + start, scores, carry)
         else:
@@ -75,7 +75,7 @@ def scan(
 
 
 def queues(tensor: ScopedTensor, collector: Collector) -> bool:
-    """Whether a scan of this tensor can go without the host waiting, and there is a device to wait for."""
+    """Whether the tensor is on a GPU and the collector can take its scores without making the host wait."""
     return tensor.parameter.device.type == "cuda" and isinstance(collector, Queueing)
 
 
@@ -87,13 +87,13 @@ def scan_queued(
     gradient: Tensor,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """As `scan` with a gradient, and nothing is waited for: whether all scores are finite, bool (), is read later."""
+    """As `scan` with a gradient, but the host does not wait: whether all scores are finite, bool (), is read later."""
     weight = tensor.parameter.detach()
     w, g = _flat(weight, rows), _flat(gradient)
     barred, width = _barred(tensor, taken, None), weight.shape[-1] if weight.ndim else 1
     wide = bits.wide(w.dtype)
     finite = torch.ones((), dtype=torch.bool, device=w.device)
-    if rows is not None:  # where each row stands in the block; one past its end if it does not
+    if rows is not None:  # the place of each row in the block; one past its end if it is not there
         at = w.new_full((weight.shape[0],), rows.numel(), dtype=torch.int64)
         at[rows] = torch.arange(rows.numel(), device=w.device)
         barred = at[barred // width] * width + barred % width
@@ -102,9 +102,9 @@ def scan_queued(
         scores = score(piece, gradients, None)
         size = scores.numel()
         finite &= torch.isfinite(scores).all()
-        here = barred - start
-        not_free = torch.zeros(size + 1, dtype=torch.bool, device=w.device)  # the last one stands for all elsewhere
-        not_free[torch.where((here >= 0) & (here < size), here, size)] = True
+        local = barred - start
+        not_free = torch.zeros(size + 1, dtype=torch.bool, device=w.device)  # the last one is for all other pieces
+        not_free[torch.where((local >= 0) & (local < size), local, size)] = True
         if score.above is not None:
             not_free[:size] |= scores <= score.above
         flat: Tensor | int = start
@@ -115,12 +115,12 @@ def scan_queued(
     return finite
 
 
-_Found = tuple[Tensor | None, Tensor, Tensor | None]  # positions in the piece (None: all), scores, gradients
+_Scored = tuple[Tensor | None, Tensor, Tensor | None]  # positions in the piece (None: all), scores, gradients
 
 
 def _one_by_one(
     score: Score, w: Tensor, g: Tensor | None, barred: Tensor, known: Tensor | None, generator: torch.Generator | None
-) -> _Found | None:
+) -> _Scored | None:
     """Every score of a piece; None if one is not finite."""
     wide = bits.wide(w.dtype)
     g = None if g is None else g.to(wide)
@@ -134,8 +134,8 @@ def _one_by_one(
     return None, scores, g
 
 
-def _in_one_pass(score: Score, w: Tensor, g: Tensor | None, barred: Tensor, cutoff: float) -> _Found | None:
-    """The scores of a piece that reach the cutoff, none of the others written down; None if one is not finite."""
+def _in_one_pass(score: Score, w: Tensor, g: Tensor | None, barred: Tensor, cutoff: float) -> _Scored | None:
+    """Only the scores of a piece that reach the cutoff; None if any score is not finite."""
     if g is None:
         at, scores, finite = ops.small_filter(w, cutoff)
     else:
@@ -158,9 +158,9 @@ def _cutoff(collector: Collector) -> float:
 
 
 def check_score(score: Score, tensors: Sequence[ScopedTensor]) -> None:
-    """Raises ConfigError for a score that breaks its contract, or whose (|w| + eps)^exp leaves the range of floats."""
+    """Raises ConfigError if a score breaks its contract, or its (|w| + eps)^exp leaves the range of floats."""
     gradient = None if score.reads in (Reads.WEIGHT, Reads.NOTHING) else torch.linspace(0.5, 1.5, 64)
-    score(torch.linspace(-1.0, 1.0, 64), gradient, torch.Generator().manual_seed(0))  # tried on numbers of no model
+    score(torch.linspace(-1.0, 1.0, 64), gradient, torch.Generator().manual_seed(0))  # a trial on numbers of no model
     if score.fused != "ratio" or abs(score.parameters["exp"]) <= 8:
         return
     exp, eps = float(score.parameters["exp"]), float(score.parameters["eps"])
@@ -180,7 +180,7 @@ def check_score(score: Score, tensors: Sequence[ScopedTensor]) -> None:
 
 
 def warn_of_zeros(method: Method, tensors: Sequence[ScopedTensor], budget: int) -> None:
-    """LoRA's B matrices start at 0: when more zeros than the budget tie for the best score, order alone decides."""
+    """Warns if more zeros than the budget tie for the best score, as in LoRA's B matrices: order alone decides then."""
     score = method.score
     if score is None or score.reads is not Reads.WEIGHT or getattr(method.select, "tie", "") != "order":
         return
@@ -195,10 +195,10 @@ def warn_of_zeros(method: Method, tensors: Sequence[ScopedTensor], budget: int) 
 
 
 def _has_zeros(weight: Tensor) -> bool:
-    """Whether a thousandth of a flat weight has a zero: a look, not a count."""
+    """Whether a sample of about 1024 entries of a flat weight has a zero."""
     step = max(1, weight.numel() // 1024)
-    look = weight[step // 2 :: step]  # not the first ones: a row of padding is zero by rights
-    return int(look.count_nonzero()) < look.numel()
+    sample = weight[step // 2 :: step]  # not the first entries: a padding row may be zero
+    return int(sample.count_nonzero()) < sample.numel()
 
 
 def _flat(tensor: Tensor | None, rows: Tensor | None = None) -> Any:
@@ -218,8 +218,8 @@ def _barred(tensor: ScopedTensor, taken: Tensor | None, rows: Tensor | None) -> 
         return barred if rows is None else barred[:0]
     width = tensor.parameter.shape[-1]
     at = torch.searchsorted(rows, barred // width).clamp_(max=rows.numel() - 1)
-    here = rows[at] == barred // width
-    return at[here] * width + barred[here] % width
+    known = rows[at] == barred // width
+    return at[known] * width + barred[known] % width
 
 
 def _finite(scores: Tensor) -> bool:

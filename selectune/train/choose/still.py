@@ -1,4 +1,4 @@
-"""A model held still while its weights are scored: whatever is changed for that comes back bit for bit."""
+"""Keeps a model unchanged while its weights are scored: every temporary change is undone, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from torch import nn
 from selectune.bits import int_view, same_bits
 from selectune.scope import ScopedTensor
 
-_LARGEST = {t: torch.iinfo(t).max for t in (torch.int16, torch.int32, torch.int64)} | {
-    torch.uint8: 127
-}  # all but the sign
+_LARGEST = {torch.uint8: 127, **{t: torch.iinfo(t).max for t in (torch.int16, torch.int32, torch.int64)}}  # no sign bit
 
 
 @contextmanager
 def still(model: nn.Module, tensors: Sequence[ScopedTensor], train_mode: bool) -> Iterator[None]:
-    """The tensors alone require gradients, the model is in eval (or train) mode; what was before comes back."""
+    """Lets only these tensors require gradients, in eval (or train) mode; afterwards the model is as it was."""
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
@@ -45,26 +43,26 @@ def still(model: nn.Module, tensors: Sequence[ScopedTensor], train_mode: bool) -
 
 @contextmanager
 def absolute(model: nn.Module) -> Iterator[None]:
-    """Every floating parameter of the model without its sign bit; 1 byte a weight for the signs meanwhile.
+    """Clears the sign bit of every floating parameter for a while; the signs take 1 byte per weight.
 
-    Signs are taken off and put back as bits, so -0.0 and NaN come back too, in every dtype.
+    Signs are cleared and set as bits, so -0.0 and NaN come back too, in every dtype.
     """
     signs = []
     try:
         for parameter in model.parameters():
             if parameter.is_floating_point():
-                whole = int_view(parameter)
-                signs.append((whole, whole > _LARGEST[whole.dtype] if whole.dtype == torch.uint8 else whole < 0))
-                whole.bitwise_and_(_LARGEST[whole.dtype])
+                raw = int_view(parameter)
+                signs.append((raw, raw > _LARGEST[raw.dtype] if raw.dtype == torch.uint8 else raw < 0))
+                raw.bitwise_and_(_LARGEST[raw.dtype])
         yield
     finally:
-        for whole, negative in signs:
-            whole.bitwise_xor_(torch.where(negative, ~_LARGEST[whole.dtype], 0).to(whole.dtype))
+        for raw, negative in signs:
+            raw.bitwise_xor_(torch.where(negative, ~_LARGEST[raw.dtype], 0).to(raw.dtype))
 
 
 @contextmanager
 def drawn(tensors: Sequence[ScopedTensor], std: float, seed: int) -> Iterator[None]:
-    """Matrices that are all 0 hold draws from N(0, std^2) meanwhile, seeded; vectors (biases) stay 0."""
+    """Fills matrices that are all 0 with seeded draws from N(0, std^2) for a while; vectors (biases) stay 0."""
     empty = [t.parameter.detach() for t in tensors if t.parameter.ndim >= 2 and not bool(t.parameter.any())]
     olds = [weight.clone() for weight in empty]
     generator = torch.Generator().manual_seed(seed)

@@ -1,11 +1,11 @@
-"""How every use of a weight in scope is seen, and the nodes of the autograd graph that it becomes.
+"""Every use of a weight in scope is seen, and becomes a node of the autograd graph.
 
 weights    `Weight`, the parameter that reports its uses
-sparse     torch's functions of a weight whose gradient can be formed at its support only
+sparse     replacements for torch's functions that form a weight's gradient at its support only
 nodes      the nodes between the weights and the one trainable vector
-taps       what is kept of one graph, and where a forward pass begins and ends
-functions  calls that ask no __torch_function__: others' autograd functions, TorchScript, torch.func
-recompute  inputs that are made again instead of saved
-own_hooks  hooks of a tuner that a copied module does not take along
-copies     where the vector stands on a model, and how a copy of the model becomes an ordinary one
+taps       keeps the present graph, and learns where a forward pass begins and ends
+functions  calls that bypass __torch_function__: foreign autograd functions, TorchScript, torch.func
+recompute  inputs that are computed again instead of saved
+own_hooks  a tuner's hooks, which stay behind when a module is copied
+copies     where the vector is put on a model, and how a copy of the model becomes an ordinary one
 """

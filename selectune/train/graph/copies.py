@@ -1,4 +1,4 @@
-"""What a tuner puts on a model, where, and how a copy of such a model becomes an ordinary one again."""
+"""Where a tuner's vector is put on a model, and how a copy of such a model becomes an ordinary one again."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from selectune.scope import VALUES, is_own
 from selectune.train.graph.own_hooks import Own, ours
 from selectune.train.graph.weights import Weight, let_go
 
-_TRAINABLE = "_selectune_trainable"  # on an attached model: the names of what was trainable before
+_TRAINABLE = "_selectune_trainable"  # on an attached model: names of the parameters that were trainable
 
 
 class OfTuner(Own):
-    """The hook by which a tuner is found on its model."""
+    """The hook that leads from a model to its tuner."""
 
 
 def carrier(model: nn.Module) -> nn.Module:
-    """The module that holds the model's last parameter: what is registered there comes last in `parameters()`.
+    """The module that holds the model's last parameter: a parameter registered there comes last in `parameters()`.
 
-    So whatever pairs the parameters of two models (averages, target networks) pairs them with a tuner on one as well,
-    and the dtype of a model, which is that of its first parameter, stays.
+    So code that pairs the parameters of two models (averages, target networks) still pairs them correctly, and the
+    model keeps its dtype, which is that of its first parameter.
     """
     owners = [m for m in model.modules() if m._parameters and not isinstance(m, torch.jit.ScriptModule)]
     return owners[-1] if owners else model
@@ -33,7 +33,7 @@ def carrier(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter is trainable; in the end each is as it was, without a gradient."""
+    """Freezes all parameters; afterwards each is trainable as it was, and has no gradient."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.__dict__[_TRAINABLE] = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     try:
@@ -43,12 +43,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         model.__dict__.pop(_TRAINABLE, None)
         for parameter, trainable in before.items():
-            parameter.requires_grad = trainable  # not the method: a forgotten tuner may go while a torch.func runs
+            parameter.requires_grad = trainable  # not the method: garbage collection may come here within torch.func
             parameter.grad = None
 
 
 def refuse_attached(model: nn.Module) -> None:
-    """Raises AlreadyAttachedError for a model that carries a tuner, is part of one that does, or is a copy of one."""
+    """Raises AlreadyAttachedError if the model, a part of it or a model around it carries a tuner, or it is a copy."""
     for name, module in model.named_modules():
         if VALUES not in module._parameters and _TRAINABLE not in module.__dict__:
             continue
@@ -65,13 +65,13 @@ def refuse_attached(model: nn.Module) -> None:
         )
     if any(_TRAINABLE in module.__dict__ or VALUES in module._parameters for module in model.modules()):
         raise AlreadyAttachedError(
-            "This model is a copy of one with a tuner: it holds the tuner's vector, and nothing follows it. Make an "
-            "ordinary model of it first: selectune.strip(model)."
+            "This model is a copy of one with a tuner: it holds the tuner's vector, which has no effect here. Make it "
+            "an ordinary model first: selectune.strip(model)."
         )
 
 
 def owner_of(model: nn.Module) -> Any:
-    """The tuner that a model, or a part of it, carries; None for a model without one, and for a copy of one with."""
+    """The tuner that a model or a part of it carries; None without one, and for a copy of a model with one."""
     for module in model.modules():
         for hook in module._load_state_dict_post_hooks.values():
             if isinstance(hook, OfTuner):
@@ -80,11 +80,11 @@ def owner_of(model: nn.Module) -> Any:
 
 
 def strip(model: nn.Module) -> nn.Module:
-    """Makes an ordinary model of a copy of an attached one, in place, and returns it: its weights are the tuned ones.
+    """Turns a copy of an attached model into an ordinary model with the tuned weights, in place, and returns it.
 
-    A deep copy, or a model out of a pickle, holds the tuner's vector, which nothing follows there, and frozen weights.
+    A deep copy, or a model from a pickle, has frozen weights and holds the tuner's vector, which has no effect there.
     Afterwards parameters are trainable as they were before attach, and a tuner can be attached. Raises TunerError for
-    a model whose own tuner is on: `detach()` takes that off.
+    a model that carries its own tuner: `detach()` takes that off.
 
     >>> import copy, torch, selectune as st
     >>> model = torch.nn.Linear(8, 4)
@@ -104,7 +104,7 @@ def strip(model: nn.Module) -> nn.Module:
 
 
 def sweep(model: nn.Module) -> None:
-    """Takes off whatever of a tuner is on a model: vector, hooks, and weights that are followed."""
+    """Takes every trace of a tuner off a model: the vector, the hooks, and the class of its weights."""
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -122,12 +122,10 @@ def sweep(model: nn.Module) -> None:
 
 def hide_vector(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """The state dict of an attached model is that of an ordinary tuned model."""
-    del module, metadata
     for key in [k for k in state if k.startswith(prefix) and is_own(k)]:
         del state[key]
 
 
 def expect_no_vector(module: nn.Module, incompatible: Any) -> None:
-    """A state dict without the vector lacks nothing."""
-    del module
+    """A state dict without the vector is complete."""
     incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not is_own(k)]

@@ -1,8 +1,8 @@
-"""Calls that ask no `__torch_function__`: autograd functions of others, TorchScript's, and torch.func's transforms.
+"""Calls that bypass `__torch_function__`: foreign autograd functions, TorchScript, and torch.func's transforms.
 
-A weight in scope would go into `torch.autograd.Function.apply` (fused losses and kernels are given weights), into a
-scripted function or into `torch.func.vmap` as a tensor that needs no gradient, and its gradient would be lost in
-silence. While a tuner is on, and only then, they first put in its place what the engine can follow.
+`torch.autograd.Function.apply` (fused losses and kernels take weights), a scripted function and `torch.func.vmap`
+would take a weight in scope for a tensor that needs no gradient, and its gradient would be lost silently. While a
+tuner is on, and only then, these calls first replace each weight by its Tap, which the engine follows.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from selectune.train.graph import nodes
 from selectune.train.graph.weights import Weight, tapped
 
 _lock = threading.RLock()
-_on: set[int] = set()  # by whoever has weights in scope
-_own: dict[Any, Any] = {}  # what stood there before
+_on: set[int] = set()  # ids of those that have weights in scope
+_before: dict[Any, Any] = {}  # the functions that ours replace
 
 
 def watch(who: object) -> None:
-    """Arguments of every such call are revealed, until `unwatch(who)` or until it is no more."""
+    """Replaces weights in the arguments of every such call, until `unwatch(who)` or until `who` is collected."""
     with _lock:
         _on.add(id(who))
         weakref.finalize(who, _end, id(who)).atexit = False
         for kind, name, ours in _OURS:
             if kind.__dict__[name] is not ours:
-                _own[kind] = kind.__dict__[name]
+                _before[kind] = kind.__dict__[name]
                 setattr(kind, name, ours)
 
 
 def unwatch(who: object) -> None:
-    """Ends `watch`; with the last one what was there before is back, torch's own or somebody's."""
+    """Ends `watch`; the last one puts back the functions that were there before."""
     _end(id(who))
 
 
@@ -46,20 +46,20 @@ def _end(who: int) -> None:
             return
         for kind, name, ours in _OURS:
             if kind.__dict__[name] is ours:
-                setattr(kind, name, _own[kind])
+                setattr(kind, name, _before[kind])
 
 
-def _revealed(args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _with_taps(args: Any, kwargs: Any) -> tuple[Any, Any]:
     if any(isinstance(value, Weight) for value in (*args, *kwargs.values())):
         args, kwargs = tuple(map(tapped, args)), {name: tapped(value) for name, value in kwargs.items()}
     return args, kwargs
 
 
 def _applying(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    apply = _own[Function].__get__(None, cls)
+    apply = _before[Function].__get__(None, cls)
     if cls.__module__ == nodes.__name__:
         return apply(*args, **kwargs)
-    args, kwargs = _revealed(args, kwargs)
+    args, kwargs = _with_taps(args, kwargs)
     before = _forward.of_function
     _forward.of_function = before or torch.is_grad_enabled()
     try:
@@ -76,21 +76,21 @@ _forward = _Forward()
 
 
 def in_forward_of_function() -> bool:
-    """Whether the forward of somebody's autograd function runs, whose backward may come to these uses again."""
+    """Whether the forward of a foreign autograd function is running, whose backward may repeat these uses."""
     return _forward.of_function
 
 
 def _calling(kind: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _revealed(args, kwargs)
-        return _own[kind].__get__(self, kind)(*args, **kwargs)
+        args, kwargs = _with_taps(args, kwargs)
+        return _before[kind].__get__(self, kind)(*args, **kwargs)
 
     return call
 
 
 def _wrapping(module: Any, name: str) -> Any:
     def wrap(value: Any, *rest: Any) -> Any:
-        return _own[module](tapped(value), *rest)
+        return _before[module](tapped(value), *rest)
 
     wrap.__name__ = name
     return wrap

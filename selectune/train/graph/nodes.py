@@ -2,10 +2,9 @@
 
     offsets (B,) --SplitOffsets--> pieces (n_j,) --SparseLinear | SparseEmbedding | SparseLayerNorm | Tap--> the loss
 
-Forward, the pieces carry no numbers: the weights hold start + offset in place. Backward, every node turns
-its gradient into the gradient of its piece, at the support only, and SplitOffsets gathers the pieces'
-gradients into one (B,) gradient. Dense gradients are formed only for a listener that wants them, and
-live no longer than its `offer`.
+In forward the pieces carry no numbers, because the weights hold start + offset in place. In backward every node turns
+its gradient into the gradient of its piece, at the support only, and SplitOffsets gathers these into one (B,)
+gradient. Dense gradients are formed only if the listener wants them, and are dropped after its `offer`.
 """
 
 from __future__ import annotations
@@ -27,37 +26,37 @@ from selectune.train.ledger import Page, Spots
 
 
 class Listener(Protocol):
-    """What the nodes tell whoever selects."""
+    """What the nodes report to the tracker."""
 
     def wants_dense(self, link: Link) -> bool:
-        """Whether this backward pass shall show dense gradients."""
+        """Whether this backward pass has to form dense gradients."""
         ...
 
     def offer(self, link: Link, gradient: Tensor, rows: Tensor | None = None) -> None:
-        """The dense gradient of a tensor, or of the given rows of it when all others are 0.
+        """Takes the dense gradient of a tensor, or of the given rows of it if all others are 0.
 
-        Its memory is used again for the next tensor: what shall outlive the call is copied.
+        The next tensor uses the same memory, so anything that is kept must be copied.
         """
         ...
 
     def watch(self, link: Link, piece: Tensor) -> None:
-        """The gradient (w,) of watched entries of a tensor."""
+        """Takes the gradient (w,) of a tensor's watched entries."""
         ...
 
     def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
-        """Ends a backward pass: the gradient (B,) out of the gradients of the pieces."""
+        """Ends a backward pass; makes the gradient (B,) of the offsets from those of the pieces."""
         ...
 
 
 @dataclass(frozen=True)
 class Link:
-    """One tensor in one graph: its number, its entries when the graph was built, who listens, how often it is used."""
+    """One tensor in one graph: its number, its entries when the graph was made, the listener, and its uses."""
 
     index: int
     page: Page
     listener: Listener
-    uses: list[int]  # by tensor, of this graph: gradients expected yet
-    split: Any  # the node where the pieces of this graph come from
+    uses: list[int]  # per tensor: how many gradients are still expected
+    split: Any  # the SplitOffsets node of this graph
 
 
 class SplitOffsets(torch.autograd.Function):
@@ -77,9 +76,9 @@ class SplitOffsets(torch.autograd.Function):
 
 
 class Tap(torch.autograd.Function):
-    """Any use of a weight: forward the weight itself, backward a gather from the dense gradient.
+    """Any other use of a weight: forward gives the weight itself, backward gathers from its dense gradient.
 
-    Not batched by torch.func's vmap, since the weight is the same for all; so it is made outside of the transform.
+    torch.func's vmap does not batch it, since the weight is the same for all; so it is made outside the transform.
     """
 
     @staticmethod
@@ -105,11 +104,11 @@ class Tap(torch.autograd.Function):
 
 
 class Reach(torch.autograd.Function):
-    """An output that no selected entry leads to: the same numbers, on a path to the offsets whose gradient is 0."""
+    """Connects an output to the offsets with a zero gradient, so that backward() works if no selected entry did."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, piece: Tensor) -> Tensor:
-        return output.clone()  # not a view: it may be changed in place
+        return output.clone()  # not a view, so that it may be changed in place
 
     @staticmethod
     @once_differentiable
@@ -120,8 +119,8 @@ class Reach(torch.autograd.Function):
 class SparseLinear(torch.autograd.Function):
     """y = x W^T + b; the gradients of W and b only at their support, or dense on a selecting step.
 
-    x is saved, unless the node that made it can make it again (`rebuild`). Without a link W is frozen;
-    without a `bias_link` the bias is a tensor like any other.
+    x is saved, unless the node that made it can make it again (`recompute`). Without a link W is frozen;
+    without a `bias_link` the bias is an ordinary tensor.
     """
 
     @staticmethod
@@ -144,7 +143,7 @@ class SparseLinear(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             flat_dy = _rows(dy)
             if ctx.needs_input_grad[0]:
-                dx = (flat_dy @ weight.to(dy.dtype)).view(ctx.shape)  # of the flat one: a strided dy is copied once
+                dx = (flat_dy @ weight.to(dy.dtype)).view(ctx.shape)  # from flat_dy: a strided dy is copied once
             if ctx.needs_input_grad[4]:
                 dbias = flat_dy.sum(0)
             if ctx.bias_link is not None:
@@ -163,7 +162,7 @@ class SparseLinear(torch.autograd.Function):
 
 
 class SparseLayerNorm(torch.autograd.Function):
-    """Layer norm over the last dimension; the gradients of its weight and bias only at their support, as above."""
+    """Layer norm over the last dimension; gradients of weight and bias as in SparseLinear."""
 
     @staticmethod
     def forward(
@@ -202,7 +201,7 @@ class SparseLayerNorm(torch.autograd.Function):
 
 
 class SparseEmbedding(torch.autograd.Function):
-    """Rows of a table; the gradient of the table only at its support, or only of the rows that occur."""
+    """Looks up rows of a table; its gradient is formed at the support, or on a selecting step for the rows in use."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, piece: Tensor, table: Tensor, padding: int, link: Link) -> Tensor:
@@ -225,17 +224,17 @@ class SparseEmbedding(torch.autograd.Function):
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """All but the last dimension as one; also where one of them is 0."""
+    """Merges all dimensions but the last, even if one of them is 0."""
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _own(output: Tensor) -> Tensor:
-    """An output that may be changed in place: torch does not allow that for a view that a Function made."""
+    """An output that may be changed in place, which torch forbids for a view made by a Function."""
     return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
 def _at_support(link: Link, sample: Callable[[Any], Tensor], dense: Callable[[], Tensor] | None = None) -> Tensor:
-    """A tensor's gradient at its support, by `sample`; the listener is shown the dense one, and what it watches."""
+    """A tensor's gradient at its support; offers the dense one, and the watched entries', to the listener."""
     page, listener = link.page, link.listener
     if dense is not None and listener.wants_dense(link):
         whole = dense()

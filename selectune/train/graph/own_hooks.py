@@ -1,4 +1,4 @@
-"""Hooks that belong to one tuner: a copy or a pickle of the module takes none of them along."""
+"""Hooks that belong to one tuner: they stay behind when a module is copied or pickled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from selectune.internals import never_compiled
 
 
 class Own:
-    """A hook that a copy of its module, deep or pickled, does not take along: its weights are nobody's but its own."""
+    """A hook that stays behind when its module is deep-copied or pickled."""
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self._method = method
@@ -23,7 +23,7 @@ class Own:
 
     @property
     def owner(self) -> Any:
-        """Whose method it calls."""
+        """The object whose method it calls."""
         return getattr(self._method, "__self__", None)
 
     def __deepcopy__(self, memo: Any) -> Callable[..., None]:
@@ -34,12 +34,12 @@ class Own:
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook of a tensor that calls a method while its owner lives; held strongly, neither would ever go."""
-    seen = weakref.WeakMethod(method)
+    """A tensor's hook that calls a method while its owner lives; a strong reference would keep both for ever."""
+    reference = weakref.WeakMethod(method)
 
     @unserializable_hook
     def hook(*received: Any) -> Any:
-        alive = seen()
+        alive = reference()
         return None if alive is None else alive(*received)
 
     return hook
@@ -50,10 +50,10 @@ def _nothing(*received: Any) -> None:
 
 
 def ours(hook: Any) -> bool:
-    """Whether a hook is one of ours, or what stands for it in a copy."""
+    """Whether a hook is one of ours, or its stand-in in a copy."""
     return isinstance(hook, Own) or hook is _nothing
 
 
 def _give_nothing() -> Callable[..., None]:
-    """What stands for a hook in a pickle."""
+    """The stand-in for a hook in a pickle."""
     return _nothing

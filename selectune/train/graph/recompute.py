@@ -1,9 +1,9 @@
-"""Inputs that need not be saved: those an elementwise node before can give again from what it keeps anyway.
+"""Inputs that need not be saved, because the elementwise node that made them can make them again.
 
-The weight gradient of a linear layer needs its input. Where that is the output of an activation, a
-layer norm or a product of two tensors, the node that made it holds its own inputs until its backward, which comes
-after the linear layer's; so the output is made again, bit for bit, for one elementwise pass, and the
-largest activation of a transformer's MLP is not kept twice.
+The weight gradient of a linear layer needs its input. If that is the output of an activation, a layer norm or a
+product of two tensors, the node that made it keeps its own inputs until its backward, which runs after the linear
+layer's. So the output is computed again, bit for bit, in one elementwise pass, and the largest activation of a
+transformer's MLP is not kept twice.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from selectune import ops
 from selectune.internals import kept_plain, saved_tensors_are_hooked
 
-_last = threading.local()  # .made: the node whose output was made last, and that output
+_last = threading.local()  # .rebuilt: the node whose output was rebuilt last, and that output
 
-# by the name of the node: its output out of what it saved, and the names of that
+# {name of a node: (its output from its saved tensors, their names)}
 OUTPUTS: dict[str, tuple[Callable[[Any], Tensor], tuple[str, ...]]] = {
     "GeluBackward0": (
         lambda node: ops.into_scratch(torch.ops.aten.gelu, node._saved_self, approximate=node._saved_approximate),
@@ -34,13 +34,13 @@ OUTPUTS: dict[str, tuple[Callable[[Any], Tensor], tuple[str, ...]]] = {
 
 
 def source(x: Tensor) -> Any | None:
-    """The node that can give `x` again, or None: then x is to be saved.
+    """The node that can make `x` again; None if x must be saved.
 
-    Tensors that are saved through somebody's hooks (checkpointing, offloading) may be looked at only once; so neither
-    the node's own nor those of whoever asks are, and x may cross the border of a checkpointed region.
+    Tensors that are saved through hooks (checkpointing, offloading) may be read only once. So the answer is None if
+    hooks are active now, or were when the node saved its inputs.
     """
     node: Any = x.grad_fn
-    if node is None or x._version != 0 or saved_tensors_are_hooked():  # changed in place since: no longer its output
+    if node is None or x._version != 0 or saved_tensors_are_hooked():  # no longer the node's output if changed in place
         return None
     if node.name() not in OUTPUTS or not _kept(node, OUTPUTS[node.name()][1]):
         return None
@@ -54,22 +54,22 @@ def _kept(node: Any, names: tuple[str, ...]) -> bool:
 
 
 def rebuilt(node: Any) -> Tensor:
-    """The output of the node, with the bits it had; valid until another's is rebuilt.
+    """The output of the node, with the bits it had; valid until another node's is rebuilt.
 
-    Memory that is used again carries a new version then, so nothing made of the last one is taken for this one.
+    Reused memory gets a new version, so nothing derived from the last content is mistaken for this one.
     """
-    last = getattr(_last, "made", None)
+    last = getattr(_last, "rebuilt", None)
     if last is not None and last[0] is node:
         return last[1]
     with torch.no_grad():
-        made = OUTPUTS[node.name()][0](node)
-    _last.made = (node, made)
-    return made
+        output = OUTPUTS[node.name()][0](node)
+    _last.rebuilt = (node, output)
+    return output
 
 
 def forget() -> None:
-    """Lets go of what one backward pass keeps from layer to layer."""
-    _last.made = None
+    """Drops what a backward pass keeps from layer to layer."""
+    _last.rebuilt = None
 
 
 def _layer_norm(node: Any) -> Tensor:

@@ -1,6 +1,6 @@
-"""torch's functions of a weight whose gradient can be formed at its support only, each in place of torch's own.
+"""Replacements for torch's functions of a weight that form its gradient at the support only.
 
-A function returns NotImplemented where it cannot: the weight is then tapped, and its gradient dense for a moment.
+A function returns NotImplemented if it cannot; the weight is then tapped, and its dense gradient exists for a moment.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    del norm_type, sparse
     use = use_of(weight)
     if use is None or max_norm is not None or scale_grad_by_freq or in_transform():
         return NotImplemented
@@ -86,7 +85,7 @@ def embedding(
 
 
 def _trains(part: Tensor | None) -> bool:
-    """Whether a gradient of its own is asked of what is no weight in scope."""
+    """Whether a tensor that is no weight in scope needs a gradient of its own."""
     return part is not None and not isinstance(part, Weight) and part.requires_grad
 
 
@@ -97,7 +96,7 @@ def _numbers(part: Tensor | None, use: Use | None) -> Any:
 
 
 def _counted(use: Use | None, x: Tensor) -> tuple[Tensor | None, Link | None]:
-    """The piece and the link of one more use, if there is one."""
+    """Counts one more use, if any; returns its piece and its link."""
     if use is None:
         return None, None
     use.count()

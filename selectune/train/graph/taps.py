@@ -1,4 +1,4 @@
-"""Taps: what is kept of one autograd graph, and where a forward pass of the attached model begins and ends."""
+"""Taps keep the present autograd graph, and learn where forward passes of the attached model begin and end."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from selectune.train.graph.weights import Use, follow, let_go
 from selectune.train.ledger import Page
 
 log = logging.getLogger("selectune")
-UNKNOWN = 1 << 60  # of uses: more than will ever be counted down
+UNKNOWN = 1 << 60  # uses: more than will ever be counted down
 
 __all__ = ["Taps", "sparse"]
 
 
 class _Running(threading.local):
-    """The hooked modules whose forward runs in a thread, the outermost first."""
+    """What is running in a thread."""
 
     def __init__(self) -> None:
-        self.entered: list[tuple[nn.Module, Any]] = []  # with what compiled code before it
-        self.call: Call | None = None  # of the outermost
-        self.with_gradients = False  # whether it began with gradients on
-        self.busy = False  # the engine works, and does not use weights
+        self.entered: list[tuple[nn.Module, Any]] = []  # hooked modules in forward, outermost first; what compiled them
+        self.call: Call | None = None  # the outermost module's
+        self.with_gradients = False  # whether that call began with gradients on
+        self.busy = False  # the engine itself is at work
 
 
 class Follower(Listener, Protocol):
-    """Who follows the passes of a model: the tracker, or `check` in its place."""
+    """Follows the passes of a model: the tracker, or `check` in its place."""
 
     def before_forward(self, inside: bool) -> None:
         """The outermost module is about to run (`inside`), or a weight is used outside of any module."""
         ...
 
     def pages(self) -> Sequence[tuple[Page, bool]]:
-        """The ledger's pages for a new graph, and whether each tensor needs a gradient in it."""
+        """The pages of a new graph, and whether each tensor needs a gradient in it."""
         ...
 
     def recompute(self) -> None:
@@ -54,12 +54,12 @@ class Follower(Listener, Protocol):
         ...
 
     def stale(self) -> bool:
-        """Whether the present graph is of another step or support."""
+        """Whether the present graph was made for another step or support."""
         ...
 
 
 class Taps:
-    """Keeps the present graph: made when the first weight in scope is used, shared by all forwards until a backward."""
+    """Keeps the present graph. The first use of a weight makes it, and all forwards until a backward pass share it."""
 
     def __init__(
         self,
@@ -70,15 +70,15 @@ class Taps:
         beyond_rows: set[int],
     ) -> None:
         self.offsets, self.follower, self.tensors = offsets, follower, tensors
-        self.beyond_rows = beyond_rows  # tensors that were ever used otherwise than by looking up rows
+        self.beyond_rows = beyond_rows  # tensors that were ever used in other ways than looking up rows
         self.uses = [0] * len(tensors)  # gradients expected per tensor in the next backward pass through this graph
-        self.grad_was_off = False  # part of a forward ran without gradients: reentrant checkpointing, perhaps
-        self._repeats = False  # and it was in another's autograd function, which may be a checkpoint
-        self.asleep = False  # weights are trained as torch does it
-        self.skip_unneeded = True  # until then: reentrant checkpointing needs inputs that require gradients
+        self.grad_was_off = False  # part of a forward ran without gradients: perhaps reentrant checkpointing
+        self._repeats = False  # that part was in a foreign autograd function, which may be a checkpoint
+        self.asleep = False  # uses of weights are left to torch
+        self.skip_unneeded = True  # False under reentrant checkpointing, whose inputs must require gradients
         self._running = _Running()
-        self.thread: int | None = None  # the one that trains; others may look on
-        self._told = False  # that compiled code is run as it is written
+        self.thread: int | None = None  # the one that trains; other threads may read weights
+        self._warned = False  # that compiled code runs uncompiled
         self._graph: list[Use | None] | None = None
         self._making = threading.RLock()
         self._spare: Tensor | None = None  # a piece of the present graph
@@ -102,19 +102,19 @@ class Taps:
         ops.release()
 
     def forget(self) -> None:
-        """Ends the life of the present nodes, and of what is known of the coming backward pass."""
+        """Drops the present graph, and what is known of the coming backward pass."""
         self.renew()
         self.grad_was_off = self._repeats = False
 
     def renew(self) -> None:
         """The next use starts a new graph."""
         self._graph = self._spare = None
-        self.uses[:] = [UNKNOWN] * len(self.uses)  # a second backward pass through this graph takes other ways
+        self.uses[:] = [UNKNOWN] * len(self.uses)  # of this graph: a second backward pass never completes them
         self.uses = [0] * len(self.tensors)
         self.grad_was_off = self._repeats
 
     def trains_here(self) -> bool:
-        """Whether this is the thread that trains, as far as is known; one that has ended trains no more."""
+        """Whether this thread trains, as far as is known. A thread that has ended trains no more."""
         if self.thread is None or self.thread == threading.get_ident():
             return True
         if all(thread.ident != self.thread for thread in threading.enumerate()):
@@ -122,12 +122,12 @@ class Taps:
         return self.thread is None
 
     def trains_in_this_thread(self) -> None:
-        """An optimizer steps here."""
+        """An optimizer steps in this thread."""
         self.thread = threading.get_ident()
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Within it weights are used as torch does it."""
+        """Leaves uses of weights to torch."""
         before, self.asleep = self.asleep, True
         try:
             yield
@@ -136,7 +136,7 @@ class Taps:
 
     @contextmanager
     def followed_by(self, follower: Follower) -> Iterator[None]:
-        """Within it somebody else follows the passes, on graphs of their own."""
+        """Lets another follower see the passes, on graphs of their own."""
         before, self.follower = self.follower, follower
         self.forget()
         try:
@@ -148,8 +148,8 @@ class Taps:
     # -- weights (User)
 
     def use(self, index: int) -> Use | None:
-        """What stands for a weight in the present graph; None where it needs no gradient."""
-        if self.asleep or not self.offsets.requires_grad:  # the attached model is held frozen for a while
+        """The weight in the present graph; None if it needs no gradient there."""
+        if self.asleep or not self.offsets.requires_grad:  # somebody has frozen the attached model for a while
             return None
         if in_backward():
             self.follower.recompute()
@@ -163,7 +163,7 @@ class Taps:
     def used_without_gradients(self) -> None:
         running = self._running
         if running.busy or self.asleep or in_backward() or not self.trains_here():
-            return  # the engine's own, or a look from another thread
+            return  # the engine's own use, or another thread's
         self.grad_was_off = True
         self._repeats = self._repeats or functions.in_forward_of_function()
         if running.with_gradients and running.entered:
@@ -212,15 +212,15 @@ class Taps:
     def _enter(self, module: nn.Module, args: Any) -> None:
         del args
         compiling, running = stop_compiling(), self._running
-        if compiling is not None and not self._told:
-            self._told = True
+        if compiling is not None and not self._warned:
+            self._warned = True
             log.warning("torch.compile: while a tuner is on, the forward of the attached model runs uncompiled.")
         if running.call is not None and running.call.over():  # interrupted
             running.entered.clear()
         running.entered.append((module, compiling))
         if len(running.entered) > 1:
             return
-        running.call = Call(above=2)  # torch's, above the hook
+        running.call = Call(above=2)  # torch's call of the module, above the hook
         running.with_gradients = torch.is_grad_enabled()
         if in_backward():
             self.follower.recompute()
@@ -229,7 +229,7 @@ class Taps:
                 self.trains_in_this_thread()
             self._prepare(True)
             if running.with_gradients:
-                self.grad_was_off = self._repeats  # else they were an evaluation's
+                self.grad_was_off = self._repeats  # else an evaluation used them
         if running.with_gradients and not self.asleep and self.offsets.requires_grad:
             self._open()
 
@@ -238,7 +238,7 @@ class Taps:
         del args
         running = self._running
         if not running.entered or running.entered[-1][0] is not module:
-            return None  # another hook raised before it was entered
+            return None  # another hook raised before this module was entered
         _, compiling = running.entered.pop()
         if not running.entered:
             running.call = None
@@ -249,7 +249,7 @@ class Taps:
         return output
 
     def _reached(self, output: Any) -> Any:
-        """The output, if backward() would otherwise fail because no selected entry took part in it; else None."""
+        """The output joined to the offsets, if backward() would fail because no selected entry took part; else None."""
         if self.asleep or not self.offsets.requires_grad or not torch.is_grad_enabled() or in_backward():
             return None
         tensors = [part for part in internals.tree_leaves(output) if isinstance(part, Tensor)]

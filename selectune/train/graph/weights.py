@@ -1,9 +1,9 @@
-"""Weights in scope: parameters of whose every use the engine learns, wherever that is.
+"""Weights in scope: parameters that report every use, wherever it happens.
 
-`follow` makes a `Weight` of a parameter without making another object: modules, lists, closures and ties that hold it
-hold it still. With gradients on, a use in `F.linear`, `F.embedding` or `F.layer_norm` becomes a node with a sparse
-gradient (`sparse`); in any other operation the weight becomes a `Tap`, whose gradient is dense and dropped at once.
-With gradients off, and in what only asks for a tensor's form, it is the parameter it always was.
+`follow` turns a parameter into a `Weight` and keeps the object, so modules, lists, closures and ties still hold it.
+With gradients on, a use in `F.linear`, `F.embedding` or `F.layer_norm` becomes a node with a sparse gradient
+(`sparse`). In any other operation the weight becomes a `Tap`, whose dense gradient is dropped at once. With gradients
+off, and in operations that only ask for a tensor's form, it is an ordinary parameter.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from selectune.errors import IntegrityError, TunerError
 from selectune.internals import in_backward, plain_parameter, without_dispatch
 from selectune.train.graph.nodes import Link, Tap
 
-SPARSE: dict[Any, Callable[..., Any]] = {}  # by torch's function: ours, which may return NotImplemented
+SPARSE: dict[Any, Callable[..., Any]] = {}  # {torch's function: ours}; ours may return NotImplemented
 
 
 class Weight(nn.Parameter):
     """A parameter in scope while a tuner is on. Copies of it are ordinary parameters."""
 
-    _place: Watched
+    _place: Place
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -39,8 +39,8 @@ class Weight(nn.Parameter):
             pass
         elif func is torch.autograd.grad:
             raise TunerError(
-                "torch.autograd.grad was asked for the gradient of a weight in a tuner's scope, which is never formed "
-                "whole. Ask for gradients of inputs only, or keep this weight out: Scope(exclude=...)."
+                "torch.autograd.grad was asked for the gradient of a weight in a tuner's scope. The tuner never forms "
+                "the whole of it. Ask for gradients of inputs only, or exclude this weight: Scope(exclude=...)."
             )
         elif torch.is_grad_enabled():
             sparse = SPARSE.get(func)
@@ -65,20 +65,19 @@ class Weight(nn.Parameter):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        del protocol
         with without_dispatch():
             return plain_parameter(self.detach(), self.requires_grad)
 
 
 class User(Protocol):
-    """Who keeps the present graph (`taps.Taps`)."""
+    """The keeper of the present graph (`taps.Taps`)."""
 
     def use(self, index: int) -> Use | None:
-        """What stands for the weight in the present graph; None where it needs no gradient."""
+        """The weight in the present graph; None if it needs no gradient there."""
         ...
 
     def in_forward(self) -> bool:
-        """Whether a module's forward runs."""
+        """Whether a module's forward is running."""
         ...
 
     def used_without_gradients(self) -> None:
@@ -86,23 +85,23 @@ class User(Protocol):
         ...
 
 
-class Watched:
-    """Where a weight belongs: its number with whom, and the class it had."""
+class Place:
+    """Who keeps the graph of a weight, the weight's number there, and the class that the parameter had."""
 
     def __init__(self, user: User, index: int, was: type[nn.Parameter]) -> None:
         self.user, self.index, self.was = user, index, was
 
 
 class Use:
-    """A weight in one graph: its link, and the piece of the offsets that stands for it."""
+    """A weight in one graph: its link, and the piece of the offsets that trains it."""
 
     def __init__(self, link: Link, weight: Tensor, piece: Tensor, beyond_rows: set[int]) -> None:
         self.link, self.weight, self.piece, self.beyond_rows = link, weight, piece, beyond_rows
         self._dense: Tensor | None = None
-        self._version = 0  # of the weight, when it was tapped
+        self._version = 0  # of the weight when it was tapped
 
     def dense(self) -> Tensor:
-        """The weight behind a Tap; one for all plain uses, so that their gradients arrive summed."""
+        """The weight behind a Tap. All plain uses share one, so their gradients arrive summed."""
         if self._dense is None or self._version != self.weight._version:
             self.count()
             self._version = self.weight._version
@@ -111,9 +110,9 @@ class Use:
         return self._dense
 
     def count(self, rows: bool = False) -> None:
-        """One more gradient to expect; recomputed forwards (checkpointing) are not counted again.
+        """Expects one more gradient; a forward that checkpointing repeats does not count again.
 
-        `rows`: of looked-up rows only, so that a row of padding gets none.
+        `rows`: the use only looks up rows, so that the padding row gets no gradient.
         """
         if not rows:
             self.beyond_rows.add(self.link.index)
@@ -122,8 +121,8 @@ class Use:
 
 
 def follow(parameter: nn.Parameter, user: User, index: int) -> None:
-    """Makes a Weight of a parameter; `let_go` makes it what it was."""
-    parameter._place = Watched(user, index, type(parameter))  # type: ignore[attr-defined]
+    """Turns a parameter into a Weight; `let_go` undoes it."""
+    parameter._place = Place(user, index, type(parameter))  # type: ignore[attr-defined]
     parameter.__class__ = _followed(type(parameter))
 
 
@@ -139,7 +138,7 @@ def _followed(kind: type[nn.Parameter]) -> type[Weight]:
 
 
 def use_of(value: Any) -> Use | None:
-    """The use of a weight in the present graph; None for anything else, and where it needs no gradient."""
+    """The use of a weight in the present graph; None for any other value, and if the weight needs no gradient."""
     if not isinstance(value, Weight):
         return None
     place = value._place
@@ -150,20 +149,20 @@ def use_of(value: Any) -> Use | None:
     if use is not None and use.weight.dtype != value.dtype:
         raise IntegrityError(
             f"A weight in scope (of shape {tuple(use.weight.shape)}) was cast from {use.weight.dtype} to {value.dtype} "
-            "while a tuner is attached, so its base could not be restored. Cast the model before attach, or keep the "
-            "weight out: Scope(exclude=...)."
+            "while a tuner is attached, so its base could not be restored. Cast the model before attach, or exclude "
+            "the weight: Scope(exclude=...)."
         )
     return use
 
 
 def tapped(value: Any) -> Any:
-    """A weight behind its Tap; anything else as it is."""
+    """A weight behind its Tap; any other value unchanged."""
     use = use_of(value)
     return value if use is None else use.dense()
 
 
 def _writes(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a weight itself is changed: that is no use of it."""
+    """Whether the call changes a weight in place, which is no use of it."""
     name = getattr(func, "__name__", "")
     if name in ("__set__", "__delete__", "__setitem__") or (name.endswith("_") and not name.endswith("__")):
         return bool(args) and isinstance(args[0], Weight)
@@ -175,76 +174,17 @@ def _writes(func: Any, args: Any, kwargs: Any) -> bool:
 _REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _IN_PLACE = {f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()}
 
-# what only asks for a tensor's form, or is about the parameter and not its numbers
-FORM: set[Any] = (
-    {
-        getattr(torch.Tensor, name).__get__
-        for name in (
-            "shape",
-            "dtype",
-            "device",
-            "layout",
-            "ndim",
-            "is_leaf",
-            "grad",
-            "data",
-            "is_cuda",
-            "is_cpu",
-            "is_sparse",
-            "is_quantized",
-            "is_meta",
-            "itemsize",
-            "nbytes",
-            "_version",
-            "is_nested",
-            "grad_fn",
-            "output_nr",
-            "names",
-            "retains_grad",
-            "is_mkldnn",
-            "is_mps",
-            "is_xpu",
-            "_backward_hooks",
-            "_post_accumulate_grad_hooks",
-        )
-        if hasattr(torch.Tensor, name)
-    }
-    | {
-        getattr(torch.Tensor, name)
-        for name in (
-            "size",
-            "dim",
-            "numel",
-            "nelement",
-            "stride",
-            "storage_offset",
-            "is_contiguous",
-            "is_floating_point",
-            "is_complex",
-            "is_signed",
-            "element_size",
-            "data_ptr",
-            "untyped_storage",
-            "storage",
-            "get_device",
-            "__len__",
-            "__repr__",
-            "__hash__",
-            "dim_order",
-            "ndimension",
-            "is_shared",
-            "is_inference",
-            "detach",
-            "numpy",
-            "tolist",
-            "item",
-            "__array__",
-            "register_hook",
-            "register_post_accumulate_grad_hook",
-            "retain_grad",
-            "is_set_to",
-        )
-    }
-    | {torch.is_floating_point, torch.is_complex, torch.numel, torch.detach, torch.equal, torch.is_same_size}
-)
-FORM.add(internals.can_share)  # fmt: skip
+# Operations that only ask for a tensor's form, or concern the parameter and not its numbers.
+_ASKED = """shape dtype device layout ndim is_leaf grad data is_cuda is_cpu is_sparse is_quantized is_meta itemsize
+    nbytes _version is_nested grad_fn output_nr names retains_grad is_mkldnn is_mps is_xpu _backward_hooks
+    _post_accumulate_grad_hooks""".split()
+_CALLED = """size dim numel nelement stride storage_offset is_contiguous is_floating_point is_complex is_signed
+    element_size data_ptr untyped_storage storage get_device __len__ __repr__ __hash__ dim_order ndimension is_shared
+    is_inference detach numpy tolist item __array__ register_hook register_post_accumulate_grad_hook retain_grad
+    is_set_to""".split()
+FORM: set[Any] = {
+    *(getattr(torch.Tensor, name).__get__ for name in _ASKED if hasattr(torch.Tensor, name)),
+    *(getattr(torch.Tensor, name) for name in _CALLED),
+    *(torch.is_floating_point, torch.is_complex, torch.numel, torch.detach, torch.equal, torch.is_same_size),
+    internals.can_share,
+}

@@ -1,8 +1,8 @@
-"""Optimizers over the vector of offsets.
+"""Our own optimizers over the vector of offsets, and their contract with the engine.
 
 contract  what an optimizer may ask of the engine
-holders   which optimizers hold the vector, so that steps need no guess
-adamw     AdamW in one pass, with an age per entry if wanted
+holders   finds the optimizers that hold the vector, so that no step has to be guessed
+adamw     AdamW in one pass, with an age per entry on request
 sm3       SM3: one number for each row and column of the weights
-stepping  the step that both share
+stepping  the step() that both share
 """

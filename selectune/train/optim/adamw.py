@@ -1,4 +1,4 @@
-"""AdamW over the trained vector in one pass, with an age of its own for every entry if wanted."""
+"""AdamW over the trained vector in one pass, on request with an age of its own for every entry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selectune import bits, ops
 from selectune.errors import ConfigError
-from selectune.train.optim.contract import News
+from selectune.train.optim.contract import NewEntries
 from selectune.train.optim.stepping import Stepping
 
 AGES = ("shared", "entry")
@@ -25,13 +25,12 @@ class SparseAdamW(Stepping):
     for its first gradient that is not 0. State: two floats per entry, and an int32 with `age="entry"`.
     `age="shared"` equals torch.optim.AdamW within rounding.
 
-    Weight decay pulls a selected scalar towards the weight it had when it was selected (the vector holds offsets from
-    it), and tensors trained wholly towards 0. (SpIEL's grid of `weight_decay` is 1, 3, 10, 30, at learning rates of
-    about 1e-5.) An entry that takes over a slot starts from moments 0, or, where its gradients were watched before,
-    from their mean and mean square: m = mean (1 - b1^age), v = mean square (1 - b2^age), so that bias correction gives
-    these back.
+    Weight decay pulls a selected scalar towards its weight at selection (the vector holds offsets from it), and whole
+    tensors towards 0. (SpIEL's grid of `weight_decay` is 1, 3, 10, 30, at learning rates of about 1e-5.) An entry that
+    takes over a slot starts from moments of 0. If its gradients were watched before, it starts from their mean and
+    mean square: m = mean (1 - b1^age), v = mean square (1 - b2^age), which bias correction turns back into these.
     Raises ConfigError for values that make no sense.
-    Source: Loshchilov and Hutter (2019), arXiv 1711.05101; Ansell et al. (2024), arXiv 2401.16405, for watched ones.
+    Source: Loshchilov and Hutter (2019), arXiv 1711.05101; Ansell et al. (2024), arXiv 2401.16405, for watched entries.
 
     >>> import torch
     >>> values = torch.nn.Parameter(torch.zeros(2))
@@ -71,22 +70,22 @@ class SparseAdamW(Stepping):
                 self.state[parameter][name] = kept
 
     @torch.no_grad()
-    def inherit(self, values: Tensor, news: News) -> None:
-        """See `selectune.types.Inheriting`."""
+    def inherit(self, values: Tensor, new: NewEntries) -> None:
+        """See `optim.contract.Inheriting`."""
         group = self._group(values)
         if not self.state[values]:
-            if news.mean is None:
+            if new.mean is None:
                 return
             self._begin(values, group)
-        state, slots = self.state[values], news.slots
+        state, slots = self.state[values], new.slots
         m, v = state["exp_avg"], state["exp_avg_sq"]
         m[slots] = v[slots] = 0
         if "age" in state:
-            state["age"][slots] = 0 if news.mean is None else news.age
-        if news.mean is not None and news.square is not None:
-            age = news.age if "age" in state else int(state["step"])
-            m[slots] = news.mean.to(m) * (1 - group["betas"][0] ** age)
-            v[slots] = news.square.to(v) * (1 - group["betas"][1] ** age)
+            state["age"][slots] = 0 if new.mean is None else new.age
+        if new.mean is not None and new.square is not None:
+            age = new.age if "age" in state else int(state["step"])
+            m[slots] = new.mean.to(m) * (1 - group["betas"][0] ** age)
+            v[slots] = new.square.to(v) * (1 - group["betas"][1] ** age)
 
     def _group(self, parameter: Tensor) -> dict[str, Any]:
         return next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
@@ -104,7 +103,7 @@ class SparseAdamW(Stepping):
         if gradient is None:
             return
         if gradient.is_sparse:
-            raise ConfigError("SparseAdamW takes dense gradients (its vector is dense), and got a sparse tensor.")
+            raise ConfigError("SparseAdamW takes dense gradients (its vector is dense), but got a sparse tensor.")
         if not state:
             self._begin(parameter, group)
         state["step"] += 1
@@ -131,4 +130,4 @@ def _check(group: dict[str, Any]) -> None:
     for rule, holds in fine.items():
         if not holds:
             got = group[rule.split()[0]]
-            raise ConfigError(f"SparseAdamW takes {rule}, and got {rule.split()[0]}={got!r}.")
+            raise ConfigError(f"SparseAdamW takes {rule}, but got {rule.split()[0]}={got!r}.")

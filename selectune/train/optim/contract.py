@@ -1,10 +1,8 @@
-"""What an optimizer may ask of the engine: where its entries stand, which are new, what was seen of them.
+"""Three protocols by which an optimizer opts in to extra information. Any torch optimizer works without them.
 
-Any torch optimizer works without asking. One that is an instance of these protocols is told:
-
-    Placed      where the entries of the trained vector stand, before a step whose support changed
-    Inheriting  which slots have new entries, before their first step; any other has its state set to 0 there
-    Factored    gives the numbers that it holds for rows and columns to the scores that read them
+Placed      gets the positions of the trained entries, before a step whose support changed
+Inheriting  gets new entries before their first step; other optimizers have their state set to 0 there
+Factored    gives its numbers for rows and columns to the scores that read them
 """
 
 from __future__ import annotations
@@ -15,10 +13,11 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 
-class Places(Protocol):
-    """Where the entries of the trained vector stand: row and column in their tensors, seen as matrices.
+class Positions(Protocol):
+    """The row and the column of every trained entry.
 
-    A matrix is the first dimension by the others, a vector one row. They are counted through; free slots have the last.
+    A tensor counts as a matrix of its first dimension by the others, a vector as one row. Rows and columns are
+    numbered through all tensors; free slots have the last number.
     """
 
     @property
@@ -33,35 +32,35 @@ class Places(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """How many rows and columns there are."""
+        """The numbers of rows and of columns."""
         ...
 
 
 @runtime_checkable
 class Placed(Protocol):
-    """An optimizer that wants to know where its entries stand."""
+    """An optimizer that needs the positions of its entries."""
 
-    def place(self, values: Tensor, places: Places) -> None:
+    def place(self, values: Tensor, positions: Positions) -> None:
         """Called before the first step and before a step whose support changed."""
         ...
 
 
 @dataclass(frozen=True)
-class News:
-    """Slots whose entries are new, and what was seen of their gradients before."""
+class NewEntries:
+    """Slots with new entries, and statistics of their gradients if these were watched before."""
 
     slots: Tensor  # (k,) int64
-    mean: Tensor | None = None  # (k,) of the steps' gradients; None: they were not watched
-    square: Tensor | None = None  # (k,) mean of their squares
-    age: int = 0  # steps watched
+    mean: Tensor | None = None  # (k,) mean of their gradients over steps; None if they were not watched
+    square: Tensor | None = None  # (k,) mean of the squares
+    age: int = 0  # how many steps were watched
 
 
 @runtime_checkable
 class Inheriting(Protocol):
-    """An optimizer that knows what to make of new entries; any other has its elementwise state set to 0 there."""
+    """An optimizer that makes its own state for new entries."""
 
-    def inherit(self, values: Tensor, news: News) -> None:
-        """Called before the step that is the first of these entries."""
+    def inherit(self, values: Tensor, new: NewEntries) -> None:
+        """Called before the first step of these entries."""
         ...
 
 
@@ -70,5 +69,5 @@ class Factored(Protocol):
     """An optimizer that holds one number for every row and every column."""
 
     def factors(self, values: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Rows (R,) and columns (C,) as `Places` counts them; None before the first step."""
+        """The numbers of rows (R,) and columns (C,), as `Positions` counts them; None before the first step."""
         ...

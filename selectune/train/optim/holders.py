@@ -1,4 +1,4 @@
-"""Which optimizers hold the vector of offsets: where torch's hooks tell of steps, none has to be guessed."""
+"""Finds the optimizers that hold the vector of offsets: torch's hooks report their steps, so none is guessed."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ def held(optimizer: torch.optim.Optimizer) -> set[int]:
 
 
 class Holders:
-    """The optimizers with torch's hooks that hold a vector, as far as they were seen."""
+    """The known optimizers with torch's hooks that hold a vector."""
 
     def __init__(self, offsets: nn.Parameter) -> None:
         self._offsets = offsets
         self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._looked = False  # for one that holds the offsets and has not stepped yet
+        self._looked = False  # whether all objects were searched once
 
     def add(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer that holds the vector has stepped."""
+        """Notes an optimizer that holds the vector and has stepped."""
         self._known.add(optimizer)
 
     def any(self) -> bool:
-        """Whether there is one; one that has not stepped yet is looked for once, among all objects that live."""
+        """Whether there is one. An optimizer that has not stepped yet is searched for once, among all live objects."""
         if not self._looked and not self._known:
             self._looked = True
-            for found in gc.get_objects():
-                if issubclass(type(found), torch.optim.Optimizer) and id(self._offsets) in held(found):
-                    self._known.add(found)
+            for one in gc.get_objects():
+                if issubclass(type(one), torch.optim.Optimizer) and id(self._offsets) in held(one):
+                    self._known.add(one)
         return bool(self._known)

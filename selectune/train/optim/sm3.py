@@ -1,4 +1,4 @@
-"""SM3 over the trained vector: one number for every row and column of the weights in place of one for every entry."""
+"""SM3 over the trained vector: one number for every row and column of the weights instead of one for every entry."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from torch import Tensor
 from selectune import bits
 from selectune.errors import ConfigError
 from selectune.train.ledger import matrix
-from selectune.train.optim.contract import News, Places
+from selectune.train.optim.contract import NewEntries, Positions
 from selectune.train.optim.stepping import Stepping
 
 
 class SparseSM3(Stepping):
     """SM3 whose entries are the selected scalars of many matrices: v_ij = min(r_i, c_j) + g_ij^2.
 
-    After a step r_i and c_j are the largest v seen in their row and column, and w -= lr g / sqrt(v + eps). They
-    are the weights' own rows and columns, which the tuner tells; without a tuner, and for tensors trained wholly, those
+    After a step r_i and c_j are the largest v seen in their row and column, and w -= lr g / sqrt(v + eps). Rows and
+    columns are those of the weights, which the tuner passes on; without a tuner, and for whole tensors, they are those
     of the parameter. A tensor of more dimensions counts as a matrix of its first by the others, a vector as one row.
-    State: one float for every row and column, nothing per entry; new entries start from min(r_i, c_j).
+    State: one float for every row and column, none per entry; new entries start from min(r_i, c_j).
 
-    Weight decay pulls a selected scalar towards the weight it had when it was selected, and tensors trained wholly
-    towards 0.
+    Weight decay pulls a selected scalar towards its weight at selection, and whole tensors towards 0.
     SpIEL-MA takes learning rates from 4e-4 to 2e-3. Raises ConfigError for values that make no sense.
     Source: Anil, Gupta, Koren, Singer (2019), Memory-Efficient Adaptive Optimization, arXiv 1901.11150, SM3-II;
     Ansell et al. (2024), arXiv 2401.16405, for sparse entries.
@@ -45,44 +44,44 @@ class SparseSM3(Stepping):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        self._places: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = {}
+        self._positions: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = {}
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             for name in ("lr", "eps", "weight_decay"):
                 if not float(group[name]) >= 0:
-                    raise ConfigError(f"SparseSM3 takes {name} >= 0, and got {name}={group[name]!r}.")
+                    raise ConfigError(f"SparseSM3 takes {name} >= 0, but got {name}={group[name]!r}.")
 
-    def place(self, values: Tensor, places: Places) -> None:
-        """See `selectune.types.Placed`."""
-        self._places[id(values)] = (places.rows, places.columns, places.shape)
+    def place(self, values: Tensor, positions: Positions) -> None:
+        """See `optim.contract.Placed`."""
+        self._positions[id(values)] = (positions.rows, positions.columns, positions.shape)
 
-    def inherit(self, values: Tensor, news: News) -> None:
-        """See `selectune.types.Inheriting`: there is no state per entry that a new one could find stale."""
+    def inherit(self, values: Tensor, new: NewEntries) -> None:
+        """See `optim.contract.Inheriting`: there is no state per entry that could be stale."""
 
     def factors(self, values: Tensor) -> tuple[Tensor, Tensor] | None:
-        """See `selectune.types.Factored`."""
+        """See `optim.contract.Factored`."""
         state = self.state.get(values)
         return (state["rows"], state["columns"]) if state else None
 
     def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        places, state = self._places.get(id(parameter)), self.state[parameter]
+        positions, state = self._positions.get(id(parameter)), self.state[parameter]
         gradient, wide = parameter.grad, bits.wide(parameter.dtype)
         if gradient is None:
             return
         if gradient.is_sparse:
-            raise ConfigError("SparseSM3 takes dense gradients, and got a sparse tensor.")
-        shape = matrix(parameter) if places is None else places[2]
+            raise ConfigError("SparseSM3 takes dense gradients, but got a sparse tensor.")
+        shape = matrix(parameter) if positions is None else positions[2]
         if not state:
             state["rows"], state["columns"] = (parameter.new_zeros(n, dtype=wide) for n in shape)
         r, c, g = state["rows"], state["columns"], gradient.to(wide)
-        if places is None:
+        if positions is None:
             g = g.reshape(shape)
             v = torch.minimum(r[:, None], c[None, :]).addcmul(g, g)
             if v.numel():
                 r.copy_(v.amax(1))
                 c.copy_(v.amax(0))
         else:
-            rows, columns, _ = places
+            rows, columns, _ = positions
             v = torch.minimum(r[rows], c[columns]).addcmul(g, g)
             r.scatter_reduce_(0, rows, v, "amax")
             c.scatter_reduce_(0, columns, v, "amax")

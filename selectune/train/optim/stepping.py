@@ -1,4 +1,4 @@
-"""The step that optimizers of our own share: a parameter at a time."""
+"""The step() that our own optimizers share: one parameter at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Stepping(torch.optim.Optimizer):
-    """An optimizer that says in `_step` what becomes of one parameter with a gradient."""
+    """An optimizer whose `_step` updates one parameter that has a gradient."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

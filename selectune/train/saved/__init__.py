@@ -1,8 +1,9 @@
-"""What leaves the engine: a delta, and the state that a later process goes on from.
+"""What leaves the engine: a delta, and the state from which a later process continues.
 
-to_delta         from the ledger to a delta
+to_delta         makes the delta of a run
 base_digests     digests of the base that the delta records
-state            a run between two steps, its file, and a fresh tuner that goes on from it
-checked          a state is looked at whole before anything is written
-checked_choices  the part of a state that says what was selected when
+state            the state of a run between two steps, and its file
+checked          checks all of a state before anything is written
+checked_choices  checks the part of a state that says what was selected when
+forms            values with tensors in them: packed, unpacked, held against a form
 """

@@ -1,4 +1,4 @@
-"""What a delta says of its base, told while the model is in training: digests of what stood where it moved."""
+"""Digests of the base that a delta records, computed while the model is in training."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 def base_of(
     model: nn.Module, ledger: Ledger, before: BaseCopy, given: Mapping[str, Any] | None, full: bool
 ) -> dict[str, Any]:
-    """`info["base"]` of a run: what the caller says of it, or the model does, with the digests that the base had.
+    """`info["base"]` of a run: the caller's description of the base, or the model's own, with the base's digests.
 
-    `full` adds that of all weights, where the caller gives none: one read of them at a run's first save.
+    `full` adds a digest of all weights unless the caller gives one: they are read once, at a run's first save.
     """
-    told = dict(given) if given is not None else base_info(model)
+    described = dict(given) if given is not None else base_info(model)
     found = inventory(model)
-    rows = [{**row} for row in told.get("initialised") or ()]
+    rows = [{**row} for row in described.get("initialised") or ()]
     names = [row["name"] for row in rows if row["name"] in found.find]
-    entries = found.entries if full and told.get("weights") is None else [found.find[name] for name in names]
+    entries = found.entries if full and described.get("weights") is None else [found.find[name] for name in names]
     missing = [entry for entry in entries if entry.name not in before.digests]
     if missing:
         value = _values(ledger, before, found.find)
@@ -35,13 +35,13 @@ def base_of(
     for row in rows:
         if row["name"] in found.find:
             row["digest"] = before.digests[found.find[row["name"]].name]
-    if full and told.get("weights") is None:
-        told["weights"] = all_digests(found, before.digests, names)
-    return {**told, "initialised": rows}
+    if full and described.get("weights") is None:
+        described["weights"] = all_digests(found, before.digests, names)
+    return {**described, "initialised": rows}
 
 
 def _values(ledger: Ledger, before: BaseCopy, find: Mapping[str, Entry]) -> Any:
-    """What gives the base's value of a tensor, in a copy where the model's has moved."""
+    """A function that gives a tensor of the base: a copy if the model's tensor has moved."""
     whole = {find[canonical_name(n)].name: t for n, t in (before.whole | before.filled).items()}
     whole |= {find[name].name: t for n, t in before.buffers.items() if (name := canonical_name(n)) in find}
     scoped = {find[canonical_name(t.name)].name: t for t in before.scoped.values()}

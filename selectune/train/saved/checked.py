@@ -1,4 +1,4 @@
-"""A state that is about to be loaded, looked at whole before anything is written: of this run, or refused."""
+"""Checks all of a state before anything is written: it is one of this run, or it is refused."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from selectune.errors import BaseMismatchError, ConfigError, SelectuneError
 from selectune.scope import ScopedTensor
 from selectune.train.engine import Engine
 from selectune.train.ledger import Ledger
-from selectune.train.saved.checked_choices import EVENTS, check_choices, named
+from selectune.train.saved.checked_choices import EVENTS, check_choices
+from selectune.train.saved.forms import ascends, fits, need, unpacked
 
 VERSION = 3
 _INFO = {"version", "run", "step", "reached", "restarted", "events", "chooser", "phase"}
 GUESTS = "trainer."
-"""How keys begin of what an integration keeps in a state's file, beside the tuner's own: the order of the data."""
+"""How keys begin that an integration keeps in a state's file, beside the tuner's own: the order of the data."""
 PAGE = ("flat", "slot", "base", "retired", "retired_base")
 """The parts of a tensor's page that a state holds."""
 
@@ -29,7 +30,7 @@ PAGE = ("flat", "slot", "base", "retired", "retired_base")
 def checked(
     engine: Engine, state: Mapping[str, Any], mine: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The state's two halves, if it is one of this run; nothing is changed.
+    """The state's two halves, with the tensors of chooser and phase in their places; nothing is changed.
 
     `mine`: what must be the same in both runs. Raises ConfigError for a state of another run or one whose parts do not
     fit each other, and BaseMismatchError for one that was taken on another base.
@@ -43,7 +44,7 @@ def checked(
         raise ConfigError(f'The state\'s "info" must hold {", ".join(sorted(_INFO))}; it has {sorted(info)!r:.200}.')
     tensors = dict(tensors)
     try:
-        _look(engine, info, tensors, mine)
+        _check(engine, info, tensors, mine)
     except SelectuneError:
         raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -51,25 +52,28 @@ def checked(
     return info, tensors
 
 
-def _look(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor], mine: Mapping[str, Any]) -> None:
-    _of_this_run(engine, json.loads(json.dumps(mine)), info.get("run"))
-    _numbers(engine, info)
-    _present(engine, tensors)
+def _check(engine: Engine, info: dict[str, Any], tensors: Mapping[str, Tensor], mine: Mapping[str, Any]) -> None:
+    _same_run(engine, json.loads(json.dumps(mine)), info["run"])
+    _plain_values(engine, info)
+    expected = _expected(engine)
+    for key, form in expected.items():
+        _present(key, tensors.get(key), form)
     for tensor in engine.ledger.tensors:
         _page(tensor, tensors)
     _slots(engine, tensors)
     _finite(engine, tensors)
     _bases(engine, tensors)
     _starts(engine, info, tensors)
+    used: set[str] = set()
+    for part in ("chooser", "phase"):
+        info[part] = unpacked(info[part], part, tensors, used)
     check_choices(engine, info, tensors)
-    _phase(engine, info, tensors)
-    known = _expected(engine).keys() | _references(info["chooser"]) | _references(info["phase"])
-    strange = sorted(ascii(key)[:60] for key in tensors.keys() - known if not str(key).startswith(GUESTS))
-    if strange:
-        raise ConfigError(f"The state holds tensors that this run has no place for: {', '.join(strange[:3])}.")
+    _phase(engine, info)
+    strange = sorted(ascii(key)[:60] for key in tensors.keys() - expected - used if not str(key).startswith(GUESTS))
+    need(not strange, f"The state holds tensors that this run has no place for: {', '.join(strange[:3])}.")
 
 
-def _of_this_run(engine: Engine, mine: Mapping[str, Any], theirs: Any) -> None:
+def _same_run(engine: Engine, mine: Mapping[str, Any], theirs: Any) -> None:
     if not isinstance(theirs, Mapping) or theirs.keys() != mine.keys() or not isinstance(theirs["base"], Mapping):
         raise ConfigError('The state\'s "run" does not say which run it is of, as Tuner.state_dict does.')
     for key in ("method", "seed", "accumulation_steps", "budget"):
@@ -90,75 +94,60 @@ def _of_this_run(engine: Engine, mine: Mapping[str, Any], theirs: Any) -> None:
         )
 
 
-def _numbers(engine: Engine, info: Mapping[str, Any]) -> None:
-    if not _count(info.get("step")):
-        raise ConfigError(f"The state's step is {info.get('step')!r}; it must be a whole number of at least 0.")
-    reached, events = info.get("reached"), info.get("events")
-    known = range(len(engine.ledger.tensors))
-    if not isinstance(reached, list) or not all(_count(index) and index in known for index in reached):
-        raise ConfigError(f'The state\'s "reached" must be a list of numbers of its {len(known)} tensors in scope.')
-    if reached != sorted(set(reached)):
-        raise ConfigError('The state\'s "reached" must name tensors once each, in ascending order.')
-    if not isinstance(events, Mapping) or not all(k in EVENTS and _count(v) for k, v in events.items()):
-        raise ConfigError(f'The state\'s "events" must be how often something happened, of {", ".join(EVENTS)}.')
-    if not isinstance(info["chooser"], Mapping):
-        raise ConfigError('The state\'s "chooser" must be a mapping.')
-    if type(info["restarted"]) is not bool:
-        raise ConfigError('The state\'s "restarted" must say whether a slot starts from another weight than the base.')
+def _plain_values(engine: Engine, info: Mapping[str, Any]) -> None:
+    reached, events, known = info["reached"], info["events"], len(engine.ledger.tensors)
+    need(_count(info["step"]), f"The state's step is {info['step']!r}; it must be a whole number of at least 0.")
+    need(
+        type(reached) is list
+        and all(type(index) is int and 0 <= index < known for index in reached)
+        and reached == sorted(set(reached)),
+        f'The state\'s "reached" must be an ascending list of numbers of its {known} tensors in scope, once each.',
+    )
+    need(
+        isinstance(events, Mapping) and all(key in EVENTS and _count(value) for key, value in events.items()),
+        f'The state\'s "events" must be how often something happened, of {", ".join(EVENTS)}.',
+    )
+    need(isinstance(info["chooser"], Mapping), 'The state\'s "chooser" must be a mapping.')
+    need(
+        type(info["restarted"]) is bool,
+        'The state\'s "restarted" must say whether a slot starts from another weight than the base.',
+    )
 
 
-def _references(told: Any) -> set[str]:
-    """Keys of the tensors that plain values stand for."""
-    if isinstance(told, Mapping):
-        own = {str(told["tensor"])} if told.keys() == {"tensor"} else set()
-        return own.union(*map(_references, told.values()))
-    return set().union(*map(_references, told)) if isinstance(told, list) else set()
-
-
-def _expected(engine: Engine) -> dict[str, tuple[torch.dtype, torch.Size | None]]:
-    """Every tensor that a state has whatever was chosen: dtype and shape, None for a vector of any length."""
-    offsets = engine.ledger.offsets
-    expected: dict[str, tuple[torch.dtype, torch.Size | None]] = {
-        "offsets": (offsets.dtype, offsets.shape),
-        "start": (offsets.dtype, offsets.shape),
-        "free": (torch.int64, None),
-    }
+def _expected(engine: Engine) -> dict[str, Any]:
+    """The form of every tensor that any state of this run holds."""
+    offsets, index = engine.ledger.offsets, torch.int64
+    expected: dict[str, Any] = {"offsets": offsets, "start": offsets, "free": index}
     for tensor in engine.ledger.tensors:
-        own = tensor.parameter.dtype
-        for part in (*PAGE, "retired_now"):
-            whole = part in ("flat", "slot", "retired")
-            expected[f"page.{tensor.index}.{part}"] = (torch.int64 if whole else own, None)
-    expected |= {f"whole.{t.name}": (t.parameter.dtype, t.parameter.shape) for t in engine.found.whole}
-    buffers = {n: b for n, b in engine.model.named_buffers() if n in engine.base.buffers}
-    expected |= {f"buffer.{name}": (buffer.dtype, buffer.shape) for name, buffer in buffers.items()}
-    return expected
+        weight = tensor.parameter.dtype
+        for part, form in zip((*PAGE, "retired_now"), (index, index, weight, index, weight, weight), strict=True):
+            expected[f"page.{tensor.index}.{part}"] = form
+    expected |= {f"whole.{t.name}": t.parameter for t in engine.found.whole}
+    return expected | {f"buffer.{n}": b for n, b in engine.model.named_buffers() if n in engine.base.buffers}
 
 
-def _present(engine: Engine, tensors: Mapping[str, Any]) -> None:
-    """Every tensor that will be read is there, in its shape and dtype."""
-    for key, (dtype, shape) in _expected(engine).items():
-        found = tensors.get(key)
-        if not isinstance(found, Tensor) or (shape is not None and found.shape != shape):
-            raise ConfigError(f'The state\'s tensor "{key}" is missing or has another shape.')
-        if found.dtype != dtype or (shape is None and found.ndim != 1):
-            raise ConfigError(
-                f'The state\'s tensor "{key}" has dtype {found.dtype} and {found.ndim} dimensions; it must be {dtype}'
-                + (" with one." if shape is None else ".")
-            )
+def _present(key: str, tensor: Any, form: Any) -> None:
+    if not fits(tensor, form):
+        has = f"shape {tuple(tensor.shape)}, dtype {tensor.dtype}" if isinstance(tensor, Tensor) else "none"
+        must = f"shape {tuple(form.shape)}, dtype {form.dtype}" if isinstance(form, Tensor) else f"a vector of {form}"
+        raise ConfigError(f'The state\'s tensor "{key}" is missing or has another shape: it has {has}; needed: {must}.')
 
 
 def _page(tensor: ScopedTensor, tensors: Mapping[str, Tensor]) -> None:
     flat, slot, base, retired, retired_base = (tensors[f"page.{tensor.index}.{part}"] for part in PAGE)
-    now = tensors[f"page.{tensor.index}.retired_now"]
+    now, size = tensors[f"page.{tensor.index}.retired_now"], tensor.parameter.numel()
     for where in (flat, retired):
-        if where.numel() and not (0 <= int(where.min()) and int(where.max()) < tensor.parameter.numel()):
-            raise ConfigError(f'The state\'s indices of "{tensor.name}" leave the tensor.')
-        if not _ascends(where):
-            raise ConfigError(f'The state\'s indices of "{tensor.name}" do not ascend, or one stands there twice.')
-    if flat.shape != slot.shape or flat.shape != base.shape or not retired.shape == retired_base.shape == now.shape:
-        raise ConfigError(f'The state\'s page of "{tensor.name}" has parts of different lengths.')
-    if bool(torch.isin(flat, retired).any()):
-        raise ConfigError(f'The state says of "{tensor.name}" that the same entries are selected and dropped.')
+        inside = not where.numel() or (int(where.min()) >= 0 and int(where.max()) < size)
+        need(inside, f'The state\'s indices of "{tensor.name}" leave the tensor.')
+        need(ascends(where, size), f'The state\'s indices of "{tensor.name}" do not ascend, or one stands there twice.')
+    need(
+        flat.shape == slot.shape == base.shape and retired.shape == retired_base.shape == now.shape,
+        f'The state\'s page of "{tensor.name}" has parts of different lengths.',
+    )
+    need(
+        not bool(torch.isin(flat, retired).any()),
+        f'The state says of "{tensor.name}" that the same entries are selected and dropped.',
+    )
 
 
 def _slots(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
@@ -166,17 +155,15 @@ def _slots(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
     used = [tensors[f"page.{tensor.index}.slot"].cpu() for tensor in engine.ledger.tensors]
     free, capacity = tensors["free"].cpu(), engine.ledger.offsets.numel()
     slots = torch.sort(torch.cat([*used, free])).values
-    if not torch.equal(slots, torch.arange(capacity)) or not _ascends(free):
-        raise ConfigError(
-            f"The state's slots are not those of a budget of {capacity:,}: each must be used by one entry or be free, "
-            "and the free ones must ascend."
-        )
+    need(
+        torch.equal(slots, torch.arange(capacity)) and ascends(free, capacity),
+        f"The state's slots are not those of a budget of {capacity:,}: each must be used by one entry or be free, "
+        "and the free ones must ascend.",
+    )
 
 
 def _finite(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
-    keys = ["offsets", "start"]
-    for tensor in engine.ledger.tensors:
-        keys.append(f"page.{tensor.index}.retired_now")
+    keys = ["offsets", "start", *(f"page.{tensor.index}.retired_now" for tensor in engine.ledger.tensors)]
     broken = [key for key in keys if not bool(torch.isfinite(tensors[key]).all())]
     broken += [f"whole.{t.name}" for t in engine.found.whole if bool(tensors[f"whole.{t.name}"].isnan().any())]
     if broken:
@@ -191,7 +178,7 @@ def starts_elsewhere(ledger: Ledger, tensors: Mapping[str, Tensor]) -> bool:
     start = tensors["start"]
     for tensor in ledger.tensors:
         slot, base = (tensors[f"page.{tensor.index}.{part}"] for part in ("slot", "base"))
-        if not torch.equal(ops.bits(start[slot].cpu()), ops.bits(base.to(start.dtype).cpu())):
+        if not bits.same_bits(start[slot].cpu(), base.to(start.dtype).cpu()):
             return True
     return False
 
@@ -199,20 +186,19 @@ def starts_elsewhere(ledger: Ledger, tensors: Mapping[str, Tensor]) -> bool:
 def _starts(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     if not info["restarted"] and starts_elsewhere(engine.ledger, tensors):
         raise ConfigError("The state says that every slot starts from its entry's base, and one does not.")
-    keeps = engine.schedule is None or engine.schedule.keeps
     dropped = [t.name for t in engine.ledger.tensors if tensors[f"page.{t.index}.retired"].numel()]
-    if keeps and dropped:
+    if dropped and (engine.schedule is None or engine.schedule.keeps):
         raise ConfigError(f'The state has entries of "{dropped[0]}" dropped with their values; this method drops none.')
 
 
 def _bases(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
-    """What the state says stood under its entries is what stands under them here."""
+    """The state's base values are those of this model."""
     moved = []
     for tensor in engine.ledger.tensors:
         flat, _, base, retired, retired_base = (tensors[f"page.{tensor.index}.{part}"] for part in PAGE)
         where, theirs = torch.cat((flat, retired)), torch.cat((base, retired_base))
-        here = _base_at(engine, tensor, where.to(tensor.parameter.device)).to(theirs.device)
-        if not torch.equal(ops.bits(here), ops.bits(theirs)):
+        mine = _base_at(engine, tensor, where.to(tensor.parameter.device)).to(theirs.device)
+        if not bits.same_bits(mine, theirs):
             moved.append(tensor.name)
     if moved:
         raise BaseMismatchError(
@@ -225,61 +211,49 @@ def _base_at(engine: Engine, tensor: ScopedTensor, flat: Tensor) -> Tensor:
     """The base values of entries, wherever they are kept now."""
     if tensor.name in engine.base.whole:
         return ops.gather_entries(engine.base.held(tensor), flat)
-    found = ops.gather_entries(tensor.parameter.detach(), flat)
-    known, base = engine.ledger.pages[tensor.index].touched()
-    if known.numel():
-        at = torch.searchsorted(known, flat).clamp_(max=known.numel() - 1)
-        found = torch.where(known[at] == flat, base[at], found)
-    return found
+    values = ops.gather_entries(tensor.parameter.detach(), flat)
+    touched, base = engine.ledger.pages[tensor.index].touched()
+    if touched.numel():
+        at = torch.searchsorted(touched, flat).clamp_(max=touched.numel() - 1)
+        values = torch.where(touched[at] == flat, base[at], values)
+    return values
 
 
-def _phase(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _phase(engine: Engine, info: Mapping[str, Any]) -> None:
     phase, mine, step = info["phase"], engine.phase, info["step"]
     if (mine is None) != (phase is None):
         raise ConfigError("The state is of a method with a dense phase, or without one; this tuner's is the other.")
     if mine is None:
         return
-    if not isinstance(phase, Mapping) or phase.keys() != {"on", "latents", "before"} or type(phase["on"]) is not bool:
-        raise ConfigError('The state\'s "phase" does not say whether it is on.')
+    need(fits(phase, {"on": bool, "latents": list, "before": list}), 'The state\'s "phase" does not say if it is on.')
     dense = mine.phased is None or mine.phased.dense(step)
     waits = mine.phased is not None and step > 0 and not mine.phased.dense(step - 1)  # until the next forward
     if phase["on"] != dense and not (dense and waits):
         raise ConfigError(f"The state's dense phase is {'on' if phase['on'] else 'off'} at step {step}; it cannot be.")
     heads = [] if mine.kind.found or not phase["on"] else [t.parameter for t in engine.found.whole]
     latents = _latents(engine) if phase["on"] else []
-    told = [group if isinstance(group, list) else [group, None] for group in phase["latents"]]
-    if [len(group) for group in told] != [len(group) for group in latents] or len(phase["before"]) != len(heads):
-        raise ConfigError("The saved dense phase is that of another model or method: it has other tensors.")
-    pairs = [
-        (named(value, f"phase.latents.{i}.{j}", tensors), latents[i][j])
-        for i, group in enumerate(told)
-        for j, value in enumerate(group)
-    ]
-    pairs += [(named(value, f"phase.before.{i}", tensors), heads[i]) for i, value in enumerate(phase["before"])]
-    if any(found.shape != like.shape or found.dtype != like.dtype for found, like in pairs):
-        raise ConfigError("The saved dense phase is that of another model or method: its tensors have other shapes.")
+    need(
+        fits(phase, {"on": bool, "latents": latents, "before": heads}),
+        "The saved dense phase is that of another model or method: its tensors are others, or have other shapes.",
+    )
 
 
 def _latents(engine: Engine) -> list[list[Tensor]]:
-    """Tensors of the shapes and dtypes that a dense phase trains, of one weight's memory at a time."""
+    """Tensors of the shapes and dtypes that a dense phase trains; at most one weight's memory is used at a time."""
     phase = engine.phase
     if phase is None:
         return []
     if phase.dense:
         return [[latent.detach() for latent in group] for group in phase.latents]
-    found = []
+    forms = []
     for tensor, latents in zip(phase.tensors, phase.latents, strict=True):
         weight = tensor.parameter.detach()
         if latents[0] is tensor.parameter:
-            found.append([weight])
+            forms.append([weight])
             continue
-        wide = bits.wide(weight.dtype)
-        found.append([part.to("meta") for part in phase.kind.start(weight.to(wide, copy=True))])
-    return found
-
-
-def _ascends(indices: Tensor) -> bool:
-    return bool((indices[1:] > indices[:-1]).all())
+        start = phase.kind.start(weight.to(bits.wide(weight.dtype), copy=True))
+        forms.append([part.to("meta") for part in start])
+    return forms
 
 
 def _count(value: Any) -> bool:

@@ -1,8 +1,8 @@
-"""The part of a state that says what was chosen when, held against the schedule: what it can have asked for by then."""
+"""Checks the part of a state that says what was chosen when against what the schedule can have asked for by then."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,43 +13,48 @@ from selectune.train.choose.chooser import Chooser
 from selectune.train.choose.dropping import Dropping
 from selectune.train.choose.growing import Afresh, Growing
 from selectune.train.engine import Engine
-from selectune.train.ledger import LedgerPlaces
+from selectune.train.ledger import LedgerPositions
+from selectune.train.saved.forms import ascends, fits, need
 from selectune.types import Phased, Reads, Schedule
 
 EVENTS = ("skipped_steps", "broken_windows", "short_windows", "nonfinite_selections", "shortfall", "zero_scores")
-_LOST = ("broken_windows", "nonfinite_selections", "shortfall")  # after these fewer are selected than were asked for
-_LOOK = 10_000  # steps that are gone back for a selection
+_LOST = ("broken_windows", "nonfinite_selections", "shortfall")  # after these, fewer are selected than were asked for
+_LOOK = 10_000  # how many past steps are searched for a selection
 
 
 def check_choices(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raises ConfigError where the chooser's part is not one that this run can have come to by the state's step."""
-    told, own = info["chooser"], engine.chooser
-    expected = own.state().keys() - {"queue"}
-    if not expected <= told.keys() <= expected | {"queue"}:
-        raise ConfigError(f"The state's \"chooser\" has {sorted(told)}; this method's has {sorted(expected)}.")
-    step, ahead = info["step"], told["ahead"]
-    if type(ahead) is not int or not -1 <= ahead <= step:
-        raise ConfigError(f'The state\'s "chooser" chose last before step {ahead!r}; the state is of step {step}.')
-    _number(engine, info, engine.budget - int(tensors["free"].numel()))
-    _news(engine, info, tensors)
-    _queue(engine, info, tensors)
-    if isinstance(own, Dropping):
-        _window(own, info, tensors)
-        _factors(own, step, told["factors"], tensors)
+    """Raises ConfigError if the chooser's part is not one that this run can have come to by the state's step."""
+    state, chooser, step = info["chooser"], engine.chooser, info["step"]
+    form = _form(chooser)
+    need(
+        fits({"queue": None, **state}, form),
+        f"The state's \"chooser\" has {sorted(map(ascii, state))}; this method's has {sorted(form)}, in another form.",
+    )
+    need(
+        -1 <= state["ahead"] <= step,
+        f'The state\'s "chooser" chose last before step {state["ahead"]!r}; the state is of step {step}.',
+    )
+    selected = engine.budget - int(tensors["free"].numel())
+    _number(engine, info, selected)
+    _new_entries(engine, info, tensors)
+    _order(engine, info, tensors, selected)
+    if isinstance(chooser, Dropping):
+        _window(chooser, info)
+        _factors(chooser, step, state["factors"])
 
 
-def named(told: Any, path: str, tensors: Mapping[str, Any], dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor that stands for the value at a path: {"tensor": path}; without a dtype one of numbers, none NaN."""
-    found = tensors.get(path) if isinstance(told, Mapping) and told == {"tensor": path} else None
-    if not isinstance(found, Tensor) or (dtype is not None and (found.dtype != dtype or found.ndim != 1)):
-        raise ConfigError(f'The state says {told!r:.80} where its tensor "{path}" belongs, or this is of another kind.')
-    if found.is_floating_point() and bool(found.isnan().any()):
-        raise ConfigError(f'The state holds NaN in "{path}": the run broke before it was saved. Go on from an earlier.')
-    return found
+def _form(chooser: Chooser) -> dict[str, Any]:
+    index, wide = torch.int64, chooser.ledger.offsets.dtype
+    news = {"slots": index, "mean": (None, wide), "square": (None, wide), "age": int}
+    form = {"ahead": int, "news": (None, news), "queue": (None, [index, index])}
+    if isinstance(chooser, Dropping):
+        window = {"steps": int, "watched": dict, "sum": dict, "square": dict}
+        form |= {"window": window, "factors": (None, [wide, wide])}
+    return form
 
 
 def _number(engine: Engine, info: Mapping[str, Any], selected: int) -> None:
-    """As many are selected as the schedule has asked for by the step; fewer where the events say that some were not."""
+    """As many are selected as the schedule has asked for; fewer only if the events say that some were not found."""
     step, asked = info["step"], _asked(engine, info["step"], info["chooser"]["ahead"])
     lost = any(info["events"].get(name, 0) for name in _LOST)
     if asked is not None and (selected > asked or (selected < asked and not lost)):
@@ -60,154 +65,147 @@ def _number(engine: Engine, info: Mapping[str, Any], selected: int) -> None:
 
 
 def _asked(engine: Engine, step: int, ahead: int) -> int | None:
-    schedule, own = engine.schedule, engine.chooser
-    if schedule is None or isinstance(own, Dropping):
+    schedule, chooser = engine.schedule, engine.chooser
+    if schedule is None or isinstance(chooser, Dropping):
         return engine.budget
     if isinstance(schedule, Phased):
         return schedule.target(step)
-    if own.score.reads is not Reads.GRADIENT and ahead == step and schedule.due(step):
+    if chooser.score.reads is not Reads.GRADIENT and ahead == step and schedule.due(step):
         return schedule.target(step)
     return _before(schedule, step)
 
 
 def _before(schedule: Schedule, step: int) -> int | None:
-    """What the last selection before a step asked for; None if it lies too far back."""
+    """How many the last selection before a step asked for; None if it lies too far back."""
     for past in range(step - 1, max(-1, step - 1 - _LOOK), -1):
         if schedule.due(past):
             return schedule.target(past)
     return 0 if step <= _LOOK else None
 
 
-def _news(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    told, own, step = info["chooser"], engine.chooser, info["step"]
-    news, chosen = told["news"], told["ahead"] == step
+def _new_entries(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    state, chooser, step = info["chooser"], engine.chooser, info["step"]
+    new, chosen = state["news"], state["ahead"] == step
     due = engine.schedule is not None and engine.schedule.due(step)
-    if isinstance(own, Afresh) and own.score.reads is not Reads.GRADIENT and chosen and due and news is None:
-        raise ConfigError(f"The state's entries were chosen for step {step}, and which of them are new is not said.")
-    if news is None:
+    in_backward = chooser.score.reads is Reads.GRADIENT
+    if new is None:
+        missing = isinstance(chooser, Afresh) and not in_backward and chosen and due
+        need(not missing, f"The state's entries were chosen for step {step}, and which of them are new is not said.")
         return
-    if not isinstance(own, Afresh | Dropping) or (own.score.reads is Reads.GRADIENT and not _has_window(own)):
-        raise ConfigError("The state has new entries, and this method has none between steps.")
-    if not chosen or not due:
-        raise ConfigError(f"The state has new entries, and none were chosen for step {step}.")
-    if not isinstance(news, Mapping) or news.keys() != {"slots", "mean", "square", "age"}:
-        raise ConfigError('The state\'s new entries must have "slots", "mean", "square" and "age".')
-    slots = named(news["slots"], "chooser.news.slots", tensors, torch.int64)
-    dtype = engine.ledger.offsets.dtype
-    seen = [
-        named(news[part], f"chooser.news.{part}", tensors, dtype).shape
-        for part in ("mean", "square")
-        if news[part] is not None
-    ]
-    age = news["age"]
-    if any(shape != slots.shape for shape in seen) or len(seen) == 1 or type(age) is not int:
-        raise ConfigError("The state's new entries have parts that do not fit each other.")
-    if not (0 < age <= step if seen else age == 0):
-        raise ConfigError(f"The state's new entries were watched for {age} steps, which cannot be at step {step}.")
-    if bool((slots < 0).any()) or bool((slots >= engine.budget).any()) or slots.unique().numel() != slots.numel():
-        raise ConfigError("The state's new entries name slots that there are not, or one twice.")
-    if bool(torch.isin(slots.cpu(), tensors["free"].cpu()).any()):
-        raise ConfigError("The state's new entries name slots that no entry has.")
+    can = isinstance(chooser, Afresh | Dropping) and (not in_backward or _has_window(chooser))
+    need(can, "The state has new entries, and this method has none between steps.")
+    need(chosen and due, f"The state has new entries, and none were chosen for step {step}.")
+    slots, mean, square, age = (new[part] for part in ("slots", "mean", "square", "age"))
+    watched = mean is not None
+    need(
+        watched == (square is not None) and (not watched or slots.shape == mean.shape == square.shape),
+        "The state's new entries have parts that do not fit each other.",
+    )
+    need(
+        0 < age <= step if watched else age == 0,
+        f"The state's new entries were watched for {age} steps, which cannot be at step {step}.",
+    )
+    need(
+        ascends(torch.sort(slots).values, engine.budget),
+        "The state's new entries name slots that do not exist, or one twice.",
+    )
+    need(
+        not bool(torch.isin(slots.cpu(), tensors["free"].cpu()).any()),
+        "The state's new entries name slots that no entry has.",
+    )
 
 
-def _has_window(own: Chooser) -> bool:
-    return isinstance(own, Dropping) and own.schedule.window > 0
+def _has_window(chooser: Chooser) -> bool:
+    return isinstance(chooser, Dropping) and chooser.schedule.window > 0
 
 
 # -- orders known beforehand
 
 
-def _queue(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    own, told = engine.chooser, info["chooser"].get("queue")
-    schedule = engine.schedule if type(own) is Growing else None
-    ordered = schedule is not None and own.score.reads not in (Reads.GRADIENT, Reads.CHANGE)
-    selected = engine.budget - int(tensors["free"].numel())
-    if told is None:
-        if ordered and selected:
-            raise ConfigError("The state has no queue of entries to select, and some of it are selected.")
+def _order(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor], selected: int) -> None:
+    chooser, order, step = engine.chooser, info["chooser"].get("queue"), info["step"]
+    schedule = engine.schedule if type(chooser) is Growing else None
+    ordered = schedule is not None and chooser.score.reads not in (Reads.GRADIENT, Reads.CHANGE)
+    if order is None:
+        need(not ordered or not selected, "The state has no queue of entries to select, and some are selected already.")
         return
-    if schedule is None or not ordered or not isinstance(own, Growing):
+    if schedule is None or not ordered or not isinstance(chooser, Growing):
         raise ConfigError("The state has a queue of entries to select, and this method has none.")
-    if not isinstance(told, Sequence) or len(told) != 2:
-        raise ConfigError("The state's queue of entries to select must be two vectors: tensors and indices.")
-    which, flat = (named(part, f"chooser.queue.{k}", tensors, torch.int64).cpu() for k, part in enumerate(told))
+    which, flat = (part.cpu() for part in order)
     sizes = torch.tensor([t.parameter.numel() for t in engine.ledger.tensors])
-    fits = which.shape == flat.shape and not bool(((which < 0) | (which >= len(sizes))).any())
-    if not fits or bool(((flat < 0) | (flat >= sizes[which])).any()):
-        raise ConfigError("The state's queue of entries to select names entries that there are not.")
+    fits_scope = which.shape == flat.shape and not bool(((which < 0) | (which >= len(sizes))).any())
+    need(
+        fits_scope and not bool(((flat < 0) | (flat >= sizes[which])).any()),
+        "The state's queue of entries to select names entries that do not exist.",
+    )
     begins = torch.cumsum(sizes, 0) - sizes
     mine = [tensors[f"page.{t.index}.flat"].cpu() + begins[t.index] for t in engine.ledger.tensors]
     entries = torch.cat([begins[which] + flat, *mine])
-    if torch.unique(entries).numel() != entries.numel():
-        raise ConfigError("The state's queue of entries to select names one twice, or one that is selected.")
+    need(
+        torch.unique(entries).numel() == entries.numel(),
+        "The state's queue of entries to select names one twice, or one that is selected.",
+    )
     left, lost = engine.budget - selected, info["events"].get("nonfinite_selections", 0)
-    if flat.numel() > left or (flat.numel() < left and not lost):
-        raise ConfigError(f"The state's queue has {flat.numel():,} entries to select; {left:,} of the budget are left.")
-    before = _before(schedule, info["step"]) if info["chooser"]["ahead"] == info["step"] else None
-    if before is not None and bool(tensors["offsets"][before:selected].any()):
-        raise ConfigError(f"The state's entries of step {info['step']} are trained already, before that step.")
-    _order(engine, own, which, flat)
+    need(
+        flat.numel() == left or (flat.numel() < left and lost),
+        f"The state's queue has {flat.numel():,} entries to select; {left:,} of the budget are left.",
+    )
+    before = _before(schedule, step) if info["chooser"]["ahead"] == step else None
+    need(
+        before is None or not bool(tensors["offsets"][before:selected].any()),
+        f"The state's entries of step {step} are trained already, before that step.",
+    )
+    _same_order(engine, chooser, which, flat)
 
 
-def _order(engine: Engine, own: Growing, which: Tensor, flat: Tensor) -> None:
-    """An order by weights or by draws is the same in every process on a CPU, and is made again here."""
-    if own.score.reads not in (Reads.WEIGHT, Reads.NOTHING) or engine.ledger.offsets.device.type != "cpu":
+def _same_order(engine: Engine, chooser: Growing, which: Tensor, flat: Tensor) -> None:
+    """An order by weights or by draws is the same in every process on a CPU, so it is computed again."""
+    if chooser.score.reads not in (Reads.WEIGHT, Reads.NOTHING) or engine.ledger.offsets.device.type != "cpu":
         return
-    known = own.expected()
-    if known is None:
-        return
-    for theirs, mine in zip((which, flat), known, strict=True):
+    for theirs, mine in zip((which, flat), chooser.expected() or (), strict=False):
         count = min(theirs.numel(), mine.numel())
-        if not torch.equal(theirs[theirs.numel() - count :], mine.cpu()[mine.numel() - count :]):
-            raise ConfigError("The state's queue of entries to select is not in the order that the weights give.")
+        need(
+            torch.equal(theirs[theirs.numel() - count :], mine.cpu()[mine.numel() - count :]),
+            "The state's queue of entries to select is not in the order that the weights give.",
+        )
 
 
-# -- exchanges
+# -- drop and grow
 
 
-def _window(own: Dropping, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    window, step, schedule = info["chooser"]["window"], info["step"], own.schedule
-    if not isinstance(window, Mapping) or window.keys() != {"steps", "watched", "sum", "square"}:
-        raise ConfigError('The state\'s window must have "steps", "watched", "sum" and "square".')
-    steps = window["steps"]
-    if type(steps) is not int or not 0 <= steps <= step or not all(isinstance(window[p], Mapping) for p in _PARTS):
-        raise ConfigError(f"The state's window has been open for {steps!r} steps, which cannot be at step {step}.")
-    parts = [window[part].keys() for part in _PARTS]
-    if any(keys != parts[0] for keys in parts) or (steps == 0 and parts[0]):
-        raise ConfigError("The state's watched entries and their gradients are not of the same tensors.")
+def _window(chooser: Dropping, info: Mapping[str, Any]) -> None:
+    window, step, schedule = info["chooser"]["window"], info["step"], chooser.schedule
+    steps, watched, wide = window["steps"], window["watched"], chooser.ledger.offsets.dtype
+    need(0 <= steps <= step, f"The state's window has been open for {steps} steps, which cannot be at step {step}.")
+    sizes = {str(tensor.index): tensor.parameter.numel() for tensor in chooser.tensors}
+    need(watched.keys() <= sizes.keys(), f"The state's watched entries are of tensors {sorted(watched)!r:.80}.")
+    need(
+        fits(watched, dict.fromkeys(watched, torch.int64))
+        and all(fits(window[part], {i: flat.to(wide) for i, flat in watched.items()}) for part in ("sum", "square")),
+        "The state's watched entries and their gradients are not of the same tensors, or differ in number.",
+    )
     if steps == 0:
-        return
+        return need(not watched, "The state's watched entries are of no window.")
     due = any(schedule.due(past) for past in range(step - steps + 1, step))
     used = info["chooser"]["ahead"] == step and schedule.due(step)
-    if not _has_window(own) or own.score.reads is not Reads.GRADIENT or not schedule.opens(step - steps) or due or used:
-        raise ConfigError(f"The state's window has been open for {steps} steps, which the schedule has not at {step}.")
-    sizes = {str(tensor.index): tensor.parameter.numel() for tensor in own.tensors}
-    for index in window["watched"]:
-        if index not in sizes:
-            raise ConfigError(f"The state's watched entries are of tensor {index!r:.40}, which is not in scope.")
-        flat = named(window["watched"][index], f"chooser.window.watched.{index}", tensors, torch.int64)
-        if not bool((flat[1:] > flat[:-1]).all()):
-            raise ConfigError("The state's watched entries do not ascend, or one stands there twice.")
-        if flat.numel() and not (0 <= int(flat[0]) and int(flat[-1]) < sizes[index]):
-            raise ConfigError("The state's watched entries leave their tensor.")
-        for part in ("sum", "square"):
-            told = named(window[part][index], f"chooser.window.{part}.{index}", tensors, own.ledger.offsets.dtype)
-            if told.shape != flat.shape:
-                raise ConfigError("The state's watched entries and their gradients differ in number.")
+    reads = chooser.score.reads is Reads.GRADIENT and _has_window(chooser)
+    need(
+        reads and schedule.opens(step - steps) and not due and not used,
+        f"The state's window has been open for {steps} steps, which the schedule has not at {step}.",
+    )
+    need(
+        all(ascends(flat, sizes[index]) for index, flat in watched.items()),
+        "The state's watched entries leave their tensor, do not ascend, or one occurs twice.",
+    )
 
 
-_PARTS = ("watched", "sum", "square")
-
-
-def _factors(own: Dropping, step: int, told: Any, tensors: Mapping[str, Tensor]) -> None:
-    wanted = own.score.reads is Reads.FACTORS and step > 0
-    if told is None and not wanted:
+def _factors(chooser: Dropping, step: int, factors: list[Tensor] | None) -> None:
+    wanted = chooser.score.reads is Reads.FACTORS and step > 0
+    if not wanted or factors is None:
+        need(not wanted and factors is None, "The state must hold the optimizer's numbers for rows and columns.")
         return
-    if not wanted or not isinstance(told, Sequence) or len(told) != 2:
-        raise ConfigError("The state must say what an optimizer holds for rows and columns where the score reads it.")
-    dtype = own.ledger.offsets.dtype
-    factors = [named(part, f"chooser.factors.{k}", tensors, dtype) for k, part in enumerate(told)]
-    if tuple(part.numel() for part in factors) != LedgerPlaces(own.ledger).shape or any(
-        bool((f < 0).any()) for f in factors
-    ):
-        raise ConfigError("The state's numbers of rows and columns are not those of this model, or below 0.")
+    need(
+        tuple(part.numel() for part in factors) == LedgerPositions(chooser.ledger).shape
+        and not any(bool((part < 0).any()) for part in factors),
+        "The state's numbers of rows and columns are not those of this model, or below 0.",
+    )

@@ -1,4 +1,4 @@
-"""A run between two steps as tensors and plain JSON values, its file, and a fresh tuner that goes on from it."""
+"""The state of a run between two steps: tensors and plain JSON values; its file; and how a tuner continues from it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from selectune.files.reading import NotPlain, plain, short
 from selectune.train.engine import Engine
 from selectune.train.ledger import Page
 from selectune.train.saved.checked import PAGE, VERSION, checked, starts_elsewhere
+from selectune.train.saved.forms import own, packed
 
 STATE_FILE = "tuner.safetensors"
 """Name of a state's file in a checkpoint."""
@@ -38,15 +39,15 @@ def state_of(engine: Engine) -> dict[str, Any]:
     tracker.between_steps()
     if not engine.chooser.dense:
         tracker.write_weights()
-    tensors: dict[str, Tensor] = {"offsets": _own(ledger.offsets), "start": _own(ledger.start)}
-    tensors["free"] = _own(ledger.free)
+    tensors: dict[str, Tensor] = {"offsets": own(ledger.offsets), "start": own(ledger.start)}
+    tensors["free"] = own(ledger.free)
     for tensor, page in zip(ledger.tensors, ledger.pages, strict=True):
         for part in PAGE:
-            tensors[f"page.{tensor.index}.{part}"] = _own(getattr(page, part))
+            tensors[f"page.{tensor.index}.{part}"] = own(getattr(page, part))
         now = ops.gather_entries(tensor.parameter.detach(), page.retired)
-        tensors[f"page.{tensor.index}.retired_now"] = _own(now)
-    tensors |= {f"whole.{t.name}": _own(t.parameter) for t in engine.found.whole}
-    tensors |= {f"buffer.{n}": _own(b) for n, b in engine.model.named_buffers() if n in engine.base.buffers}
+        tensors[f"page.{tensor.index}.retired_now"] = own(now)
+    tensors |= {f"whole.{t.name}": own(t.parameter) for t in engine.found.whole}
+    tensors |= {f"buffer.{n}": own(b) for n, b in engine.model.named_buffers() if n in engine.base.buffers}
     info = {
         "version": VERSION,
         "run": _run(engine),
@@ -54,8 +55,8 @@ def state_of(engine: Engine) -> dict[str, Any]:
         "reached": sorted(tracker.reached),
         "restarted": starts_elsewhere(ledger, tensors),
         "events": dict(tracker.events),
-        "chooser": _packed(engine.chooser.state(), "chooser", tensors),
-        "phase": None if phase is None else _packed(phase.phase(), "phase", tensors),
+        "chooser": packed(engine.chooser.state(), "chooser", tensors),
+        "phase": None if phase is None else packed(phase.phase(), "phase", tensors),
     }
     return {"info": json.loads(json.dumps(info, allow_nan=False)), "tensors": tensors}  # as a file would give it back
 
@@ -106,8 +107,8 @@ def _tensors(data: bytearray) -> tuple[dict[str, Tensor], str]:
     if sum(data.count(mark, 0, begin) for mark in (b"{", b"[")) > 4 * MAX_TENSORS:
         raise NotPlain(f"names more than {MAX_TENSORS:,} tensors")
     head = plain(data[8:begin])
-    told = head.pop("__metadata__", None) if isinstance(head, dict) else None
-    if not isinstance(told, dict) or told.keys() != {_HEADER} or not isinstance(told[_HEADER], str):
+    metadata = head.pop("__metadata__", None) if isinstance(head, dict) else None
+    if not isinstance(metadata, dict) or metadata.keys() != {_HEADER} or not isinstance(metadata[_HEADER], str):
         raise NotPlain(f'has no "{_HEADER}" in its header')
     tensors, end = {}, begin
     for key, entry in sorted(head.items(), key=_place):
@@ -125,16 +126,16 @@ def _tensors(data: bytearray) -> tuple[dict[str, Tensor], str]:
             raise NotPlain(f"has a tensor {short(key)} of too many dimensions") from error
     if end != len(data):
         raise NotPlain(f"has {len(data) - end:,} bytes behind its last tensor")
-    return tensors, told[_HEADER]
+    return tensors, metadata[_HEADER]
 
 
 def _place(named: tuple[str, Any]) -> tuple[int, int]:
     entry = named[1]
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise NotPlain(f"has a tensor {short(named[0])} that is not told as safetensors does")
+        raise NotPlain(f"has a tensor {short(named[0])} that is not described as safetensors does")
     where = entry["data_offsets"]
     if not isinstance(where, list) or len(where) != 2 or not all(type(at) is int for at in where):
-        raise NotPlain(f"has a tensor {short(named[0])} that lies nowhere")
+        raise NotPlain(f"has a tensor {short(named[0])} without a place")
     return where[0], where[1]
 
 
@@ -152,16 +153,16 @@ def load_into(engine: Engine, state: Mapping[str, Any]) -> None:
     if tracker.in_step:
         raise TunerError("A state is loaded between steps; optimizer.step() is running. Load it before or after.")
     info, tensors = checked(engine, state, _run(engine))
-    unread = chooser.rescore is not None and not ledger.touched  # scores known from attach wait for a selection
+    unread = chooser.rescore is not None and not ledger.touched  # scores from attach wait for the first selection
     tracker.restart()
     ledger.write_base()
     for tensor in ledger.tensors:
-        flat, slot, base, *retired = (_own(tensors[f"page.{tensor.index}.{part}"]) for part in PAGE)
+        flat, slot, base, *retired = (own(tensors[f"page.{tensor.index}.{part}"]) for part in PAGE)
         page = Page(flat, slot, base, retired[0], retired[1]).to(tensor.parameter.device, ledger.offsets.device)
         ledger.pages[tensor.index] = page
         now = tensors[f"page.{tensor.index}.retired_now"]
         ops.scatter_entries(tensor.parameter.detach(), page.retired, now.to(tensor.parameter.device))
-    ledger.changes += 1  # whoever keeps what it made of the pages makes it anew
+    ledger.changes += 1  # copies made of the pages are stale
     ledger.offsets.copy_(tensors["offsets"])
     ledger.start.copy_(tensors["start"])
     ledger.free = tensors["free"].to(ledger.offsets.device, copy=True)
@@ -170,23 +171,23 @@ def load_into(engine: Engine, state: Mapping[str, Any]) -> None:
     for name, buffer in engine.model.named_buffers():
         if f"buffer.{name}" in tensors:
             buffer.copy_(tensors[f"buffer.{name}"])
-    chooser.load_state(_unpacked(info["chooser"], tensors))
+    chooser.load_state(info["chooser"])
     if unread and chooser.rescore is not None and ledger.touched:
-        chooser.rescore()  # they were used up before the state was taken
+        chooser.rescore()  # the run used them up before this state was taken
     tracker.load_state(info["step"], info["reached"], info["events"])
     if engine.phase is not None:
         if not chooser.dense:
             ledger.write_weights()
-        engine.phase.load_phase(_unpacked(info["phase"], tensors))
+        engine.phase.load_phase(info["phase"])
     tracker.follow_phase()
-    tracker.turn()
+    tracker.switch_phase()
     for parameter in engine.parameters():
-        parameter.grad = None  # of a step that was not
+        parameter.grad = None  # of a step that will not be taken
     engine.step_hooks.strangers()
 
 
 def _run(engine: Engine) -> dict[str, Any]:
-    """What must be the same in both processes."""
+    """The facts that must be the same in both processes."""
     base = {name: str(total % (1 << 64)) for name, total in engine.base.sums.items()}
     heads = {tensor.name: digest_bits(engine.base.whole[tensor.name].cpu()) for tensor in engine.found.whole}
     return {
@@ -196,27 +197,3 @@ def _run(engine: Engine) -> dict[str, Any]:
         "budget": engine.budget,
         "base": {**base, **heads},
     }
-
-
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Plain values as they are; tensors go into `tensors` and leave {"tensor": key} behind."""
-    if isinstance(value, Tensor):
-        tensors[path] = _own(value)
-        return {"tensor": path}
-    if isinstance(value, Mapping):
-        return {key: _packed(item, f"{path}.{key}", tensors) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_packed(item, f"{path}.{number}", tensors) for number, item in enumerate(value)]
-    return value
-
-
-def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, Mapping):
-        if set(value) == {"tensor"}:
-            return _own(tensors[value["tensor"]])
-        return {key: _unpacked(item, tensors) for key, item in value.items()}
-    return [_unpacked(item, tensors) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""From a ledger to a delta: what goes into the file."""
+"""Makes the delta of a run: what goes into the file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def delta_of(
     allow_empty: bool,
     full: bool,
 ) -> Delta:
-    """The delta of a run; refuses one that is empty or not finite."""
+    """The delta of a run. Raises NothingTrainedError if it is empty and NonFiniteError for NaN or infinity."""
     model, found, ledger, before = engine.model, engine.now, engine.ledger, engine.base
     info = {
         "method": {**engine.method.describe(), "seed": engine.seed},
@@ -39,8 +39,8 @@ def delta_of(
         "base": base_of(model, ledger, before, base, full),
     }
     adapter = adapter_of(model)
-    made = {"module": None if adapter is None else adapter.info, "model": model_info(model)}
-    info |= {key: value for key, value in made.items() if value is not None}
+    described = {"module": None if adapter is None else adapter.info, "model": model_info(model)}
+    info |= {key: value for key, value in described.items() if value is not None}
     info = _with_more({**info, "versions": versions()}, more)
     ranks = _ranks(ledger) if order else {}
     patches = [
@@ -68,7 +68,7 @@ def delta_of(
 
 
 def _with_more(info: Mapping[str, Any], more: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The info with more fields in its open objects; what a run records itself is not the caller's to say."""
+    """The info with the caller's fields added; ConfigError for a field that the run records itself."""
     found = dict(info)
     for name, fields in more.items():
         if name not in ("method", "versions") or not isinstance(fields, Mapping):
@@ -81,7 +81,7 @@ def _with_more(info: Mapping[str, Any], more: Mapping[str, Mapping[str, Any]]) -
 
 
 def _ranks(ledger: Ledger) -> dict[int, Tensor]:
-    """Rank of selection (n + r,) per tensor: slots are given in order of selection, retired entries come last."""
+    """Ranks (n + r,) per tensor: slots are numbered in order of selection, retired entries come last."""
     ranks = {}
     for index, page in enumerate(ledger.pages):
         flat, _ = page.touched()
@@ -119,7 +119,7 @@ def _dense(name: str, kind: str, now: Tensor, before: Tensor, old_values: bool) 
 
 
 def check_names(model: nn.Module) -> None:
-    """Raises ScopeError where a delta could not tell two parameters apart: it leaves out what wrappers add to names."""
+    """Raises ScopeError if two parameters have one name in a delta, which leaves out what wrappers add to names."""
     seen: dict[str, tuple[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first, other = seen.setdefault(canonical_name(name), (name, parameter))
