@@ -275,7 +275,7 @@ class Tracker:
         self.clock.step += 1
         self.switch_phase()
         if self.chooser.dense:
-            self.chooser.refresh()
+            self.chooser.write_weights()  # whatever versions say: torch's fused optimizers do not count theirs
 
     def _undo(self) -> None:
         """The window's step was skipped, or its gradient was thrown away."""

@@ -113,6 +113,9 @@ class Chooser:
     # -- in a dense phase
 
     def refresh(self) -> None:
+        """Writes the weights that follow from the latents, if these changed."""
+
+    def write_weights(self) -> None:
         """Writes the weights that follow from the latents."""
 
     def weights_changed(self) -> None:

@@ -110,7 +110,7 @@ class DenseThenSparse(Chooser):
                     self._carrier.register_parameter(f"{OWN}{name}_{index}", latent)
             hook = functools.partial(self._pull, index)
             self._hooks.append(tensor.parameter.register_post_accumulate_grad_hook(hook))
-        self._write()
+        self.write_weights()
 
     @torch.no_grad()
     def end(self) -> None:
@@ -192,11 +192,10 @@ class DenseThenSparse(Chooser):
                 "The tensors of the dense phase changed without a step of a torch.optim.Optimizer, whose hooks tell "
                 "when the phase is over. Use a subclass of torch.optim.Optimizer."
             )
-        self._write()
+        self.write_weights()
 
     @torch.no_grad()
-    def _write(self) -> None:
-        """Writes the weights that follow from the latents."""
+    def write_weights(self) -> None:
         for tensor, latents in zip(self.tensors, self.latents, strict=True):
             weight = tensor.parameter.detach()
             if latents[0] is tensor.parameter:
@@ -338,7 +337,7 @@ class DenseThenSparse(Chooser):
             latent.copy_(value)
         for before, value in zip(self._before, state["before"], strict=True):
             before.copy_(value)
-        self._write()
+        self.write_weights()
 
 
 def _widened(tensor: Tensor) -> Tensor:
