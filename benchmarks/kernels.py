@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 
 from selectune import ops
-from selectune.ops import backend, cost, cpu, reference
+from selectune.ops import backend, cost, reference
+from selectune.ops.cpu import kernels as cpu
 
 DENSITIES = (0.0005, 0.0017, 0.005, 0.02, 0.05, 0.1)
 

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "SCRIPTED", "TorchDispatchMode", "WRAPPING", "after_backward", "backward_id", "can_share", "dispatch_modes",
-    "fake_mode", "fake_of", "forget", "go_on_compiling", "in_backward", "in_transform", "kept_plain", "never_compiled",
+    "fake_mode", "fake_of", "fast_int8", "forget", "go_on_compiling", "in_backward", "in_transform",
+    "int8_product", "kept_plain", "never_compiled",
     "outside_transforms", "plain_parameter", "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves",
     "tree_map", "tree_map_only", "will_reach", "without_dispatch",
 ]  # fmt: skip
@@ -40,6 +41,12 @@ backward_id: Callable[[], int] = _name("_C._current_graph_task_id")
 
 # Whether the backward pass that runs in this thread will reach a node.
 will_reach: Callable[[Any], bool] = _name("_C._will_engine_execute_node")
+
+# Whether this processor multiplies integers of 8 bits exactly and fast (AVX-512 VNNI, AMX).
+_vnni: Callable[[], bool] = _name("cpu._is_vnni_supported")
+
+# The product of two matrices of int8, in int32; wrong for a first matrix of one row.
+int8_product: Callable[..., torch.Tensor] = _name("_int_mm")
 
 # How many dispatch modes are active.
 dispatch_modes: Callable[[], int] = _name("_C._len_torch_dispatch_stack")
@@ -78,6 +85,12 @@ tree_map: Callable[..., Any] = _name("utils._pytree.tree_map")
 tree_map_only: Callable[..., Any] = _name("utils._pytree.tree_map_only")
 tree_leaves: Callable[..., list[Any]] = _name("utils._pytree.tree_leaves")
 tree_iter: Callable[..., Any] = _name("utils._pytree.tree_iter")
+
+
+@functools.cache
+def fast_int8() -> bool:
+    """Whether a product of int8 is exact here, and several times as fast as one of float32."""
+    return _vnni()
 
 
 def in_backward() -> bool:

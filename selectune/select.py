@@ -164,6 +164,10 @@ class GlobalCollector:
         good = scores > float("-inf")
         return scores[good], positions[good], carried[good]
 
+    def tighten(self) -> None:
+        """Makes the cutoff the q-th best score so far."""
+        self._compress()
+
     def close(self) -> tuple[Tensor, Tensor, Tensor]:
         """See `selectune.types.Collector`."""
         self._compress()

@@ -17,7 +17,7 @@ from selectune.bench.workload import DTYPES, Bench, batches, config_of, prepare
 from selectune.errors import ConfigError, ModelError, SelectuneError
 from selectune.method import Method
 from selectune.models.adapted import peer, virtual_tokens
-from selectune.ops.cpu import DESKS
+from selectune.ops.cpu.kernels import DESKS
 from selectune.schedule import resolve_budget
 from selectune.scope import Found, Scope
 from selectune.types import DropAndGrow, Reads, Schedule
@@ -190,7 +190,7 @@ def _method(model: nn.Module, name: str, budget: int | float, steps: int) -> tup
 
 def _turned(model: nn.Module, bench: Bench) -> int:
     """Bytes in which each thread's loop on the CPU holds turned tiles of the operands (`ops.cpu`)."""
-    from selectune.ops.loops import BAND, PITCH
+    from selectune.ops.cpu.loops import BAND, PITCH
 
     if bench.device != "cpu":
         return 0

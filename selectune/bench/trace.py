@@ -100,6 +100,9 @@ class _Shown:
 
     def offer(self, link: Link, gradient: Tensor, rows: Tensor | None = None) -> None: ...
 
+    def offer_factors(self, link: Link, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
+        return False, None
+
     def watch(self, link: Link, piece: Tensor) -> None: ...
 
     def close(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:

@@ -22,7 +22,8 @@ The ops from `sampled_matmul` to `adamw_step`, except `scatter_many`, are torch.
     declare    every op once: schema, shapes without data, gradient, checks
     reference  every op in plain torch
     backend    the choice of an implementation; cost: the cost of each way of summing, as constants
-    cpu        the CPU's ops; loops, passes: their compiled loops; vectors: intrinsics; threads: torch's own
+    cpu/       the ops on the CPU
+    bounds     the entries of a gradient that may score above a cutoff, found without forming it
     scratch    memory that calls reuse
     triton/    the kernels for CUDA
 """

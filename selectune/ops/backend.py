@@ -19,7 +19,8 @@ from torch import Tensor
 
 from selectune import seeds
 from selectune.errors import ConfigError
-from selectune.ops import cost, cpu, reference
+from selectune.ops import cost, reference
+from selectune.ops.cpu import kernels as cpu
 
 log = logging.getLogger("selectune")
 
@@ -148,7 +149,7 @@ def describe() -> dict[str, Any]:
     >>> sorted(describe())
     ['backends', 'choices', 'forced', 'threads']
     """
-    from selectune.ops import threads
+    from selectune.ops.cpu import threads
 
     def package(name: str, why: str) -> dict[str, Any]:
         found = importlib.util.find_spec(name) is not None

@@ -78,6 +78,10 @@ class _Recorder:
     def offer(self, link: Link, gradient: Tensor, rows: Tensor | None = None) -> None:
         self.seen.add(link.index, gradient, rows)
 
+    def offer_factors(self, link: Link, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
+        del link, dy, x
+        return False, None
+
     def watch(self, link: Link, piece: Tensor) -> None:
         del link, piece
 

@@ -56,6 +56,14 @@ class Step:
         if last:
             self.chooser.offer(step, index, window.sums.pop(index))
 
+    def offer_factors(self, index: int, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
+        """The only use of a tensor in the window gives its gradient as dy^T x: whether that was enough.
+
+        Also the dense gradient, if it was formed for it."""
+        if self.window.reads != 1 or index in self.window.sums:
+            return False, None
+        return self.chooser.offer_factors(self.clock.step, index, dy, x)
+
     def watch(self, index: int, piece: Tensor) -> None:
         """Takes the gradient of a tensor's watched entries from one of its uses."""
         watched, piece = self.window.watched, piece.to(self.ledger.offsets)

@@ -147,6 +147,14 @@ class Tracker:
         link.uses[link.index] -= 1
         self.coming.offer(link.index, gradient, rows, link.uses[link.index] <= 0 and not self.taps.grad_was_off)
 
+    def offer_factors(self, link: Link, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
+        if link.uses[link.index] != 1 or self.taps.grad_was_off:
+            return False, None  # the sum over several uses is wanted
+        enough, whole = self.coming.offer_factors(link.index, dy, x)
+        if enough:
+            link.uses[link.index] = 0
+        return enough, whole
+
     def watch(self, link: Link, piece: Tensor) -> None:
         if not will_reach(link.split):
             return

@@ -16,7 +16,7 @@ from selectune.bench.estimate import plan, updates_of
 from selectune.bench.workload import Bench, config_of, prepare
 from selectune.cli.app import app
 from selectune.errors import BudgetError, ConfigError, ModelError, ScopeError
-from selectune.ops import loops
+from selectune.ops.cpu import loops
 from selectune.schedule import Increment, OneShot, Repeat
 from selectune.scope import Found, Scope
 

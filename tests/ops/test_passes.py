@@ -10,7 +10,8 @@ from tolerances import close
 
 from selectune import bits, ops
 from selectune.errors import ConfigError
-from selectune.ops import cpu, reference
+from selectune.ops import reference
+from selectune.ops.cpu import kernels as cpu
 from selectune.scores import d3, pafi
 
 

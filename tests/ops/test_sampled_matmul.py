@@ -10,8 +10,9 @@ from op_kit import check_sampled, products
 
 from selectune import ops
 from selectune.errors import ConfigError
-from selectune.ops import backend, cpu, reference
-from selectune.ops.threads import launch
+from selectune.ops import backend, reference
+from selectune.ops.cpu import kernels as cpu
+from selectune.ops.cpu.threads import launch
 
 WAYS = {"reference": reference.sampled_matmul, "tiles": cpu.tiles, "dense": backend.dense, "chosen": ops.sampled_matmul}
 
@@ -55,7 +56,7 @@ def test_the_number_of_threads_changes_no_bit(way, dtype):
 
 
 def test_without_torchs_openmp_ordinary_threads_do_the_work(monkeypatch):
-    from selectune.ops import threads
+    from selectune.ops.cpu import threads
 
     dy, x, flat = torch.randn(200, 100), torch.randn(200, 50), torch.arange(0, 5000, 3)
     wanted = cpu.tiles(dy, x, flat // 50, flat % 50)

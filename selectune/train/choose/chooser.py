@@ -89,6 +89,14 @@ class Chooser:
     def offer(self, step: int, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
         """Takes the dense gradient of one tensor, or the rows of it that are not 0; it is freed afterwards."""
 
+    def offer_factors(self, step: int, index: int, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
+        """Takes the dense gradient dy^T x of one tensor before it is formed: whether the factors are enough.
+
+        Also the dense gradient, if it was formed; where the factors are not enough it is offered.
+        """
+        del step, index, dy, x
+        return False, None
+
     def close(self, step: int) -> Selection | None:
         """Changes the support after the last offer; None if nothing changed."""
         return None

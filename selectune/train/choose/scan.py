@@ -21,6 +21,7 @@ from selectune.types import Collector, Queueing, Reads, Score
 
 log = logging.getLogger("selectune")
 
+SMALL = 1 << 12  # scalars that are scored faster by plain operations than by a compiled loop
 PIECE = 1 << 20  # entries scored at once: few enough for the caches, enough to be cheap
 QUEUED_PIECE = 1 << 22  # on a GPU: a few launches per piece, 12 bytes of temporary memory per entry
 
@@ -46,8 +47,8 @@ def scan(
     """
     weight = tensor.parameter.detach()
     w, g, known = _flat(weight, rows), _flat(gradient), _flat(known)
-    barred = _barred(tensor, taken, rows)
-    filtered = known is None and _has_one_pass(score)
+    barred = barred_entries(tensor, taken, rows)
+    filtered = known is None and w.numel() > SMALL and _has_one_pass(score)
     start, size = 0, max(1, PIECE // 4) if filtered else PIECE
     if filtered and _cutoff(collector) > NOT_ELIGIBLE:
         size = max(1, w.numel())
@@ -90,7 +91,7 @@ def scan_queued(
     """As `scan` with a gradient, but the host does not wait: whether all scores are finite, bool (), is read later."""
     weight = tensor.parameter.detach()
     w, g = _flat(weight, rows), _flat(gradient)
-    barred, width = _barred(tensor, taken, None), weight.shape[-1] if weight.ndim else 1
+    barred, width = barred_entries(tensor, taken, None), weight.shape[-1] if weight.ndim else 1
     wide = bits.wide(w.dtype)
     finite = torch.ones((), dtype=torch.bool, device=w.device)
     if rows is not None:  # the place of each row in the block; one past its end if it is not there
@@ -207,7 +208,7 @@ def _flat(tensor: Tensor | None, rows: Tensor | None = None) -> Any:
     return (tensor.detach() if rows is None else tensor.detach()[rows]).reshape(-1)
 
 
-def _barred(tensor: ScopedTensor, taken: Tensor | None, rows: Tensor | None) -> Tensor:
+def barred_entries(tensor: ScopedTensor, taken: Tensor | None, rows: Tensor | None = None) -> Tensor:
     """Positions that may not be chosen, ascending: in the tensor, or in the block of rows."""
     device = tensor.parameter.device
     parts = [torch.arange(tensor.padding.start, tensor.padding.stop, device=device)]

@@ -39,6 +39,10 @@ class Listener(Protocol):
         """
         ...
 
+    def offer_factors(self, link: Link, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
+        """A gradient dy^T x, (t, o) and (t, i): whether this was enough, and the gradient if it was formed."""
+        ...
+
     def watch(self, link: Link, piece: Tensor) -> None:
         """Takes the gradient (w,) of a tensor's watched entries."""
         ...
@@ -157,6 +161,7 @@ class SparseLinear(torch.autograd.Function):
                     ctx.link,
                     lambda spots: ops.sampled_matmul(flat_dy, flat_x, *spots.coordinates(flat_x.shape[-1])),
                     lambda: ops.weight_gradient(flat_dy, flat_x),
+                    (flat_dy, flat_x),
                 ).to(ctx.wide)
         return dx, piece, None, None, dbias, bias_piece, None
 
@@ -233,13 +238,25 @@ def _own(output: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
-def _at_support(link: Link, sample: Callable[[Any], Tensor], dense: Callable[[], Tensor] | None = None) -> Tensor:
-    """A tensor's gradient at its support; offers the dense one, and the watched entries', to the listener."""
-    page, listener = link.page, link.listener
+def _at_support(
+    link: Link,
+    sample: Callable[[Any], Tensor],
+    dense: Callable[[], Tensor] | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """A tensor's gradient at its support; offers the dense one, and the watched entries', to the listener.
+
+    `factors`: dy and x of a gradient dy^T x, which may be enough for the listener.
+    """
+    page, listener, whole = link.page, link.listener, None
     if dense is not None and listener.wants_dense(link):
-        whole = dense()
-        piece = ops.gather_entries(whole, page.flat)
-        listener.offer(link, whole)
+        enough = False
+        if factors is not None:
+            enough, whole = listener.offer_factors(link, *factors)
+        whole = dense() if whole is None and not enough else whole
+        piece = sample(page) if whole is None else ops.gather_entries(whole, page.flat)
+        if whole is not None and not enough:
+            listener.offer(link, whole)
     else:
         piece = sample(page)
     if page.watched is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +18,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from selectune import bits, seeds
 from selectune.errors import ConfigError
 from selectune.ops import reference
+from selectune.ops.cpu.compiled import cached, loop, module
+from selectune.ops.cpu.threads import launch
 from selectune.ops.scratch import scratch
-from selectune.ops.threads import launch
 from selectune.seeds import Stream
-
-log = logging.getLogger("selectune")
 
 STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # numbers as in `vectors`
 
@@ -45,7 +43,7 @@ def tiles(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     if entries is None:
         return _unsorted(tiles, dy, x, rows, cols)
     rows, cols, starts = entries
-    loops, wide, dy, x = _module("loops"), bits.wide(dy.dtype), _rows(dy), _rows(x)
+    loops, wide, dy, x = module("loops"), bits.wide(dy.dtype), _rows(dy), _rows(x)
     (t, o), i, k = dy.shape, x.shape[1], rows.numel()
     out = torch.zeros(k, dtype=wide)
     if t == 0 or k == 0:
@@ -57,13 +55,13 @@ def tiles(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     dy_desks = scratch(f"dy desks {wide}", (workers, loops.BAND, loops.PITCH), wide)
     sums = scratch(f"sums {wide}", (shares, k), wide)
     launch(
-        _loop("loops", "dots", wide),
+        loop("loops", "dots", wide),
         [t, o, i, k, dy.data_ptr(), x.data_ptr(), STORED[dy.dtype], dy.stride(0), x.stride(0), rows.data_ptr(),
          cols.data_ptr(), starts.data_ptr(), workers, x_desks.data_ptr(), dy_desks.data_ptr(), sums.data_ptr(), shares,
          parts],
         min(shares * parts, workers),
     )  # fmt: skip
-    launch(_loop("loops", "merge", wide), [k, sums.data_ptr(), shares, out.data_ptr()], -(-k // loops.SPAN))
+    launch(loop("loops", "merge", wide), [k, sums.data_ptr(), shares, out.data_ptr()], -(-k // loops.SPAN))
     return out
 
 
@@ -78,7 +76,7 @@ def gather(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         dy, x = _rows(dy), _rows(x)
         blocks = -(-rows.numel() // max(_GATHERED, rows.numel() // 64))
         launch(
-            _loop("loops", "gather", dy.dtype),
+            loop("loops", "gather", dy.dtype),
             [dy.shape[0], rows.numel(), dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), rows.data_ptr(),
              cols.data_ptr(), out.data_ptr(), blocks],
             blocks,
@@ -102,26 +100,26 @@ def small_filter(weight: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]
 def _filtered(
     weight: Tensor, gradient: Tensor, kind: int, exp: float, eps: float, cutoff: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, wide, passes = weight.numel(), bits.wide(weight.dtype), _module("passes")
+    n, wide, passes = weight.numel(), bits.wide(weight.dtype), module("passes")
     blocks = -(-n // passes.BLOCK)
     room = min(n, max(1 << 14, min(n // 4, _STAGED)))  # a second pass finds the candidates beyond it
     stage = scratch("staged positions", (room,), torch.int64), scratch(f"staged scores {wide}", (room,), wide)
     state, counts = torch.zeros(2, dtype=torch.int64), torch.zeros(2, blocks, dtype=torch.int64)
     places = torch.zeros(blocks, dtype=torch.int64)
     real = torch.tensor([exp, eps, cutoff], dtype=torch.float64)
-    loop = _loop("passes", "filter", wide)
+    filtering = loop("passes", "filter", wide)
     common = [
         n, weight.data_ptr(), STORED[weight.dtype], gradient.data_ptr(), STORED[gradient.dtype], kind,
         real.data_ptr(), room, stage[0].data_ptr(), stage[1].data_ptr(), state.data_ptr(), counts.data_ptr(),
         places.data_ptr(),
     ]  # fmt: skip
-    launch(loop, [*common, 0, 0, 0, 0], blocks)
+    launch(filtering, [*common, 0, 0, 0, 0], blocks)
     found = int(state[0])
     counts[1] = counts[0].cumsum(0) - counts[0]
     positions, scores = torch.empty(found, dtype=torch.int64), torch.empty(found, dtype=wide)
     if found:
         alone = found <= _FEW and found <= room  # a copy from the stage is not worth waking other threads
-        launch(loop, [*common, found, positions.data_ptr(), scores.data_ptr(), 1], 1 if alone else blocks)
+        launch(filtering, [*common, found, positions.data_ptr(), scores.data_ptr(), 1], 1 if alone else blocks)
     return positions, scores, state[1] == 0
 
 
@@ -133,10 +131,10 @@ def scatter_values(weight: Tensor, flat: Tensor, values: Tensor, slots: Tensor) 
     flat, slots, values = (part.contiguous() for part in (flat.long(), slots.long(), values))
     bad = torch.zeros(1, dtype=torch.int64)
     launch(
-        _loop("passes", "scatter", values.dtype),
+        loop("passes", "scatter", values.dtype),
         [weight.numel(), weight.data_ptr(), STORED[weight.dtype], flat.numel(), flat.data_ptr(), values.data_ptr(),
          values.numel(), slots.data_ptr(), bad.data_ptr()],
-        -(-flat.numel() // _module("passes").SPAN),
+        -(-flat.numel() // module("passes").SPAN),
     )  # fmt: skip
     _refuse_bad(bad, weight.numel(), values)
 
@@ -163,7 +161,7 @@ def scatter_many(
     bad = torch.zeros(1, dtype=torch.int64)
     if len(table):
         launch(
-            _loop("passes", "scatter_many", values.dtype),
+            loop("passes", "scatter_many", values.dtype),
             [len(table), table.data_ptr(), values.data_ptr(), values.numel(), bad.data_ptr()],
             len(table),
         )
@@ -196,11 +194,11 @@ def adamw_step(
         powers = tuple(torch.nn.functional.pad(p, (0, longest - p.numel())) for p in powers)
     real = torch.tensor([lr, beta1, beta2, eps, weight_decay, 1 - beta1**step, 1 - beta2**step], dtype=torch.float64)
     launch(
-        _loop("passes", "adamw", values.dtype),
+        loop("passes", "adamw", values.dtype),
         [values.numel(), *(part.data_ptr() for part in (values, gradient, m, v)),
          0 if ages is None else ages.numel(), 0 if ages is None else ages.data_ptr(), real.data_ptr(), longest,
          powers[0].data_ptr(), powers[1].data_ptr()],
-        -(-values.numel() // _module("passes").SPAN),
+        -(-values.numel() // module("passes").SPAN),
     )  # fmt: skip
 
 
@@ -209,8 +207,8 @@ def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
     if at is not None:
         return reference.checksum(tensor, at)
     found, total = bits.flat_view(tensor), torch.zeros(1, dtype=torch.int64)
-    blocks = -(-found.numel() // _module("passes").SUMMED)
-    launch(_loop("passes", "sum", found.dtype), [found.numel(), found.data_ptr(), total.data_ptr()], blocks)
+    blocks = -(-found.numel() // module("passes").SUMMED)
+    launch(loop("passes", "sum", found.dtype), [found.numel(), found.data_ptr(), total.data_ptr()], blocks)
     return int(total) % (1 << 64)
 
 
@@ -226,8 +224,8 @@ def uniform(like: Tensor, stream: Stream, out: Tensor | None = None) -> Tensor:
 @functools.cache
 def _drawing(dtype: torch.dtype) -> Callable[..., None]:
     numba = importlib.import_module("numba")
-    function = getattr(_module("passes"), f"uniform_{str(dtype).removeprefix('torch.')}")
-    return _cached(lambda cache: numba.njit(cache=cache), function.py_func)
+    function = getattr(module("passes"), f"uniform_{str(dtype).removeprefix('torch.')}")
+    return cached(lambda cache: numba.njit(cache=cache), function.py_func)
 
 
 def _entries(rows: Tensor, cols: Tensor, o: int, i: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -236,7 +234,7 @@ def _entries(rows: Tensor, cols: Tensor, o: int, i: int) -> tuple[Tensor, Tensor
     known = _starts.get(rows)
     if state is not None and known is not None and known[0] == state:
         return rows, cols, known[1]
-    loops = _module("loops")
+    loops = module("loops")
     starts = torch.zeros(-(-o // loops.BAND) + 1, dtype=torch.int64)
     narrow_rows, narrow_cols = rows.to(torch.int32).contiguous(), cols.to(torch.int32).contiguous()
     found = _bands()(narrow_rows.numpy(), narrow_cols.numpy(), o, i, starts.numpy())
@@ -262,33 +260,6 @@ def _rows(matrix: Tensor) -> Tensor:
 
 
 @functools.cache
-def _module(name: str) -> Any:
-    return importlib.import_module(f"selectune.ops.{name}")
-
-
-@functools.cache
-def _loop(module: str, name: str, dtype: torch.dtype) -> int:
-    """The address of a compiled loop."""
-    numba = importlib.import_module("numba")
-    function = getattr(_module(module), f"{name}_{str(dtype).removeprefix('torch.')}")
-    signature = numba.types.void(numba.types.voidptr)
-    _kept.append(_cached(functools.partial(numba.cfunc, signature), function))
-    return _kept[-1].address
-
-
-_kept: list[Any] = []  # compiled code lives as long as the compiled function
-
-
-@functools.cache
 def _bands() -> Callable[..., int]:
     numba = importlib.import_module("numba")
-    return _cached(lambda cache: numba.njit(cache=cache), _module("loops").bands.py_func)
-
-
-def _cached(decorator: Callable[..., Any], function: Callable[..., Any]) -> Any:
-    """Compile and cache on disk; if no folder can be written, every process compiles again."""
-    try:
-        return decorator(cache=True)(function)
-    except RuntimeError as error:
-        log.info("numba cannot cache compiled loops here (%s): they are compiled in every process.", error)
-        return decorator(cache=False)(function)
+    return cached(lambda cache: numba.njit(cache=cache), module("loops").bands.py_func)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
-from selectune.ops.vectors import (
+from selectune.ops.cpu.vectors import (
     BFLOAT16,
     FLOAT32,
     fetch_add,
