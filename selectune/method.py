@@ -74,7 +74,7 @@ class Method:
 
     def _check_dense(self) -> None:
         if self.dense is not None and not isinstance(self.dense, DensePhase):
-            raise ConfigError(f"dense must follow selectune.types.DensePhase, got {type(self.dense).__name__}.")
+            raise ConfigError(f"dense must follow selectune.phases.DensePhase, got {type(self.dense).__name__}.")
         changes = self.score is not None and self.score.reads is Reads.CHANGE
         phased = isinstance(self.schedule, Phased)
         if self.schedule is not None and not (changes == phased == (self.dense is not None)):

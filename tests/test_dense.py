@@ -208,7 +208,7 @@ def test_rounds_that_cannot_be(change, error, message):
         (lambda: st.diff_pruning(10, 10, group_penalty="max"), "Unknown group_penalty"),
         (lambda: st.diff_pruning(10, 10, structured=1), "structured=1: True or False"),
         (lambda: Gates(left=0.0), "left below 0 and right above 1"),
-        (lambda: st.Method(dense="all"), "must follow selectune.types.DensePhase, got str"),  # pyright: ignore
+        (lambda: st.Method(dense="all"), "must follow selectune.phases.DensePhase, got str"),  # pyright: ignore
         (lambda: st.Method(score=st.scores.change(), schedule=Rounds(5, 5)), "Three things come together"),
         (lambda: st.Method(score=st.scores.change(), schedule=OneShot(5), dense=Weights()), "Three things"),
         (lambda: st.Method(score=st.scores.d3(), schedule=Rounds(5, 5), dense=Weights()), "reads gradient"),

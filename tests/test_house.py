@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "selectune"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = sorted({path.parent for path in FILES} - {PACKAGE})
+ROOMS = sorted({path.parent for path in FILES} - {PACKAGE})  # the package itself has the axes and the ground floor
 MOST = 10  # files of a room, beside its __init__
 
 # Within these rooms a file or sub-room may import from the rows above its own, never from below or beside.

@@ -36,7 +36,7 @@ class Recipe:
     source: str
     passes: str  # cost of choosing: passes over the weights beyond those of frozen training
     bytes: str  # memory beside the model, fp32 with AdamW
-    optimizer: str = "adamw"  # what a run from the command line trains with (selectune.runs.optimizers)
+    optimizer: str = "adamw"  # what a run from the command line trains with (selectune.runs.trainer)
 
     @property
     def summary(self) -> str:

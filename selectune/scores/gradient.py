@@ -12,6 +12,7 @@ def d3(weight: Tensor, gradient: Tensor, exp: float = 2.0, eps: float = 1.0) -> 
     """H = |g| / (|w| + eps)^exp: large gradient on a small weight.
 
     exp 0 is |g|; exp < 0 prefers large weights. Entries without a gradient are never selected.
+    Where the exponent is 0, 1 or 2, `ops.score_filter` computes the same bits in one pass with a cutoff.
     Reads: the weight and its gradient. Source: Agarwal et al. (2025), ID3, equation of D3.
 
     >>> import torch, selectune as st

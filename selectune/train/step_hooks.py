@@ -69,7 +69,7 @@ class StepHooks:
         elif mine & self.frozen:
             raise OptimizerError(
                 f"This {type(optimizer).__name__} holds {len(mine & self.frozen)} weights that attach froze and not "
-                "the tuner's values, so its step would train nothing. Make the optimizer after attach, over "
+                "the tuner's offsets, so its step would train nothing. Make the optimizer after attach, over "
                 "tuner.parameters()."
             )
 
@@ -106,7 +106,7 @@ class StepHooks:
                     taken = _taken(optimizer.state.get(parameter, {}), parameter.detach())
                     if self.tracker.step == 0 and taken:
                         raise OptimizerError(
-                            f"This {type(optimizer).__name__} has {taken} behind it with the tuner's values, and the "
+                            f"This {type(optimizer).__name__} has {taken} behind it with the tuner's offsets, and the "
                             "tuner is at step 0: the optimizer's state was loaded and the tuner's was not. Call "
                             "tuner.load_state_dict with the state saved beside it (SelectuneCallback does, see "
                             "selectune.integrations), or make a new optimizer to start again."

@@ -286,7 +286,7 @@ def test_an_optimizer_without_the_values_is_refused_at_its_first_step():
     st.attach(model, st.lt_sft(30, 8))
     before = bits(model)
     mixed_loss(model, tokens(0)).backward()
-    with pytest.raises(st.errors.OptimizerError, match="and not the tuner's values"):
+    with pytest.raises(st.errors.OptimizerError, match="and not the tuner's offsets"):
         optimizer.step()
     assert same(bits(model), before)
 

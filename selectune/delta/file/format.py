@@ -1,4 +1,4 @@
-"""A delta as bytes and back: the only reader and the only writer (docs/delta-format.md)."""
+"""A delta as bytes and back: the only place that knows the format (docs/delta-format.md)."""
 
 from __future__ import annotations
 

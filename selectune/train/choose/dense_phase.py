@@ -252,7 +252,7 @@ class DenseThenSparse(Chooser):
             return False
         if self._leads(held) and self.phased is not None and id(self.ledger.offsets) not in held:
             raise OptimizerError(
-                f"This {type(optimizer).__name__} holds the tensors of the dense phase and not the tuner's values, so "
+                f"This {type(optimizer).__name__} holds the tensors of the dense phase and not the tuner's offsets, so "
                 "nothing would be trained once the phase is over. Make it after attach, over tuner.parameters()."
             )
         self._optimizers.add(optimizer)
