@@ -139,5 +139,6 @@ def _by_int8(left: Columns, right: Columns, weight: Tensor, exp: float, eps: flo
     # level * step in float32 is itself rounded: by 2^-24 of a number of the column
     rows = torch.stack((scales, left.norm, _norm(lost, t) + left.norm * 2.0**-22))
     columns = torch.stack((steps, right.norm, _norm(gone, t) + right.norm * 2.0**-22))
-    products = internals.int8_product(q.t(), p, out=scratch("products of int8", (o, i), torch.int32))
+    room = scratch("weight gradient", (o, i), torch.int32)  # memory of the gradient that need not be formed
+    products = internals.int8_product(q.t(), p, out=room)
     return loops.sift(products, weight, rows, columns, exp, eps, cutoff, max(1024, int(SHARE * o * i)))
