@@ -70,6 +70,11 @@ def find(op: str, device: str) -> Callable[..., Any]:
     return dense if op == "sampled_matmul" and not forced() else getattr(reference, op)
 
 
+def compiled() -> bool:
+    """Whether compiled loops run on the CPU at present."""
+    return (forced() or _own("cpu")) == "numba"
+
+
 def forced() -> str | None:
     """The backend that the environment asks for."""
     name = os.environ.get(VARIABLE)

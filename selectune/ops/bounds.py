@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from selectune import internals
+from selectune.ops import backend, reference
 from selectune.ops.cpu import bounded as loops
 from selectune.ops.scratch import scratch
 
@@ -69,13 +70,14 @@ class Factors:
     def exact(self, flat: Tensor) -> Tensor:
         """The gradients of entries (m,): sums in float64, token by token, rounded once to float32."""
         width = self.x.shape[1]
-        return loops.summed(self.left.values, self.right.values, flat // width, flat % width).float()
+        summed = loops.summed if backend.compiled() else reference.summed
+        return summed(self.left.values, self.right.values, flat // width, flat % width).float()
 
 
 def _measured(operand: Tensor) -> Columns:
     fits = operand.stride(1) == 1 and operand.stride(0) >= operand.shape[1]
     values = operand if fits else operand.contiguous()
-    top, square = loops.measure(values)
+    top, square = (loops.measure if backend.compiled() else reference.measure)(values)
     return Columns(values, top, _norm(square, values.shape[0]))
 
 
@@ -94,7 +96,7 @@ def above(
     """All entries of dy^T x whose score |g| / (|w| + eps)^exp may reach the cutoff, and some that do not.
 
     None where the dense product is the better way: no cutoff yet, few tokens, too many candidates, numbers that are not
-    finite, a processor without products of int8.
+    finite, a processor without fast products of int8, loops that are not compiled.
     """
     t, o, i = factors.dy.shape[0], factors.dy.shape[1], factors.x.shape[1]
     if not (0 < cutoff < math.inf and weight.is_contiguous() and pays(t, o, i)):
@@ -108,7 +110,7 @@ def above(
 
 def pays(t: int, o: int, i: int) -> bool:
     """Whether the int8 way beats the dense one where few candidates are left."""
-    if t > LONGEST or not internals.fast_int8():
+    if t > LONGEST or not internals.fast_int8() or not backend.compiled():
         return False
     return t * o * i * INT8 + t * (o + i) * OPERAND + o * i * SIFT < o * i * (t * DENSE + SCORE)
 

@@ -112,6 +112,21 @@ def small_filter(
     return torch.cat(positions), torch.cat(kept), finite
 
 
+def measure(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest size of a number and the sum of squares of every column of (t, n): (n,), (n,), float32."""
+    if x.shape[0] == 0:
+        return x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+    return x.abs().amax(0), x.double().square().sum(0).float()
+
+
+def summed(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Entries (m,) of dy^T x, each summed in float64 in the order of the tokens."""
+    total = torch.zeros(rows.numel(), dtype=torch.float64)
+    for left, right in zip(dy.double(), x.double(), strict=True):
+        total += left[rows] * right[cols]
+    return total
+
+
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """dy^T x (o, i) in the operands' dtype; on the CPU in memory that the next call reuses."""
     if dy.device.type != "cpu":

@@ -94,8 +94,8 @@ def test_numbers_that_are_tiny_are_not_lost():
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_exact_sums_are_those_of_a_plain_loop(strided):
-    """Bit for bit, on any number of threads."""
+def test_exact_sums_are_those_of_a_plain_loop(strided, monkeypatch):
+    """Bit for bit, on any number of threads, and by plain torch."""
     dy, x = torch.randn(133, 17), torch.randn(133, 29)
     if strided:
         dy, x = dy.T.contiguous().T, torch.randn(133, 58)[:, ::2]
@@ -109,6 +109,8 @@ def test_exact_sums_are_those_of_a_plain_loop(strided):
         got = Factors(dy, x).exact(flat)
         torch.set_num_threads(1)
         assert torch.equal(got, torch.from_numpy(total).float())
+    monkeypatch.setenv("SELECTUNE_BACKEND", "reference")
+    assert torch.equal(Factors(dy, x).exact(flat), torch.from_numpy(total).float())
 
 
 def test_products_of_int8_are_exact_where_they_are_used():

@@ -64,6 +64,13 @@ def test_the_same_support_by_every_way_and_on_every_number_of_threads(method):
     assert all(support == found["dense", 1] for support in found.values())
 
 
+@pytest.mark.parametrize("name", ["reference", "dense", "numba"])
+def test_the_same_support_on_every_backend(name, monkeypatch):
+    wanted = {n: flat.tolist() for n, flat in train(METHODS[0]).support.items()}
+    monkeypatch.setenv("SELECTUNE_BACKEND", name)
+    assert {n: flat.tolist() for n, flat in train(METHODS[0]).support.items()} == wanted
+
+
 def test_the_ways_are_taken(monkeypatch):
     """`force` does what the test above takes for granted."""
     for way in ("norms", "int8"):
