@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,9 +11,7 @@ from selectune import ops
 from selectune.delta import base_info, canonical_name, digest_bits, inventory
 from selectune.delta.file.fingerprint import Entry, all_digests
 from selectune.train.ledger import Ledger
-
-if TYPE_CHECKING:
-    from selectune.train.proof import BaseCopy
+from selectune.train.proof import BaseCopy
 
 
 def base_of(
