@@ -14,7 +14,7 @@ from selectune.cli.commands import arithmetic, bench, deltas, demo, doctor, list
 from selectune.cli.exits import INTERRUPTED, TABLE, WRONG, code_of
 from selectune.cli.mistakes import UsageError, explained, wants_json
 from selectune.cli.output import fail, log_to_stderr, refuse
-from selectune.cli.signals import StoppedBySignal, exit_code
+from selectune.cli.signals import StoppedBySignal, exit_code, swallowed
 from selectune.errors import SelectuneError, StoppedError
 
 AS_JSON = "selectune.as_json"
@@ -47,6 +47,8 @@ class Guarded(TyperGroup):
         except (SelectuneError, OSError) as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:  # the reader has gone, as `head` does
                 raise
+            if (stopped := swallowed()) is not None:
+                raise _ended(ctx, str(stopped), exit_code(stopped.signal), "Stopped") from None
             fail(error, code_of(error), ctx.meta.get(AS_JSON, False))
             raise typer.Exit(code_of(error)) from None
         except KeyboardInterrupt:

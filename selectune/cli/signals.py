@@ -31,6 +31,7 @@ class StoppedBySignal(BaseException):
 
 class _State:
     received: int | None = None
+    raised: StoppedBySignal | None = None
     stop: Stop | None = None  # of the run, if one is going on
 
 
@@ -39,7 +40,7 @@ _state = _State()
 
 def watch() -> None:
     """Handles signals from here on. Call it in the main thread, as a command begins."""
-    _state.received = _state.stop = None
+    _state.received = _state.stop = _state.raised = None
     for number in SIGNALS:
         signal.signal(number, _received)
 
@@ -47,6 +48,11 @@ def watch() -> None:
 def heed(stop: Stop) -> None:
     """Sends the first signal to this run while it listens."""
     _state.stop = stop
+
+
+def swallowed() -> StoppedBySignal | None:
+    """The exception of a signal, which a library may have taken for an error of its own (transformers' imports do)."""
+    return _state.raised
 
 
 def exit_code(number: int) -> int:
@@ -61,7 +67,8 @@ def _received(number: int, frame: Any) -> None:
     _state.received = number
     stop = _state.stop
     if stop is None or not stop.listening:
-        raise StoppedBySignal(number)
+        _state.raised = StoppedBySignal(number)
+        raise _state.raised
     stop.ask(number)
     _say(f"{_NAMES[number]}: finishing the step, then saving a checkpoint; a second one stops at once.")
 

@@ -143,3 +143,23 @@ def test_kills_of_runs_that_share_a_folder(command, tmp_path):
     assert deltas[0] == deltas[1]
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp") or path.name == ".selectune.lock"]
     assert all((folder / "manifest.json").exists() for folder in out.glob("checkpoint-*"))
+
+
+def test_a_signal_that_a_library_takes_for_its_own_error_is_a_stop(monkeypatch, tmp_path):
+    """transformers' lazy imports turn whatever comes up within them into a ModuleNotFoundError."""
+    from cli_kit import call as within
+
+    from selectune.cli import signals
+    from selectune.errors import ModelError
+    from selectune.models import bases
+
+    def fails(*given, **more):
+        signals._state.raised = signals.StoppedBySignal(signal.SIGTERM)
+        raise ModelError("Could not import module 'BertForSequenceClassification'.")
+
+    monkeypatch.setattr(bases, "load_model", fails)
+    monkeypatch.setattr("selectune.runs.training.load_model", fails)
+    words = ["train", "--model", "demo", "--task", "demo/topic", "--budget", "9", "--out", str(tmp_path / "out")]
+    found = within(*words, code=128 + signal.SIGTERM)
+    assert "stopped" in found.stderr.lower()
+    signals._state.raised = None
