@@ -32,6 +32,7 @@ from selectune.ops.scratch import scratch
 DENSE, INT8, SIFT, SCORE, EXACT, OPERAND = 0.013, 0.0035, 1.2, 1.0, 2.8, 0.7
 SHARE = 0.02  # of a tensor's entries: more candidates than that are found by the dense product
 SAFE = 1e-5  # what bounds exceed the truth by, at least
+LEAST = 1e-25  # of a score and of the |g| that it asks for: below, products of scales would leave float32
 LONGEST = 1 << 17  # tokens: above that a sum of products of int8 could leave int32
 
 
@@ -63,8 +64,8 @@ class Factors:
         return float(self.left.norm.max()) * float(self.right.norm.max())
 
     def rounding(self) -> float:
-        """gamma: a sum in float32, in any order, is wrong by at most gamma |d_i| |x_j|."""
-        taken = (self.dy.shape[0] + 1) * 2.0**-24
+        """gamma: a score of a sum in float32, in any order, comes from a g wrong by at most gamma |d_i| |x_j|."""
+        taken = (self.dy.shape[0] + 8) * 2.0**-24  # of the sum, and of the few operations of the score
         return taken / (1 - taken) if taken < 0.5 else math.inf
 
     def exact(self, flat: Tensor) -> Tensor:
@@ -95,16 +96,17 @@ def above(
 ) -> Tensor | None:  # (m,) int64 ascending: flat positions
     """All entries of dy^T x whose score |g| / (|w| + eps)^exp may reach the cutoff, and some that do not.
 
-    None where the dense product is the better way: no cutoff yet, few tokens, too many candidates, numbers that are not
-    finite, a processor without fast products of int8, loops that are not compiled.
+    None where the dense product is the better way: no cutoff yet or a tiny one, few tokens, too many candidates,
+    numbers that are not finite, a processor without fast products of int8, loops that are not compiled.
     """
     t, o, i = factors.dy.shape[0], factors.dy.shape[1], factors.x.shape[1]
-    if not (0 < cutoff < math.inf and weight.is_contiguous() and pays(t, o, i)):
+    least = cutoff * (1 - SAFE) * eps**exp  # of |g|, whatever the weight
+    if not (cutoff < math.inf and min(cutoff, least) > LEAST and weight.is_contiguous() and pays(t, o, i)):
         return None
     left, right = factors.left, factors.right
     if not bool(torch.isfinite(left.norm).all() & torch.isfinite(right.norm).all()):
         return None
-    found = _by_norms(left.norm, right.norm, cutoff * (1 - SAFE) * eps**exp, t)
+    found = _by_norms(left.norm, right.norm, least, t)
     return found if found is not None else _by_int8(left, right, weight, exp, eps, cutoff * (1 - SAFE))
 
 
@@ -119,8 +121,6 @@ def _by_norms(left: Tensor, right: Tensor, least: float, t: int) -> Tensor | Non
     """All pairs with |d_i| |x_j| >= least, if they are few enough to be summed at once."""
     o, i = left.numel(), right.numel()
     most = min(SHARE * o * i, (o * i * (t * INT8 + SIFT) + t * (o + i) * OPERAND) / (t * EXACT))
-    if least <= 0:
-        return None
     falling, order = torch.sort(right, descending=True)
     needed = least / left.double().clamp(min=1e-300)
     counts = torch.searchsorted(-falling.double(), -needed, right=True)  # columns with a norm of at least `needed`

@@ -8,6 +8,8 @@ and the weights alone: on no library of products, thread, instruction set or way
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def canonical(collector: GlobalCollector, score: Score, tensor: ScopedTensor, dy
 def scan_product(
     collector: GlobalCollector, score: Score, tensor: ScopedTensor, taken: Tensor | None, factors: Factors
 ) -> tuple[bool, Tensor | None]:
-    """Offers one tensor: whether its scores are finite, and its dense gradient if that was formed."""
+    """Offers one tensor: whether it could, and its dense gradient if that was formed."""
     weight, not_free, whole = tensor.parameter.detach(), barred_entries(tensor, taken), None
     exp, eps = score.parameters["exp"], score.parameters["eps"]
     collector.tighten()
@@ -67,9 +69,11 @@ def _among(
     taken: Tensor | None,
     factors: Factors,
 ) -> Tensor | None:
-    """Candidates by the dense gradient, of which no sum is exact; None if a score is not finite."""
+    """Candidates by the dense gradient, of which no sum is exact; None if a score or a norm is not finite."""
     weight, (exp, eps) = tensor.parameter.detach(), (score.parameters["exp"], score.parameters["eps"])
     cutoff, wrong = collector.cutoff, factors.rounding()
+    if not math.isfinite(wrong * factors.largest()):
+        return None
     if cutoff == float("-inf"):  # nothing is known yet: the best of this tensor, by what the sums are
         own = GlobalCollector(collector.quota, [0] * tensor.index + [weight.numel()], None)
         if not scan(own, score, tensor, taken, whole):
