@@ -20,7 +20,6 @@ import torch
 import selectune as st
 from selectune import tasks
 from selectune.models.bases import load_model
-from selectune.models.evaluate import collate, encode
 from selectune.ops import bounds
 from selectune.train.choose import products
 
@@ -47,7 +46,7 @@ class Candidates:
 
 def made(name: str, seed: int) -> tuple[Any, torch.optim.Optimizer | None, Any]:
     """A model of its own, its optimizer and tokenizer."""
-    loaded = load_model("demo", tasks.get(TASK), seed)
+    loaded = load_model("demo", tasks.get(TASK).head, seed)
     model = loaded.model.train()
     if name == "frozen":
         model.requires_grad_(False)
@@ -76,13 +75,13 @@ def main() -> None:
     names = ["frozen", "static", "id3", "id3, dense", "id3, every 10", "full"]
     runs = {name: made(name, options.seed) for name in names}
     tokenizer = runs["id3"][2]
-    rows = encode(tokenizer, tasks.load(tasks.get(TASK), "train").examples, 128)
+    rows = tasks.get(TASK).encode(tokenizer, tasks.load(tasks.get(TASK), "train").examples, 128)
     took: dict[str, list[float]] = {name: [] for name in names}
     counted, pays = Candidates(), bounds.pays
     products.above = counted
     for step in range(options.steps):
         first = (step * options.batch) % (len(rows) - options.batch)
-        batch = collate(tokenizer, rows[first : first + options.batch])
+        batch = tasks.get(TASK).kind.collate(tokenizer, rows[first : first + options.batch])
         for name in names:
             model, optimizer, _ = runs[name]
             bounds.pays = (lambda t, o, i: False) if name == "id3, dense" else pays

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import nn
 from selectune.adapters import Adapted
 from selectune.delta import base_info
 from selectune.errors import ConfigError, ModelError, SelectuneError
-from selectune.tasks import Task
+from selectune.tasks import Head
 
 log = logging.getLogger("selectune")
 
@@ -35,17 +35,6 @@ class Origin:
     location: str
     revision: str | None
     local: bool
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A class of transformers and its head: the number of outputs, and the settings of the config that go with it."""
-
-    architecture: str
-    num_labels: int | None
-    labels: tuple[str, ...] | None = None
-    problem_type: str | None = None
-    pad_token_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,18 +100,17 @@ def _demo() -> Origin:
 
 def load_model(
     name: str,
-    task: Task | None,
+    head: Head | None,
     seed: int,
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
-    shape: Shape | None = None,
     tokenizer: bool = True,
 ) -> LoadedModel:
-    """Loads a model with the head that `task` needs, in eval mode on the CPU, and its tokenizer if `tokenizer` is True.
+    """Loads a model with this head, in eval mode on the CPU, and its tokenizer if `tokenizer` is True.
 
-    Without a task the class is that of `shape`, or the one the model's config names. Tensors that the checkpoint does
-    not hold, or holds in another shape (a task head), are drawn from `seed`: the same call gives the same model.
+    Without a head the class is the one the model's config names. Tensors that the checkpoint does not hold, or holds
+    in another shape (a task's head), are drawn from `seed`: the same call gives the same model.
     A hub branch is resolved to its commit. With `dtype` None the checkpoint's dtype is kept.
 
     Raises ModelError for a model that cannot be found or loaded, ConfigError for an unknown dtype.
@@ -133,7 +121,7 @@ def load_model(
         dtype = DTYPES[dtype]
     place = resolve(name, revision)
     with quiet(), _explaining(place):
-        return _load(place, task, seed, dtype, trust_remote_code, shape, tokenizer)
+        return _load(place, head, seed, dtype, trust_remote_code, tokenizer)
 
 
 @contextlib.contextmanager
@@ -151,18 +139,17 @@ def _explaining(place: Origin) -> Iterator[None]:
 
 def _load(
     place: Origin,
-    task: Task | None,
+    head: Head | None,
     seed: int,
     dtype: torch.dtype | None,
     trust_remote_code: bool,
-    shape: Shape | None,
     with_tokenizer: bool,
 ) -> LoadedModel:
     transformers = _transformers()
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not place.local:
         where["revision"] = _at_commit(transformers, place) or "main"
-    config = transformers.AutoConfig.from_pretrained(place.location, **where, **_head(task, shape))
+    config = transformers.AutoConfig.from_pretrained(place.location, **where, **_outputs(head))
     revision = place.revision
     if not place.local:
         found = getattr(config, "_commit_hash", None) or where["revision"]  # older versions leave it in the config
@@ -173,7 +160,7 @@ def _load(
         tokenizer = transformers.AutoTokenizer.from_pretrained(place.location, **where)
         _check_words(tokenizer, place)
         _see_to_padding(tokenizer, config)
-    cls = _class(transformers, config, task, shape, trust_remote_code)
+    cls = _class(transformers, config, head, trust_remote_code)
     chosen = {} if dtype is None else {"dtype": dtype}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -190,8 +177,8 @@ def _load(
         )
     if initialised:
         log.info("Drawn from seed %d, not in the checkpoint: %s.", seed, ", ".join(initialised))
-    if shape is not None and shape.pad_token_id is not None:
-        model.config.pad_token_id = shape.pad_token_id
+    if head is not None and head.pad_token_id is not None:
+        model.config.pad_token_id = head.pad_token_id
     model.eval()
     return LoadedModel(model, tokenizer, place.id, revision, seed, initialised)
 
@@ -203,35 +190,27 @@ def _at_commit(transformers: Any, place: Origin) -> str | None:
     return commit if isinstance(commit, str) else place.revision
 
 
-def _head(task: Task | None, shape: Shape | None) -> dict[str, Any]:
-    if task is None:
-        kind = {} if shape is None or shape.problem_type is None else {"problem_type": shape.problem_type}
-        return {} if shape is None else {**_outputs(shape.num_labels, shape.labels), **kind}
-    if task.kind == "regression":
-        return {"num_labels": 1, "problem_type": "regression"}
-    return {**_outputs(len(task.labels), task.labels), "problem_type": "single_label_classification"}
+def _outputs(head: Head | None) -> dict[str, Any]:
+    """The settings of the config that a head needs."""
+    if head is None:
+        return {}
+    kind = {} if head.problem_type is None else {"problem_type": head.problem_type}
+    if head.labels is None:
+        return kind | ({"num_labels": head.num_labels} if head.num_labels else {})
+    names = {"id2label": dict(enumerate(head.labels)), "label2id": {label: i for i, label in enumerate(head.labels)}}
+    return {**kind, "num_labels": len(head.labels), **names}
 
 
-def _outputs(count: int | None, labels: Sequence[str] | None) -> dict[str, Any]:
-    if labels is None:
-        return {} if not count else {"num_labels": count}
-    return {
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: number for number, label in enumerate(labels)},
-    }
-
-
-def _class(transformers: Any, config: Any, task: Task | None, shape: Shape | None, trusted: bool) -> Any:
-    if task is not None:
-        return transformers.AutoModelForSequenceClassification
-    name = shape.architecture if shape else (getattr(config, "architectures", None) or [None])[0]
+def _class(transformers: Any, config: Any, head: Head | None, trusted: bool) -> Any:
+    name = head.architecture if head else (getattr(config, "architectures", None) or [None])[0]
+    if head is not None and head.architecture.startswith("AutoModelFor"):
+        return getattr(transformers, head.architecture)
     cls = getattr(transformers, str(name), None)
     if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
         if cls.config_class is not None and not isinstance(config, cls.config_class):
             raise ModelError(f"A {name} is needed, and this model is of another kind: {config.model_type}.")
         return cls
-    if shape is None:
+    if head is None:
         return transformers.AutoModel
     own = [auto for auto, code in (getattr(config, "auto_map", None) or {}).items() if str(code).endswith(f".{name}")]
     if trusted and own and own[0].startswith("AutoModel") and hasattr(transformers, own[0]):

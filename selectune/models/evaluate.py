@@ -2,56 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from selectune import plugins
-from selectune.tasks import Example, Task
-
-BATCH = 32
-"""Rows in a batch. The number is fixed, because other batches have other padding and give other last bits."""
+from selectune.tasks import ANSWER, Features, Task
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The value of a task's metric over a number of examples."""
+    """The value of a task's metric over a number of examples, and further metrics by name, if the task has them."""
 
     task: str
     metric: str
     value: float
     examples: int
+    others: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        return {"task": self.task, "metric": self.metric, "value": self.value, "examples": self.examples}
-
-
-def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[dict[str, Any]]:
-    """The token numbers and the label of each example, cut to `max_length` and not padded."""
-    columns = zip(*(example.texts for example in examples), strict=True)
-    encoded = tokenizer(*(list(column) for column in columns), truncation=True, max_length=max_length, padding=False)
-    return [
-        {**{key: encoded[key][i] for key in encoded}, "labels": example.label} for i, example in enumerate(examples)
-    ]
-
-
-def collate(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch, padded to its longest row; labels are float for a regression and int64 for classes."""
-    texts = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
-    batch = dict(tokenizer.pad(texts, padding=True, return_tensors="pt"))
-    labels = [row["labels"] for row in rows]
-    batch["labels"] = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)
-    return batch
+        told = {"task": self.task, "metric": self.metric, "value": self.value, "examples": self.examples}
+        return told | ({"others": dict(self.others)} if self.others else {})
 
 
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
     task: Task,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Features],
     look: Callable[[], None] | None = None,
 ) -> Evaluation:
     """The task's metric on encoded rows, in eval mode and without gradients. The model's mode is restored.
@@ -60,24 +41,21 @@ def evaluate(
     and may raise to end the measurement.
     """
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
-    predictions: list[float] = [0.0] * len(rows)
-    where = next(model.parameters()).device
-    training = model.training
+    predictions: list[Any] = [None] * len(rows)
+    training, size = model.training, task.kind.batch
     model.eval()
     try:
-        with torch.no_grad():
-            for start in range(0, len(order), BATCH):
+        with torch.no_grad(), plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
+            for start in range(0, len(order), size):
                 if look is not None:
                     look()
-                chosen = order[start : start + BATCH]
-                batch = collate(tokenizer, [rows[i] for i in chosen])
-                del batch["labels"]
-                logits = model(**{key: value.to(where) for key, value in batch.items()}).logits.float().cpu()
-                found = logits[:, 0] if task.kind == "regression" else logits.argmax(-1)
-                for i, value in zip(chosen, found.tolist(), strict=True):
+                chosen = order[start : start + size]
+                found = task.kind.predict(task, model, tokenizer, [rows[i] for i in chosen])
+                for i, value in zip(chosen, found, strict=True):
                     predictions[i] = value
     finally:
         model.train(training)
     with plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
-        value = task.score(predictions, [row["labels"] for row in rows])
-    return Evaluation(task.name, task.metric_name, value, len(rows))
+        scores = task.scores(predictions, [row[ANSWER] for row in rows])
+    value = scores.pop(task.metric_name)
+    return Evaluation(task.name, task.metric_name, value, len(rows), scores)

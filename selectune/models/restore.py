@@ -14,9 +14,9 @@ from selectune.adapters import belongs, spec_of
 from selectune.delta import Delta, Report, canonical_name, inventory
 from selectune.errors import BaseMismatchError, ConfigError, DeltaError
 from selectune.models.adapted import mergeable, virtual_tokens, with_adapter_of
-from selectune.models.bases import DTYPES, LoadedModel, Shape, device, load_model, longest, quiet
-from selectune.models.evaluate import Evaluation, encode, evaluate
-from selectune.tasks import Task
+from selectune.models.bases import DTYPES, LoadedModel, device, load_model, longest, quiet
+from selectune.models.evaluate import Evaluation, evaluate
+from selectune.tasks import Head, Task
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool =
 
     The head is that of `task`, else of the model that the delta records, else of the task that it records.
     """
-    shape = _shape(delta)
-    task = task or (task_of(delta) if shape is None else None)
+    head = _head(delta) if task is None else task.head
+    if head is None and (recorded_task := task_of(delta)) is not None:
+        head = recorded_task.head
     written = [(p.name, p.dtype) for p in delta.patches] + [(d.name, d.tensor.dtype) for d in delta.dense]
     on = spec_of(delta)  # an adapter's tensors may be fp32 on bf16
     floats = [d for name, d in written if d.is_floating_point and (on is None or not belongs(on.kind, name))]
@@ -52,12 +53,11 @@ def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool =
     recorded = delta.info["base"]
     loaded = load_model(
         source.model,
-        task,
+        head,
         recorded["seed"] or 0,
         source.revision or _commit(recorded["revision"], recorded["id"], source.model),
         dtype,
         source.trust_remote_code,
-        shape,
         tokenizer,
     )
     return with_adapter_of(loaded, delta)
@@ -105,7 +105,7 @@ def evaluate_delta(
     with plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
         split = tasks.load(task, "validation", data)
     if delta is None:
-        loaded = load_model(source.model, task, seed, source.revision, source.dtype, source.trust_remote_code)
+        loaded = load_model(source.model, task.head, seed, source.revision, source.dtype, source.trust_remote_code)
     else:
         loaded = load_base(source, delta, task)
         with _of_known_task(delta):
@@ -115,7 +115,7 @@ def evaluate_delta(
     taken = 0 if loaded.adapted is None else virtual_tokens(loaded.adapted.spec)
     length = longest(loaded.model, loaded.tokenizer, max_length, task.max_length, taken)
     loaded.model.to(device())
-    return evaluate(loaded.model, loaded.tokenizer, task, encode(loaded.tokenizer, split.examples, length))
+    return evaluate(loaded.model, loaded.tokenizer, task, task.encode(loaded.tokenizer, split.examples, length))
 
 
 def verify_delta(source: Source, path: str | Path, task: Task | None = None) -> Report:
@@ -157,13 +157,13 @@ def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | 
 def diff_models(base: Source, tuned: str, out: str | Path, seed: int = 6) -> tuple[Delta, Path]:
     """Saves the delta that turns one model folder into another. Tensors that the base lacks are drawn from `seed`."""
     after = load_model(tuned, None, seed, None, base.dtype, base.trust_remote_code)
-    shape = Shape(type(after.model).__name__, int(after.model.config.num_labels))
-    before = load_model(base.model, None, seed, base.revision, base.dtype, base.trust_remote_code, shape)
+    head = Head(type(after.model).__name__, int(after.model.config.num_labels))
+    before = load_model(base.model, head, seed, base.revision, base.dtype, base.trust_remote_code)
     recorded = before.base(full=True)
     made = st.diff(before.model, after.model)
     info = {
         **made.info,
-        "method": {**made.info["method"], "architecture": shape.architecture, "num_labels": shape.num_labels},
+        "method": {**made.info["method"], "architecture": head.architecture, "num_labels": head.num_labels},
         "base": recorded,
     }
     delta = Delta(made.patches, made.dense, info)
@@ -177,14 +177,14 @@ def _check_out(out: Path, model: str) -> None:
         raise ConfigError(f"out={out} is the base's own folder, which would be overwritten; give another.")
 
 
-def _shape(delta: Delta) -> Shape | None:
+def _head(delta: Delta) -> Head | None:
     """The class and outputs that a delta records: of its model, or (in older deltas) of two model folders."""
     model, method = delta.info.get("model"), delta.info["method"]
     if model is not None:
         labels = None if model["labels"] is None else tuple(model["labels"])
-        return Shape(model["architecture"], model["num_labels"], labels, model["problem_type"], model["pad_token_id"])
+        return Head(model["architecture"], model["num_labels"], labels, model["problem_type"], model["pad_token_id"])
     architecture, outputs = method.get("architecture"), method.get("num_labels")
-    return Shape(architecture, outputs) if isinstance(architecture, str) and isinstance(outputs, int) else None
+    return Head(architecture, outputs) if isinstance(architecture, str) and isinstance(outputs, int) else None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from selectune import tasks
 from selectune.delta import digest_bits, inventory
 from selectune.errors import IntegrityError, TaskError
 from selectune.models.bases import DEMO, LoadedModel, device, load_model, longest
-from selectune.models.evaluate import encode, evaluate
+from selectune.models.evaluate import evaluate
 from selectune.runs.config import RunConfig
 from selectune.runs.folder import refuse_used
 from selectune.runs.training import Progress, RunResult, Update, run
@@ -201,7 +201,7 @@ def _choose(data: str | None, name: str | None) -> Task:
 def _base(task: Task, data: str | None, model: str, seed: int) -> tuple[Row, int]:
     """The base with a fresh head, measured, and its number of weights."""
     began = time.perf_counter()
-    loaded = load_model(model, task, seed)
+    loaded = load_model(model, task.head, seed)
     length = longest(loaded.model, loaded.tokenizer, None, task.max_length)
     value = _value(loaded, task, data, length)
     weights = sum(parameter.numel() for parameter in loaded.model.parameters())
@@ -209,14 +209,15 @@ def _base(task: Task, data: str | None, model: str, seed: int) -> tuple[Row, int
 
 
 def _value(loaded: LoadedModel, task: Task, data: str | None, length: int) -> float:
-    rows = encode(loaded.tokenizer, tasks.load(task, "validation", data).examples, length)
+    examples = tasks.load(task, "validation", data).examples
+    rows = task.encode(loaded.tokenizer, examples, length)
     loaded.model.to(device())
     return evaluate(loaded.model, loaded.tokenizer, task, rows).value
 
 
 def _revert(task: Task, result: RunResult, data: str | None) -> Revert:
     """Applies the ID3 delta to a freshly loaded base, measures it, reverts, and compares every bit."""
-    loaded = load_model(result.config.model, task, result.config.seed)
+    loaded = load_model(result.config.model, task.head, result.config.seed)
     delta = st.load(result.delta)
     before = _digests(loaded.model)
     delta.apply(loaded.model)

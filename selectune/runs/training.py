@@ -24,7 +24,7 @@ from selectune.errors import ConfigError, NonFiniteError, StoppedError
 from selectune.files import write_durably
 from selectune.models.adapted import size_of, virtual_tokens, with_adapter
 from selectune.models.bases import device, load_model, longest, quiet
-from selectune.models.evaluate import Evaluation, collate, encode, evaluate
+from selectune.models.evaluate import Evaluation, evaluate
 from selectune.runs.calibration import calibration
 from selectune.runs.config import RunConfig, build_method
 from selectune.runs.folder import RUN_FILE, RunFolder, run_folder
@@ -167,11 +167,13 @@ class _Run:
             splits = {name: tasks.load(self.task, name, config.data) for name in ("train", "validation")}
         self.origins = {name: f"{split.origin} ({len(split):,} rows)" for name, split in splits.items()}
         loaded = load_model(
-            config.model, self.task, config.seed, config.revision, config.dtype, config.trust_remote_code
+            config.model, self.task.head, config.seed, config.revision, config.dtype, config.trust_remote_code
         )
         taken = virtual_tokens(config.adapter)
         self.max_length = longest(loaded.model, loaded.tokenizer, config.max_length, self.task.max_length, taken)
-        self.rows = {name: encode(loaded.tokenizer, split.examples, self.max_length) for name, split in splits.items()}
+        self.rows = {
+            name: self.task.encode(loaded.tokenizer, split.examples, self.max_length) for name, split in splits.items()
+        }
         self.steps = config.steps(len(self.rows["train"]))
         named = config.adapter_for_size
         size = None if named is None else size_of(loaded, named, config.seed)
@@ -202,7 +204,7 @@ class _Run:
             evaluation = self._measure()
         result = RunResult(
             evaluation=evaluation,
-            best=_best(history, taken, counts["selected"], evaluation.value),
+            best=_best(history, taken, counts["selected"], evaluation.value, self.task.lower_is_better),
             steps=taken,
             **counts,
             verification=verification,
@@ -227,7 +229,7 @@ class _Run:
         return evaluate(self.loaded.model, self.loaded.tokenizer, self.task, self.rows["validation"], look)
 
     def _collate(self, rows: Rows) -> dict[str, torch.Tensor]:
-        return collate(self.loaded.tokenizer, rows)
+        return self.task.kind.collate(self.loaded.tokenizer, rows)
 
     def _space(self) -> int:
         """The bytes that a run may write: two deltas, and its checkpoints at 60 bytes a scalar."""
@@ -343,7 +345,9 @@ class _Run:
         return self.tuner.save(Path(str(config.out)) / DELTA_FILE, base=self.base, info=info), verification
 
 
-def _best(history: Sequence[Mapping[str, Any]], step: int, selected: int, value: float) -> Mapping[str, Any] | None:
+def _best(
+    history: Sequence[Mapping[str, Any]], step: int, selected: int, value: float, lowest: bool
+) -> Mapping[str, Any] | None:
     """The best evaluation of the run with the last one, as the papers report it; None if there was only one."""
     points = [
         {"step": record["step"], "value": record["metric"], "selected": record["selected"]}
@@ -351,7 +355,8 @@ def _best(history: Sequence[Mapping[str, Any]], step: int, selected: int, value:
         if "metric" in record
     ]
     last = {"step": step, "value": value, "selected": selected}
-    return max([*points, last], key=lambda point: point["value"]) if points else None
+    best = min if lowest else max
+    return best([*points, last], key=lambda point: point["value"]) if points else None
 
 
 def _versions() -> dict[str, str]:

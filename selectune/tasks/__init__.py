@@ -1,17 +1,21 @@
-"""Tasks to tune and measure a model on. A task has a metric, a chance level and a source.
+"""Tasks to tune and measure a model on. A task has rows, a kind, a metric, a chance level and a source.
 
-common   the task, and the source of its rows
-glue     the GLUE tasks, as a table
-metrics  (predictions, labels) -> one number
-demo/    generated tasks
+task      the task as a value, and the contract of its kind
+splits    its rows: from a folder, the hub or a generator
+kinds/    which head, and how rows are encoded, collated and predicted
+metrics   (predictions, answers) -> one number
+tables/   the published tasks
+demo/     generated tasks
 """
 
 from __future__ import annotations
 
 from selectune.errors import UnknownTaskError, did_you_mean
-from selectune.tasks.common import DATA, Example, Hub, Split, Task, load
 from selectune.tasks.demo.topic import TOPIC
-from selectune.tasks.glue import GLUE
+from selectune.tasks.kinds import Classification, Regression
+from selectune.tasks.splits import DATA, Split, load
+from selectune.tasks.tables.glue import GLUE
+from selectune.tasks.task import ANSWER, Example, Features, Head, Hub, Task, TaskKind
 
 TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, TOPIC)}
 
@@ -25,4 +29,8 @@ def get(name: str) -> Task:
     return TASKS[name]
 
 
-__all__ = ["DATA", "TASKS", "Example", "Hub", "Split", "Task", "get", "load"]
+__all__ = [
+    "TASKS", "get", "load", "DATA", "Split",
+    "Task", "TaskKind", "Head", "Hub", "Example", "Features", "ANSWER",
+    "Classification", "Regression",
+]  # fmt: skip

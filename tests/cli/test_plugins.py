@@ -23,7 +23,7 @@ pytest_plugins = ("tiny_fixtures",)
 FILE = '''
 import selectune as st
 from selectune.schedule import Increment
-from selectune.tasks import Task
+from selectune.tasks import Classification, Task
 from selectune.tasks.metrics import accuracy
 
 
@@ -42,7 +42,7 @@ def rows(split):
 
 
 ANIMALS = Task(
-    "acme/animals", ("text",), "classification", ("dog", "cat"), accuracy, "accuracy", 0.5, "generated", 1, 10,
+    "acme/animals", ("text",), Classification(), ("dog", "cat"), accuracy, "accuracy", 0.5, "generated", 1, 10,
     generate=rows,
 )
 RECIPES, TASKS = [taylor_steps], [ANIMALS]

@@ -19,7 +19,6 @@ from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError, I
 from selectune.files import seal
 from selectune.integrations.transformers import SelectuneCallback
 from selectune.models.bases import load_model, quiet
-from selectune.models.evaluate import encode
 from selectune.train import STATE_FILE
 
 pytest_plugins = ("tiny_fixtures",)
@@ -47,11 +46,11 @@ class Runs:
 
     def __init__(self, tiny, data, tmp_path):
         self.tiny, self.folder = tiny, tmp_path / "run"
-        tokenizer = load_model(str(tiny), RTE, 0).tokenizer
-        self.rows = encode(tokenizer, tasks.load(RTE, "train", data).examples, 32)
+        tokenizer = load_model(str(tiny), RTE.head, 0).tokenizer
+        self.rows = RTE.encode(tokenizer, tasks.load(RTE, "train", data).examples, 32)
 
     def trainer(self, make, accumulation=1, on=None, optimizer=None, folder=None, seed=0, **options):
-        loaded = load_model(str(self.tiny), RTE, 0)
+        loaded = load_model(str(self.tiny), RTE.head, 0)
         self.base = weights_digest(loaded.model)
         if on is not None:
             adapted = put_on(loaded.model, on, 3, keep=loaded.initialised)
@@ -159,7 +158,7 @@ def test_an_adapter_of_pefts_own(runs, tmp_path):
     peft = pytest.importorskip("peft")
 
     def trainer(folder):
-        loaded = load_model(str(runs.tiny), RTE, 0)
+        loaded = load_model(str(runs.tiny), RTE.head, 0)
         torch.manual_seed(1)
         config = peft.LoraConfig(r=4, target_modules=["query", "value"], lora_dropout=0.1, task_type="SEQ_CLS")
         model = peft.get_peft_model(loaded.model, config)

@@ -11,7 +11,6 @@ import selectune as st
 from selectune import tasks
 from selectune.integrations.transformers import SelectuneCallback
 from selectune.models.bases import load_model, quiet
-from selectune.models.evaluate import encode
 
 pytest_plugins = ("tiny_fixtures",)
 RTE = tasks.get("glue/rte")
@@ -19,12 +18,12 @@ RTE = tasks.get("glue/rte")
 
 @pytest.fixture
 def loaded(tiny):
-    return load_model(str(tiny), RTE, 0)
+    return load_model(str(tiny), RTE.head, 0)
 
 
 @pytest.fixture
 def rows(loaded, data):
-    return encode(loaded.tokenizer, tasks.load(RTE, "train", data).examples, 32)
+    return RTE.encode(loaded.tokenizer, tasks.load(RTE, "train", data).examples, 32)
 
 
 def scalars(folder):

@@ -13,7 +13,6 @@ from selectune import tasks
 from selectune.errors import ConfigError
 from selectune.integrations.transformers import SelectuneCallback
 from selectune.models.bases import load_model, quiet
-from selectune.models.evaluate import collate, encode
 from selectune.train import STATE_FILE
 
 pytest_plugins = ("tiny_fixtures",)
@@ -25,11 +24,11 @@ def fresh(tiny, data):
     """A model as a new process has it, and its rows."""
 
     def load():
-        loaded = load_model(str(tiny), RTE, 0)
+        loaded = load_model(str(tiny), RTE.head, 0)
         for module in loaded.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # runs of other beginnings draw other numbers
-        return loaded, encode(loaded.tokenizer, tasks.load(RTE, "train", data).examples, 32)
+        return loaded, RTE.encode(loaded.tokenizer, tasks.load(RTE, "train", data).examples, 32)
 
     return load
 
@@ -117,7 +116,7 @@ def searched(fresh, folder, give, monkeypatch, trials=2, **options):
 
     trainer = Trainer(
         args=settings, model_init=model_init, train_dataset=rows, eval_dataset=rows[:8],
-        data_collator=lambda batch: collate(loaded.tokenizer, batch),
+        data_collator=lambda batch: RTE.kind.collate(loaded.tokenizer, batch),
         callbacks=[SelectuneCallback(give(made))],
     )  # fmt: skip
 

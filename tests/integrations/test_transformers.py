@@ -14,19 +14,21 @@ from selectune.delta import weights_digest
 from selectune.errors import ConfigError
 from selectune.integrations.transformers import SelectuneCallback
 from selectune.models.bases import load_model, quiet
-from selectune.models.evaluate import encode
+
+RTE = tasks.get("glue/rte")
+
 
 pytest_plugins = ("tiny_fixtures",)
 
 
 @pytest.fixture
 def loaded(tiny):
-    return load_model(str(tiny), tasks.get("glue/rte"), 0)
+    return load_model(str(tiny), RTE.head, 0)
 
 
 @pytest.fixture
 def rows(loaded, data):
-    return encode(loaded.tokenizer, tasks.load(tasks.get("glue/rte"), "train", data).examples, 32)
+    return RTE.encode(loaded.tokenizer, tasks.load(RTE, "train", data).examples, 32)
 
 
 def test_checkpoints_and_logs(loaded, rows, tmp_path, tiny):
@@ -41,7 +43,7 @@ def test_checkpoints_and_logs(loaded, rows, tmp_path, tiny):
         delta = st.load(folder)
         assert delta.selected == 10 * step
         assert delta.info["base"]["id"] == "tiny"
-        fresh = load_model(str(tiny), tasks.get("glue/rte"), 0).model
+        fresh = load_model(str(tiny), RTE.head, 0).model
         delta.apply(fresh)
         saved = type(fresh).from_pretrained(folder)
         assert weights_digest(fresh) == weights_digest(saved)  # the checkpoint is base + delta, an ordinary model
@@ -95,7 +97,7 @@ def test_checkpoints_of_a_dense_phase_are_dense(loaded, rows, tmp_path, tiny, ma
     for step in (2, 4, 6):
         delta = st.load(tmp_path / f"checkpoint-{step}")
         sizes.append((delta.selected, sum(d.tensor.numel() for d in delta.dense)))
-        fresh = load_model(str(tiny), tasks.get("glue/rte"), 0).model
+        fresh = load_model(str(tiny), RTE.head, 0).model
         delta.apply(fresh)
         assert weights_digest(fresh) == weights_digest(type(fresh).from_pretrained(tmp_path / f"checkpoint-{step}"))
     assert sizes == [(0, everything), (60, 0), (60, 0)]
@@ -107,7 +109,7 @@ def test_checkpoints_of_a_dense_phase_are_dense(loaded, rows, tmp_path, tiny, ma
 
 def test_another_model_is_refused(loaded, rows, tmp_path, tiny):
     tuner = st.attach(loaded.model, st.id3(budget=60, steps=STEPS))
-    stranger = load_model(str(tiny), tasks.get("glue/rte"), 0)
+    stranger = load_model(str(tiny), RTE.head, 0)
     with pytest.raises(ConfigError, match="not the model of this tuner"):
         trainer_of(stranger, rows, tmp_path, SelectuneCallback(tuner)).train()
 

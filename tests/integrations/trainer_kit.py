@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from tiny_kit import WORDS, make_tokenizer
 
-from selectune.models.evaluate import collate
+from selectune import tasks
 
+RTE = tasks.get("glue/rte")
 STEPS = 6
 
 
@@ -32,7 +33,7 @@ def trainer_of(loaded, rows, folder, callback, **options):
         args=TrainingArguments(**settings),
         train_dataset=rows,
         eval_dataset=rows[:8],
-        data_collator=lambda batch: collate(loaded.tokenizer, batch),
+        data_collator=lambda batch: RTE.kind.collate(loaded.tokenizer, batch),
         callbacks=[] if callback is None else [callback],
         optimizers=optimizers,
     )

@@ -105,7 +105,7 @@ def test_of_the_demo_model(data, tmp_path):
         model="demo", task="glue/rte", budget=1000, max_steps=2, data=str(data), out=str(tmp_path), batch_size=4
     )
     result = run(config)
-    loaded = load_named("demo", get("glue/rte"), config.seed)
+    loaded = load_named("demo", get("glue/rte").head, config.seed)
     st.load(result.delta).apply(loaded.model, full=True)
     assert st.load(result.delta).info["base"]["id"] == "demo"
     assert logits_elsewhere(result.delta, tmp_path) == logits_of(loaded.model)
@@ -137,7 +137,7 @@ def test_a_model_of_the_hub_at_its_commit(tmp_path, monkeypatch):
     path = tuner.save(tmp_path / "run")
     assert st.load(path).info["base"]["revision"] == commit
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    assert load_named("org/name", get("glue/rte"), 1).base()["revision"] == commit
+    assert load_named("org/name", get("glue/rte").head, 1).base()["revision"] == commit
     (place / "refs" / "main").write_text("f" * 40)  # the branch went on
     monkeypatch.setenv("HF_HUB_CACHE", str(cache))
     assert logits_elsewhere(path, tmp_path) == logits_of(model)

@@ -177,7 +177,7 @@ def test_a_merged_lora_is_a_plain_model(config, tiny, data, tmp_path):
     result = run(dataclasses.replace(config, method="id3", on="lora", budget=500))
     merge_delta(Source(str(tiny)), result.delta, tmp_path / "merged")
     task = tasks.get("glue/rte")
-    plain = load_model(str(tmp_path / "merged"), task, 0)
+    plain = load_model(str(tmp_path / "merged"), task.head, 0)
     assert plain.initialised == ()
     assert not any("lora" in name for name in plain.model.state_dict())
     found = evaluate_delta(Source(str(tmp_path / "merged")), None, task, str(data), max_length=result.max_length)
@@ -229,7 +229,7 @@ def test_a_budget_of_the_size_of_a_module(config):
     dense = run(dataclasses.replace(config, method="lora:r=2", budget=None, max_steps=1))
     head = sum(
         p.numel()
-        for n, p in load_model(config.model, tasks.get("glue/rte"), 1).model.named_parameters()
+        for n, p in load_model(config.model, tasks.get("glue/rte").head, 1).model.named_parameters()
         if n.startswith("classifier")
     )
     found = run(dataclasses.replace(config, method="pafi", budget="lora:r=2", max_steps=1), overwrite=True)

@@ -23,9 +23,9 @@ from selectune.errors import (
 )
 from selectune.models.restore import Source, evaluate_delta, load_base, verify_delta
 from selectune.recipes import RECIPES
-from selectune.runs import training
 from selectune.runs.config import RunConfig, build_method
 from selectune.runs.training import Update, run
+from selectune.tasks import Classification
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -255,11 +255,11 @@ def test_a_budget_beyond_the_model(config):
 
 def test_measuring_leaves_model_and_random_state_alone(tiny, data):
     from selectune.models.bases import load_model
-    from selectune.models.evaluate import encode, evaluate
+    from selectune.models.evaluate import evaluate
 
     task = tasks.get("glue/rte")
-    loaded = load_model(str(tiny), task, 0)
-    rows = encode(loaded.tokenizer, tasks.load(task, "validation", data).examples, 32)
+    loaded = load_model(str(tiny), task.head, 0)
+    rows = task.encode(loaded.tokenizer, tasks.load(task, "validation", data).examples, 32)
     loaded.model.train()
     before, state = weights_digest(loaded.model), torch.get_rng_state()
     first = evaluate(loaded.model, loaded.tokenizer, task, rows)
@@ -295,7 +295,7 @@ def test_the_demo_without_data_makes_its_own(tiny, peft, monkeypatch, tmp_path):
     from selectune.runs import comparison as demos
 
     monkeypatch.setenv("SELECTUNE_DATA", str(tmp_path))  # a folder without STS-B; the hub is not asked
-    monkeypatch.setattr("selectune.tasks.common._from_hub", None)
+    monkeypatch.setattr("selectune.tasks.splits._from_hub", None)
     if not peft:
         monkeypatch.setattr(demos, "find_spec", lambda name: None)
     said: list[str] = []
@@ -327,15 +327,15 @@ def test_what_dense_methods_leave_out(config, method):
 
 def test_batches_of_like_length_pad_less_and_show_every_row(config, monkeypatch):
     shapes: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-    real = training.collate
+    real = Classification.collate
     for grouped, seen in shapes.items():
 
-        def collate(tokenizer, rows, seen=seen):
-            batch = real(tokenizer, rows)
+        def collate(kind, tokenizer, rows, seen=seen):
+            batch = real(kind, tokenizer, rows)
             seen.append((int(batch["attention_mask"].sum()), batch["input_ids"].numel()))
             return batch
 
-        monkeypatch.setattr(training, "collate", collate)
+        monkeypatch.setattr(Classification, "collate", collate)
         run(
             dataclasses.replace(
                 config, method="bitfit", budget=None, batch_size=2, max_steps=24, group_by_length=grouped

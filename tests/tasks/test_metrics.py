@@ -41,6 +41,6 @@ def test_what_is_constant_counts_as_zero_and_is_said(metric, predictions, labels
 
 def test_a_metric_needs_rows():
     with pytest.raises(TaskError, match="got 2 and 1"):
-        tasks.get("glue/rte").score([1, 0], [1])
+        tasks.get("glue/rte").scores([1, 0], [1])
     with pytest.raises(TaskError, match="got 0 and 0"):
-        tasks.get("glue/rte").score([], [])
+        tasks.get("glue/rte").scores([], [])

@@ -22,7 +22,7 @@ def tasks(plugin: Plugins = None, as_json: Json = False) -> None:
     found = [
         {
             "name": task.name,
-            "kind": task.kind,
+            "kind": task.kind.name,
             "metric": task.metric_name,
             "chance": task.chance,
             "epochs": task.epochs,

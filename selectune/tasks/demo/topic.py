@@ -11,9 +11,10 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from selectune.tasks.common import Task
 from selectune.tasks.demo.words import PEOPLE, TRAIN, VALIDATION, VERBS, Topics
+from selectune.tasks.kinds import Classification
 from selectune.tasks.metrics import accuracy
+from selectune.tasks.task import Task
 
 SIZES = {"train": 2400, "validation": 480}
 SEED = 0
@@ -48,7 +49,7 @@ def _sentence(words: Topics, topic: str, rng: random.Random) -> str:
 TOPIC = Task(
     name="demo/topic",
     fields=("sentence",),
-    kind="classification",
+    kind=Classification(),
     labels=TOPICS,
     metric=accuracy,
     metric_name="accuracy",

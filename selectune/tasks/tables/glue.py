@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from selectune.tasks.common import Hub, Task
+from selectune.tasks.kinds import Classification, Regression
 from selectune.tasks.metrics import accuracy, matthews, pearson_spearman
+from selectune.tasks.task import Hub, Task
 
 REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 """A commit of `nyu-mll/glue` on the hub, so that rows never change."""
@@ -16,7 +17,7 @@ def _task(
     name: str, fields: str, labels: str, chance: float, epochs: int, eval_every: int, source: str, **more: Any
 ) -> Task:
     """A row of the table: class names and fields are written with spaces between them."""
-    settings = {"metric": accuracy, "metric_name": "accuracy", "kind": "classification", "folders": (f"glue/{name}",)}
+    settings = {"metric": accuracy, "metric_name": "accuracy", "kind": Classification(), "folders": (f"glue/{name}",)}
     return Task(
         name=f"glue/{name}",
         fields=tuple(fields.split()),
@@ -46,7 +47,7 @@ RTE = _task(  # does the first sentence entail the second?
 STSB = _task(  # how similar are two sentences, from 0 to 5?
     "stsb", "sentence1 sentence2", "", 0.0, 15, 200,
     "Cer et al. 2017, arXiv 1708.00055; scores CC BY-SA 4.0, texts under their own terms",
-    kind="regression", metric=pearson_spearman, metric_name="mean of Pearson and Spearman",
+    kind=Regression(), metric=pearson_spearman, metric_name="mean of Pearson and Spearman",
 )  # fmt: skip
 SST2 = _task(  # is a phrase of a film review positive?
     "sst2", "sentence", "negative positive", 0.509, 7, 500,

@@ -1,31 +1,19 @@
-"""The task, and the source of its rows: a folder of JSON lines, the hub, or a generator."""
+"""The rows of a task: of a folder of JSON lines, the hub, or a generator."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from selectune.errors import TaskError
 from selectune.files import read_lines
+from selectune.tasks.task import Example, Row, Task
 
 DATA = "SELECTUNE_DATA"
 """Environment variable that names a folder of tasks; `--data` takes precedence."""
-
-MAX_LABEL = 1e15
-"""Largest score of a regression, whose square still fits a float32."""
-
-Metric = Callable[[Sequence[float], Sequence[float]], float]
-
-
-class Example(NamedTuple):
-    """One row: one or two texts, and a class number or a score."""
-
-    texts: tuple[str, ...]
-    label: int | float
 
 
 @dataclass(frozen=True)
@@ -37,61 +25,6 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.examples)
-
-
-@dataclass(frozen=True)
-class Hub:
-    """A task's place on the Hugging Face hub; `revision` is a commit, so that rows never change."""
-
-    path: str
-    config: str
-    revision: str
-
-
-@dataclass(frozen=True)
-class Task:
-    """A benchmark: its rows, its metric, its chance level and its source.
-
-    `folders`: places below a data folder, tried in order. `fields`: the texts of a row, one or two. `chance`: the score
-    of the best constant answer on the validation split. `epochs`, `eval_every` (steps) and `max_length` (tokens) are
-    the papers' settings. `generate(split)` replaces files and hub.
-
-    >>> import selectune.tasks as tasks
-    >>> tasks.get("glue/rte").labels
-    ('entailment', 'not_entailment')
-    """
-
-    name: str
-    fields: tuple[str, ...]
-    kind: str  # "classification" or "regression"
-    labels: tuple[str, ...]  # class names by number; empty for a regression
-    metric: Metric
-    metric_name: str
-    chance: float
-    source: str
-    epochs: int
-    eval_every: int
-    max_length: int = 256
-    hub: Hub | None = None
-    folders: tuple[str, ...] = ()
-    train: str = "train"
-    validation: str = "validation"
-    label: str = "label"
-    generate: Callable[[str], Sequence[Mapping[str, Any]]] | None = None
-
-    @property
-    def outputs(self) -> int:
-        """How many numbers a model's head computes for one row."""
-        return max(1, len(self.labels))
-
-    def score(self, predictions: Sequence[float], labels: Sequence[float]) -> float:
-        """The metric of some predictions; refuses lists of different or no length."""
-        if len(predictions) != len(labels) or not len(labels):
-            raise TaskError(
-                f"The metric of {self.name} needs as many predictions as labels and at least one; "
-                f"got {len(predictions)} and {len(labels)}."
-            )
-        return float(self.metric(predictions, labels))
 
 
 def load(task: Task, split: str, data: str | os.PathLike[str] | None = None, limit: int | None = None) -> Split:
@@ -111,10 +44,24 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None, lim
     for number, row in rows:
         if limit is not None and len(examples) == limit:
             break
-        examples.append(_example(task, row, f"{origin}, {unit} {number}"))
+        where = f"{origin}, {unit} {number}"
+        examples.append(task.kind.example(task, _prepared(task, row, where), where))
     if not examples:
         raise TaskError(f"The {wanted} split of {task.name} has no rows ({origin}).")
     return Split(tuple(examples), origin)
+
+
+def _prepared(task: Task, row: Row, where: str) -> Row:
+    """The row with the task's fields. A row that `prepare` cannot read is a TaskError."""
+    if task.prepare is None:
+        return row
+    try:
+        return task.prepare(row)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise TaskError(
+            f"{where}: not a row of {task.name} as {task.source.partition(';')[0]} gives them "
+            f"({type(error).__name__}: {error}). It has {', '.join(map(str, row)) or 'nothing'}."
+        ) from error
 
 
 Numbered = Iterable[tuple[int, Any]]
@@ -157,7 +104,7 @@ def _from_hub(task: Task, split: str, tried: str) -> tuple[str, str, Numbered]:
             f"is not installed (pip install 'selectune[hf]'). {advice}"
         ) from error
     hub = task.hub
-    origin = f"hub {hub.path}/{hub.config}@{hub.revision}"
+    origin = f"hub {hub.path}{f'/{hub.config}' if hub.config else ''}@{hub.revision}"
     try:
         rows = load_dataset(hub.path, hub.config, split=split, revision=hub.revision)
     except (OSError, ValueError, RuntimeError) as error:  # the hub is offline or unreachable, or lacks the split
@@ -166,30 +113,3 @@ def _from_hub(task: Task, split: str, tried: str) -> tuple[str, str, Numbered]:
             f"{task.name} has no {split} split here: {looked}and {origin} cannot be reached ({why}). {advice}"
         ) from error
     return origin, "row", enumerate(rows, 1)
-
-
-def _example(task: Task, row: Mapping[str, Any], where: str) -> Example:
-    missing = [name for name in (*task.fields, task.label) if name not in row]
-    if missing:
-        raise TaskError(
-            f"{where}: a row of {task.name} needs {', '.join((*task.fields, task.label))}; "
-            f"missing: {', '.join(missing)}. Got {', '.join(map(str, row)) or 'nothing'}."
-        )
-    texts = tuple(row[name] for name in task.fields)
-    if not all(isinstance(text, str) for text in texts):
-        raise TaskError(f"{where}: the texts of {task.name} must be strings, got {texts!r:.120}.")
-    label = row[task.label]
-    if isinstance(label, bool) or not isinstance(label, int | float):
-        raise TaskError(f"{where}: the label of {task.name} must be a number, got {label!r:.80}.")
-    if isinstance(label, float) and not math.isfinite(label):  # the metric of a whole run would fail on it
-        raise TaskError(f"{where}: the label of {task.name} must be finite, got {label!r}.")
-    if task.kind == "regression":
-        if abs(label) > MAX_LABEL:
-            raise TaskError(f"{where}: the label of {task.name} must be at most {MAX_LABEL:g}, got {label!r:.80}.")
-        return Example(texts, float(label))
-    if label not in range(len(task.labels)):  # 1.0 is 1: a table with gaps holds integers as floats
-        raise TaskError(
-            f"{where}: the label of {task.name} must be 0 to {len(task.labels) - 1} "
-            f"({', '.join(task.labels)}), got {label!r:.80}."
-        )
-    return Example(texts, int(label))

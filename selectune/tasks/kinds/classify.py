@@ -1,0 +1,90 @@
+"""Tasks of one or two texts: a class of several, or a score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from selectune.errors import TaskError
+from selectune.tasks.task import ANSWER, Example, Features, Head, Row, Task, numbers, padded, texts_of, to_model
+
+MAX_LABEL = 1e15
+"""Largest score of a regression, whose square still fits a float32."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One of the task's `labels` for one or two texts, by AutoModelForSequenceClassification.
+
+    Labels are numbers 0 to n - 1, and so are predictions.
+
+    >>> from selectune import tasks
+    >>> tasks.get("glue/rte").kind.name
+    'classification'
+    """
+
+    name: str = "classification"
+    batch: int = 32
+
+    def head(self, task: Task) -> Head:
+        return _head(len(task.labels), task.labels, "single_label_classification")
+
+    def example(self, task: Task, row: Row, where: str) -> Example:
+        texts, label = texts_of(task, row, where), _number(task, row, where)
+        if label not in range(len(task.labels)):  # 1.0 is 1: a table with gaps holds integers as floats
+            raise TaskError(
+                f"{where}: the label of {task.name} must be 0 to {len(task.labels) - 1} "
+                f"({', '.join(task.labels)}), got {label!r:.80}."
+            )
+        return Example(texts, int(label))
+
+    def encode(self, task: Task, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Features]:
+        columns = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length, padding=False)
+        return [{**{key: encoded[key][i] for key in encoded}, ANSWER: e.label} for i, e in enumerate(examples)]
+
+    def collate(self, tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
+        return {**padded(tokenizer, rows), "labels": numbers([row[ANSWER] for row in rows])}
+
+    def predict(self, task: Task, model: Any, tokenizer: Any, rows: Sequence[Features]) -> list[Any]:
+        return self.predicted(model(**to_model(model, padded(tokenizer, rows))).logits.float().cpu())
+
+    def predicted(self, logits: Tensor) -> list[Any]:
+        """The predictions of a batch: logits (rows, outputs) float32 -> a class or a score for each row."""
+        return logits.argmax(-1).tolist()
+
+
+@dataclass(frozen=True)
+class Regression(Classification):
+    """A score for one or two texts, by a head with one output and the squared error as its loss."""
+
+    name: str = "regression"
+
+    def head(self, task: Task) -> Head:
+        return _head(1, None, "regression")
+
+    def example(self, task: Task, row: Row, where: str) -> Example:
+        texts, label = texts_of(task, row, where), _number(task, row, where)
+        if abs(label) > MAX_LABEL:
+            raise TaskError(f"{where}: the label of {task.name} must be at most {MAX_LABEL:g}, got {label!r:.80}.")
+        return Example(texts, float(label))
+
+    def predicted(self, logits: Tensor) -> list[Any]:
+        return logits[:, 0].tolist()
+
+
+def _head(outputs: int, labels: tuple[str, ...] | None, problem_type: str) -> Head:
+    return Head("AutoModelForSequenceClassification", outputs, labels, problem_type)
+
+
+def _number(task: Task, row: Row, where: str) -> int | float:
+    label = row[task.label]
+    if isinstance(label, bool) or not isinstance(label, int | float):
+        raise TaskError(f"{where}: the label of {task.name} must be a number, got {label!r:.80}.")
+    if isinstance(label, float) and not math.isfinite(label):  # the metric of a whole run would fail on it
+        raise TaskError(f"{where}: the label of {task.name} must be finite, got {label!r}.")
+    return label

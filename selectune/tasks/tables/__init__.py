@@ -1,0 +1,4 @@
+"""The published tasks as tables, a row each: fields, metric, chance, the papers' settings and the source.
+
+glue  the GLUE tasks
+"""
