@@ -20,8 +20,8 @@ from torch import Tensor
 from selectune.method import Method
 from selectune.scope import ScopedTensor
 from selectune.scores import constant
-from selectune.train.ledger import Ledger, Snapshot
 from selectune.train.optim.contract import NewEntries
+from selectune.train.support.ledger import Ledger, Snapshot
 from selectune.train.window import Clock, scattered
 from selectune.types import Allocating, Collector, Schedule
 

@@ -18,8 +18,8 @@ from selectune.errors import OptimizerError
 from selectune.scores import random
 from selectune.train.choose.chooser import Chooser, Selection, seed_of
 from selectune.train.choose.scan import NOT_ELIGIBLE, PIECE, scan
-from selectune.train.ledger import matrix
 from selectune.train.optim.contract import NewEntries
+from selectune.train.support.positions import matrix
 from selectune.types import Allocating, Collector, DropAndGrow, Reads
 
 
@@ -108,7 +108,7 @@ class Dropping(Chooser):
             if page.watched is None:
                 continue
             flat, total = page.watched.flat, total.to(page.flat.device)
-            scores = self._eligible(self.score(tensor.parameter.detach().reshape(-1)[flat].to(total.dtype), total))
+            scores = self._eligible(self.score(self.ledger.store.read(index, flat).to(total.dtype), total))
             if scores is None:
                 self._broken.append(tensor.name)
                 continue
