@@ -128,7 +128,7 @@ class DenseThenSparse(Chooser):
                 f"({', '.join(broken[:3])}), so its changes cannot be ranked. Lower its learning rate."
             )
         quota = 0 if self.phased is None else self.phased.target(step) - ledger.selected
-        collector = self.method.select.collector(quota, [t.parameter.numel() for t in self.tensors], self.seed)
+        collector = self.method.select.collector(quota, self.sizes, self.seed)
         for tensor in self.tensors:
             change = self.kind.change(self._input(tensor.index))
             tensor.parameter.copy_(self._base.whole[tensor.name])

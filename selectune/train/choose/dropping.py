@@ -220,10 +220,10 @@ class Dropping(Chooser):
     # -- dropping and growing
 
     def _allocated(self, counts: Sequence[int]) -> Collector:
-        select, sizes = self.method.select, [t.parameter.numel() for t in self.tensors]
+        select = self.method.select
         if not isinstance(select, Allocating):  # Method has refused it
-            return select.collector(sum(counts), sizes, self.seed)
-        return select.per_tensor(counts, sizes, self.seed)
+            return select.collector(sum(counts), self.sizes, self.seed)
+        return select.per_tensor(counts, self.sizes, self.seed)
 
     def _counts(self, step: int) -> list[int]:
         """How many entries every tensor drops and grows."""

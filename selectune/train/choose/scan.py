@@ -77,7 +77,7 @@ def scan(
 
 def queues(tensor: ScopedTensor, collector: Collector) -> bool:
     """Whether the tensor is on a GPU and the collector can take its scores without making the host wait."""
-    return tensor.parameter.device.type == "cuda" and isinstance(collector, Queueing)
+    return tensor.weight.device.type == "cuda" and isinstance(collector, Queueing)
 
 
 def scan_queued(
@@ -210,14 +210,14 @@ def _flat(tensor: Tensor | None, rows: Tensor | None = None) -> Any:
 
 def barred_entries(tensor: ScopedTensor, taken: Tensor | None, rows: Tensor | None = None) -> Tensor:
     """Positions that may not be chosen, ascending: in the tensor, or in the block of rows."""
-    device = tensor.parameter.device
-    parts = [torch.arange(tensor.padding.start, tensor.padding.stop, device=device)]
+    weight = tensor.weight
+    parts = [torch.arange(tensor.padding.start, tensor.padding.stop, device=weight.device)]
     if taken is not None:
         parts.append(taken)
     barred = parts[0] if taken is None else torch.sort(torch.cat(parts)).values
     if rows is None or barred.numel() == 0 or rows.numel() == 0:
         return barred if rows is None else barred[:0]
-    width = tensor.parameter.shape[-1]
+    width = weight.shape[-1]
     at = torch.searchsorted(rows, barred // width).clamp_(max=rows.numel() - 1)
     known = rows[at] == barred // width
     return at[known] * width + barred[known] % width
