@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune.errors import ScopeError
+from selectune.internals import without_dispatch
 
 log = logging.getLogger("selectune")
 OWN = "selectune_"  # prefix of all parameters that a tuner puts on a model
@@ -127,6 +128,12 @@ class ScopedTensor:
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter's numbers, as a plain tensor over the same memory, whose use is not seen by a tuner."""
+        with without_dispatch():
+            return self.parameter.detach()
 
     @property
     def eligible(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selectune import plugins
 from selectune.adapters import KINDS, LINEARS, Spec, linears, make, parse, put_on, two_rates
 from selectune.bench.workload import Bench, input_gradients
 from selectune.errors import ConfigError, ModelError, did_you_mean
@@ -83,7 +84,8 @@ def is_ours(name: str) -> bool:
 
 
 def check(name: str) -> None:
-    """Raises ConfigError for a method that cannot be set up."""
+    """Loads the plug-in that offers a method, if one does; raises ConfigError for a method that cannot be set up."""
+    plugins.want_method(base_of(name))
     if is_ours(name):
         head, on = parts(name)
         named(head)

@@ -45,6 +45,7 @@ class Settings:
     timeout: float = 900.0  # seconds for one answer of a worker
     threads: int | None = None
     live: bool = True  # also measure memory without the C library's free lists (CPU, Linux)
+    plugin: tuple[str, ...] = ()  # Python files with methods, which workers read too
     peers: str | None = None  # a Python file with further peers (`methods.join`), which workers read too
 
     def __post_init__(self) -> None:
@@ -96,7 +97,10 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, encoding="utf-8",
             env={**os.environ, **(env or {})},
         )  # fmt: skip
-        self.ask(do="warm", method=method, bench=asdict(settings.bench), threads=settings.threads, peers=settings.peers)
+        self.ask(
+            do="warm", method=method, bench=asdict(settings.bench), threads=settings.threads, plugin=settings.plugin,
+            peers=settings.peers,
+        )  # fmt: skip
 
     def load(self, planned: int) -> Worker:
         """Builds the model and sets up the method on it, for `planned` steps."""

@@ -24,7 +24,8 @@ from selectune.internals import TorchDispatchMode, fake_mode, fake_of, tree_iter
 from selectune.scope import Found
 from selectune.train.graph.nodes import Link
 from selectune.train.graph.taps import Taps
-from selectune.train.ledger import Ledger, Page, Spots
+from selectune.train.support.ledger import Ledger
+from selectune.train.support.pages import Page, Spots
 
 Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 aten = torch.ops.aten
@@ -148,7 +149,7 @@ def trace(
         for tensor in found.whole:
             tensor.parameter.requires_grad_(True)
         ledger = _ledger(found, budget, watches)
-        base = [t.parameter.detach().clone() for t in found.tensors if copies]
+        base = [t.weight.clone() for t in found.tensors if copies]
         trained = [*([ledger.offsets] if budget else []), *(t.parameter for t in found.whole)]
         stepping = _begun(optimizer, trained)
         kept = storages.now
@@ -183,7 +184,7 @@ def _ledger(found: Found, budget: int, watches: bool) -> Ledger:
         count = budget * (done + tensor.eligible) // found.eligible - budget * done // found.eligible
         done += tensor.eligible
         flat, slot = (torch.empty(count, dtype=torch.int64) for _ in range(2))
-        base = tensor.parameter.detach().new_empty(count)
+        base = tensor.weight.new_empty(count)
         watched = Spots(torch.empty_like(flat)) if watches else None
         ledger.pages[tensor.index] = Page(flat, slot, base, flat[:0], base[:0], watched=watched)
     return ledger

@@ -1,6 +1,6 @@
 """The process in which one method is measured. It reads a JSON command from each line and answers with a line.
 
-{"do": "warm", "method": ..., "bench": {...}, "threads": n, "peers": path}
+{"do": "warm", "method": ..., "bench": {...}, "threads": n, "plugin": [...], "peers": path}
 {"do": "load", "method": ..., "bench": {...}, "budget": ..., "steps": T}
 {"do": "steps", "count": k}
 {"do": "save"}
@@ -21,6 +21,7 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
+from selectune import plugins
 from selectune.bench import methods
 from selectune.bench.meter import MIB, Memory, copy_seconds, wait
 from selectune.bench.workload import Bench, batches, config_of, loss_of, prepare
@@ -139,7 +140,9 @@ def answer(state: dict[str, Measured], command: dict[str, Any]) -> dict[str, Any
     if command["do"] == "warm":
         if command["threads"]:
             torch.set_num_threads(command["threads"])
+        plugins.add_files(command.get("plugin", ()))
         methods.join(command.get("peers"))
+        methods.check(command["method"])
         methods.needs(command["method"])
         rehearse(command["method"], Bench(**command["bench"]))
         return {}

@@ -5,12 +5,11 @@ engine      the parts of one attached tuner, and how they are put on a model
 step        one optimizer step, from forward to commit: the algorithm
 tracker     finds out when forwards, backward passes and steps happen
 window      what makes one optimizer step, and what happened to its gradient since backward
-ledger      which entry is trained in which slot, and its base value
 step_hooks  torch's step hooks: which optimizer steps, and when
-proof       checksums and copies of the base: nothing outside the support moved
 check       compares the engine's gradients with plain autograd's on one small batch
 ranks       refuses more than one process
 
+support/    what is trained: entries, offsets, base values; the proof that nothing else moved
 graph/      how every use of a weight is seen, and the autograd nodes that it becomes
 choose/     which entries are trained: choosers, scores over tensors, calibration, dense phases
 optim/      our own optimizers, and what an optimizer may ask of the engine
@@ -22,8 +21,8 @@ from selectune.train.check import Check, same_chance
 from selectune.train.graph.copies import strip
 from selectune.train.optim.adamw import SparseAdamW
 from selectune.train.optim.sm3 import SparseSM3
-from selectune.train.proof import Verification
 from selectune.train.saved.state import STATE_FILE, read_state, write_state
+from selectune.train.support.proof import Verification
 
 __all__ = [
     "STATE_FILE", "Check", "SparseAdamW", "SparseSM3", "Tuner", "Verification", "attach", "read_state", "same_chance",

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from selectune.delta import Delta
 from selectune.errors import ConfigError, DetachedError, IntegrityError
 from selectune.method import Method
-from selectune.train import proof, ranks
+from selectune.train import ranks
 from selectune.train.check import Check, check
 from selectune.train.choose.calibrate import Batches, Loss
 from selectune.train.engine import assemble
 from selectune.train.graph import copies
-from selectune.train.proof import Verification
 from selectune.train.saved import state, to_delta
+from selectune.train.support.proof import Verification, overwritten
 
 log = logging.getLogger("selectune")
 
@@ -203,7 +203,7 @@ class Tuner:
         if not self.in_dense_phase:
             strays = ledger.strays() if engine.tracker.current else []
             if strays:
-                raise IntegrityError(proof.overwritten(strays))
+                raise IntegrityError(overwritten(strays))
             engine.tracker.write_weights()
         base.check(self.model, ledger)
         changed = 0 if self.in_dense_phase else ledger.changed()

@@ -20,7 +20,8 @@ from selectune.scope import VALUES, ScopedTensor
 from selectune.train.engine import Engine
 from selectune.train.graph.nodes import Link
 from selectune.train.graph.weights import follow, let_go
-from selectune.train.ledger import Ledger, Page
+from selectune.train.support.ledger import Ledger
+from selectune.train.support.pages import Page
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}  # relative to the norm of a tensor's gradient; halves: 0.1
 NOTHING = 1e-6  # relative to the norm of all gradients: below that a tensor's gradient is rounding

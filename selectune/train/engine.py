@@ -18,9 +18,9 @@ from selectune.train.choose.dropping import Dropping
 from selectune.train.choose.growing import Afresh, Growing
 from selectune.train.choose.scan import check_score, warn_of_zeros
 from selectune.train.graph import copies
-from selectune.train.ledger import Ledger
-from selectune.train.proof import BaseCopy
 from selectune.train.step_hooks import StepHooks
+from selectune.train.support.ledger import Ledger
+from selectune.train.support.proof import BaseCopy
 from selectune.train.tracker import Tracker
 from selectune.types import DropAndGrow, Schedule
 

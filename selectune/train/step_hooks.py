@@ -14,9 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from selectune.errors import OptimizerError
 from selectune.frames import Call
 from selectune.train.choose.dense_phase import DenseThenSparse
-from selectune.train.ledger import LedgerPositions
 from selectune.train.optim.contract import Factored, Inheriting, Placed
 from selectune.train.optim.holders import held
+from selectune.train.support.positions import LedgerPositions
 from selectune.train.tracker import Tracker
 from selectune.types import Reads
 

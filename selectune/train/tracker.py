@@ -22,9 +22,9 @@ from selectune.train.choose.chooser import Chooser
 from selectune.train.graph.nodes import Link
 from selectune.train.graph.own_hooks import weakly
 from selectune.train.graph.taps import Taps
-from selectune.train.ledger import Page
 from selectune.train.optim.holders import Holders
 from selectune.train.step import Step
+from selectune.train.support.pages import Page
 from selectune.train.window import PenaltyWatch, Window, scale_between
 
 log = logging.getLogger("selectune")

@@ -14,7 +14,7 @@ from selectune.bits import wide
 from selectune.frames import Call
 from selectune.scope import ScopedTensor
 from selectune.train.graph.own_hooks import weakly
-from selectune.train.ledger import Snapshot
+from selectune.train.support.ledger import Snapshot
 
 log = logging.getLogger("selectune")
 

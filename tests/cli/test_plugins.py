@@ -12,6 +12,8 @@ import pytest
 from cli_kit import call
 
 from selectune import plugins, tasks
+from selectune.bench.worker import answer
+from selectune.bench.workload import Bench
 from selectune.errors import ConfigError, PluginError
 from selectune.models.restore import Source, evaluate_delta
 from selectune.recipes import RECIPES
@@ -124,6 +126,22 @@ def test_a_run_of_a_file(file, tiny, tmp_path):
     assert (again["config"]["plugin"], again["value"]) == ([str(file)], printed["value"])
 
 
+def test_plan_and_bench_take_what_train_takes(file):
+    args = ("--model", "tiny", "--budget", 40, "--batch", 2, "--length", 8, "--plugin", file)
+    assert json.loads(call("plan", "--method", "taylor-steps:every=2", *args, "--json").stdout)["trained"] == 40
+    once = ("--steps", 1, "--rounds", 1, "--processes", "fresh", "--no-live", "--json", "-")
+    (row,) = json.loads(call("bench", "--methods", "taylor-steps:every=2", *args, *once).stdout)["rows"]
+    assert (row["method"], row["error"]) == ("taylor-steps:every=2", None)
+
+
+def test_a_worker_of_bench_loads_a_package(package):
+    package(FILE, ENTRIES)
+    bench = dataclasses.asdict(Bench("tiny", 2, 8))
+    command = {"do": "warm", "threads": None, "method": "taylor-steps:every=2", "bench": bench, "plugin": []}
+    assert answer({}, command) == {}
+    assert plugins.source_of(plugins.METHODS, "taylor-steps") == plugins.Plugin("acme", "1.2")
+
+
 def test_a_package(package, tiny, tmp_path):
     package(FILE, ENTRIES)
     assert "acme_code" not in sys.modules
@@ -152,6 +170,8 @@ def test_a_broken_package_stops_what_needs_it_alone(package, tmp_path):
         (*train, "-t", "acme/animals"),
         ("eval", "-m", "x", "-t", "acme/animals"),
         ("methods", "taylor-steps"),
+        ("plan", "-m", "tiny", "--method", "taylor-steps"),
+        ("bench", "-m", "tiny", "--methods", "full,taylor-steps"),
     ):
         found = call(*args, code=1)
         assert found.stderr == f"error: {why}\n"

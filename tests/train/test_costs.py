@@ -11,9 +11,9 @@ from torch import nn
 import selectune as st
 from selectune import ops
 from selectune.bench.trace import Storages
-from selectune.train import ledger
 from selectune.train.choose import growing, scan
 from selectune.train.graph import nodes
+from selectune.train.support import store
 
 WIDTH = 64
 DENSE = WIDTH * WIDTH * 4  # bytes of one layer's gradient
@@ -103,4 +103,4 @@ def test_one_dense_gradient_is_alive_at_a_time():
 
 
 def test_names_that_are_counted_exist():
-    assert nodes.ops is ledger.ops is scan.ops is ops
+    assert nodes.ops is store.ops is scan.ops is ops

@@ -13,7 +13,7 @@ from torch import nn
 import selectune as st
 from selectune.ops import bits
 from selectune.scope import ScopedTensor
-from selectune.train.ledger import Ledger
+from selectune.train.support.ledger import Ledger
 
 X = torch.randn(8, 5, 8, generator=torch.Generator().manual_seed(0))
 

@@ -94,7 +94,7 @@ def test_every_step_selects_what_float64_says(way, monkeypatch):
     seen, real = {}, products.scan_product
 
     def scan(collector, score, tensor, taken, factors):
-        weight = tensor.parameter.detach().double()
+        weight = tensor.weight.double()
         scores = (factors.dy.double().mT @ factors.x.double()).abs() / (weight.abs() + 1.0) ** 2
         if taken is not None:
             scores.view(-1)[taken] = -1.0

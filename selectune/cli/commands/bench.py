@@ -11,6 +11,7 @@ import typer
 from selectune.bench.configs import CONFIGS
 from selectune.cli import values
 from selectune.cli.exits import FAILED
+from selectune.cli.options import Plugins
 from selectune.cli.output import stderr, working
 from selectune.errors import ConfigError
 
@@ -58,23 +59,30 @@ def bench(
         typer.Option("--live/--no-live", help="Also measure memory without what the C library keeps (CPU)."),
     ] = True,
     timeout: Annotated[float, typer.Option(help="Seconds after which a method without an answer has failed.")] = 900.0,
+    plugin: Plugins = None,
     out: Annotated[
         str | None, typer.Option("--json", help="Write the rows as JSON to this file; - is stdout.", show_default=False)
     ] = None,
 ) -> None:
     """Measure seconds of a step, peak memory and shipped bytes of methods side by side, on random weights."""
+    from selectune import plugins
     from selectune.bench import table
-    from selectune.bench.methods import DENSE, FLOOR, is_ours
+    from selectune.bench.methods import DENSE, FLOOR, base_of, is_ours
     from selectune.bench.rounds import Settings
     from selectune.bench.rows import run
     from selectune.bench.workload import Bench
     from selectune.spec import names as names_of
 
-    names = tuple(name if on is None or not is_ours(name) else f"{name}+{on}" for name in names_of(methods))
+    plugins.add_files(plugin or ())
+    names = names_of(methods)
+    for name in names:
+        plugins.want_method(base_of(name))
+    names = tuple(name if on is None or not is_ours(name) else f"{name}+{on}" for name in names)
     if out is not None and out != "-" and not Path(out).resolve().parent.is_dir():
         raise ConfigError(f"--json {out}: the folder {Path(out).resolve().parent} does not exist.")
     what = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device, seed)
-    settings = Settings(what, names, values.budget(budget), steps, rounds, processes, timeout, threads, live)
+    count, files = values.budget(budget), tuple(plugin or ())
+    settings = Settings(what, names, count, steps, rounds, processes, timeout, threads, live, files)
     console = stderr()
     with working():
         report = run(settings, lambda text: console.print(text, style="dim", markup=False))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from selectune.cli import values
-from selectune.cli.options import Json
+from selectune.cli.options import Json, Plugins
 from selectune.cli.output import result, working
 
 EXAMPLES = (
@@ -39,14 +39,17 @@ def plan(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in backward.")] = False,
     optimizer: Annotated[str, typer.Option(help="Optimizer: adamw, adam, sgd or momentum.")] = "adamw",
     device: Annotated[str, typer.Option(help="cpu or cuda: where the run will be. Neither is used here.")] = "cpu",
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Predict a run's peak memory, delta size and update counts from the model's config. No weights are needed."""
+    from selectune import plugins
     from selectune.bench.estimate import plan as predict
     from selectune.bench.table import planned
     from selectune.bench.workload import Bench
 
     with working():
+        plugins.add_files(plugin or ())
         bench = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device)
         found = asdict(predict(bench, method, values.budget_or_adapter(budget), steps, optimizer, on))
     result(as_json, found, planned(found))

@@ -195,7 +195,7 @@ class _Reading:
         return [kept[i] for i in sorted(order[: int(hardest)])]
 
     def _score(self, tensor: ScopedTensor, gradient: Tensor) -> Tensor:
-        weight = tensor.parameter.detach().to(gradient.dtype)
+        weight = tensor.weight.to(gradient.dtype)
         return self.score(weight.reshape(-1), gradient.reshape(-1)).reshape(weight.shape)
 
     def _loss_of(self, model: nn.Module, batch: Any) -> Tensor:
@@ -257,7 +257,7 @@ def opened(batches: Batches) -> Iterator[Any]:
 
 
 def _weight(tensor: ScopedTensor) -> Tensor:
-    return tensor.parameter.detach().to(_wide(tensor))
+    return tensor.weight.to(_wide(tensor))
 
 
 def _wide(tensor: ScopedTensor) -> torch.dtype:

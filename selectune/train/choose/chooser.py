@@ -20,8 +20,8 @@ from torch import Tensor
 from selectune.method import Method
 from selectune.scope import ScopedTensor
 from selectune.scores import constant
-from selectune.train.ledger import Ledger, Snapshot
 from selectune.train.optim.contract import NewEntries
+from selectune.train.support.ledger import Ledger, Snapshot
 from selectune.train.window import Clock, scattered
 from selectune.types import Allocating, Collector, Schedule
 
@@ -51,6 +51,7 @@ class Chooser:
         self.method, self.schedule, self.ledger, self.seed = method, schedule, ledger, seed
         self.rescore = rescore  # gives calibrated scores at the present weights
         self.tensors, self.score = ledger.tensors, method.score or constant()
+        self.sizes = [tensor.weight.numel() for tensor in self.tensors]
         self.clock = Clock()
         self.events: Counter[str] = Counter()
         self.beyond_rows: set[int] = set()  # tensors used in other ways than looking up rows: their padding row counts
@@ -149,27 +150,30 @@ class Chooser:
 
     def collector(self, quota: int) -> Collector:
         """A collector of `quota` entries; one that allocates completes every tensor's share of the support."""
-        select, sizes = self.method.select, [t.parameter.numel() for t in self.tensors]
+        select = self.method.select
         if not isinstance(select, Allocating):
-            return select.collector(quota, sizes, self.seed)
+            return select.collector(quota, self.sizes, self.seed)
         held = [0 if self._taken(t.index) is None else self.ledger.pages[t.index].flat.numel() for t in self.tensors]
         shares = select.allocate(sum(held) + quota, [t.eligible for t in self.tensors])
         counts = [max(0, share - has) for share, has in zip(shares, held, strict=True)]
         for j in reversed(range(len(counts))):  # shares may shrink by one where others grow
             counts[j] -= min(counts[j], max(0, sum(counts) - quota))
-        return select.per_tensor(counts, sizes, self.seed)
+        return select.per_tensor(counts, self.sizes, self.seed)
 
     def _taken(self, index: int) -> Tensor | None:
         """Flat indices (ascending) of a tensor that may not be chosen."""
         return self.ledger.pages[index].flat
 
+    def reached(self, index: int) -> ScopedTensor:
+        """A tensor, whose padding row may be chosen if it gets gradients too."""
+        tensor = self.tensors[index]
+        return replace(tensor, padding=range(0)) if tensor.padding and index in self.beyond_rows else tensor
+
     def scannable(
         self, index: int, gradient: Tensor, rows: Tensor | None
     ) -> tuple[ScopedTensor, Tensor, Tensor | None]:
         """A tensor, its gradient and the rows of it that are not 0, as `scan` takes them."""
-        tensor = self.tensors[index]
-        if tensor.padding and index in self.beyond_rows:
-            tensor = replace(tensor, padding=range(0))  # the padding row gets gradients too
+        tensor = self.reached(index)
         if rows is not None and self.score.above is None:
             gradient, rows = scattered(gradient, rows, tensor), None  # entries of gradient 0 may be chosen
         return tensor, gradient, rows

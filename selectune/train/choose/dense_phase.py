@@ -26,7 +26,7 @@ from selectune.scope import OWN, Found
 from selectune.seeds import Stream, mixed
 from selectune.train.choose.chooser import Chooser
 from selectune.train.choose.scan import scan
-from selectune.train.proof import BaseCopy
+from selectune.train.support.proof import BaseCopy
 from selectune.types import Phased
 
 log = logging.getLogger("selectune")
@@ -100,11 +100,11 @@ class DenseThenSparse(Chooser):
         self.dense, self._pulled = True, False
         self.ledger.offsets.grad = None
         self._base.hold(self.tensors, self.ledger)
-        self._before = [] if self.kind.found else [t.parameter.detach().clone() for t in self._heads]
+        self._before = [] if self.kind.found else [t.weight.clone() for t in self._heads]
         for index, (tensor, latents) in enumerate(zip(self.tensors, self.latents, strict=True)):
             tensor.parameter.requires_grad_(True)
             if latents[0] is not tensor.parameter:
-                begun = self.kind.start(_widened(tensor.parameter.detach()))
+                begun = self.kind.start(_widened(tensor.weight))
                 for name, latent, start in zip(self.kind.latents, latents, begun, strict=True):
                     latent.data = start
                     self._carrier.register_parameter(f"{OWN}{name}_{index}", latent)
@@ -128,7 +128,7 @@ class DenseThenSparse(Chooser):
                 f"({', '.join(broken[:3])}), so its changes cannot be ranked. Lower its learning rate."
             )
         quota = 0 if self.phased is None else self.phased.target(step) - ledger.selected
-        collector = self.method.select.collector(quota, [t.parameter.numel() for t in self.tensors], self.seed)
+        collector = self.method.select.collector(quota, self.sizes, self.seed)
         for tensor in self.tensors:
             change = self.kind.change(self._input(tensor.index))
             tensor.parameter.copy_(self._base.whole[tensor.name])
@@ -197,7 +197,7 @@ class DenseThenSparse(Chooser):
     @torch.no_grad()
     def write_weights(self) -> None:
         for tensor, latents in zip(self.tensors, self.latents, strict=True):
-            weight = tensor.parameter.detach()
+            weight = tensor.weight
             if latents[0] is tensor.parameter:
                 continue
             value = self.kind.weight(self._input(tensor.index, weight if weight.dtype in WIDE else None))
@@ -292,7 +292,7 @@ class DenseThenSparse(Chooser):
     def weights_changed(self) -> None:
         """Sets the latents to the loaded weights if they can be computed from them."""
         for tensor, latents in zip(self.tensors, self.latents, strict=True):
-            weight, latent = tensor.parameter.detach(), latents[0].detach()
+            weight, latent = tensor.weight, latents[0].detach()
             if latents[0] is tensor.parameter:
                 continue
             expected = self.kind.weight(self._input(tensor.index)).to(weight)

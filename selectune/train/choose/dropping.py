@@ -18,8 +18,8 @@ from selectune.errors import OptimizerError
 from selectune.scores import random
 from selectune.train.choose.chooser import Chooser, Selection, seed_of
 from selectune.train.choose.scan import NOT_ELIGIBLE, PIECE, scan
-from selectune.train.ledger import matrix
 from selectune.train.optim.contract import NewEntries
+from selectune.train.support.positions import matrix
 from selectune.types import Allocating, Collector, DropAndGrow, Reads
 
 
@@ -108,7 +108,7 @@ class Dropping(Chooser):
             if page.watched is None:
                 continue
             flat, total = page.watched.flat, total.to(page.flat.device)
-            scores = self._eligible(self.score(tensor.parameter.detach().reshape(-1)[flat].to(total.dtype), total))
+            scores = self._eligible(self.score(self.ledger.store.read(index, flat).to(total.dtype), total))
             if scores is None:
                 self._broken.append(tensor.name)
                 continue
@@ -220,10 +220,10 @@ class Dropping(Chooser):
     # -- dropping and growing
 
     def _allocated(self, counts: Sequence[int]) -> Collector:
-        select, sizes = self.method.select, [t.parameter.numel() for t in self.tensors]
+        select = self.method.select
         if not isinstance(select, Allocating):  # Method has refused it
-            return select.collector(sum(counts), sizes, self.seed)
-        return select.per_tensor(counts, sizes, self.seed)
+            return select.collector(sum(counts), self.sizes, self.seed)
+        return select.per_tensor(counts, self.sizes, self.seed)
 
     def _counts(self, step: int) -> list[int]:
         """How many entries every tensor drops and grows."""

@@ -102,7 +102,7 @@ class Growing(Chooser):
     def offer_factors(self, step: int, index: int, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
         if self._collector is None:
             self._collector = self.collector(self.quota(step))
-        collector, tensor = self._collector, self.scannable(index, dy, None)[0]
+        collector, tensor = self._collector, self.reached(index)
         if not isinstance(collector, GlobalCollector) or not canonical(collector, self.score, tensor, dy, x):
             return False, None
         return scan_product(collector, self.score, tensor, self._taken(index), Factors(dy, x))

@@ -45,7 +45,7 @@ def scan(
     A score that `ops` can filter takes one pass as soon as the collector has a cutoff. The pieces double as the
     cutoff improves, so that each has about as many candidates as the quota.
     """
-    weight = tensor.parameter.detach()
+    weight = tensor.weight
     w, g, known = _flat(weight, rows), _flat(gradient), _flat(known)
     barred = barred_entries(tensor, taken, rows)
     filtered = known is None and w.numel() > SMALL and _has_one_pass(score)
@@ -77,7 +77,7 @@ def scan(
 
 def queues(tensor: ScopedTensor, collector: Collector) -> bool:
     """Whether the tensor is on a GPU and the collector can take its scores without making the host wait."""
-    return tensor.parameter.device.type == "cuda" and isinstance(collector, Queueing)
+    return tensor.weight.device.type == "cuda" and isinstance(collector, Queueing)
 
 
 def scan_queued(
@@ -89,7 +89,7 @@ def scan_queued(
     rows: Tensor | None = None,
 ) -> Tensor:
     """As `scan` with a gradient, but the host does not wait: whether all scores are finite, bool (), is read later."""
-    weight = tensor.parameter.detach()
+    weight = tensor.weight
     w, g = _flat(weight, rows), _flat(gradient)
     barred, width = barred_entries(tensor, taken, None), weight.shape[-1] if weight.ndim else 1
     wide = bits.wide(w.dtype)
@@ -166,7 +166,7 @@ def check_score(score: Score, tensors: Sequence[ScopedTensor]) -> None:
         return
     exp, eps = float(score.parameters["exp"]), float(score.parameters["eps"])
     for tensor in tensors:
-        weight = tensor.parameter.detach()
+        weight = tensor.weight
         if not weight.numel():
             continue
         info = torch.finfo(bits.wide(weight.dtype))
@@ -186,7 +186,7 @@ def warn_of_zeros(method: Method, tensors: Sequence[ScopedTensor], budget: int) 
     if score is None or score.reads is not Reads.WEIGHT or getattr(method.select, "tie", "") != "order":
         return
     zero_wins = bool(torch.diff(score(torch.tensor([0.0, 1.0]))) < 0)
-    weights = [t.parameter.detach().reshape(-1) for t in tensors] if zero_wins else []
+    weights = [t.weight.reshape(-1) for t in tensors] if zero_wins else []
     zeros = sum(ops.small_filter(w, 0.0)[0].numel() for w in weights if _has_zeros(w))
     if zeros > budget:
         log.warning(
@@ -210,14 +210,14 @@ def _flat(tensor: Tensor | None, rows: Tensor | None = None) -> Any:
 
 def barred_entries(tensor: ScopedTensor, taken: Tensor | None, rows: Tensor | None = None) -> Tensor:
     """Positions that may not be chosen, ascending: in the tensor, or in the block of rows."""
-    device = tensor.parameter.device
-    parts = [torch.arange(tensor.padding.start, tensor.padding.stop, device=device)]
+    weight = tensor.weight
+    parts = [torch.arange(tensor.padding.start, tensor.padding.stop, device=weight.device)]
     if taken is not None:
         parts.append(taken)
     barred = parts[0] if taken is None else torch.sort(torch.cat(parts)).values
     if rows is None or barred.numel() == 0 or rows.numel() == 0:
         return barred if rows is None else barred[:0]
-    width = tensor.parameter.shape[-1]
+    width = weight.shape[-1]
     at = torch.searchsorted(rows, barred // width).clamp_(max=rows.numel() - 1)
     known = rows[at] == barred // width
     return at[known] * width + barred[known] % width

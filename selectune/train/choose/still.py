@@ -63,7 +63,7 @@ def absolute(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def drawn(tensors: Sequence[ScopedTensor], std: float, seed: int) -> Iterator[None]:
     """Fills matrices that are all 0 with seeded draws from N(0, std^2) for a while; vectors (biases) stay 0."""
-    empty = [t.parameter.detach() for t in tensors if t.parameter.ndim >= 2 and not bool(t.parameter.any())]
+    empty = [t.weight for t in tensors if t.parameter.ndim >= 2 and not bool(t.parameter.any())]
     olds = [weight.clone() for weight in empty]
     generator = torch.Generator().manual_seed(seed)
     try:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from selectune import bits, ops
 from selectune.internals import saved_tensors_are_hooked
 from selectune.train.graph.recompute import forget, rebuilt, source
-from selectune.train.ledger import Page, Spots
+from selectune.train.support.pages import Page, Spots
 
 
 class Listener(Protocol):

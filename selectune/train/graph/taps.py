@@ -20,7 +20,7 @@ from selectune.train.graph import functions, sparse
 from selectune.train.graph.nodes import Link, Listener, Reach, SplitOffsets
 from selectune.train.graph.own_hooks import Own
 from selectune.train.graph.weights import Use, follow, let_go
-from selectune.train.ledger import Page
+from selectune.train.support.pages import Page
 
 log = logging.getLogger("selectune")
 UNKNOWN = 1 << 60  # uses: more than will ever be counted down
@@ -189,7 +189,7 @@ class Taps:
             pieces = SplitOffsets.apply(self.offsets, [page for page, _ in pages], self.follower)
         self._spare = pieces[0] if pieces else None
         return [
-            Use(self._link(t, page, piece), t.parameter.detach(), piece, self.beyond_rows)
+            Use(self._link(t, page, piece), t.weight, piece, self.beyond_rows)
             if needed or not self.skip_unneeded
             else None
             for t, piece, (page, needed) in zip(self.tensors, pieces, pages, strict=True)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from selectune import bits
 from selectune.errors import ConfigError
-from selectune.train.ledger import matrix
 from selectune.train.optim.contract import NewEntries, Positions
 from selectune.train.optim.stepping import Stepping
+from selectune.train.support.positions import matrix
 
 
 class SparseSM3(Stepping):

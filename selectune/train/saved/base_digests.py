@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from selectune import ops
 from selectune.delta import base_info, canonical_name, digest_bits, inventory
 from selectune.delta.file.fingerprint import Entry, all_digests
-from selectune.train.ledger import Ledger
-from selectune.train.proof import BaseCopy
+from selectune.train.support.ledger import Ledger
+from selectune.train.support.proof import BaseCopy
 
 
 def base_of(
@@ -48,11 +47,9 @@ def _values(ledger: Ledger, before: BaseCopy, find: Mapping[str, Entry]) -> Any:
         if entry.name in whole:
             return whole[entry.name]
         tensor = scoped.get(entry.name)
-        flat, base = (None, None) if tensor is None else ledger.pages[tensor.index].touched()
-        if flat is None or base is None or not flat.numel():
+        page = None if tensor is None else ledger.pages[tensor.index]
+        if tensor is None or page is None or not page.touched()[0].numel():
             return entry.tensor.detach()
-        copy = entry.tensor.detach().clone()
-        ops.scatter_entries(copy, flat, base)
-        return copy
+        return ledger.store.base(tensor.index, page)
 
     return value

@@ -15,9 +15,9 @@ from selectune.delta.file.fingerprint import never_loaded
 from selectune.errors import BaseMismatchError, ConfigError, SelectuneError
 from selectune.scope import ScopedTensor
 from selectune.train.engine import Engine
-from selectune.train.ledger import Ledger
 from selectune.train.saved.checked_choices import EVENTS, check_choices
 from selectune.train.saved.forms import ascends, fits, need, unpacked
+from selectune.train.support.ledger import Ledger
 
 VERSION = 3
 _INFO = {"version", "run", "step", "reached", "restarted", "events", "chooser", "phase"}
@@ -211,7 +211,7 @@ def _base_at(engine: Engine, tensor: ScopedTensor, flat: Tensor) -> Tensor:
     """The base values of entries, wherever they are kept now."""
     if tensor.name in engine.base.whole:
         return ops.gather_entries(engine.base.held(tensor), flat)
-    values = ops.gather_entries(tensor.parameter.detach(), flat)
+    values = engine.ledger.store.read(tensor.index, flat)
     touched, base = engine.ledger.pages[tensor.index].touched()
     if touched.numel():
         at = torch.searchsorted(touched, flat).clamp_(max=touched.numel() - 1)
@@ -247,7 +247,7 @@ def _latents(engine: Engine) -> list[list[Tensor]]:
         return [[latent.detach() for latent in group] for group in phase.latents]
     forms = []
     for tensor, latents in zip(phase.tensors, phase.latents, strict=True):
-        weight = tensor.parameter.detach()
+        weight = tensor.weight
         if latents[0] is tensor.parameter:
             forms.append([weight])
             continue

@@ -13,8 +13,8 @@ from selectune.train.choose.chooser import Chooser
 from selectune.train.choose.dropping import Dropping
 from selectune.train.choose.growing import Afresh, Growing
 from selectune.train.engine import Engine
-from selectune.train.ledger import LedgerPositions
 from selectune.train.saved.forms import ascends, fits, need
+from selectune.train.support.positions import LedgerPositions
 from selectune.types import Phased, Reads, Schedule
 
 EVENTS = ("skipped_steps", "broken_windows", "short_windows", "nonfinite_selections", "shortfall", "zero_scores")

@@ -13,16 +13,15 @@ import torch
 from safetensors import torch as files
 from torch import Tensor
 
-from selectune import ops
 from selectune.bits import DTYPES
 from selectune.delta import digest_bits
 from selectune.errors import DeltaError, DeltaFormatError, TunerError
 from selectune.files import read_owned, write_durably
 from selectune.files.reading import NotPlain, plain, short
 from selectune.train.engine import Engine
-from selectune.train.ledger import Page
 from selectune.train.saved.checked import PAGE, VERSION, checked, starts_elsewhere
 from selectune.train.saved.forms import own, packed
+from selectune.train.support.pages import Page
 
 STATE_FILE = "tuner.safetensors"
 """Name of a state's file in a checkpoint."""
@@ -44,8 +43,7 @@ def state_of(engine: Engine) -> dict[str, Any]:
     for tensor, page in zip(ledger.tensors, ledger.pages, strict=True):
         for part in PAGE:
             tensors[f"page.{tensor.index}.{part}"] = own(getattr(page, part))
-        now = ops.gather_entries(tensor.parameter.detach(), page.retired)
-        tensors[f"page.{tensor.index}.retired_now"] = own(now)
+        tensors[f"page.{tensor.index}.retired_now"] = own(ledger.store.read(tensor.index, page.retired))
     tensors |= {f"whole.{t.name}": own(t.parameter) for t in engine.found.whole}
     tensors |= {f"buffer.{n}": own(b) for n, b in engine.model.named_buffers() if n in engine.base.buffers}
     info = {
@@ -160,8 +158,7 @@ def load_into(engine: Engine, state: Mapping[str, Any]) -> None:
         flat, slot, base, *retired = (own(tensors[f"page.{tensor.index}.{part}"]) for part in PAGE)
         page = Page(flat, slot, base, retired[0], retired[1]).to(tensor.parameter.device, ledger.offsets.device)
         ledger.pages[tensor.index] = page
-        now = tensors[f"page.{tensor.index}.retired_now"]
-        ops.scatter_entries(tensor.parameter.detach(), page.retired, now.to(tensor.parameter.device))
+        ledger.store.write(tensor.index, page.retired, tensors[f"page.{tensor.index}.retired_now"])
     ledger.changes += 1  # copies made of the pages are stale
     ledger.offsets.copy_(tensors["offsets"])
     ledger.start.copy_(tensors["start"])

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selectune import ops
 from selectune.delta import Delta, Dense, Patch, adapter_of, canonical_name, digest_bits, model_info, versions
 from selectune.errors import ConfigError, NonFiniteError, NothingTrainedError, ScopeError
 from selectune.scope import ScopedTensor
 from selectune.train.engine import Engine
-from selectune.train.ledger import Ledger
-from selectune.train.proof import same
 from selectune.train.saved.base_digests import base_of
+from selectune.train.support.ledger import Ledger
+from selectune.train.support.proof import same
 
 log = logging.getLogger("selectune")
 
@@ -44,7 +43,7 @@ def delta_of(
     info = _with_more({**info, "versions": versions()}, more)
     ranks = _ranks(ledger) if order else {}
     patches = [
-        _patch(t, *ledger.pages[t.index].touched(), old_values, ranks.get(t.index), before.filled.get(t.name))
+        _patch(t, ledger, old_values, ranks.get(t.index), before.filled.get(t.name))
         for t in found.tensors
         if ledger.pages[t.index].touched()[0].numel() or t.name in before.filled
     ]
@@ -91,16 +90,15 @@ def _ranks(ledger: Ledger) -> dict[int, Tensor]:
     return ranks
 
 
-def _patch(
-    tensor: ScopedTensor, flat: Tensor, base: Tensor, old_values: bool, rank: Tensor | None, filled: Tensor | None
-) -> Patch:
+def _patch(tensor: ScopedTensor, ledger: Ledger, old_values: bool, rank: Tensor | None, filled: Tensor | None) -> Patch:
+    flat, base = ledger.pages[tensor.index].touched()
     base = base if filled is None else filled
     return Patch(
         name=tensor.name,
         shape=tuple(tensor.parameter.shape),
         dtype=tensor.parameter.dtype,
         indices=flat.cpu(),
-        values=ops.gather_entries(tensor.parameter.detach(), flat).cpu(),
+        values=ledger.store.read(tensor.index, flat).cpu(),
         base_digest=digest_bits(base.cpu()),
         base_values=base.cpu().reshape(-1) if old_values else None,
         order=None if rank is None else rank.to(torch.int32),

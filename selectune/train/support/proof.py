@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from selectune import ops
 from selectune.errors import IntegrityError
 from selectune.scope import Found, ScopedTensor, is_own
-from selectune.train.ledger import Ledger
+from selectune.train.support.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class BaseCopy:
 
     def __init__(self, model: nn.Module, found: Found) -> None:
         self.scoped = {id(t.parameter): t for t in found.tensors}
-        self.whole = {t.name: t.parameter.detach().clone() for t in found.whole}
+        self.whole = {t.name: t.weight.clone() for t in found.whole}
         whole = {id(t.parameter) for t in found.whole}
         self.sums = {n: ops.checksum(p) for n, p in model.named_parameters() if id(p) not in whole}
         self.buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
@@ -43,20 +43,18 @@ class BaseCopy:
     @torch.no_grad()
     def zero_unselected(self, model: nn.Module, ledger: Ledger) -> None:
         """Sets the scope to 0 outside the support and keeps a copy of it; no entry may be trained yet."""
-        self.filled = {t.name: t.parameter.detach().clone() for t in self.scoped.values()}
+        self.filled = {t.name: t.weight.clone() for t in self.scoped.values()}
         for tensor in self.scoped.values():
             page = ledger.pages[tensor.index]
             tensor.parameter.zero_()
-            ops.scatter_entries(tensor.parameter.detach(), page.flat, page.base)
+            ledger.store.write(tensor.index, page.flat, page.base)
         names = {id(p): n for n, p in model.named_parameters()}
         self.sums |= {names[id(t.parameter)]: ops.checksum(t.parameter) for t in self.scoped.values()}
 
     def hold(self, tensors: Sequence[ScopedTensor], ledger: Ledger) -> None:
         """Keeps copies of the base of tensors in scope, which a dense phase is about to train."""
         for tensor in tensors:
-            copy = tensor.parameter.detach().clone()
-            ops.scatter_entries(copy, *ledger.pages[tensor.index].touched())
-            self.whole[tensor.name] = copy
+            self.whole[tensor.name] = ledger.store.base(tensor.index, ledger.pages[tensor.index])
 
     def held(self, tensor: ScopedTensor) -> Tensor:
         """The kept base of a tensor, on its weight's device."""
@@ -109,7 +107,7 @@ class BaseCopy:
             now = ops.checksum(parameter.detach())
             if tensor is not None:
                 flat, base = ledger.pages[tensor.index].touched()
-                now += ops.checksum(base, flat) - ops.checksum(ops.gather_entries(parameter.detach(), flat), flat)
+                now += ops.checksum(base, flat) - ops.checksum(ledger.store.read(tensor.index, flat), flat)
             if (now - before) % (1 << 64):
                 moved.append(name)
         return moved

@@ -9,69 +9,16 @@ complete. Index tensors are replaced, never changed in place, so a snapshot is a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from selectune import ops
 from selectune.errors import IntegrityError
 from selectune.scope import ScopedTensor
-
-
-class Spots:
-    """Entries of one tensor."""
-
-    def __init__(self, flat: Tensor) -> None:
-        self.flat = flat  # (n,) int64, ascending, on the weight's device
-        self._coordinates: tuple[Tensor, Tensor] | None = None
-
-    def coordinates(self, width: int) -> tuple[Tensor, Tensor]:
-        """Rows (n,) and columns (n,), int32, of the entries in a tensor of this width; computed once."""
-        if self._coordinates is None:
-            self._coordinates = ((self.flat // width).int(), (self.flat % width).int())
-        return self._coordinates
-
-
-class Page(Spots):
-    """The ledger of one tensor: n selected and r retired entries. Never changed, only replaced."""
-
-    def __init__(
-        self,
-        flat: Tensor,
-        slot: Tensor,  # (n,) int64 into `offsets`, on its device
-        base: Tensor,  # (n,) the weight's dtype
-        retired: Tensor,  # (r,) int64, ascending, disjoint from flat
-        retired_base: Tensor,  # (r,)
-        watched: Spots | None = None,  # entries outside the support whose gradients are formed too
-    ) -> None:
-        super().__init__(flat)
-        self.slot, self.base, self.watched = slot, base, watched
-        self.retired, self.retired_base = retired, retired_base
-
-    @staticmethod
-    def empty(weight: Tensor, home: torch.device) -> Page:
-        none = torch.empty(0, dtype=torch.int64, device=weight.device)
-        return Page(none, none.to(home), weight.new_empty(0), none, weight.new_empty(0))
-
-    def to(self, device: torch.device, home: torch.device) -> Page:
-        on_device = (part.to(device) for part in (self.flat, self.base, self.retired, self.retired_base))
-        flat, base, retired, retired_base = on_device
-        watched = None if self.watched is None else Spots(self.watched.flat.to(device))
-        return Page(flat, self.slot.to(home), base, retired, retired_base, watched)
-
-    def watch(self, flat: Tensor | None) -> Page:
-        """The same page with these entries watched, or none."""
-        spots = None if flat is None else Spots(flat)
-        return Page(self.flat, self.slot, self.base, self.retired, self.retired_base, spots)
-
-    def touched(self) -> tuple[Tensor, Tensor]:
-        """Flat indices (n + r,), ascending, and base values of all entries that may differ from the base."""
-        if self.retired.numel() == 0:
-            return self.flat, self.base
-        flat, order = torch.sort(torch.cat((self.flat, self.retired)))
-        return flat, torch.cat((self.base, self.retired_base))[order]
+from selectune.train.support.pages import Page
+from selectune.train.support.store import InPlace
 
 
 @dataclass(frozen=True)
@@ -84,48 +31,12 @@ class Snapshot:
     start: Tensor | None = None
 
 
-class LedgerPositions:
-    """The positions of the entries (`optim.contract.Positions`), computed on request."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger, self._pages = ledger, list(ledger.pages)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The numbers of rows and of columns; one more of each for free slots."""
-        forms = [matrix(t.parameter) for t in self._ledger.tensors]
-        return 1 + sum(rows for rows, _ in forms), 1 + sum(columns for _, columns in forms)
-
-    @property
-    def rows(self) -> Tensor:
-        return self._filled(lambda page, width: page.flat // width, 0)
-
-    @property
-    def columns(self) -> Tensor:
-        return self._filled(lambda page, width: page.flat % width, 1)
-
-    def _filled(self, place: Callable[[Page, int], Tensor], side: int) -> Tensor:
-        ledger, start = self._ledger, 0
-        found = ledger.free.new_full(ledger.offsets.shape, self.shape[side] - 1)
-        for tensor, page in zip(ledger.tensors, self._pages, strict=True):
-            form = matrix(tensor.parameter)
-            found[page.slot] = start + place(page, form[1]).to(found)
-            start += form[side]
-        return found
-
-
-def matrix(weight: Tensor) -> tuple[int, int]:
-    """Rows and columns of a tensor seen as a matrix: its first dimension by the others; a vector is one row."""
-    rows = weight.shape[0] if weight.ndim > 1 else 1
-    return rows, weight.numel() // max(1, rows)
-
-
 class Ledger:
     """All pages, and the one trainable vector that they share."""
 
     def __init__(self, tensors: Sequence[ScopedTensor], capacity: int) -> None:
-        self.tensors = tensors
-        weights = [t.parameter.detach() for t in tensors]
+        self.tensors, self.store = tensors, InPlace(tensors)
+        weights = [t.weight for t in tensors]
         wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
         home = weights[0].device if weights else torch.device("cpu")
         self.offsets = nn.Parameter(torch.zeros(capacity, dtype=wide, device=home))
@@ -148,7 +59,7 @@ class Ledger:
         home = self.offsets.device
         self.start = self.start.to(home)
         for index, (tensor, page) in enumerate(zip(self.tensors, self.pages, strict=True)):
-            weight = tensor.parameter.detach()
+            weight = tensor.weight
             if weight.dtype != self.dtypes[index]:
                 raise IntegrityError(
                     f'The dtype of "{tensor.name}" changed from {self.dtypes[index]} to {weight.dtype} while a tuner '
@@ -200,7 +111,7 @@ class Ledger:
         """Makes the weights of dropped entries the base again, bit for bit, and forgets these entries."""
         for index, page in enumerate(self.pages):
             if page.retired.numel():
-                ops.scatter_entries(self.tensors[index].parameter.detach(), page.retired, page.retired_base)
+                self.store.write(index, page.retired, page.retired_base)
                 self._keep(index, torch.ones_like(page.flat, dtype=torch.bool), page.retired[:0], page.retired_base[:0])
 
     def watch(self, index: int, flat: Tensor | None) -> None:
@@ -208,10 +119,10 @@ class Ledger:
         self.pages[index] = self.pages[index].watch(flat)
 
     def _insert(self, index: int, flat: Tensor, slots: Tensor) -> None:
-        page, weight = self.pages[index], self.tensors[index].parameter.detach()
-        flat, order = torch.sort(flat.to(weight.device))
+        page = self.pages[index]
+        flat, order = torch.sort(flat.to(page.flat.device))
         slots = slots[order.to(slots.device)]
-        base = ops.gather_entries(weight, flat)
+        base = self.store.read(index, flat)
         with torch.no_grad():
             self.start[slots] = base.to(self.start)
             self.offsets[slots] = 0
@@ -250,12 +161,12 @@ class Ledger:
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
         """Puts pages, offsets and starts back, and the weights of entries that were selected since."""
-        for tensor, now, then in zip(self.tensors, self.pages, snapshot.pages, strict=True):
+        for index, (now, then) in enumerate(zip(self.pages, snapshot.pages, strict=True)):
             if now.flat is not then.flat:
                 new = torch.isin(now.flat, then.flat, invert=True)
-                flat, start = now.flat[new], self.start[now.slot[new.to(now.slot.device)]].to(tensor.parameter)
-                if not _same(start, ops.gather_entries(tensor.parameter.detach(), flat)):  # autograd sees every write
-                    ops.scatter_entries(tensor.parameter.detach(), flat, start)
+                flat, start = now.flat[new], self.start[now.slot[new.to(now.slot.device)]]
+                if not bool(self.store.same(index, flat, start).all()):  # autograd sees every write
+                    self.store.write(index, flat, start)
         self.pages, self.free = list(snapshot.pages), snapshot.free
         self.changes += 1
         if snapshot.offsets is not None and snapshot.start is not None:
@@ -284,19 +195,8 @@ class Ledger:
 
     @torch.no_grad()
     def write_weights(self) -> None:
-        """Casts every slot's start + offset into its weight, in place: O(B)."""
-        values = self.values()
-        near: list[tuple[Tensor, Tensor, Tensor]] = []
-        for tensor, page in zip(self.tensors, self.pages, strict=True):
-            weight, slot = tensor.parameter.detach(), page.slot
-            if values.device == weight.device:
-                near += [(weight, page.flat, slot)] if page.flat.numel() else []
-            elif page.flat.numel():
-                mine = values[slot].to(weight.device)
-                ops.scatter_values(weight, page.flat, mine, torch.arange(len(slot), device=weight.device))
-        if near:
-            weights, flats, slots = zip(*near, strict=True)
-            ops.scatter_many(weights, flats, values, slots)
+        """Casts every slot's start + offset into its weight: O(B)."""
+        self.store.write_slots(self.pages, self.values())
 
     @torch.no_grad()
     def read_weights(self) -> None:
@@ -305,18 +205,15 @@ class Ledger:
         That is weight - start, or its neighbour if rounding requires it. If none of them gives the weight's bits (it
         was not trained from this start), the weight becomes the start.
         """
-        values = self.values()
-        for tensor, page in zip(self.tensors, self.pages, strict=True):
-            weight = ops.gather_entries(tensor.parameter.detach(), page.flat)
-            wanted = weight.to(values.device, values.dtype)
-            differs = (ops.bits(values[page.slot].to(weight.dtype)) != ops.bits(weight).to(values.device)).nonzero()
-            slot, wanted, weight = (x[differs[:, 0].to(x.device)] for x in (page.slot, wanted, weight))
-            start = self.start[slot]
+        values, store = self.values(), self.store
+        for index, page in enumerate(self.pages):
+            differs = ~store.same(index, page.flat, values[page.slot])
+            flat, slot = page.flat[differs], page.slot[differs.to(page.slot.device)]
+            start, wanted = self.start[slot], store.read(index, flat).to(values)
             offset, done = wanted - start, torch.zeros_like(slot, dtype=torch.bool)
             for towards in (0.0, float("inf"), float("-inf")):
                 near = offset if towards == 0 else torch.nextafter(offset, torch.full_like(offset, towards))
-                gives = torch.where(near == 0, start, start + near).to(weight.dtype)
-                fits = (ops.bits(gives) == ops.bits(weight).to(gives.device)) & ~done
+                fits = store.same(index, flat, torch.where(near == 0, start, start + near)).to(done.device) & ~done
                 self.offsets[slot[fits]] = near[fits]
                 done |= fits
             self.start[slot[~done]] = wanted[~done]
@@ -334,24 +231,19 @@ class Ledger:
         return [
             tensor.name
             for tensor, page in zip(self.tensors, self.pages, strict=True)
-            if not _same(values[page.slot], ops.gather_entries(tensor.parameter.detach(), page.flat))
+            if not bool(self.store.same(tensor.index, page.flat, values[page.slot]).all())
         ]
 
     @torch.no_grad()
     def changed(self) -> int:
         """How many touched entries differ from the base in their bits."""
-        count = 0
-        for tensor, page in zip(self.tensors, self.pages, strict=True):
-            flat, base = page.touched()
-            now = ops.gather_entries(tensor.parameter.detach(), flat)
-            count += int((ops.bits(now) != ops.bits(base)).sum())
-        return count
+        return sum(int((~self.store.same(index, *page.touched())).sum()) for index, page in enumerate(self.pages))
 
     @torch.no_grad()
     def write_base(self) -> None:
         """Puts the base value back at every touched entry, bit for bit."""
-        for tensor, page in zip(self.tensors, self.pages, strict=True):
-            ops.scatter_entries(tensor.parameter.detach(), *page.touched())
+        for index, page in enumerate(self.pages):
+            self.store.write(index, *page.touched())
 
     def gather(self, pages: Sequence[Page], pieces: Sequence[Tensor | None]) -> Tensor:
         """One gradient (B,) from the gradients (n,) of the tensors' pieces; slots without one get 0."""
@@ -366,7 +258,3 @@ class Ledger:
                 known = (page.flat[at] == mine.flat).to(mine.slot.device)
                 gradient[mine.slot[known]] = piece.to(gradient)[at.to(mine.slot.device)[known]]
         return gradient
-
-
-def _same(value: Tensor, weight: Tensor) -> bool:
-    return bool((ops.bits(value.to(weight)) == ops.bits(weight)).all())

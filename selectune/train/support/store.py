@@ -1,0 +1,56 @@
+"""Where offsets live. Entries of weights in scope are read, compared and written through a store only.
+
+In place: a selected entry of the weight is cast(start + offset) itself, and its base value is in the ledger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from selectune import ops
+from selectune.scope import ScopedTensor
+from selectune.train.support.pages import Page
+
+
+class InPlace:
+    """Offsets in the weights themselves."""
+
+    def __init__(self, tensors: Sequence[ScopedTensor]) -> None:
+        self.tensors = tensors
+
+    def read(self, index: int, flat: Tensor) -> Tensor:
+        """The entries (n,) of a tensor that the model computes with, in its dtype."""
+        return ops.gather_entries(self.tensors[index].weight, flat)
+
+    def same(self, index: int, flat: Tensor, values: Tensor) -> Tensor:
+        """Which of these values (n,), cast to the tensor's dtype, have the bits of its entries: bool (n,)."""
+        weight = self.read(index, flat)
+        return ops.bits(values.to(weight)) == ops.bits(weight)
+
+    def write(self, index: int, flat: Tensor, values: Tensor) -> None:
+        """Makes the entries of a tensor these values (n,)."""
+        weight = self.tensors[index].weight
+        ops.scatter_entries(weight, flat, values.to(weight))
+
+    def write_slots(self, pages: Sequence[Page], values: Tensor) -> None:
+        """Casts the value (B,) of every slot into its entry."""
+        near: list[tuple[Tensor, Tensor, Tensor]] = []
+        for tensor, page in zip(self.tensors, pages, strict=True):
+            weight, slot = tensor.weight, page.slot
+            if values.device == weight.device:
+                near += [(weight, page.flat, slot)] if page.flat.numel() else []
+            elif page.flat.numel():
+                mine = values[slot].to(weight.device)
+                ops.scatter_values(weight, page.flat, mine, torch.arange(len(slot), device=weight.device))
+        if near:
+            weights, flats, slots = zip(*near, strict=True)
+            ops.scatter_many(weights, flats, values, slots)
+
+    def base(self, index: int, page: Page) -> Tensor:
+        """A copy of a tensor's base."""
+        copy = self.tensors[index].weight.clone()
+        ops.scatter_entries(copy, *page.touched())
+        return copy
