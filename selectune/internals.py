@@ -17,7 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "SCRIPTED", "TorchDispatchMode", "WRAPPING", "after_backward", "backward_id", "can_share", "dispatch_modes",
+    "SCRIPTED", "TorchDispatchMode", "WRAPPING", "after_backward", "averages", "backward_id",
+    "can_share", "dispatch_modes",
     "fake_mode", "fake_of", "fast_int8", "forget", "go_on_compiling", "in_backward", "in_transform",
     "int8_product", "kept_plain", "never_compiled",
     "outside_transforms", "plain_parameter", "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves",
@@ -85,6 +86,16 @@ tree_map: Callable[..., Any] = _name("utils._pytree.tree_map")
 tree_map_only: Callable[..., Any] = _name("utils._pytree.tree_map_only")
 tree_leaves: Callable[..., list[Any]] = _name("utils._pytree.tree_leaves")
 tree_iter: Callable[..., Any] = _name("utils._pytree.tree_iter")
+
+
+# The DistributedDataParallel whose forward is running, or None.
+_active_ddp: Callable[[], Any] = _name("nn.parallel.DistributedDataParallel._get_active_ddp_module")
+
+
+def averages(parameter: torch.Tensor) -> bool | None:
+    """Whether the DistributedDataParallel whose forward is running averages this gradient; None if there is none."""
+    around = _active_ddp()
+    return None if around is None else any(p is parameter for p in around._module_parameters)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -289,3 +290,23 @@ def test_private_names_stand_in_one_file():
         if private.search(line) and not public.search(line)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_wrapper_that_averages_gradients_is_known_while_its_forward_runs(tmp_path):
+    seen = []
+
+    class Inner(nn.Linear):
+        def forward(self, x):
+            seen.append((internals.averages(self.weight), internals.averages(late)))
+            return super().forward(x)
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        model, late = Inner(2, 2), nn.Parameter(torch.zeros(2))
+        around = nn.parallel.DistributedDataParallel(model)
+        model.register_parameter("late", late)
+        around(torch.ones(1, 2))
+        model(torch.ones(1, 2))
+    finally:
+        dist.destroy_process_group()
+    assert seen == [(True, False), (None, None)], ON

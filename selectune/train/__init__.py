@@ -7,7 +7,7 @@ tracker     finds out when forwards, backward passes and steps happen
 window      what makes one optimizer step, and what happened to its gradient since backward
 step_hooks  torch's step hooks: which optimizer steps, and when
 check       compares the engine's gradients with plain autograd's on one small batch
-ranks       refuses more than one process
+world       several processes: the mean gradient that they select by, and what they compare
 
 support/    what is trained: entries, offsets, base values; the proof that nothing else moved
 graph/      how every use of a weight is seen, and the autograd nodes that it becomes

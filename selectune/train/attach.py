@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from selectune.delta import Delta
 from selectune.errors import ConfigError, DetachedError, IntegrityError
 from selectune.method import Method
-from selectune.train import ranks
 from selectune.train.check import Check, check
 from selectune.train.choose.calibrate import Batches, Loss
 from selectune.train.engine import assemble
@@ -69,7 +68,6 @@ def attach(
         raise ConfigError(f"accumulation_steps= must be an int of at least 1, got {accumulation_steps!r}.")
     copies.refuse_attached(model)
     to_delta.check_names(model)
-    ranks.refuse_many()
     return Tuner(model, method, seed, accumulation_steps, calibration, loss)
 
 

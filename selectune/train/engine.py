@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from selectune.errors import ConfigError
+from selectune import ops
+from selectune.errors import ConfigError, TunerError
 from selectune.method import Method
 from selectune.scope import VALUES, Found
+from selectune.seeds import mixed
 from selectune.train.choose.calibrate import Batches, Loss, again, calibrate, check_rereadable
 from selectune.train.choose.chooser import Chooser
 from selectune.train.choose.dense_phase import DenseThenSparse
@@ -22,6 +24,7 @@ from selectune.train.step_hooks import StepHooks
 from selectune.train.support.ledger import Ledger
 from selectune.train.support.proof import BaseCopy
 from selectune.train.tracker import Tracker
+from selectune.train.world import World, support_digest
 from selectune.types import DropAndGrow, Schedule
 
 log = logging.getLogger("selectune")
@@ -134,7 +137,8 @@ def assemble(
     on.callback(chooser.leave)
     on.callback(base.restore, model)
     on.callback(ledger.write_base)
-    tracker = Tracker(model, chooser, accumulation_steps)
+    world = World(model, ledger, lambda: _in_common(method, seed, accumulation_steps, base, tracker))
+    tracker = Tracker(model, chooser, accumulation_steps, ranks)
     on.callback(tracker.taps.remove)
     if isinstance(chooser, DenseThenSparse):
         log.warning(
@@ -153,11 +157,26 @@ def assemble(
     # 7, 8
     if scores is not None and keeps:
         chooser.prepare(scores)
+    world.meet()
     if schedule is not None and schedule.target(0) == budget:
         tracker.select_ahead()
     if method.fill == "zero":
         base.zero_unselected(model, ledger)
     return Engine(model, method, schedule, seed, budget, found, ledger, base, tracker, hooks)
+
+
+def _in_common(method: Method, seed: int, accumulation_steps: int, base: BaseCopy, tracker: Tracker) -> dict[str, int]:
+    """Digests of what all ranks of a run must share."""
+    if isinstance(tracker.chooser, DenseThenSparse):
+        raise TunerError(
+            f"{method.name} trains every entry for a while, which a tuner does in one process only. Train in one "
+            "process (without torchrun or accelerate's launch), or take a method without a dense phase."
+        )
+    run = {"method": repr(method), "seed": str(seed), "accumulation_steps": str(accumulation_steps)}
+    told = {name: mixed(*text.encode()) for name, text in run.items()}
+    weights = {f'weight "{name}"': total for name, total in base.sums.items()}
+    whole = {f'weight "{name}"': ops.checksum(tensor) for name, tensor in base.whole.items()}
+    return told | weights | whole | {"step": tracker.step, "support": support_digest(tracker.ledger)}
 
 
 def _check_fill(method: Method, schedule: Schedule | None, budget: int) -> None:

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from selectune.train.choose.chooser import Chooser
-from selectune.train.window import Window, scale_between
+from selectune.train.window import Window, scale_between, scattered
+from selectune.train.world import World
 
 
 class Step:
     """The coming optimizer step of a run."""
 
-    def __init__(self, chooser: Chooser, accumulation_steps: int) -> None:
-        self.chooser, self.ledger, self.clock = chooser, chooser.ledger, chooser.clock
+    def __init__(self, chooser: Chooser, accumulation_steps: int, world: World) -> None:
+        self.chooser, self.ledger, self.clock, self.world = chooser, chooser.ledger, chooser.clock, world
         self.accumulation_steps = accumulation_steps
         self.window = Window()
 
@@ -34,7 +35,10 @@ class Step:
 
     def ahead(self) -> bool:
         """Selects before forward if the score reads no gradient of this step; returns whether it did."""
-        return self.chooser.ahead(self.clock.step)
+        if not self.chooser.ahead(self.clock.step):
+            return False
+        self.world.compare_support()
+        return True
 
     # -- backward
 
@@ -49,18 +53,26 @@ class Step:
         """
         window, step = self.window, self.clock.step
         last = last_use and window.backwards + 1 == window.reads
-        if last and index not in window.sums:
+        if last and index not in window.sums and not self.world.many:
             self.chooser.offer(step, index, gradient, rows)
             return
-        window.add(self.ledger.tensors[index], gradient, rows)
+        if index in window.sums or not last:
+            window.add(self.ledger.tensors[index], gradient, rows)
+            gradient, rows = window.sums[index], None
         if last:
-            self.chooser.offer(step, index, window.sums.pop(index))
+            window.sums.pop(index, None)
+            self._offer_mean(index, gradient if rows is None else scattered(gradient, rows, self.ledger.tensors[index]))
+
+    def _offer_mean(self, index: int, gradient: Tensor) -> None:
+        """Offers the mean of a dense gradient over the ranks, once all of them are here."""
+        for tensor, mean in self.world.offered(index, gradient):
+            self.chooser.offer(self.clock.step, tensor, mean)
 
     def offer_factors(self, index: int, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
         """The only use of a tensor in the window gives its gradient as dy^T x: whether that was enough.
 
         Also the dense gradient, if it was formed for it."""
-        if self.window.reads != 1 or index in self.window.sums:
+        if self.window.reads != 1 or index in self.window.sums or self.world.many:
             return False, None
         return self.chooser.offer_factors(self.clock.step, index, dy, x)
 
@@ -79,10 +91,10 @@ class Step:
             else:
                 window.gradient = gradient.clone() if window.gradient is None else window.gradient.add_(gradient)
         if self.chooser.watching:
-            self.chooser.add_watched(window.watched)
+            self.chooser.add_watched(self.world.watched(window.watched))
             window.watched = {}
             before = self.ledger.offsets.grad
-            window.expected = gradient if before is None else before + gradient
+            window.expected = self.world.mean(gradient if before is None else before + gradient)
         return gradient
 
     # -- select
@@ -91,9 +103,12 @@ class Step:
         """Changes the support, and writes the new entries' gradients of this step into `gradient` (B,)."""
         window, step = self.window, self.clock.step
         for index in list(window.sums):
-            self.chooser.offer(step, index, window.sums.pop(index))
+            self._offer_mean(index, window.sums.pop(index))
+        for index, mean in self.world.rest():
+            self.chooser.offer(step, index, mean)
         window.closed = True
         selection = self.chooser.close(step)
+        self.world.compare_support()
         if selection is not None:
             window.before = selection.before
             gradient[self.ledger.free] = 0  # the slots of dropped entries that no new entry took over
@@ -107,7 +122,8 @@ class Step:
             return False
         if offsets.grad is None:
             offsets.grad = torch.zeros_like(offsets)
-        scale = scale_between(window.gradient, offsets.grad)  # the gradient may have been clipped since
+        then = None if window.gradient is None else self.world.mean(window.gradient)
+        scale = scale_between(then, offsets.grad)  # the gradient may have been clipped since
         offsets.grad.add_(self.select(torch.zeros_like(offsets)), alpha=scale)
         return True
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from selectune.errors import AccumulationError, TunerError
 from selectune.frames import Call
 from selectune.internals import after_backward, backward_id, will_reach
-from selectune.train import ranks
 from selectune.train.choose.chooser import Chooser
 from selectune.train.graph.nodes import Link
 from selectune.train.graph.own_hooks import weakly
@@ -26,6 +25,7 @@ from selectune.train.optim.holders import Holders
 from selectune.train.step import Step
 from selectune.train.support.pages import Page
 from selectune.train.window import PenaltyWatch, Window, scale_between
+from selectune.train.world import World
 
 log = logging.getLogger("selectune")
 
@@ -33,10 +33,11 @@ log = logging.getLogger("selectune")
 class Tracker:
     """Follows the passes of one run (`taps.Follower`), and calls its steps."""
 
-    def __init__(self, model: nn.Module, chooser: Chooser, accumulation_steps: int) -> None:
+    def __init__(self, model: nn.Module, chooser: Chooser, accumulation_steps: int, world: World) -> None:
         self.chooser, self.ledger, self.tensors = chooser, chooser.ledger, chooser.tensors
         self.clock, self.events, self.accumulation_steps = chooser.clock, chooser.events, accumulation_steps
-        self.coming = Step(chooser, accumulation_steps)
+        self.world = world
+        self.coming = Step(chooser, accumulation_steps, world)
         self.reached: set[int] = set()  # tensors that ever sent a gradient
         self.keepalive: object = None  # lives as long as the model is followed
         self._in_backward = False
@@ -84,7 +85,8 @@ class Tracker:
         """
         training = torch.is_grad_enabled()
         with torch.no_grad():
-            ranks.refuse_many()
+            self.world.meet()
+            self.world.inside()
             self.ledger.follow()
             if self.chooser.dense:
                 return self.chooser.refresh()
@@ -254,7 +256,8 @@ class Tracker:
         """
         self.clock.call = call
         self.taps.trains_in_this_thread()
-        ranks.refuse_many()
+        self.world.meet()
+        self.world.before_step(self.step)
         expected, grad = self.window.expected, self.ledger.offsets.grad
         if expected is not None and grad is not None:
             self.window.scale = scale * scale_between(expected, grad)

@@ -1,4 +1,4 @@
-"""More than one process is refused until it is right; other threads may look at the model while one trains it."""
+"""Other threads may look at the model while one trains it."""
 
 from __future__ import annotations
 
@@ -6,49 +6,12 @@ import threading
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from train_kit import bits, same
 
 import selectune as st
-from selectune.errors import TunerError
 
 X = torch.randn(40, 5, 8, generator=torch.Generator().manual_seed(0))
-
-
-def group(monkeypatch, ranks):
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda *group: ranks)
-
-
-def test_a_group_of_two_is_refused_at_attach_and_nothing_is_touched(monkeypatch):
-    group(monkeypatch, 2)
-    model = nn.Linear(8, 8)
-    with pytest.raises(TunerError, match=r"belongs to a group of 2.*Train in one process"):
-        st.attach(model, st.id3(budget=5, steps=2))
-    assert all(p.requires_grad and type(p) is nn.Parameter for p in model.parameters())
-
-
-@pytest.mark.parametrize("when", ["forward", "step"])
-def test_a_group_that_comes_later_is_refused_at_the_first_step(monkeypatch, when):
-    model = nn.Linear(8, 8)
-    tuner = st.attach(model, st.id3(budget=5, steps=2))
-    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
-    loss = model(X[0]).square().mean()
-    loss.backward()
-    group(monkeypatch, 2)
-    with pytest.raises(TunerError, match="group of 2"):
-        model(X[0]) if when == "forward" else optimizer.step()
-
-
-def test_a_group_of_one_is_one_process(monkeypatch):
-    group(monkeypatch, 1)
-    model = nn.Linear(8, 8)
-    tuner = st.attach(model, st.id3(budget=5, steps=1))
-    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
-    model(X[0]).square().mean().backward()
-    optimizer.step()
-    assert tuner.verify().selected == 5
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["evaluating", "with gradients on"])

@@ -1,0 +1,207 @@
+"""Several processes (ranks) that train one model, each on its share of the batch, and select the same entries.
+
+What is scored is the mean over the ranks of their gradients, as DistributedDataParallel averages them: one tensor at a
+time, in the backward pass that selects. Every rank then chooses alone, from equal numbers, by one total order. The
+gradient of a new entry is the mean already, so that averaging it once more changes nothing. Digests of what the ranks
+must agree on are compared at attach, at each selection, and now and then.
+
+    with N scalars in scope, B in the budget      a selecting step sends N numbers, and another step only the B offsets
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from selectune import ops
+from selectune.bits import wide
+from selectune.errors import TunerError
+from selectune.internals import averages
+from selectune.seeds import mixed, signed
+from selectune.train.support.ledger import Ledger
+
+EVERY = 100
+"""Steps between two comparisons of the offsets where nothing is selected."""
+
+_DONE = -1
+
+Told = Mapping[str, int]
+
+
+class World:
+    """The processes of one run; one alone unless torch.distributed has a group of several.
+
+    `told` gives the digests of what the ranks must have in common as they meet.
+    """
+
+    def __init__(self, model: nn.Module, ledger: Ledger, told: Callable[[], Told]) -> None:
+        self._model, self._ledger, self._told = weakref.ref(model), ledger, told
+        self._group: Any = None
+        self._held: dict[int, Tensor] = {}  # dense gradients that the ranks did not offer at the same time
+        self._looked = False  # at whether the model is sharded
+        self._covered = False  # the model runs inside DistributedDataParallel, which averages gradients
+
+    @property
+    def many(self) -> bool:
+        return self._group is not None and dist.is_initialized()
+
+    # -- meeting
+
+    def meet(self) -> None:
+        """Joins the other processes if there are any and it has not happened yet. All of them come here together.
+
+        Raises TunerError if the model, the method or the seed differs between them, or the run is one that a single
+        process must train.
+        """
+        if self.many or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+            return
+        self._group = dist.new_group()  # of our own, so that nothing of ours meets another's collective
+        try:
+            self.compare("attached to", self._told())
+        except TunerError:
+            self._group = None
+            raise
+
+    def inside(self) -> None:
+        """Looks at what the model runs in. Raises TunerError for a wrapper that would leave the ranks apart."""
+        if not self.many:
+            return
+        averaged = averages(self._ledger.offsets)
+        if averaged is False:
+            raise TunerError(
+                "DistributedDataParallel was put around the model before the tuner was attached, so it does not know "
+                "the tuner's offsets and would not average their gradient. Attach first, and wrap the model then."
+            )
+        self._covered = averaged is True
+        model = self._model()
+        if self._looked or model is None:
+            return
+        self._looked = True
+        sharded = [type(m).__name__ for m in model.modules() if type(m).__name__.startswith("FSDP")]
+        sharded += [n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"]
+        if sharded:
+            raise TunerError(
+                f"The model is sharded between the processes ({sharded[0]}), and a tuner trains whole weights. Use "
+                "DistributedDataParallel (torchrun or accelerate without FSDP, DeepSpeed or tensor parallelism)."
+            )
+
+    # -- the gradient that is scored
+
+    def mean(self, gradient: Tensor) -> Tensor:
+        """The mean of a tensor over the ranks, in float32 or float64; the tensor itself if there is one process."""
+        if not self.many:
+            return gradient
+        total = gradient.to(wide(gradient.dtype), copy=True, memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self._group)
+        return total.div_(dist.get_world_size(self._group))
+
+    def offered(self, index: int, gradient: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Takes a rank's dense gradient of a tensor; gives the mean if all ranks are at the same tensor.
+
+        Where the ranks' graphs differ, `rest` gives it at the end of the pass.
+        """
+        if not self.many:
+            yield index, gradient
+        elif len(set(self._gather([index])[:, 0].tolist())) == 1:
+            yield index, self.mean(gradient)
+        else:
+            self._held[index] = gradient
+
+    def rest(self) -> Iterator[tuple[int, Tensor]]:
+        """The pass has ended on this rank: the means of the tensors that were not offered by all at one time."""
+        if not self.many:
+            return
+        while bool((self._gather([_DONE]) != _DONE).any()):
+            continue  # another rank still offers a tensor, and holds it
+        tensors = self._ledger.tensors
+        waits = self._gather([index in self._held for index in range(len(tensors))]).any(0).tolist()
+        for index in (index for index, waiting in enumerate(waits) if waiting):
+            mine = self._held.pop(index, None)
+            yield index, self.mean(torch.zeros_like(tensors[index].weight) if mine is None else mine)
+
+    def watched(self, pieces: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        """The means of the gradients of watched entries in one backward pass, by tensor."""
+        if not self.many:
+            return pieces
+        pages = enumerate(self._ledger.pages)
+        sizes = {index: page.watched.flat.numel() for index, page in pages if page.watched is not None}
+        zeros = self._ledger.offsets.new_zeros
+        return {i: self.mean(pieces[i].detach() if i in pieces else zeros(n)) for i, n in sizes.items()}
+
+    # -- agreement
+
+    def compare(self, what: str, told: Told) -> None:
+        """Raises TunerError on every rank, which names what differs and on which ranks, if `told` is not the same."""
+        if not self.many:
+            return
+        names = list(told)
+        counts = self._gather([len(names), signed(_of_text("\n".join(names)))])
+        if not bool((counts == counts[0]).all()):
+            raise TunerError(f"The ranks are not {what} the same: {_apart(counts[:, 1])} have other tensors.")
+        rows = self._gather([signed(value) for value in told.values()])
+        wrong = (rows != rows[0]).any(0).nonzero()[:, 0].tolist()
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise TunerError(
+                f"The ranks are not {what} the same {names[wrong[0]]}{more}: {_apart(rows[:, wrong[0]])} differ from "
+                "the others. Every rank needs the same base, method, seed and calibration data, and its own share of "
+                "the batches."
+            )
+
+    def compare_support(self) -> None:
+        """Raises TunerError if the ranks' supports, slots or offsets differ."""
+        if self.many:
+            self.compare("training", {"support": support_digest(self._ledger), **self._offsets()})
+
+    def before_step(self, step: int) -> None:
+        """The optimizer is about to step: the gradients have been averaged, or this raises TunerError."""
+        if not self.many:
+            return
+        if not self._covered:
+            gradient = self._ledger.offsets.grad
+            try:
+                self.compare("stepping with", {"gradient": 0 if gradient is None else ops.checksum(gradient)})
+            except TunerError as error:
+                raise TunerError(
+                    f"{error} Nothing averages the gradients: run the model inside DistributedDataParallel, or "
+                    "all_reduce the gradients of tuner.parameters() before optimizer.step()."
+                ) from error
+        if step % EVERY == 0:
+            self.compare("training", self._offsets())
+
+    def _offsets(self) -> Told:
+        return {"offsets": ops.checksum(self._ledger.offsets.detach())}
+
+    def _gather(self, numbers: Sequence[int]) -> Tensor:
+        """The numbers of every rank, int64 (ranks, k), on the CPU."""
+        home = self._ledger.offsets.device if dist.get_backend(self._group) == "nccl" else torch.device("cpu")
+        mine = torch.tensor(numbers, dtype=torch.int64, device=home)
+        found = mine.new_empty((dist.get_world_size(self._group), *mine.shape))
+        dist.all_gather(list(found.unbind()), mine, group=self._group)
+        return found.cpu()
+
+
+def support_digest(ledger: Ledger) -> int:
+    """64 bits of which entry is trained in which slot."""
+    found = 0
+    for index, page in enumerate(ledger.pages):
+        if page.flat.numel():
+            found = mixed(found, index, ops.checksum(page.slot.to(page.flat.device), page.flat))
+    return found
+
+
+def _of_text(text: str) -> int:
+    return mixed(*text.encode())
+
+
+def _apart(column: Tensor) -> str:
+    """The ranks whose number is not that of most, in words."""
+    most = Counter(column.tolist()).most_common(1)[0][0]
+    ranks = (column != most).nonzero()[:, 0].tolist()
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
