@@ -3,7 +3,7 @@
 task      the task as a value, and the contract of its kind
 splits    its rows: from a folder, the hub or a generator
 kinds/    which head, and how rows are encoded, collated and predicted
-metrics   (predictions, answers) -> one number
+metrics/  (predictions, answers) -> one number, or several by name
 tables/   the published tasks
 demo/     generated tasks
 """

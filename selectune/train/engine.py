@@ -138,7 +138,7 @@ def assemble(
     on.callback(base.restore, model)
     on.callback(ledger.write_base)
     world = World(model, ledger, lambda: _in_common(method, seed, accumulation_steps, base, tracker))
-    tracker = Tracker(model, chooser, accumulation_steps, ranks)
+    tracker = Tracker(model, chooser, accumulation_steps, world)
     on.callback(tracker.taps.remove)
     if isinstance(chooser, DenseThenSparse):
         log.warning(
