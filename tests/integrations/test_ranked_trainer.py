@@ -1,0 +1,48 @@
+"""transformers' Trainer in two processes: the delta of one process, and a resumed run with the bits of a whole one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import selectune as st
+
+SCRIPT = str(Path(__file__).with_name("ranked_trainer.py"))
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def launch(*words: object) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=150, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    launch(*TORCHRUN, SCRIPT, folder, 4)
+    return folder
+
+
+def test_two_processes_give_the_delta_of_one(two, tmp_path):
+    launch(SCRIPT, tmp_path, 8)
+    one, both = st.load(tmp_path), st.load(two)
+    assert one.selected == 60
+    assert {name: flat.tolist() for name, flat in one.support.items()} == {
+        name: flat.tolist() for name, flat in both.support.items()
+    }
+    for mine, theirs in zip(one.patches, both.patches, strict=True):
+        torch.testing.assert_close(mine.values, theirs.values, rtol=1e-9, atol=1e-12)
+    assert sorted(path.name for path in two.iterdir()) == ["checkpoint-3", "checkpoint-6", "delta.safetensors"]
+
+
+def test_a_resumed_run_of_two_processes_has_the_bits_of_a_whole_one(two, tmp_path):
+    shutil.copytree(two / "checkpoint-3", tmp_path / "checkpoint-3")
+    launch(*TORCHRUN, SCRIPT, tmp_path, 4, "resume")
+    assert (tmp_path / "delta.safetensors").read_bytes() == (two / "delta.safetensors").read_bytes()
