@@ -1,4 +1,4 @@
-"""More than one process is refused until it is right; other threads may look at the model while one trains it."""
+"""More than one process is refused. Other threads may read the model while one trains it."""
 
 from __future__ import annotations
 
