@@ -9,7 +9,7 @@ SelectuneError
 ├── TunerError               attach, train, detach                                      (also RuntimeError)
 │   ├── AlreadyAttachedError the model carries a tuner already
 │   ├── DetachedError        the tuner was detached
-│   ├── OptimizerError       an optimizer over the frozen weights, or one whose state is of another step
+│   ├── OptimizerError       an optimizer over frozen weights, or one with state of another step
 │   ├── AccumulationError    more backward passes in a step than `accumulation_steps`
 │   ├── CalibrationError     a method that reads data got none, or data that it cannot use
 │   ├── IntegrityError       a weight outside the support has changed

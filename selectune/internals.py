@@ -17,9 +17,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "SCRIPTED", "TorchDispatchMode", "WRAPPING", "after_backward", "averages", "backward_id",
-    "can_share", "dispatch_modes",
-    "fake_mode", "fake_of", "fast_int8", "forget", "go_on_compiling", "in_backward", "in_transform",
+    "SCRIPTED", "TorchDispatchMode", "WRAPPING", "after_backward", "averages", "backward_id", "can_share",
+    "dispatch_modes", "fake_mode", "fake_of", "fast_int8", "forget", "go_on_compiling", "in_backward", "in_transform",
+    "is_fake",
     "int8_product", "kept_plain", "never_compiled",
     "outside_transforms", "plain_parameter", "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves",
     "tree_map", "tree_map_only", "will_reach", "without_dispatch",
@@ -174,6 +174,11 @@ def fake_of(mode: Any, tensor: torch.Tensor, device: torch.device) -> torch.Tens
     from torch._subclasses.fake_tensor import FakeTensor
 
     return cast(Any, FakeTensor)(mode, tensor.detach().to("meta"), device)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds no data (`fake_mode`)."""
+    return type(tensor).__name__ == "FakeTensor"
 
 
 def forget(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:

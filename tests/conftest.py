@@ -1,4 +1,4 @@
-"""What holds for every test: seeds, one thread, no network, poisoned memory, warnings as errors."""
+"""The conditions of every test: seeds, one thread, no network, poisoned memory, warnings as errors."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _is_local(address: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Only this machine can be reached. A test may clear the list it gets to allow a refused attempt."""
+    """Refuses connections to other machines. A test that expects such an attempt clears the list that it gets."""
     tried: list[str] = []
     connect, lookup = socket.socket.connect, socket.getaddrinfo
 

@@ -1,4 +1,4 @@
-"""Dense phases as values: gates and masks against literal vectors and against autograd, rounds against their words."""
+"""Dense phases as values: gates and masks against literal vectors and autograd, rounds against their description."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work on a dense phase in pieces gives the bits that the same formulas give on whole tensors, a temporary each.
+"""A dense phase that works in pieces gives the bits that the same formulas give on whole tensors.
 
 The reference below is those formulas, one torch operation after the other.
 """
@@ -89,7 +89,7 @@ def equal(found, expected):
 
 
 def engine(base, latents, seed, offers):
-    """What the functions are shown: with the engine's memory, full of rubbish, or without."""
+    """The functions' input, with the engine's memory (filled with arbitrary numbers) or without it."""
     random = Stream(seed)
     if not offers:
         return Here(base, latents, random, base.numel())

@@ -61,7 +61,7 @@ class Tied(nn.Module):
 
 
 class Odd(nn.Module):
-    """A 0-d and a 3-d parameter, one used twice, one never, one that a branch leaves without gradient."""
+    """A 0-d and a 3-d parameter, one that is used twice, one never, and one that a branch leaves without a gradient."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The house: rooms that say what is in them, names that stand once, and things that never occur."""
+"""The layout: rooms whose docstrings name their files, names that occur once, and things that never occur."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _inner(room: str) -> Iterator[tuple[Path, int, str, str]]:
 
 @pytest.mark.parametrize("room", WITHIN)
 def test_imports_point_one_way_within_the_large_rooms(room):
-    """Also what is imported for type checkers only: a circle that is hidden is one."""
+    """Imports for type checkers count too, because a circle of them is a circle."""
     rank = {name: rank for rank, names in enumerate(WITHIN[room]) for name in names}
     wrong = [
         f"{where(path)}:{line} ({mine}) imports {name}"

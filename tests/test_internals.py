@@ -122,7 +122,7 @@ def test_nested_values_are_walked():
 
 
 def test_apply_binds_to_the_class_that_is_asked():
-    """A classmethod up to torch 2.13, a descriptor in C from 2.14 on; `train/functions.py` binds either."""
+    """A classmethod up to torch 2.13, a descriptor in C from 2.14 on; `graph/functions.py` binds either."""
     x = one()
     out = torch.autograd.Function.__dict__["apply"].__get__(None, Probe)(x, lambda: None)
     assert "Probe" in out.grad_fn.name(), ON
@@ -228,7 +228,7 @@ def test_code_is_not_compiled_where_that_is_said():
     (lambda x: x * x, "MulBackward0", {}),
 ])  # fmt: skip
 def test_nodes_have_the_names_and_inputs_that_rebuild_reads(make, name, kept):
-    """`train/rebuild.py` makes outputs again from what these nodes saved."""
+    """`graph/recompute.py` makes outputs again from what these nodes saved."""
     x = one()
     node = make(x).grad_fn
     assert node.name() == name, ON
@@ -237,7 +237,7 @@ def test_nodes_have_the_names_and_inputs_that_rebuild_reads(make, name, kept):
 
 
 def test_a_product_keeps_only_what_its_gradients_need():
-    """`train/rebuild.py` takes a factor of None for one that cannot be multiplied with again."""
+    """`graph/recompute.py` takes a factor of None to mean that the product cannot be computed again."""
     x = one()
     assert torch.equal((x * x).grad_fn._saved_other, x), ON
     assert (x * 2.0).grad_fn._saved_self is None, ON

@@ -106,21 +106,21 @@ def test_schedules_of_the_engine(budget, steps, every, spread):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_ties_go_to_the_earlier_tensor_and_index(run, k):
-    """Whatever the order in which backward shows the tensors: it shows the last one first."""
+    """Ties go by the model's order, although backward shows the last tensor first."""
     order = [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert top_k([np.ones(2), np.ones(2)], k) == order[:k]
     assert run([[0, 0], [0, 0]], [[[1, 1], [1, 1]]], static_d3(k)).supports == [set(order[:k])]
 
 
 def test_entries_without_gradient_are_never_selected(run):
-    """The quota that they leave open is carried to the next step."""
+    """The part of the quota that they leave open is carried to the next step."""
     ours = run([[0, 0, 0, 0]], [[[0, 1, 0, -0.0]], [[0, 0, 0, 0]], [[1, 0, 2, 0]]], id3(3, 2))
     assert ours.supports == [{(0, 1)}, {(0, 1)}, {(0, 0), (0, 1), (0, 2)}]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_step_with_a_bad_score_selects_nothing(run, bad):
-    """Not even elsewhere; what is selected trains on, and the quota is carried over."""
+    """Nothing is selected in any tensor. Selected entries are trained on, and the quota is carried over."""
     gradients = [[[9, 1, 1], [1]], [[1, bad, 1], [5]], [[1, 1, 2], [1]]]
     ours = run([[0, 0, 0], [0]], gradients, id3(3, 3))
     assert ours.supports == [{(0, 0)}, {(0, 0)}, {(0, 0), (0, 1), (0, 2)}]

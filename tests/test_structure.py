@@ -264,7 +264,7 @@ def _block(path: Path) -> list[ast.stmt]:
 
 
 def test_public_names_are_what_pyright_takes_them_for():
-    """`selectune.__getattr__` looks names up by itself, so it could find another thing than the imports say."""
+    """`selectune.__getattr__` looks names up by itself, so it could find something else than the imports say."""
     seen = {}
     for node in _block(PACKAGE / "__init__.py"):
         assert isinstance(node, ast.ImportFrom)

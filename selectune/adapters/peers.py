@@ -100,6 +100,9 @@ def put_on(
     if spec.options.get("init") == "normal":
         _draw_b(model)
     if spec.kind == "adalora":
+        for name, parameter in model.named_parameters():
+            if ".ranknum." in name:  # a counter, which peft leaves trainable on the device "meta"
+                parameter.requires_grad_(False)
         penalty = _with_orthogonality(model, config)
     moves = steps is not None and spec.kind == "adalora"
     after, ranks = (tuner.update_and_allocate, Ranks(tuner)) if moves else (None, None)

@@ -12,15 +12,21 @@ from torch import nn
 
 from selectune.adapters import linears, put_on
 from selectune.bench import methods
-from selectune.bench.trace import faked, trace
+from selectune.bench.trace import Storages, faked, known, size, trace
 from selectune.bench.workload import DTYPES, Bench, batches, config_of, prepare
+from selectune.bits import wide
 from selectune.errors import ConfigError, ModelError, SelectuneError
 from selectune.method import Method
 from selectune.models.adapted import peer, virtual_tokens
+from selectune.ops import bounds
 from selectune.ops.cpu.kernels import DESKS
+from selectune.runs.calibration import calibration as data_of
 from selectune.schedule import resolve_budget
 from selectune.scope import Found, Scope
-from selectune.types import DropAndGrow, Reads, Schedule
+from selectune.train.choose.calibrate import calibrate
+from selectune.train.choose.products import CANONICAL
+from selectune.train.choose.scan import PIECE
+from selectune.types import DropAndGrow, Phased, Reads, Schedule
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -29,6 +35,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": functools.partial(torch.optim.SGD, momentum=0.9),
 }
 _PIECE, _SCORING = 1 << 18, 16  # scalars of a tensor scored at once, and bytes that each takes meanwhile
+_RANKING = 52  # bytes that each scalar takes while nothing is known of the others (`choose.scan`)
 _GAP, _HEADER, _ENTRY = 2, 700, 85  # of the delta's file: index of a scalar, what is said once, what of each tensor
 
 
@@ -48,10 +55,12 @@ class Prediction:
     backward: int  # what backward and the optimizer's step need in addition
     gradient: int  # dense gradients alive at once: one tensor's on selecting steps, all in full fine-tuning
     values: int  # the offsets
+    latents: int  # what a dense phase trains in place of weights
     optimizer: int
     ledger: int  # positions, slots, and copies of base values
     workspace: int
-    peak: int  # all of the above
+    calibration: int  # beside the weights, while the score is read from data; in place of saved to workspace
+    peak: int  # the weights, and the larger of training and calibration
     above_model: int  # peak - weights, which `selectune bench` measures
     delta_bytes: int
 
@@ -70,8 +79,10 @@ def plan(
     selects from. Steps run on shapes alone (`trace`), in a few seconds. The peak is that of tensors that are alive:
     the C library keeps freed blocks as well, which the resident set of a process on the CPU counts.
 
+    A method with a dense phase is predicted in that phase, where its memory is largest.
+
     Raises ModelError for a config that cannot be found and for a model that cannot run without data, BudgetError,
-    ConfigError for unknown names and for methods with a dense phase.
+    ConfigError for unknown names and for SHiRA, whose mask is made of numbers.
     """
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZERS)}.")
@@ -80,14 +91,14 @@ def plan(
     config = config_of(bench.model)
     try:
         model = prepare(bench, config, "meta")
-        size = sum(p.numel() for p in model.parameters())
+        total = sum(p.numel() for p in model.parameters())
         count = _size_of(model, budget) if isinstance(budget, str) else budget
-        base = _bytes(model)
+        base = size(model.parameters())
         model = _adapted(model, name, steps)
         bench = _fitting(bench, config, name)
         with faked(model):
             chosen, found = _method(model, name, count, steps or 1000)
-            return _predicted(bench, config, model, size, base, name, chosen, found, steps, optimizer)
+            return _predicted(bench, config, model, total, base, name, chosen, found, steps, optimizer)
     except SelectuneError:
         raise
     except Exception as error:
@@ -105,49 +116,58 @@ def _predicted(
     schedule = None if chosen is None or chosen.schedule is None else chosen.schedule.resolve(found.eligible)
     count = 0 if schedule is None else resolve_budget(schedule.budget, found.eligible)
     wholly = sum(t.parameter.numel() for t in found.whole)
-    trained = count + wholly
+    dense = None if chosen is None else chosen.dense
+    every = 0 if dense is None else sum(t.parameter.numel() for t in found.tensors)  # trained at a dense step
+    trained = count + wholly + (every if schedule is None else 0)
     selects = chosen is not None and chosen.score is not None and chosen.score.reads is Reads.GRADIENT
     stepping = functools.partial(OPTIMIZERS[optimizer], lr=1e-4, foreach=bench.device == "cuda")
     step = functools.partial(
         trace, model, batches(replace(bench, device="cpu"), config, 1)[0], bench, found, count, stepping,
         watches=isinstance(schedule, DropAndGrow) and schedule.window > 0,
-        copies=chosen is not None and chosen.fill == "zero",
+        copies=chosen is not None and chosen.fill == "zero", method=chosen,
     )  # fmt: skip
     quiet = step()
     peak = max(quiet.peak, step(selects=True).peak) if selects else quiet.peak
+    if isinstance(schedule, Phased):  # the end of the phase: changes are ranked while all gradients are there
+        peak = max(peak, quiet.kept + quiet.gradients + _ranking(found))
     widest = max((layer.weight.numel() for layer in linears(model).values()), default=0)
-    sampled = count > 0 and not (selects and getattr(schedule, "every", 0) == 1)  # else every gradient is dense
+    always = dense is not None or (selects and getattr(schedule, "every", 0) == 1)  # every gradient is dense
+    sampled = count > 0 and not always
     workspace = _turned(model, bench) if sampled else 0
-    workspace += min(_PIECE, widest) * _SCORING if selects else 0
+    if selects and chosen is not None:
+        workspace += min(_PIECE, widest) * _SCORING + _rounded(model, bench, chosen, schedule, steps or 1000)
     room = quiet.peak - quiet.saved - quiet.kept
-    gradient = min(room, sum(t.parameter.numel() * t.parameter.element_size() for t in found.whole))
+    gradient = min(room, quiet.gradients)
     itemsize = DTYPES[bench.dtype].itemsize
-    adapter = _bytes(model) - weights
-    whole = methods.base_of(name) == methods.DENSE
+    adapter = size(model.parameters()) - weights
+    shipped = _file(trained, itemsize, len(found.tensors), total) if trained else 0
+    if methods.base_of(name) == methods.DENSE or (schedule is None and dense is not None):
+        shipped = size(t.parameter for t in (*found.whole, *found.tensors))
+    calibration = _calibration(model, bench, config, chosen, found)
+    again = calibration and schedule is not None and not schedule.keeps  # during the run, beside what it holds then
+    above = adapter + max(peak + workspace, calibration + (quiet.kept if again else 0))
     return Prediction(
         method=name,
         parameters=total,
         trained=trained,
         density=trained / total,
         steps=steps,
-        updates=None if steps is None or not trained else wholly * steps + updates_of(schedule, steps),
+        updates=None if steps is None or not trained else wholly * steps + updates_of(schedule, steps, every),
         weights=weights,
         adapter=adapter,
         saved=quiet.saved,
         backward=room - gradient,
         gradient=gradient + peak - quiet.peak,
         values=quiet.values,
+        latents=quiet.latents,
         optimizer=quiet.state,
-        ledger=quiet.kept - quiet.values - quiet.state,
+        ledger=quiet.kept - quiet.values - quiet.state - quiet.latents,
         workspace=workspace,
-        peak=weights + adapter + peak + workspace,
-        above_model=adapter + peak + workspace,
-        delta_bytes=weights if whole else _file(trained, itemsize, len(found.tensors), total) if trained else 0,
+        calibration=calibration,
+        peak=weights + above,
+        above_model=above,
+        delta_bytes=shipped,
     )
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _size_of(model: nn.Module, adapter: str) -> int:
@@ -163,6 +183,11 @@ def _adapted(model: nn.Module, name: str, steps: int | None) -> nn.Module:
     adapter = methods.parts(name)[1]
     if name in (methods.FLOOR, methods.DENSE) or (methods.is_ours(name) and not adapter):
         return model
+    if methods.base_of(adapter or name) == "shira":
+        raise ConfigError(
+            f"--method {name}: peft makes the mask of SHiRA out of numbers, and a plan has none. It trains r (m + n) "
+            "scalars of each matrix (m, n); `selectune bench` measures it."
+        )
     return put_on(model, adapter or name, record=False, steps=None if adapter else steps).model
 
 
@@ -180,12 +205,40 @@ def _method(model: nn.Module, name: str, budget: int | float, steps: int) -> tup
     if not methods.is_ours(name):
         return None, Scope(include=(), train_fully=("*",)).find(model, loaded=False)
     chosen = methods.recipe(name, budget, steps)
-    if chosen.dense is not None:
-        raise ConfigError(
-            f"--method {name}: this method trains every weight for a while, and such a phase cannot be planned yet. "
-            "`attach` logs how many bytes it takes."
-        )
     return chosen, chosen.scope.find(model, loaded=False)
+
+
+def _rounded(model: nn.Module, bench: Bench, method: Method, schedule: Schedule | None, steps: int) -> int:
+    """Bytes of exact selection (`choose.products`): both operands as int8, and the entries that bounds leave."""
+    largest = max((schedule.target(t) - schedule.target(t - 1) for t in range(1, steps)), default=0) if schedule else 0
+    quota = 0 if schedule is None else max(schedule.target(0), largest)
+    fused = method.score is not None and method.score.fused == "ratio"
+    if not (fused and 0 < quota <= CANONICAL and bench.device == "cpu" and bench.dtype == "fp32"):
+        return 0
+    tokens = bench.batch * bench.length
+    shapes = [s for layer in linears(model).values() if bounds.pays(tokens, *(s := tuple(layer.weight.shape)))]
+    left, right = (max((shape[side] for shape in shapes), default=0) for side in (0, 1))
+    return tokens * (left + right) + 16 * int(bounds.SHARE * max((o * i for o, i in shapes), default=0))
+
+
+def _calibration(model: nn.Module, bench: Bench, config: Any, method: Method | None, found: Found) -> int:
+    """Bytes above the weights while a score is read from data. One example, or mini-batch, stands for all."""
+    if method is None or method.score is None or not method.score.reads.calibrated:
+        return 0
+    counts = ("examples", "batches", "hardest")
+    score = method.score
+    score = replace(score, parameters={**score.parameters, **{k: 1 for k in counts if score.parameters.get(k)}})
+    batch = batches(replace(bench, device="cpu"), config, 1)[0]
+    read = data_of(model, score, methods.rows_of(batch), methods.stacked, bench.batch, bench.seed)
+    with Storages(known(model, batch)) as storages:
+        calibrate(model, score, found.tensors, read["calibration"], read["loss"])
+    sums = sum(t.parameter.numel() * wide(t.parameter.dtype).itemsize for t in found.tensors)
+    return max(storages.peak, sums + _ranking(found))
+
+
+def _ranking(found: Found) -> int:
+    """Bytes in which the first scores of a selection are ranked that does not go by a gradient."""
+    return _RANKING * min(PIECE, max(t.parameter.numel() for t in found.tensors))
 
 
 def _turned(model: nn.Module, bench: Bench) -> int:
@@ -199,16 +252,19 @@ def _turned(model: nn.Module, bench: Bench) -> int:
     return 4 * workers * (widest + BAND) * PITCH
 
 
-def updates_of(schedule: Schedule | None, steps: int) -> int:
+def updates_of(schedule: Schedule | None, steps: int, dense: int = 0) -> int:
     """How many gradients the scalars get over a run: the support's size, summed over the steps.
 
-    A uniform increment of B over T steps comes to (T + 1) B / 2, a static mask to T B.
+    A uniform increment of B over T steps comes to (T + 1) B / 2, a static mask to T B. At dense steps it is `dense`.
 
     >>> from selectune.schedule import Increment, OneShot
     >>> updates_of(Increment(12, 4), 4), updates_of(OneShot(12), 4), updates_of(Increment(10, 4), 4)
     (30, 48, 24)
     """
-    return 0 if schedule is None else sum(schedule.target(step) for step in range(steps))
+    if schedule is None:
+        return steps * dense
+    sparse = [step for step in range(steps) if not (isinstance(schedule, Phased) and schedule.dense(step))]
+    return sum(map(schedule.target, sparse)) + dense * (steps - len(sparse))
 
 
 def _file(trained: int, itemsize: int, tensors: int, total: int) -> int:

@@ -143,10 +143,10 @@ def ours(name: str, model: nn.Module, given: Conditions) -> Ready:
     method, on = recipe(name, given.budget, given.steps), parts(name)[1]
     adapted = put_on(model, on, given.seed) if on else None
     model = adapted.model if adapted else model
-    rows = [{k: v[i] for k, v in b.items()} for b in given.batches for i in range(len(b["input_ids"]))]
+    rows = [row for batch in given.batches for row in rows_of(batch)]
     batch = len(given.batches[0]["input_ids"])
     rows = [rows[i % len(rows)] for i in range(EXAMPLES * batch)]
-    read = calibration(model, method.score, rows, _stacked, batch, given.seed)
+    read = calibration(model, method.score, rows, stacked, batch, given.seed)
     tuner = attach(model, method, seed=given.seed, **read)
 
     def undo() -> None:
@@ -165,7 +165,13 @@ def ours(name: str, model: nn.Module, given: Conditions) -> Ready:
     )
 
 
-def _stacked(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+def rows_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The examples of a batch."""
+    return [{key: value[i] for key, value in batch.items()} for i in range(len(batch["input_ids"]))]
+
+
+def stacked(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The batch of some examples."""
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 

@@ -87,8 +87,10 @@ def planned(found: dict[str, Any]) -> str:
     items = (
         ("weights", "weights"), ("adapter", "adapter's weights"), ("saved", "saved for backward"),
         ("backward", "backward in addition"),
-        ("gradient", "dense gradients"), ("values", "offsets"), ("optimizer", "optimizer state"),
+        ("gradient", "dense gradients"), ("values", "offsets"), ("latents", "latents of a dense phase"),
+        ("optimizer", "optimizer state"),
         ("ledger", "positions, slots, base values"), ("workspace", "scoring"),
+        ("calibration", "calibration, before training"),
         ("peak", "peak"), ("above_model", "peak above the model"),
     )  # fmt: skip
     lines = [f"{label:<30} {found[key] / mib:>12,.1f} MiB" for key, label in items]

@@ -8,7 +8,7 @@ is counted until it is freed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,11 +21,15 @@ from selectune import ops
 from selectune.bench.meter import Storages
 from selectune.bench.workload import DTYPES, Bench, input_gradients
 from selectune.internals import TorchDispatchMode, fake_mode, fake_of, tree_iter
+from selectune.method import Method
 from selectune.scope import Found
+from selectune.train.choose.dense_phase import DenseThenSparse
 from selectune.train.graph.nodes import Link
 from selectune.train.graph.taps import Taps
+from selectune.train.optim.holders import held
 from selectune.train.support.ledger import Ledger
 from selectune.train.support.pages import Page, Spots
+from selectune.train.support.proof import BaseCopy
 
 Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 aten = torch.ops.aten
@@ -40,6 +44,8 @@ class Traced:
     state: int  # the optimizer's state among them, but for counters of steps
     saved: int  # what forward adds: saved for backward, and the loss
     peak: int  # the most alive at any moment
+    latents: int  # of a dense phase, in place of weights
+    gradients: int  # dense ones, if all were alive at once: of tensors that are trained whole, and of latents
 
 
 class Guesses(TorchDispatchMode):
@@ -53,6 +59,8 @@ class Guesses(TorchDispatchMode):
 
         if func is aten._local_scalar_dense.default:
             return True if x.dtype == torch.bool else 1
+        if func is aten.equal.default:
+            return True
         if func is aten.nonzero.default:
             return many(x.numel(), x.dim())
         if func is aten._unique2.default:
@@ -132,28 +140,34 @@ def faked(model: nn.Module) -> Iterator[None]:
 
 def trace(
     model: nn.Module, batch: dict[str, Tensor], bench: Bench, found: Found, budget: int, optimizer: Optimizer,
-    *, selects: bool = False, watches: bool = False, copies: bool = False,
+    *, selects: bool = False, watches: bool = False, copies: bool = False, method: Method | None = None,
 ) -> Traced:  # fmt: skip
     """Counts one step of a model within `faked` that trains `budget` scalars of `found.tensors`, and `found.whole`.
 
     The optimizer's state is there when the step begins. `selects`: the step selects, so every tensor's dense gradient
     is formed and dropped. `watches`: as many candidates are watched beside the selected entries. `copies`: of all
-    tensors in scope there is a copy of the base.
+    tensors in scope there is a copy of the base. `method`: its dense phase, if it has one, is on.
     """
-    storages = Storages({t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *batch.values())})
+    storages = Storages(known(model, batch))
     with contextlib.ExitStack() as on:
         on.enter_context(storages)
         if bench.device == "cuda":
             on.enter_context(_FusedAttention())
+        weights = {id(p) for p in model.parameters()}
         model.requires_grad_(False)
         for tensor in found.whole:
             tensor.parameter.requires_grad_(True)
-        ledger = _ledger(found, budget, watches)
+        phased = method is not None and method.dense is not None
+        ledger = Ledger(found.tensors, budget) if phased else _ledger(found, budget, watches)
         base = [t.weight.clone() for t in found.tensors if copies]
         trained = [*([ledger.offsets] if budget else []), *(t.parameter for t in found.whole)]
+        phase = _phase(method, model, found, ledger)
+        if phase is not None:
+            on.callback(phase.free)
+            trained += phase.parameters()
         stepping = _begun(optimizer, trained)
         kept = storages.now
-        if budget:
+        if budget and phase is None:
             taps = Taps(model, found.tensors, ledger.offsets, _Shown(ledger, selects), set())
             on.callback(taps.remove)
         elif not trained:
@@ -165,13 +179,46 @@ def trace(
         loss.backward()
         del loss
         if stepping is not None:
+            if phase is not None:
+                phase.last_word(stepping, held(stepping), set())
             stepping.step()
             stepping.zero_grad(set_to_none=True)
+        if phase is not None:
+            phase.write_weights()
         del base
-    values = ledger.offsets.untyped_storage().nbytes()
-    moments = [] if stepping is None else tree_iter(list(stepping.state.values()))
-    state = sum(m.untyped_storage().nbytes() for m in moments if isinstance(m, Tensor) and m.dim() > 0)
-    return Traced(kept, values, state, saved, storages.peak)
+        values = ledger.offsets.untyped_storage().nbytes()
+        moments = [] if stepping is None else tree_iter(list(stepping.state.values()))
+        state = sum(m.untyped_storage().nbytes() for m in moments if isinstance(m, Tensor) and m.dim() > 0)
+        latents = 0 if phase is None else size(p for p in phase.parameters() if id(p) not in weights)
+        gradients = size(trained) - (values if budget else 0)
+        return Traced(kept, values, state, saved, storages.peak, latents, gradients)
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def known(model: nn.Module, batch: dict[str, Tensor]) -> set[int]:
+    """The addresses of what lies in memory before a step, for `Storages`."""
+    return {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *batch.values())}
+
+
+class _Base(BaseCopy):
+    """Copies of the base without checksums, which shapes do not have."""
+
+    def __init__(self) -> None:
+        self.whole = {}
+
+
+def _phase(method: Method | None, model: nn.Module, found: Found, ledger: Ledger) -> DenseThenSparse | None:
+    """The dense phase of a method, turned on; None for any other method."""
+    if method is None or method.dense is None:
+        return None
+    run = (method, method.schedule, ledger, 0)
+    phase = DenseThenSparse(*run, kind=method.dense, found=found, base=_Base(), carrier=model)
+    phase.begin()
+    return phase
 
 
 def _ledger(found: Found, budget: int, watches: bool) -> Ledger:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selectune import seeds
+from selectune import internals, seeds
 from selectune.errors import ConfigError
 from selectune.ops import cost, reference
 from selectune.ops.cpu import kernels as cpu
@@ -136,6 +136,8 @@ def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
 
 def uniform(like: Tensor, stream: seeds.Stream, out: Tensor | None = None) -> Tensor:
     """`seeds.uniform`: the same numbers on every backend and device, written into `out` if it fits."""
+    if internals.is_fake(like):
+        return torch.empty_like(like) if out is None else out
     numba = like.device.type == "cpu" and (forced() or _own("cpu")) == "numba"
     return (cpu if numba else seeds).uniform(like, stream, out)
 

@@ -1,4 +1,4 @@
-"""One tiny model of each architecture that has a role map, and what it takes to see that a model is as it was."""
+"""One tiny model of each architecture with a role map, and comparisons of a model with what it was before."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def hidden(model: nn.Module, name: str) -> Tensor:
 
 
 def trace(model: nn.Module) -> dict[str, Any]:
-    """All that a module put on a model could leave behind: modules, hooks, attributes, bits, requires_grad."""
+    """Everything that an adapter may leave on a model: modules, hooks, attributes, bits, requires_grad."""
     return {
         "modules": [(name, id(module)) for name, module in model.named_modules()],
         "hooks": [

@@ -20,7 +20,7 @@ KINDS = ("houlsby", "pfeiffer", "parallel")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_on_and_off(name, kind):
-    """Zero up-projections change nothing; others do; every adapter gets a gradient; off again without a trace."""
+    """With up-projections of 0 nothing changes; with others it does. All get gradients and come off without a trace."""
     model = make(name)
     before, out = trace(model), hidden(model, name)
     adapted = put_on(model, f"{kind}:init=zero,reduction=4", seed=3)
@@ -121,7 +121,7 @@ def test_pfeiffer_reads_the_residual_stream_where_no_norm_follows():
 
 
 def model_end(model, h):
-    """What the final norm was given."""
+    """The input that the final norm got."""
     seen: list[torch.Tensor] = []
     handle = model.norm.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
     hidden(model, "llama")

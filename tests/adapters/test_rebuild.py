@@ -1,4 +1,4 @@
-"""A selection on a module: trained, saved, and put on a plain base again, bit for bit, or refused."""
+"""A selection from an adapter is trained, saved and put on a plain base again, bit for bit, or it is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def logits(model):
 
 
 def trained(kind: str, method: st.Method, keep=HEAD, seed=5):
-    """The delta of a few steps, and what the trained model says."""
+    """The delta of a few steps, and the output of the trained model."""
     adapted = put_on(classifier(), f"{kind}{SMALL.get(kind, '')}", seed, keep=keep)
     base = base_info(adapted.model, id="base", full=True)
     tuner = st.attach(adapted.model, method, seed=1)
@@ -133,7 +133,7 @@ def test_the_same_call_draws_the_same_bits_and_leaves_the_generator_alone():
 
 
 def test_an_unknown_kind_in_a_file_does_nothing_but_name_itself():
-    """The file format takes any name as a kind; it makes nothing, and the bits are compared as ever."""
+    """The file format accepts any name as a kind. Nothing is made from it, and the bits are compared as usual."""
     delta, _ = trained("pfeiffer", st.id3(40, steps=4))
     unknown = Delta(delta.patches, delta.dense, {**delta.info, "module": {**delta.info["module"], "kind": "exec"}})
     unknown = Delta.from_bytes(unknown.to_bytes())
@@ -168,7 +168,7 @@ def test_an_adapter_that_is_on_no_record_is_refused():
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_a_peft_model_of_ones_own():
-    """Whatever sits on a model is ordinary: freeze the rest, as peft does, and attach."""
+    """An adapter of any library can be selected from: freeze the rest, as peft does, and attach."""
     peft = pytest.importorskip("peft")
     own = peft.get_peft_model(classifier(), peft.LoraConfig(r=4, target_modules=["query", "value"]))
     tuner = st.attach(own, st.id3(30, steps=2))

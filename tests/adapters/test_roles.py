@@ -1,4 +1,4 @@
-"""The role map: every architecture's modules, layer by layer, and what is said of those without one."""
+"""The role map: every architecture's modules, layer by layer, and the error for a model without one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_layer_has_each_role_once(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_all_linear_layers_of_the_blocks_have_a_role(name):
-    """Nothing that multiplies is forgotten, but for what is no query, key, value, output or FFN."""
+    """Every linear layer has a role, except those that are no query, key, value, output or FFN."""
     model = make(name)
     mine = {r.name for r in find(model) if r.kind in LINEAR}
     others = {

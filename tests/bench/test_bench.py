@@ -217,7 +217,7 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_selecting_steps_count_in_their_share():
-    """Of id3:every=10 a median alone would hide the selecting step; id3 itself is all selecting steps."""
+    """A median alone would hide the selecting step of id3:every=10. In id3 every step selects."""
     flags = [[True, False, False, False]] * 2
     every = seen([[2.0, 1.0, 1.0, 1.0]] * 2, flags)
     always = seen([[2.0, 2.2]] * 2, [[True, True]] * 2, other=[(1.5, False), (1.5, False)])

@@ -12,7 +12,7 @@ from selectune.bench.estimate import plan
 from selectune.bench.rounds import Settings
 from selectune.bench.rows import whole
 from selectune.bench.workload import Bench, prepare
-from selectune.errors import ConfigError, ModelError
+from selectune.errors import ConfigError
 
 pytest.importorskip("peft")
 TINY = Bench("tiny", 2, 16)
@@ -76,8 +76,7 @@ def test_every_adapter_can_be_planned(adapter):
     adapted = put_on(prepare(TINY), adapter, record=False, steps=10)
     size = sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
     found = plan(TINY, adapter, 100, 10)
-    counters = len(linears(prepare(TINY))) - 1 if adapter == "adalora" else 0  # of ranks: peft freezes them later
-    assert found.trained == size + counters
+    assert found.trained == size
     assert found.above_model > found.saved > 0
     assert found.adapter > 0 or adapter == "ln"
     assert found.peak == found.weights + found.above_model
@@ -85,7 +84,7 @@ def test_every_adapter_can_be_planned(adapter):
 
 def test_an_adapter_that_looks_at_data_cannot_be_planned():
     """SHiRA's mask is drawn by peft as places where a tensor is not 0."""
-    with pytest.raises(ModelError, match="cannot be run on shapes alone"):
+    with pytest.raises(ConfigError, match="a plan has none"):
         plan(TINY, "shira", 100, 10)
 
 

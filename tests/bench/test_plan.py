@@ -11,11 +11,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import selectune as st
-from selectune.bench import trace
+from selectune.bench import estimate, methods, trace
 from selectune.bench.estimate import plan, updates_of
-from selectune.bench.workload import Bench, config_of, prepare
+from selectune.bench.workload import Bench, batches, config_of, prepare
 from selectune.cli.app import app
 from selectune.errors import BudgetError, ConfigError, ModelError, ScopeError
+from selectune.ops import bounds
 from selectune.ops.cpu import loops
 from selectune.schedule import Increment, OneShot, Repeat
 from selectune.scope import Found, Scope
@@ -60,7 +61,7 @@ def traced(train: str = "", **more) -> trace.Traced:
 
 
 def test_a_step_counted_by_hand():
-    """x lies there already; the hidden layer is saved; the output is not, but its gradient comes."""
+    """x is in memory already. The hidden layer is saved, and the output is not, but its gradient is formed."""
     static, selecting, kept, floor = traced(), traced(selects=True), traced("all"), traced("nothing")
     pieces = 4 * 24  # of the offsets, one a tensor
     assert static.saved == HIDDEN + LOSS + pieces
@@ -201,11 +202,57 @@ def test_what_cannot_run_on_shapes_is_one_line(tmp_path):
 
 
 def test_every_way_of_choosing_has_its_price():
-    """Pruned weights are kept; candidates that are watched have positions; the rest is the same."""
+    """Pruned weights are kept, and watched candidates have positions. Everything else is the same."""
     static, pruned = plan(TINY, "random", 500, 10), plan(TINY, "sparse-adapter", 500, 10)
     assert pruned.ledger - static.ledger == 4 * (112_450 - 64) + 64 * 4
     assert plan(TINY, "spiel-ag", 500, 10).ledger == static.ledger + 500 * 8
     assert plan(TINY, "gallop", 500, 10).trained == 500
+
+
+def counted(bench: Bench) -> tuple[nn.Module, list[dict[str, torch.Tensor]], trace.Storages]:
+    """A model, its batches, and a count of the bytes that are made beside them."""
+    model, found = prepare(bench), batches(bench, config_of(bench.model))
+    held = set().union(*(trace.known(model, batch) for batch in found))
+    return model, found, trace.Storages(held)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["lt-sft", "diff-pruning", "child-tuning-f"])
+def test_a_dense_phase_is_as_large_as_predicted(method, dtype):
+    bench, dense = Bench("tiny", 2, 16, dtype), {"lt-sft": 2, "diff-pruning": 5, "child-tuning-f": 10}[method]
+    model, (batch, *_), storages = counted(bench)
+    with storages:
+        tuner = st.attach(model, methods.recipe(method, 0.01, 10))
+        optimizer = torch.optim.AdamW(tuner.parameters(), foreach=False)
+        for _ in range(min(dense, 5)):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    found = plan(bench, method, 0.01, 10)
+    assert found.above_model == pytest.approx(storages.peak, rel=0.15)
+    assert (found.latents > 0) is (method == "diff-pruning" or dtype == "bf16")
+    assert found.trained == (112_450 if method == "child-tuning-f" else 1124)
+    assert found.updates == dense * 112_450 + (10 - dense) * 1124
+
+
+@pytest.mark.parametrize("method", ["fish", "grasp"])
+def test_calibration_is_as_large_as_predicted(method):
+    model, found, storages = counted(TINY)
+    with storages:
+        methods.ours(method, model, methods.Conditions(0.01, 10, 6, found))
+    planned = plan(TINY, method, 0.01, 10)
+    assert planned.calibration == pytest.approx(storages.peak, rel=0.15)
+    assert planned.peak == max(planned.calibration, planned.above_model) + planned.weights
+    assert plan(TINY, "pafi", 0.01, 10).calibration == 0
+
+
+def test_exact_selection_holds_its_operands_as_int8(monkeypatch):
+    monkeypatch.setattr(bounds, "pays", lambda t, o, i: False)
+    without = plan(TINY, "id3", 500, 10).workspace
+    monkeypatch.setattr(bounds, "pays", lambda t, o, i: o == i == 64)
+    assert plan(TINY, "id3", 500, 10).workspace - without == 32 * (64 + 64) + 16 * int(bounds.SHARE * 64 * 64)
+    monkeypatch.setattr(estimate, "CANONICAL", 49)  # a step selects 50
+    assert plan(TINY, "id3", 500, 10).workspace == without
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "momentum"])

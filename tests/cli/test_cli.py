@@ -23,7 +23,7 @@ pytest_plugins = ("tiny_fixtures",)
 
 
 def data_of(found):
-    """The JSON on stdout, which must be all there is on it."""
+    """The JSON on stdout. Nothing else may be there."""
     return json.loads(found.stdout)
 
 
@@ -192,7 +192,7 @@ def test_the_page_of_the_demo_fits_and_ends_with_what_to_try_next(monkeypatch):
 
 
 def test_the_demo_says_something_before_torch_is_there():
-    """What it says first comes before the imports that take seconds."""
+    """The first message is shown before the imports, which take seconds."""
     code = (
         "import sys\nfrom selectune.cli.commands import demo\n"
         "def say(line):\n    sys.exit('torch' if 'torch' in sys.modules else 'a line first')\n"

@@ -1,4 +1,4 @@
-"""`selectune train --resume`: after Ctrl-C, after a kill, what it refuses; `eval` of a delta that is not there."""
+"""`selectune train --resume` after Ctrl-C and after a kill, and its refusals; `eval` of a delta that does not exist."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_other_settings_and_no_checkpoint(command, tmp_path):
 
 
 def test_a_process_that_is_killed(command, tmp_path):
-    """Killed without warning as soon as a checkpoint stands; a new process goes on from whatever it finds."""
+    """A run is killed as soon as a checkpoint is complete. A new process continues from what it finds."""
     out, long = tmp_path / "out", ("--max-steps", 100, "--save-every", 5)
     line = [sys.executable, "-m", "selectune", *map(str, (*command, *long, "--out", out))]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process

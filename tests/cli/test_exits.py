@@ -1,4 +1,4 @@
-"""Exit codes are one table; errors are a red line, and JSON where it was asked for."""
+"""All exit codes are in one table. An error is a red line, or JSON under --json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOWHERE = ("--model", "./nowhere", "--task", "demo/topic", "--out", "out", "--bu
 
 
 def commands(group=None, path=()):
-    """Every command by its words."""
+    """Every command, as the words that call it."""
     group = group or typer.main.get_command(apps.app)
     for name, command in group.commands.items():
         if hasattr(command, "commands"):

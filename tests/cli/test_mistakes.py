@@ -1,4 +1,4 @@
-"""Mistakes of people that must not pass for success, nor end in a traceback, nor cost them a model."""
+"""Users' mistakes: none may look like success, end in a traceback or destroy a model."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_marks_between_thousands(text, expected):
 
 @pytest.mark.parametrize("text", ["0,17%", "0,0017", "1,5m", "1,50", "1_0", ",1", "1,", "1,000.5,0", "1__000"])
 def test_a_comma_is_no_decimal_point(text):
-    """0,17% would be 17 % without its comma."""
+    """Without its comma, 0,17% would be 17 %."""
     with pytest.raises(BudgetError, match="decimals have a point"):
         values.budget(text)
 

@@ -1,4 +1,4 @@
-"""Plug-ins: methods and tasks of a file or of an installed package, and what happens where they are broken."""
+"""Plug-ins: methods and tasks of a file or of an installed package, and the errors of broken ones."""
 
 from __future__ import annotations
 

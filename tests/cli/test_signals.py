@@ -120,7 +120,7 @@ KILLS = int(os.environ.get("KILLS", "4"))  # 60 in the long form
 
 
 def test_kills_of_runs_that_share_a_folder(command, tmp_path):
-    """Two at a time want one folder, and whoever has it is killed; the run ends with the bits of one that never was."""
+    """Two processes want one folder, and its owner is killed. The run ends with the bits of one that was not."""
     out, args = tmp_path / "out", (*command, "--save-every", 4)
     rng = random.Random(0)
     for _ in range(KILLS):
@@ -146,7 +146,7 @@ def test_kills_of_runs_that_share_a_folder(command, tmp_path):
 
 
 def test_a_signal_that_a_library_takes_for_its_own_error_is_a_stop(monkeypatch, tmp_path):
-    """transformers' lazy imports turn whatever comes up within them into a ModuleNotFoundError."""
+    """transformers' lazy imports turn any exception raised within them into a ModuleNotFoundError."""
     from cli_kit import call as within
 
     from selectune.cli import signals

@@ -1,4 +1,4 @@
-"""The command line starts without what it works with: help, lists and typos need no torch. And what typos are told."""
+"""Help, lists and typos need no torch; and the messages about typos."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_nothing_heavy_is_loaded(args, code):
 
 
 def test_no_help_loads_anything_heavy():
-    """All of them in one process: each is asked of the same command line."""
+    """All of them in one process, through the same command line."""
     calls = [[c, "--help"] for c in COMMANDS] + [["delta", c, "--help"] for c in DELTA]
     code = (
         "import sys\nfrom selectune.cli import main\n"

@@ -68,7 +68,7 @@ def dense_values(delta: Delta, base: Bag) -> dict[str, list[float | None]]:
 
 
 def settle(base: float, terms: Sequence[tuple[float, float]], divide: float, dtype: torch.dtype) -> float:
-    """base + (sum of factor * (new - base)) / divide; (factor, new) of those who move it."""
+    """base + (sum of factor * (new - base)) / divide, over the (factor, new) of deltas that change it."""
     if not terms:
         return base
     if len(terms) == 1 and terms[0][0] == divide:
@@ -84,7 +84,7 @@ def values_of(model: Bag) -> dict[str, list[float]]:
 
 
 def grid(count: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Values on a coarse grid (so that ties and cancellation occur), some of them fine ones."""
+    """Values on a coarse grid, so that ties and cancellation occur, and a few finer ones."""
     source = torch.Generator().manual_seed(seed)
     coarse = torch.randint(-6, 7, (count,), generator=source) / 2
     fine = torch.randn(count, generator=source)

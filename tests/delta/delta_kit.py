@@ -1,4 +1,4 @@
-"""What the delta's tests share: models out of plain tensors, random bits, a second packer for hostile files."""
+"""Shared by the tests of deltas: models of plain tensors, random bits, a second packer for hostile files."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def close_up(text: str, entries: Any, payload: bytes) -> bytes:
 
 
 def edited(data: bytes, edit: Callable[[dict[str, Any]], Any]) -> bytes:
-    """The file with its metadata edited and sealed again, so that the checks behind the digest are reached."""
+    """The file with edited metadata and a new digest of it, so that the checks after the digest are reached."""
     metadata, entries, payload = open_up(data)
     edit(metadata)
     return close_up(sealed(metadata), entries, payload)

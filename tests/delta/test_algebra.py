@@ -109,7 +109,7 @@ def test_ties_trims_exactly_its_count_and_equal_magnitudes_in_order():
 
 
 def test_ties_at_the_cut_go_to_the_first_among_larger_ones_too():
-    """A sort that is not stable shuffles equal magnitudes as soon as there are larger ones between them."""
+    """An unstable sort shuffles equal magnitudes that have larger ones between them."""
     model = ones(60)
     large, small = range(0, 60, 3), [i for i in range(60) if i % 3]
     one = vector(model, **{f"x{i}": 3.0 if i % 3 == 0 else (i % 2) * 2.0 for i in range(60)})
@@ -124,7 +124,7 @@ def test_opposed_equal_differences_cancel_to_the_base():
 
 
 def test_dare_by_hand():
-    """The documented stream, drawn by hand, decides; what stays is doubled at drop=0.5."""
+    """The documented stream, computed by hand, decides what is dropped. At drop=0.5 the rest is doubled."""
     model = ones()
     deltas = [vector(model, x0=2.0, x1=3.0, x2=0.5), vector(model, x1=-1.0, x3=5.0)]
     generator = torch.Generator().manual_seed(21)
@@ -292,7 +292,7 @@ def test_overlap_and_intersection(family):
 
 @hypothesis.given(st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e4m3fn]), st.integers(0, 500))
 def test_deltas_apart_sum_to_one_after_the_other(dtype, seed):
-    """To the bit, whatever the base holds: NaN payloads, infinities, zeros of both signs."""
+    """Exact to the bit for every base: NaN payloads, infinities, zeros of both signs."""
     model = Bag({"w": random_bits((6, 7), dtype, seed), "v": random_bits((11,), dtype, seed + 1)})
     places = subset(42, 20, seed)
     halves = [places[:9].sort().values, places[9:].sort().values]

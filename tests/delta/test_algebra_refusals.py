@@ -160,7 +160,7 @@ def test_sums_that_leave_the_range():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_base_without_differences(bad):
-    """A delta may heal a NaN of the base, and goes into a sum as it is; it cannot be scaled."""
+    """A delta may replace a NaN of the base. It can be added, and it cannot be scaled."""
     model = Bag({"w": torch.tensor([1.0, bad, 1.0, 1.0])})
     heals, other = one(model, 1, 2.0), one(model, 0, 5.0)
     both = algebra.add([heals, other])

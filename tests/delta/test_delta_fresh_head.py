@@ -1,4 +1,4 @@
-"""A delta that stores a fresh head whole: any head may stand there, and everything else must be the base's."""
+"""A delta that stores a fresh head whole fits a model with any head there; everything else must be the base's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAD = ("head.bias", "head.weight")
 
 
 def fresh_delta(seed: int, full: bool = False, tensors: tuple[str, ...] | None = None, old_values=False) -> Delta:
-    """As the plain delta of that file, with the head whole."""
+    """The plain delta of delta_kit, with the head stored whole."""
     base = Tiny()
     tuned = trained(base, seed, None if tensors is None else (*tensors, *HEAD))
     found = diff(base, tuned, old_values=old_values)
@@ -94,7 +94,7 @@ def test_a_head_of_other_labels_is_refused():
 
 
 def test_only_what_is_named_and_whole_may_differ():
-    """The bias is not named, the weight is named and not whole: both must match."""
+    """The bias is not named, and the weight is named but not stored whole: both must match."""
     base, delta = Tiny(), fresh_delta(1)
     bias_named = {**delta.info, "base": base_info(base, initialised=["head.weight"])}
     model = one_ulp(Tiny(), "head.bias", 0)
@@ -146,7 +146,7 @@ def test_on_a_shelf():
 
 
 def test_arithmetic_needs_the_head_that_was_trained():
-    """A difference from another random head would be a wrong number, so none is taken."""
+    """The difference from another random head would be wrong, so arithmetic refuses it."""
     a, b = fresh_delta(1, full=True), fresh_delta(2, full=True)
     with pytest.raises(BaseMismatchError, match=r'"head\.weight" was initialised otherwise|"head\.weight" differs'):
         algebra.scale(a, 0.5, base=Tiny(head_seed=4))

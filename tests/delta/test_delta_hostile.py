@@ -92,13 +92,16 @@ ROWS = {
     "header not ASCII": (lambda: header_of('{"é":1}'.encode()), "ASCII"),
     "header with BOM": (lambda: header_of(b"\xef\xbb\xbf{}"), "ASCII"),
     "header no JSON": (lambda: header_of(b"{nonsense"), "not valid JSON"),
-    "header is a list": (lambda: header_of(b"[1,2]"), "no delta"),
+    "header is a list": (lambda: header_of(b"[1,2]"), "not a delta"),
     "header nested 100,000 deep": (lambda: header_of(nested(100_000)), "too deeply"),
     "header with a huge integer": (lambda: header_of(b'{"a":' + b"9" * 100_000 + b"}"), "64 bits"),
     "header with NaN": (lambda: header_of(b'{"a":NaN}'), "NaN"),
     "header with 1e999": (lambda: header_of(b'{"a":1e999}'), "not finite"),
-    "no metadata": (lambda: header_of(b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"0000"), "no delta"),
-    "metadata of another tool": (lambda: close_up({"format": "pt"}, ENTRIES, PAYLOAD), "no delta"),
+    "no metadata": (
+        lambda: header_of(b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"0000"),
+        "not a delta",
+    ),
+    "metadata of another tool": (lambda: close_up({"format": "pt"}, ENTRIES, PAYLOAD), "not a delta"),
     "a second metadata key": (
         lambda: close_up({"selectune": sealed(META), "more": "x"}, ENTRIES, PAYLOAD),
         "nothing else",
@@ -144,7 +147,7 @@ ROWS = {
     "cut short": (lambda: GOOD[:-1], "cut short"),
     # the metadata
     "metadata no JSON": (text_of(lambda t: "hello"), "not valid JSON"),
-    "metadata a list": (text_of(lambda t: "[]"), "no delta"),
+    "metadata a list": (text_of(lambda t: "[]"), "not a delta"),
     "metadata nested": (text_of(lambda t: nested(50_000).decode()), "too deeply"),
     "metadata with a space": (text_of(lambda t: t.replace(",", ", ", 1)), "canonical"),
     "metadata unsorted": (
@@ -159,7 +162,7 @@ ROWS = {
         "missing: digest",
     ),
     "digest of the metadata no hex": (text_of(lambda t: t.replace(META["digest"], "Z" * 64)), "hex"),
-    "format of another name": (lambda: edited(GOOD, lambda m: m.update(format="x")), "no delta"),
+    "format of another name": (lambda: edited(GOOD, lambda m: m.update(format="x")), "not a delta"),
     "later version": (lambda: edited(GOOD, lambda m: m.update(version=2)), "format version 2; this"),
     "version true": (lambda: edited(GOOD, lambda m: m.update(version=True)), "format version True"),
     "version 1.0": (lambda: edited(GOOD, lambda m: m.update(version=1.0)), "format version 1.0"),

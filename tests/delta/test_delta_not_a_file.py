@@ -1,4 +1,4 @@
-"""What is no delta file at all: pickles, pipes, folders, devices, sparse terabytes."""
+"""Paths that are no delta's file: pickles, pipes, folders, devices, sparse terabytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patches that say that what they do not list is 0: on the model, in the file, from strangers."""
+"""Zeroed patches, whose unlisted entries are 0: on the model, in the file, and in hostile files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door: readers together, writers alone, in the order of asking; what would wait for ever is refused."""
+"""The door admits readers together and writers alone, in the order of asking. It refuses waits without end."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_an_exception_while_waiting_or_inside_leaves_the_door_right(monkeypatch,
 
 
 def test_interrupts_at_any_time_leave_the_door_right():
-    """Asynchronous exceptions, as an interrupt is one, thrown into threads that come and go."""
+    """Asynchronous exceptions, such as an interrupt, are thrown into threads that enter and leave."""
     claim, over = CLAIM, threading.Event()
     inside = [0, 0]  # writers, readers
     wrong: list[str] = []

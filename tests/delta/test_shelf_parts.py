@@ -1,4 +1,4 @@
-"""Models that share weights: a part and its whole, tied weights. They exclude each other; what would mix is refused."""
+"""Models that share weights (a model and its part, tied weights) exclude each other; a mixture is refused."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from selectune.errors import BaseMismatchError, DeltaStateError
 
 @pytest.fixture
 def careful(monkeypatch) -> list[str | None]:
-    """The names to which a switch went the long way."""
+    """The names of the deltas to which a switch was made without a plan."""
     seen: list[str | None] = []
     real = Shelf._switch_with_care
     monkeypatch.setattr(
@@ -95,7 +95,7 @@ def test_other_memory_is_seen(careful):
 
 
 def test_a_base_that_differs_under_a_value_that_hides_it():
-    """c writes what was the base when a was made: the model looks right to a, but what comes back would be wrong."""
+    """c writes the values of a's base, so the model looks right to a, but a revert would restore the wrong values."""
     model = Bag({"w": torch.zeros(6)})
     a = make_delta(model, {"w": torch.tensor([1])}, {"w": torch.tensor([5.0])})
     other = Bag({"w": torch.tensor([0.0, 9.0, 0.0, 0.0, 0.0, 0.0])})

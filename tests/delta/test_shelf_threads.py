@@ -29,7 +29,7 @@ def empty():
 
 
 def wide(tensors: int = 6, size: int = 4096, count: int = 3, seed: int = 0) -> tuple[Bag, dict[str, Delta]]:
-    """A model that all deltas write in many places, and in common ones: a torn state is one that no delta gives."""
+    """All deltas write many entries of this model, some of them the same. A torn state agrees with no delta."""
     model = Bag({f"w{number}": torch.zeros(size) for number in range(tensors)})
     deltas = {}
     for number in range(count):
@@ -40,7 +40,7 @@ def wide(tensors: int = 6, size: int = 4096, count: int = 3, seed: int = 0) -> t
 
 
 def sums(model: nn.Module) -> tuple[float, ...]:
-    """An answer: read tensor by tensor, with the interpreter's lock let go in between."""
+    """An answer that is read tensor by tensor; the interpreter's lock is released in between."""
     return tuple(float(tensor.detach().sum()) for tensor in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""`selectune doctor` on installations that are ill: every illness is one line that names the part, and exit 1."""
+"""`selectune doctor` on broken installations: each fault is one line that names the part, and the exit code is 1."""
 
 from __future__ import annotations
 

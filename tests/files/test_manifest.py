@@ -1,4 +1,4 @@
-"""A folder is complete or none: harm to any file that its manifest names is told, and it is on the disk last."""
+"""A folder with a manifest is complete: damage to any file that it names is reported, and it is written last."""
 
 from __future__ import annotations
 

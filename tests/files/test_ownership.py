@@ -1,4 +1,4 @@
-"""One process at a time owns a folder; its death gives it back, and it leaves nothing."""
+"""One process at a time owns a folder. When it ends, the folder is free again and nothing is left in it."""
 
 from __future__ import annotations
 

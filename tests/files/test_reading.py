@@ -177,7 +177,7 @@ def test_limits(tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_300_mutants_of_lines(tmp_path, packed):
-    """gzip has a checksum: what it lets through is a flip in its own header, and the rows are the same."""
+    """gzip has a checksum, so a flipped bit that it does not report is in its own header, and the rows are the same."""
     file = tmp_path / ("train.jsonl.gz" if packed else "train.jsonl")
     refused = read = 0
     for data in mutants(gzip.compress(LINES) if packed else LINES, 300, seed=2):
@@ -214,7 +214,7 @@ print(most() - start, said)
 
 
 def peak(file):
-    """Bytes that reading a file took at most, in a process of its own, and what was said."""
+    """The most bytes that reading a file took, in a process of its own, and the message."""
     run = subprocess.run([sys.executable, "-c", _PEAK, file], capture_output=True, text=True, timeout=120, check=True)
     taken, _, said = run.stdout.partition(" ")
     return int(taken) * 1024, said

@@ -1,4 +1,4 @@
-"""A run stopped and resumed through transformers.Trainer: the bits of one that was not, and what is refused."""
+"""A run that is stopped and resumed through transformers.Trainer has the bits of one that was not; and refusals."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(runs, tmp_path, case):
 
 @pytest.mark.parametrize("order", ["random", "group_by_length"])
 def test_from_the_first_checkpoint_and_across_epochs(runs, tmp_path, order):
-    """12 steps are an epoch: a checkpoint on its border, one within the next, and a folder elsewhere."""
+    """12 steps are an epoch: a checkpoint at its end, one within the next epoch, and one in another folder."""
     how = {"max_steps": 20, "save_steps": 6, "train_sampling_strategy": order}
     make = lambda: st.id3(60, 20)  # noqa: E731
     straight, tuner = runs.trainer(make, folder=tmp_path / "straight", **how)
@@ -309,7 +309,7 @@ def test_the_end_of_a_run(runs):
 
 
 def test_the_end_of_a_run_of_whole_epochs(runs, tmp_path):
-    """There the Trainer takes no further step, so a script that always resumes ends in peace."""
+    """At the last step the Trainer takes no further one, so a script that always resumes ends without an error."""
     how = {"max_steps": 12, "save_steps": 12}
     trainer, tuner = runs.trainer(lambda: st.id3(60, 12), **how)
     with quiet():
@@ -330,7 +330,7 @@ def test_without_the_optimizer_it_is_said(runs, caplog):
 
 
 def test_weights_without_a_resume(runs):
-    """Nothing is kept out in silence: by hand it is refused, by a Trainer of one's own too, and detached it is done."""
+    """Weights are never left out silently: loading by hand or by another Trainer is refused, and works after detach."""
     trainer, tuner = runs.trainer(lambda: st.id3(60, STEPS))
     bias = {"classifier.bias": torch.ones(2)}
     with pytest.raises(ConfigError, match="1 tensors are to be loaded into a model with a tuner"):

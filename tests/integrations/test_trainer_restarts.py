@@ -79,7 +79,7 @@ RESTARTS = {  # the backward pass that breaks, backward passes a step, the metho
 
 @pytest.mark.parametrize("case", RESTARTS)
 def test_smaller_batches_begin_anew(fresh, tmp_path, case):
-    """What comes out is the run that had the smaller batches from its first step."""
+    """The result is that of a run with the smaller batches from its first step."""
     at, passes, make = RESTARTS[case]
     more = {"make": make, "passes": passes, "gradient_accumulation_steps": passes}
     trainer, tuner = run(
@@ -246,7 +246,7 @@ FREE = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "learni
 
 @pytest.mark.parametrize("make", [lambda: st.pafi(60), lambda: st.id3(60, STEPS)], ids=["pafi", "id3"])
 def test_schedule_free(fresh, tmp_path, make):
-    """At a rate of nearly 0 nothing moves, and a run of its own rate goes on from its checkpoint bit for bit."""
+    """At a rate of nearly 0 nothing moves. A run at its own rate continues from its checkpoint bit for bit."""
     pytest.importorskip("schedulefree", reason="schedulefree is not installed")
     still, tuner = run(fresh, tmp_path / "still", make=make, **{**FREE, "learning_rate": 1e-9})
     before = {name: tensor.clone() for name, tensor in still.model.state_dict().items()}

@@ -30,7 +30,7 @@ ROWS = [[2, 5, 9, 3], [2, 8, 7, 3]]
 
 
 def logits_of(model) -> list:
-    """What a model says of ROWS, in eval mode: its class, dtype and every logit, exactly."""
+    """A model's answer to ROWS in eval mode: its class, its dtype and every logit, exactly."""
     model.eval()
     with torch.no_grad():
         logits = model(torch.tensor(ROWS)).logits
@@ -103,7 +103,7 @@ def bits(model) -> dict[str, str]:
 
 
 def saved(folder, dtype=torch.float32, kind="classifier"):
-    """(what the trained model says, its delta's path) of a plain loop."""
+    """The trained model's answer and its delta's path, of a plain loop."""
     from transformers import AutoModelForCausalLM
 
     if kind == "tied":

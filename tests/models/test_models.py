@@ -1,4 +1,4 @@
-"""Models by name: where they lie, heads out of a seed, what is said when they are not there."""
+"""Models by name: where they are found, heads drawn from a seed, and the errors for missing ones."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ DAMAGED = {
 @pytest.mark.parametrize("file", JSON)
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_json_of_a_model(tiny, tmp_path, file, name):
-    """transformers may make do without a tokenizer's config; whatever it raises names the folder."""
+    """transformers may work without a tokenizer's config. If it raises, the error names the folder."""
     folder = Path(shutil.copytree(tiny, tmp_path / "broken"))
     (folder / file).write_bytes(DAMAGED[name])
     try:

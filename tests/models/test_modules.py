@@ -1,4 +1,4 @@
-"""Runs on a module, and dense peers: the same loop, a delta that brings its module along, the same number again."""
+"""Runs on an adapter, and peers: the same loop, a delta that records its adapter, and the same number from the file."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def config(tiny, data, tmp_path):
 
 
 def check(result, tiny, data):
-    """What holds for every row: the file evaluates to the printed number, is proven, and its base is the plain base."""
+    """For every row: the file evaluates to the printed number, it verifies, and its base is the plain base."""
     source, task = Source(str(tiny)), tasks.get(result.config.task)
     assert evaluate_delta(source, result.delta, task, str(data)) == result.evaluation
     report = verify_delta(source, result.delta)
@@ -105,7 +105,7 @@ def test_a_recipe_on_every_kind(config, tiny, data, on):
 
 
 def test_sparse_adapters_keep_zeros_where_id3_keeps_the_drawn_values(config, tiny):
-    """The same module, seed and budget: what is not selected is 0 in one, as drawn in the other."""
+    """The same adapter, seed and budget: unselected entries are 0 in one run, and as drawn in the other."""
     for row, zero in (("sparse-adapter+pfeiffer", True), ("id3+pfeiffer", False)):
         delta = st.load(run(dataclasses.replace(config, **ROWS[row]), overwrite=True).delta)
         loaded = load_base(Source(str(tiny)), delta, None)

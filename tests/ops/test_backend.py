@@ -78,7 +78,7 @@ def test_whatever_is_chosen_the_answer_agrees(monkeypatch, way):
 
 
 def test_the_way_depends_on_shapes_alone(monkeypatch, tmp_path):
-    """Neither files of the user, nor the environment, nor what ran before has a say: else they would decide bits."""
+    """No file of the user, no variable and no earlier run has an influence on the choice, because it decides bits."""
     shapes = [(k, t, o, i) for k in (40, 500, 4000, 10**5) for t in (16, 1024) for o, i in ((30, 30), (3072, 768))]
 
     def ways():

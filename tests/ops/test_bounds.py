@@ -67,7 +67,7 @@ def test_nothing_that_reaches_the_cutoff_is_dismissed(case, exp, eps, rank, way)
 
 
 def test_few_candidates_are_left():
-    """Not only right but of use: heavy-tailed columns, as gradients have."""
+    """The bounds are also tight enough for columns with heavy tails, as gradients have."""
     generator = torch.Generator().manual_seed(0)
     dy, x = (
         torch.randn(256, n, generator=generator) * torch.exp(torch.randn(n, generator=generator)) for n in (192, 320)

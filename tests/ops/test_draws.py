@@ -1,4 +1,4 @@
-"""Numbers drawn are a function of seed and place: the same in any pieces and on every backend, and evenly spread."""
+"""A draw is a function of seed and place: the same in any pieces and on every backend, and uniform."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that were harmed: the newest whole one, or a sentence; never another delta. Folders with two owners."""
+"""Damaged checkpoints: the newest intact one is taken, or an error says why not. Folders with two owners."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _mutated(told, rng):
 
 
 def test_mutants_of_a_run_json(made, tmp_path):
-    """Sealed anew, so that the checks behind the manifest are reached: our own errors, or nothing that decides bits."""
+    """The manifest is written again, so later checks are reached: an error of ours, or a harmless change."""
     config, _ = made
     folder = tmp_path / "out" / "checkpoint-4"
     shutil.copytree(f"{config.out}/checkpoint-4", folder)
@@ -290,7 +290,7 @@ def test_a_measurement_that_is_broken_off_twice(made, tmp_path, monkeypatch):
 
 
 def test_an_earlier_run_goes_only_when_the_new_one_can_be_stopped_in_order(made, tmp_path, monkeypatch):
-    """Asked to stop while what is overwritten goes: the new run has a checkpoint, so something stands in its place."""
+    """A stop is requested while old files are removed. The new run has a checkpoint then, so a run is left."""
     config, _ = made
     shutil.copytree(config.out, tmp_path / "out")
     again, stop, begin = dataclasses.replace(config, out=str(tmp_path / "out"), seed=2), Stop(), folders.RunFolder.begin

@@ -1,4 +1,4 @@
-"""Every recipe on a module of peft and on an adapter of ours: what it takes, that it learns, the same number again."""
+"""Every recipe on an adapter of peft and on one of ours: it is accepted, it learns, its file gives the same number."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_ranks_that_move(config, tmp_path):
 
 @pytest.fixture
 def made(config, monkeypatch):
-    """A finished run's settings, in a world where neither model nor data can be loaded any more."""
+    """A finished run's settings, where neither model nor data can be loaded any more."""
     run(config)
 
     def refuse(*args, **kwargs):

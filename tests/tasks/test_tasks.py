@@ -1,4 +1,4 @@
-"""Tasks: the registry, rows from folders, what is said when they are not there."""
+"""Tasks: the registry, rows from folders, and the errors for missing ones."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_bad_rows_are_named(tmp_path, text, message):
 
 
 def test_a_class_may_be_written_as_a_float(tmp_path):
-    """Tables with gaps hold whole numbers as floats, and 1.0 can mean nothing else."""
+    """Tables with gaps hold whole numbers as floats; 1.0 is read as the label 1."""
     write_rows(tmp_path / "glue/cola/train.jsonl", [{"sentence": "a", "label": 1.0}, {"sentence": "b", "label": 0}])
     found = tasks.load(tasks.get("glue/cola"), "train", tmp_path)
     assert [example.label for example in found.examples] == [1, 0]

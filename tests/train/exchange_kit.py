@@ -1,4 +1,4 @@
-"""What the tests of drop and grow share: a support put in place, and the rules once more, dense and slow."""
+"""Shared by the tests of drop-and-grow: a support that is set, and a second, dense and slow form of the rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tuner.check: gradients held against plain autograd's; what the engine does not see is named."""
+"""Tuner.check compares gradients with plain autograd's and names the tensors whose use the engine does not see."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def of_squares(model, x):
 
 
 class Native(nn.Module):
-    """Its second layer's weight goes where no Python sees it."""
+    """The weight of its second layer is used in native code."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""torch.compile: an attached model runs as it is written, under every backend, and trains what it would without."""
+"""torch.compile: an attached model runs uncompiled under every backend, and trains as it does without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of an attached model, what stands on it, and an attach that fails: nothing is left behind."""
+"""Copies of an attached model, what is registered on it, and an attach that fails: nothing is left behind."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_errors_are_ours():
 
 
 def test_weights_are_frozen_but_while_their_model_runs_forward():
-    """Optimizers, counts and wrappers see one trainable parameter; a forward that asks sees what it would without."""
+    """Optimizers, counts and wrappers see one trainable parameter. A forward that asks is told the same as without."""
     seen = []
 
     class Asking(nn.Linear):

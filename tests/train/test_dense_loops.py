@@ -181,7 +181,7 @@ def test_a_step_without_gradients_does_not_count():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_second_round_of_gates_begins_at_the_weights_of_the_first(dtype):
-    """theta_0 of the round holds what sparse training found; the delta and detach know the base all the same."""
+    """The second round starts from the values of sparse training. The delta and detach still know the base."""
     method = st.Method(
         score=st.scores.change(), schedule=Rounds(30, 8, 2, 2), dense=st.phases.Gates(**GATES), name="gated twice"
     )
@@ -232,7 +232,7 @@ def test_a_state_dict_is_that_of_an_ordinary_model_and_loads(make):
 
 @every_method
 def test_weights_follow_a_fused_optimizer(make):
-    """Its step counts no version, and noise changes the weights even where latents stay."""
+    """A fused step changes no version, and noise changes the weights even if the latents stay."""
     model, tuner = attached(make, seed=4)
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2, fused=True)
     for _ in steps(model, optimizer, 2):
@@ -327,7 +327,7 @@ def test_numbers_that_broke_are_not_ranked():
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["values first", "gates first"])
 def test_two_optimizers_do_what_one_does_with_groups(order):
-    """One holds the values and w, the other the gates; the one that holds the values counts the steps."""
+    """One optimizer holds the offsets and w, the other the gates. The steps of the first one count."""
     gates = []
     for several in (False, True):
         model, tuner = attached(lambda: gated(penalty=0.1))

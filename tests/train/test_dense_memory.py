@@ -1,4 +1,4 @@
-"""The bytes that a dense phase says it holds are those it holds: counted, tensor by tensor, after a step."""
+"""The bytes that a dense phase reports are those that it holds, counted tensor by tensor after a step."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ def run_to(tuner, model, optimizer, step):
 
 
 def test_heads_are_rewound_with_the_rest():
-    """Each round to what they were when it began, with a fresh optimizer state."""
+    """In each round they are rewound to their values at its start, with a fresh optimizer state."""
     torch.manual_seed(0)
     model = Mixed()
     tuner = st.attach(model, METHODS["rounds"]())  # dense steps 0 and 3

@@ -199,7 +199,7 @@ def test_a_step_that_the_scaler_skips_leaves_no_trace(name, dtype):
 
 @pytest.mark.parametrize("name", ["gradient", "afresh", "watch"])
 def test_a_fused_optimizer_skips_a_step_by_itself(name):
-    """It unscales within its step, too: what was watched is worth what it makes of its gradient."""
+    """The optimizer unscales within its step, and the watched gradients are unscaled by the same factor."""
     scalers = [torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10_000) for _ in range(2)]
     batches = [n for i in range(10) for n in (-20 - i, i)]
     skipping, _ = train(name, batches, torch.float64, scalers[0], late=True, fused=True)
@@ -241,7 +241,7 @@ def test_a_window_with_a_nan_exchanges_nothing(caplog):
 
 
 def test_a_window_that_opened_in_a_skipped_step_is_gone():
-    """The step is taken again, its gradients are NaN: no window is open, not even that of the first attempt."""
+    """The step is taken again with NaN as gradients: no window is open, not even that of the first attempt."""
     windows = []
     for skips in (False, True):
         tuner = st.attach(one([0.0] * 4), growing(D3, 2, 100, every=4, window=2, fraction=0.5, decay="constant"))

@@ -111,7 +111,7 @@ def test_options_that_do_nothing_are_refused(options, message):
 
 @pytest.mark.parametrize(("init", "score"), [("zero", "snip"), ("normal", "snip"), ("normal", "magnitude")])
 def test_an_adapter_whose_up_projection_starts_at_zero(init, score, caplog):
-    """The bar of SparseAdapter: neither the zeros nor what feeds them tie, so both projections are chosen from."""
+    """For SparseAdapter neither the zeros nor the weights before them tie, so both projections are selected from."""
     pytest.importorskip("transformers")
     from transformers import BertConfig, BertForSequenceClassification
 

@@ -18,7 +18,7 @@ import selectune as st
 
 
 class Product(torch.autograd.Function):
-    """What a fused kernel looks like from outside: x W^T, with gradients of its own."""
+    """A function like a fused kernel's: x W^T with a backward of its own."""
 
     @staticmethod
     def forward(ctx, x, weight, scale=1.0):
@@ -33,7 +33,7 @@ class Product(torch.autograd.Function):
 
 
 class Fused(nn.Module):
-    """A first layer whose weight is the last one's too, there inside a function."""
+    """The first and the last layer share a weight; the last one uses it inside a function."""
 
     def __init__(self, checkpointed: bool = False) -> None:
         super().__init__()

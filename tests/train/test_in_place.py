@@ -1,4 +1,4 @@
-"""What our nodes give may be changed in place, whatever its shape, as what torch's give may."""
+"""Outputs of our nodes may be changed in place, whatever their shape, like outputs of torch's nodes."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Direct(Tied):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("first", [False, True])
 def test_a_forward_that_is_interrupted(plan, error, first):
-    """torch runs no hook after a KeyboardInterrupt, and only those after it where a hook raises before ours."""
+    """torch runs no hook after a KeyboardInterrupt. If a hook before ours raises, ours does not run."""
 
     def loop(trainer, step):
         if step in (1, 2) and trainer.tuner is not None:
@@ -62,7 +62,7 @@ def test_a_step_that_raises_is_a_step_that_was_skipped(error):
 
 
 def test_a_step_of_a_dense_phase_that_raises():
-    """What the phase does to gradients before a step is not done twice at the next."""
+    """The change that the phase makes to gradients before a step is not made twice at the next step."""
 
     def run(raises):
         model = Tied()

@@ -47,7 +47,7 @@ def test_a_window_that_ends_short_is_closed_by_the_step():
 
 
 def test_clipping_reaches_the_entries_of_a_short_window():
-    """What scaled the gradient of the old entries between backward and step scales that of the new ones."""
+    """A factor that scales the gradient of old entries between backward and step also scales that of new ones."""
 
     def run(k):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Backward passes and graphs in other numbers and orders than one of each: the dense oracle's support all the same."""
+"""Other numbers and orders of backward passes and graphs than one of each give the dense oracle's support."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_step_on_clean_and_adversarial_inputs_together(accumulation):
 
 @pytest.mark.parametrize("plan", [id3(12, 6, every=2), id3(2, 6, every=3), increment_pafi(30, 6)])
 def test_a_forward_without_a_backward_pass_between_backward_and_step(plan):
-    """Its graph is that of the step before: not the one of the next step, which selects or has new entries."""
+    """The graph belongs to the step before, not to the next one, which selects or has new entries."""
 
     def loop(trainer, step):
         loss(trainer.model(X[step])).backward()
@@ -137,7 +137,7 @@ def test_a_window_is_begun_anew_after_a_pass_that_broke_off():
 
 
 def test_a_window_that_goes_on_after_a_pass_that_broke_off_selects_later():
-    """The sums over the window hold part of the broken pass: no selection is better than a wrong one."""
+    """The sums over the window contain a part of the broken pass, so nothing is selected."""
     model = Failing()
     tuner = st.attach(model, st.id3(40, 4), accumulation_steps=2)
     optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
@@ -196,7 +196,7 @@ class Towers(nn.Module):
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_loss_that_no_selected_entry_takes_part_in(every):
-    """As in dense training, the step is made, and the support grows where gradients were seen."""
+    """The step is taken as in dense training, and the support grows in the tensors that got gradients."""
     model = Towers()
     tuner = st.attach(model, st.id3(budget=12, steps=6, every=every))
     optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)

@@ -89,7 +89,7 @@ def test_the_ways_are_taken(monkeypatch):
 
 @pytest.mark.parametrize("way", ["dense", "norms", "int8"])
 def test_every_step_selects_what_float64_says(way, monkeypatch):
-    """The oracle scores all entries of the recorded factors; those that differ by rounding only may change places."""
+    """The oracle scores all entries of the recorded factors. Scores that differ by rounding may change places."""
     force(monkeypatch, way)
     seen, real = {}, products.scan_product
 
@@ -124,7 +124,7 @@ def test_every_step_selects_what_float64_says(way, monkeypatch):
 
 
 def test_large_quotas_and_other_dtypes_go_as_before(monkeypatch):
-    """By what is asked for and the dtypes alone, so that no number decides which scores are compared."""
+    """Quota, score and dtypes alone decide it, so scores of one kind are compared."""
     offered = []
     monkeypatch.setattr(growing, "scan_product", lambda *given: offered.append(given) or (False, None))
     monkeypatch.setattr(products, "CANONICAL", 100)

@@ -135,7 +135,7 @@ def test_every_step_can_be_gone_back_to(case):
 
 @pytest.mark.parametrize("case", ["id3", "rigl", "repeat-d3"])
 def test_from_within_a_window(case):
-    """A half of a window, or one that waits for its step, is dropped with its gradient."""
+    """Half a window, or a window that waits for its step, is dropped together with its gradient."""
     make, optimizer, _ = CASES[case]
     run, straight = Run(make, optimizer, 2), Run(make, optimizer, 2)
     straight.go(0, STEPS)
@@ -224,7 +224,7 @@ def test_back_at_the_beginning_with_the_moments_of_later():
 
 
 def test_optimizers_with_a_past_of_their_own():
-    """One that trained something else, or stepped over zeros while the tuner waited, is not a forgotten state."""
+    """An optimizer that trained something else, or stepped on zeros before, is accepted at step 0."""
     other = torch.nn.Linear(3, 3)
     optimizer = adamw(other.parameters())
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The state of a run between steps: what it refuses, and what a file may hold of it."""
+"""The state of a run between steps: refusals, and what its file may contain."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_damaged_states():
 
 
 def test_a_step_that_a_scaler_skipped_leaves_no_trace():
-    """Then a state is of the step before: with nothing selected, as the next backward pass would find it."""
+    """The state is then that of the step before, with nothing selected, as the next backward pass would find it."""
     model, tuner, optimizer = after(2, method=st.id3(60, 6))
     whole = tuner.state_dict()
     mixed_loss(model, tokens(9)).backward()
@@ -290,7 +290,7 @@ def test_memory_of_reading(tmp_path):
 
 
 def test_a_tuner_shows_the_share_that_it_trains():
-    """Tied tensors count once, and the vector of offsets is none of the model's."""
+    """Tied tensors count once, and the vector of offsets is not counted as one of the model's tensors."""
     model, tuner, _ = after(1, method=st.id3(60, 6))
     total = sum(p.numel() for name, p in model.named_parameters() if "selectune" not in name)
     share = f"10 of {total:,} scalars ({1000 / total:.2f} %)"

@@ -1,4 +1,4 @@
-"""States with one thing changed: refused with nothing touched, or the run ends as it would have.
+"""States with one change: each is refused and changes nothing, or the run ends as it would have without it.
 
 What a state holds that neither the model nor the schedule can tell is named in UNTOLD: offsets, what trains wholly,
 sums over a window, what an optimizer gave. Any finite value of these is a possible run, so a bit flipped there is found
@@ -135,7 +135,7 @@ def other_tensor(tensor, others, draw):
 
 
 def mutant(state, draw):
-    """(where, state): one thing of it is another."""
+    """(place, state): a state with a change at one place."""
     info, tensors = state["info"], state["tensors"]
     if draw.random() < 0.5:
         path = draw.choice([path for path in leaves(info) if path])
@@ -162,7 +162,7 @@ def is_same(a, b):
 
 
 def through_a_file(state, file):
-    """What a file would give back; the state itself where none can hold it."""
+    """The state as a file gives it back; the state itself if no file can hold it."""
     try:
         return read_state(write_state(file, state))
     except (ValueError, TypeError, AttributeError, SelectuneError, RuntimeError):

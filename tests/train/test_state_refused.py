@@ -74,7 +74,7 @@ def pair():
 
 
 def refused(run, state, error, said):
-    """It is, and nothing has changed: neither model nor tuner, nor how the run goes on."""
+    """The state is refused, and neither the model nor the tuner nor the rest of the run has changed."""
     before, own = bits(run.model), run.tuner.state_dict()
     with pytest.raises(error, match=said):
         run.tuner.load_state_dict(state)
@@ -135,7 +135,7 @@ def changed_at(value, path, new):
 
 
 def tried(tuner, state):
-    """What was said against a state; None where it was taken."""
+    """The message that refused a state; None if it was accepted."""
     try:
         tuner.load_state_dict(state)
     except SelectuneError as error:
@@ -145,7 +145,7 @@ def tried(tuner, state):
 
 @pytest.mark.parametrize("case", ["repeat-d3", "increment-pafi", "spiel-ag", "spiel-ma", "lt-sft", "id3 and a head"])
 def test_every_value_and_every_tensor_changed(case):
-    """Whatever is changed is taken, because it may be so, or refused by an error of ours with nothing changed."""
+    """A changed state is accepted, because a run may have it, or an error of ours refuses it and nothing changes."""
     first, run = Run(*CASES[case]), Run(*CASES[case])
     first.go(0, 2)
     run.go(0, 1)

@@ -1,4 +1,4 @@
-"""Whatever a run goes through between two steps, its state is one that a fresh tuner takes, and goes on from alike."""
+"""After any events between two steps, a fresh tuner accepts the run's state and continues as the run does."""
 
 from __future__ import annotations
 

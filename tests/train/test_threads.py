@@ -1,4 +1,4 @@
-"""Other threads may look at the model while one trains it."""
+"""Other threads may read the model while one trains it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Windows follow the gradient: closures, zero_grad, critics and sharpness-aware steps end them as in dense training."""
+"""Closures, zero_grad, critics and sharpness-aware steps end a window as they end a step of dense training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models that between them hold every kind of parameter, and plain loops over them."""
+"""Small models that together have every kind of parameter, and plain loops over them."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ NOISE = 1e-12  # scores below this share of the largest are rounding, or 0
 
 @dataclass(frozen=True)
 class Expected:
-    """What a row ends in where it is not equality: REFUSED or IMPOSSIBLE, and words that the reason contains."""
+    """The outcome of a row that is not equal: REFUSED or IMPOSSIBLE, and words that the reason contains."""
 
     kind: str
     words: str
@@ -283,7 +283,7 @@ def _apart(a: Tensor, b: Tensor) -> Tensor:
 
 @contextmanager
 def quietly():
-    """Libraries warn of what they make of tiny configurations; none of it is what the zoo asks."""
+    """Hides the warnings of libraries about tiny configurations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -7,7 +7,7 @@ import numpy as np
 from selectune.errors import DeltaFormatError
 
 CONTINUE = 0xFFFF
-"""The word that adds 65535 to a gap and goes on; every other word ends its gap."""
+"""This word adds 65535 to a gap, which continues in the next word. Every other word ends its gap."""
 
 
 def encode_gaps(indices: np.ndarray) -> np.ndarray:
@@ -29,7 +29,7 @@ def encode_gaps(indices: np.ndarray) -> np.ndarray:
 def decode_gaps(words: np.ndarray, count: int, numel: int, name: str) -> np.ndarray:
     """Decode gap words, uint16 `(words,)`, into indices, int64 `(count,)`, below `numel`.
 
-    Raises DeltaFormatError where the words do not hold exactly `count` indices or leave the tensor.
+    Raises DeltaFormatError if the words do not hold exactly `count` indices, or if an index leaves the tensor.
 
     >>> decode_gaps(np.array([0, 0, 3, 65535, 0], dtype=np.uint16), 4, 70000, "w").tolist()
     [0, 1, 5, 65541]
@@ -37,12 +37,12 @@ def decode_gaps(words: np.ndarray, count: int, numel: int, name: str) -> np.ndar
     ends = np.flatnonzero(words != CONTINUE)
     if len(ends) != count or (len(words) and ends[-1:].tolist() != [len(words) - 1]):
         raise DeltaFormatError(
-            f'indices of "{name}" cannot be read: their {len(words)} gap words hold {len(ends)} whole gaps; '
-            f"expected {count}, the last word ending the last one"
+            f'the indices of "{name}" cannot be read: their {len(words)} gap words hold {len(ends)} complete gaps; '
+            f"expected {count}, and no word after the last gap"
         )
     indices = np.cumsum(words, dtype=np.int64)[ends] + np.arange(count, dtype=np.int64)
     if count and indices[-1] >= numel:
         raise DeltaFormatError(
-            f'indices of "{name}" leave the tensor: the last one is {indices[-1]}; expected below {numel}'
+            f'the indices of "{name}" leave the tensor: the last one is {indices[-1]}; it must be below {numel}'
         )
     return indices

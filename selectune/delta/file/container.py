@@ -1,4 +1,4 @@
-"""The outer file: a safetensors container whose header follows from its one metadata string."""
+"""The outer form of the file: a safetensors container. The one metadata string in its header determines the rest."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pack(metadata: str, streams: list[ByteStream]) -> bytes:
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise DeltaFormatError(
-            f"the delta has too many tensors: its header takes {len(text)} bytes; allowed are {MAX_HEADER}"
+            f"the delta has too many tensors: its header would take {len(text)} bytes, and {MAX_HEADER} are allowed"
         )
     return len(text).to_bytes(8, "little") + text
 
@@ -58,17 +58,17 @@ def header_length(head: Any, size: int) -> int:
     length = int.from_bytes(head[:8], "little")
     if size >= 8 and 2 <= length <= MAX_HEADER and length % 8 == 0 and 8 + length <= size:
         return length
-    # only now: an honest header length may begin with a pickle's first two bytes
+    # Pickles are looked for last, because the length of a real header may begin with a pickle's first two bytes.
     if bytes(head[:4]) in _PICKLES or bytes(head[:2]) in _PICKLES:
         raise DeltaFormatError(
             "the file is a pickle (or a zip of pickles, as torch.save writes); selectune never opens those, "
             "because they can run code. Expected a delta in safetensors format"
         )
     if size < 8:
-        raise DeltaFormatError(f"the file is no delta: it has {size} bytes, fewer than a header needs")
+        raise DeltaFormatError(f"the file is not a delta: it has {size} bytes, fewer than a header needs")
     raise DeltaFormatError(
-        f"the file is no delta, or is damaged: its header claims {length} bytes; expected a multiple of 8, "
-        f"at most {MAX_HEADER} and within the file of {size} bytes"
+        f"the file is not a delta, or it is damaged: its header claims {length} bytes; expected a multiple of 8 that "
+        f"is at most {MAX_HEADER} and fits into the file of {size} bytes"
     )
 
 
@@ -79,11 +79,11 @@ def read_metadata(head: Any, size: int) -> tuple[str, bytes, dict[str, Any]]:
     try:
         text = raw_header[8:].decode("ascii")
     except UnicodeDecodeError as error:
-        raise DeltaFormatError("the file's header is not ASCII: no delta, or damaged") from error
+        raise DeltaFormatError("the file's header is not ASCII: it is not a delta, or it is damaged") from error
     header = parse_json(text, "the file's header")
     metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
     if not isinstance(metadata, Mapping) or KEY not in metadata:
-        raise DeltaFormatError(f'the file is no delta: its header has no "{KEY}" in "__metadata__"')
+        raise DeltaFormatError(f'the file is not a delta: its header has no "{KEY}" in "__metadata__"')
     if len(metadata) != 1 or not isinstance(metadata[KEY], str):
         raise DeltaFormatError(f'"__metadata__" must hold "{KEY}", a string, and nothing else')
     return metadata[KEY], raw_header, header

@@ -37,7 +37,7 @@ class Content:
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray) -> Self:
-        """Read a delta from the bytes of its file; raises DeltaFormatError for anything but an intact delta."""
+        """Read a delta from the bytes of its file; raises DeltaFormatError if they are not an intact delta."""
         delta = cls.__new__(cls)
         delta._set(*layout.decode(data))
         return delta
@@ -95,7 +95,7 @@ class Content:
 
     @property
     def digest(self) -> str:
-        """16 hex digits over all values that the delta writes and their places, without `info` and old values."""
+        """16 hex digits that depend on the values that the delta writes and on their places, and on nothing else."""
         if self._digest is None:
             found = hashlib.sha256()
             for patch in self._patches:
@@ -111,7 +111,7 @@ class Content:
 
     @property
     def label(self) -> str:
-        """How messages call this delta: its method, its size and the beginning of its digest."""
+        """The name of this delta in messages: its method, its size and the beginning of its digest."""
         whole = f" and {len(self._dense)} whole tensors" if self._dense else ""
         return f"{self._info['method'].get('name', 'delta')} of {self.selected} scalars{whole} ({self.digest[:8]})"
 
@@ -137,7 +137,7 @@ def versions() -> dict[str, str]:
 
 
 def _complete(info: Mapping[str, Any], patches: Sequence[Patch], dense: Sequence[Dense]) -> dict[str, Any]:
-    """`info` with defaults and fingerprint, as plain JSON that shares nothing with the caller's."""
+    """`info` with defaults and fingerprint, as plain JSON; nothing in it is shared with the caller's."""
     total = sum(patch.indices.numel() for patch in patches)
     if not isinstance(info.get("base"), Mapping) or not info["base"].get("structure"):
         raise DeltaFormatError('a delta needs info["base"] with the base\'s structure: take it from base_info(model)')

@@ -82,7 +82,7 @@ def _payload(patches: Sequence[Patch], dense: Sequence[Dense], words: list[np.nd
 
 
 def _streams(metadata: dict[str, Any]) -> list[ByteStream]:
-    """The streams that a checked metadata announces, in the file's order."""
+    """The streams that checked metadata announces, in the file's order."""
     digests = metadata["digests"]
     counts, olds = Counter[str](), Counter[str]()
     zeroed = set(metadata.get("zeroed", ()))
@@ -111,7 +111,7 @@ def check_head(head: bytearray, size: int) -> None:
 
 
 def decode(data: bytes | bytearray) -> tuple[list[Patch], list[Dense], dict[str, Any]]:
-    """Read a delta from bytes and check everything that docs/delta-format.md lists; nothing is run or opened.
+    """Read a delta from bytes and check everything that docs/delta-format.md lists. Nothing in the data is executed.
 
     If `data` is a bytearray, the tensors share its memory, so the caller must not change it. Raises DeltaFormatError
     for every fault.
@@ -140,18 +140,18 @@ def _read_head(head: bytes | bytearray, size: int) -> tuple[dict[str, Any], list
     if announced != there or announced != set(metadata["digests"]):
         odd = sorted((announced ^ there) | (announced ^ set(metadata["digests"])))[:3]
         raise DeltaFormatError(
-            "tensors of the file are not those that its metadata announces: "
+            "the tensors of the file are not those that its metadata announces: "
             + ", ".join(ascii(key)[:80] for key in odd)
         )
     if raw_header != pack(text, streams):
         raise DeltaFormatError(
-            "the file's header is not the one that its metadata calls for: wrong dtype, shape, "
-            "offsets, order or spacing"
+            "the file's header is not the one that its metadata calls for: a dtype, a shape, an offset, the order or "
+            "the spacing is wrong"
         )
     expected = len(raw_header) + sum(stream.nbytes for stream in streams)
     if size != expected:
         raise DeltaFormatError(
-            f"the file has {size} bytes; its metadata calls for {expected}: cut short or appended to"
+            f"the file has {size} bytes, and its metadata calls for {expected}: it was cut short or appended to"
         )
     return metadata, streams, len(raw_header)
 
@@ -159,7 +159,7 @@ def _read_head(head: bytes | bytearray, size: int) -> tuple[dict[str, Any], list
 def _read_metadata(text: str) -> dict[str, Any]:
     metadata = parse_json(text, "the delta's metadata")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise DeltaFormatError(f'the file is no delta: its metadata does not say format "{FORMAT}"')
+        raise DeltaFormatError(f'the file is not a delta: its metadata does not say format "{FORMAT}"')
     version = metadata.get("version")
     if type(version) is not int or version != VERSION:
         raise DeltaFormatError(
@@ -171,10 +171,10 @@ def _read_metadata(text: str) -> dict[str, Any]:
         raise DeltaFormatError(f"the delta names more than {MAX_TENSORS} tensors")
     check_hex(metadata["digest"], 64, "the metadata's digest")
     if canonical_json(metadata) != text:
-        raise DeltaFormatError("the delta's metadata is not in canonical form: damaged, or not written by selectune")
+        raise DeltaFormatError("the delta's metadata is not in canonical form: it was damaged or edited")
     rest = {key: value for key, value in metadata.items() if key != "digest"}
     if sha256(canonical_json(rest)) != metadata["digest"]:
-        raise DeltaFormatError("the delta's metadata does not have the digest it claims: damaged or edited")
+        raise DeltaFormatError("the delta's metadata does not have the digest it claims: it was damaged or edited")
     _check_rows(metadata)
     if not isinstance(metadata["digests"], dict):
         raise DeltaFormatError("the delta's digests must be an object")
@@ -211,12 +211,12 @@ def _check_among(value: Any, allowed: tuple[str, ...], what: str) -> None:
 
 
 def _check_zeroed(metadata: dict[str, Any]) -> set[str]:
-    """The names of the patches whose unlisted entries are 0: some of the patches, in their order, or no key at all."""
+    """The names of the patches whose unlisted entries are 0, in the order of the patches; none if the key is absent."""
     if "zeroed" not in metadata:
         return set()
     names = metadata["zeroed"]
     if not isinstance(names, list) or not names or any(not isinstance(name, str) for name in names):
-        raise DeltaFormatError("the delta's zeroed must be a list of names, and absent where there are none")
+        raise DeltaFormatError("the delta's zeroed must be a list of names; the key is absent where there are none")
     known = set(names)
     if [row[0] for row in metadata["patches"] if isinstance(row[0], str) and row[0] in known] != names:
         raise DeltaFormatError("the delta's zeroed must name some of its patches, each once, in their order")
@@ -238,7 +238,9 @@ def _split(data: bytearray, streams: list[ByteStream], begin: int, digests: dict
         end = begin + stream.nbytes
         payload[stream.key] = view[begin:end]
         if sha256(payload[stream.key]) != digests[stream.key]:
-            raise DeltaFormatError(f'stream "{stream.key}" does not have the digest it should: the file is damaged')
+            raise DeltaFormatError(
+                f'stream "{stream.key}" does not have the digest that the metadata gives: it is damaged'
+            )
         begin = end
     return payload
 
@@ -285,7 +287,7 @@ def _read_patches(metadata: dict[str, Any], payload: dict[str, memoryview]) -> l
 
 
 def _flat_dtype(key: str) -> torch.dtype | None:
-    """The dtype of a stream that all patches share, but that of the indices; None for another stream."""
+    """The dtype of a stream that all patches share; None for any other stream, and for the indices."""
     stream, _, dtype = key.partition(".")
     return torch.int32 if key == "order" else DTYPES[dtype] if stream in ("values", "old") else None
 

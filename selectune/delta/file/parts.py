@@ -142,7 +142,7 @@ def _check_patch(patch: Patch) -> None:
         raise DeltaError(f'patch "{name}" has dtype {dtype_name(patch.dtype)}; allowed: {", ".join(FLOATS)}')
     if patch.indices.dtype != torch.int64 or patch.indices.dim() != 1:
         raise DeltaError(
-            f'indices of "{name}" must be int64 (n,); got {patch.indices.dtype} {tuple(patch.indices.shape)}'
+            f'the indices of "{name}" must be int64 (n,); got {patch.indices.dtype} {tuple(patch.indices.shape)}'
         )
     covered = patch.numel if patch.zeroed else n
     for what, part, size in (("values", patch.values, n), ("base values", patch.base_values, covered)):
@@ -153,11 +153,11 @@ def _check_patch(patch: Patch) -> None:
             )
     if n and (int(patch.indices[0]) < 0 or int(patch.indices[-1]) >= patch.numel):
         raise DeltaError(
-            f'indices of "{name}" must lie in [0, {patch.numel}); '
+            f'the indices of "{name}" must lie in [0, {patch.numel}); '
             f"got {int(patch.indices[0])} to {int(patch.indices[-1])}"
         )
     if n > 1 and bool((patch.indices.diff() <= 0).any()):
-        raise DeltaError(f'indices of "{name}" must rise strictly; some repeat or go back')
+        raise DeltaError(f'the indices of "{name}" must increase strictly; some repeat or decrease')
     if patch.order is not None and (patch.order.shape != (n,) or (n and int(patch.order.min()) < 0)):
         raise DeltaError(f'order of "{name}" must hold {n} ranks of at least 0; got {tuple(patch.order.shape)}')
     _check_values(name, patch.values, patch.old, patch.base_digest)
@@ -185,11 +185,11 @@ def _check_values(name: str, values: Tensor, base: Tensor | None, base_digest: s
             f"a delta holds finite numbers only"
         )
     if base is not None and digest_bits(base) != base_digest:
-        raise DeltaError(f'old values of "{name}" do not have the digest {base_digest} of the base')
+        raise DeltaError(f'the old values of "{name}" do not have the digest of the base, {base_digest}')
 
 
 def check_parts(patches: Sequence[Patch], dense: Sequence[Dense]) -> None:
-    """Check every part, that no name occurs twice, and that old values and order are all there or absent.
+    """Check every part. No name may occur twice; either all parts have old values or none, and so for the order.
 
     Raises DeltaError for parts that do not fit each other, NonFiniteError for NaN or infinity among new values.
     """
