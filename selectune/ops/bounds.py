@@ -40,7 +40,7 @@ SHARE = 0.02  # of a tensor's entries: more candidates than that are found by th
 FEW = 512  # candidates that are summed exactly at once; of more, sums in float32 dismiss most first
 SAFE = 1e-5  # what bounds exceed the truth by, at least
 LEAST = 1e-25  # of a cutoff; |g| below it may be anything, as products of scales would leave float32
-FEWEST = 128  # entries for each of a quota whose cutoff comes from lower bounds
+FEWEST = 32  # entries for each of a quota whose cutoff comes from lower bounds
 LONGEST = 1 << 17  # tokens: above that a sum of products of int8 could leave int32
 
 

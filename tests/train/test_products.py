@@ -115,10 +115,10 @@ def reported(name, way, look):
 def test_the_ways_are_taken(name):
     """`force` does what the tests above take for granted: no dense product is formed, but for ties with nothing."""
     offered = []
-    reported(name, "int8", offered.append)
+    reported(name, "int8", lambda one, factors: offered.append(one))
     assert sum(one.candidates is not None for one in offered) > 0.9 * len(offered) > 0
     offered.clear()
-    reported(name, "dense", offered.append)
+    reported(name, "dense", lambda one, factors: offered.append(one))
     assert all(one.candidates is None for one in offered)
 
 
@@ -128,9 +128,9 @@ def test_every_offer_is_what_float64_says(name, way):
     """The best entries of a tensor, by an oracle that scores all of them; only ties by rounding may change places."""
     kept, seen = [], []
 
-    def check(one):
+    def check(one, factors):
         score, weight = METHODS[name].score, one.tensor.parameter.detach().double()
-        gradient = one.factors.dy.double().mT @ one.factors.x.double()
+        gradient = factors.dy.double().mT @ factors.x.double()
         scores = torch.where(gradient == 0, 0.0, score(weight.view(-1), gradient.view(-1)).view_as(weight)).view(-1)
         if one.taken is not None:
             scores[one.taken] = -math.inf
@@ -151,14 +151,14 @@ def test_every_offer_is_what_float64_says(name, way):
     assert sum(kept) > 0
 
 
-def test_large_quotas_go_as_before(monkeypatch):
+@pytest.mark.parametrize(("budget", "wanted"), [(101, 0), (100, 3)])
+def test_large_quotas_go_as_before(budget, wanted, monkeypatch):
     """By what is asked for and the dtypes alone, so that no number decides which scores are compared."""
     monkeypatch.setattr(products, "CANONICAL", 100)
-    for budget, wanted in ((101, 0), (100, 3)):
-        offered = []
-        monkeypatch.setitem(METHODS, "static", st.static_d3(budget=budget))
-        reported("static", "int8", offered.append)
-        assert len(offered) == wanted
+    monkeypatch.setitem(METHODS, "static", st.static_d3(budget=budget))
+    offered = []
+    reported("static", "int8", lambda one, factors: offered.append(one))
+    assert len(offered) == wanted
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from selectune.errors import ConfigError
 EXAMPLES = (
     "Examples:  selectune bench --methods full,frozen,lora,id3,id3:every=10\n\n"
     "selectune bench --model minilm --methods full,frozen,pafi --budget 5% --json bench.json\n\n"
+    "selectune bench --model demo --data real --batch 16 --methods frozen,id3 --compare 10\n\n"
     "Exit codes: 0 done, 1 a method of ours failed, 2 usage error"
 )
 METHODS = "full,frozen,lora,dora,super,shira,bitfit,pafi,static-d3,random,id3,id3:every=10"
@@ -27,6 +28,10 @@ def bench(
         str,
         typer.Option("--model", "-m", help=f"{', '.join(c for c in CONFIGS if c != 'rehearsal')}, or a folder."),
     ] = "bert-6l",
+    data: Annotated[
+        str,
+        typer.Option(help="random tokens, or a task's rows for a trained model (--model demo): real is glue/stsb."),
+    ] = "random",
     batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples in a step.")] = 8,
     length: Annotated[int, typer.Option("--length", "--max-length", help="Tokens in an example.")] = 128,
     methods: Annotated[
@@ -57,12 +62,15 @@ def bench(
         bool,
         typer.Option("--live/--no-live", help="Also measure memory without what the C library keeps (CPU)."),
     ] = True,
+    compare: Annotated[
+        int, typer.Option(help="Compare every so many selections with float64 scores of all entries; 0: none.")
+    ] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds after which a method without an answer has failed.")] = 900.0,
     out: Annotated[
         str | None, typer.Option("--json", help="Write the rows as JSON to this file; - is stdout.", show_default=False)
     ] = None,
 ) -> None:
-    """Measure seconds of a step, peak memory and shipped bytes of methods side by side, on random weights."""
+    """Measure seconds of a step, peak memory and shipped bytes of methods side by side."""
     from selectune.bench import table
     from selectune.bench.methods import DENSE, FLOOR, is_ours
     from selectune.bench.rounds import Settings
@@ -73,8 +81,8 @@ def bench(
     names = tuple(name if on is None or not is_ours(name) else f"{name}+{on}" for name in names_of(methods))
     if out is not None and out != "-" and not Path(out).resolve().parent.is_dir():
         raise ConfigError(f"--json {out}: the folder {Path(out).resolve().parent} does not exist.")
-    what = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device, seed)
-    settings = Settings(what, names, values.budget(budget), steps, rounds, processes, timeout, threads, live)
+    what = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device, seed, data)
+    settings = Settings(what, names, values.budget(budget), steps, rounds, processes, timeout, threads, live, compare)
     console = stderr()
     with working():
         report = run(settings, lambda text: console.print(text, style="dim", markup=False))

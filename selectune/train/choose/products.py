@@ -34,7 +34,6 @@ class Offered:
     collector: GlobalCollector | PerTensorCollector
     tensor: ScopedTensor
     taken: Tensor | None  # (k,) flat positions that could not be chosen
-    factors: Factors
     candidates: int | None  # that bounds left of all entries; None: the dense product was formed
 
 
@@ -44,7 +43,7 @@ class Products:
     def __init__(self, score: Score) -> None:
         self.score = score
         self.weighting = None if score.weighting is None else Weighting(score.weigh)
-        self.report: Callable[[Offered], None] | None = None
+        self.report: Callable[[Offered, Factors], None] | None = None
 
     def offer(
         self, collector: Collector, tensor: ScopedTensor, taken: Tensor | None, dy: Tensor, x: Tensor
@@ -58,7 +57,7 @@ class Products:
         search = _Search(mine, self.score, self.weighting, tensor, taken, Factors(dy, x))
         enough = search.run()
         if self.report is not None:
-            self.report(Offered(collector, tensor, taken, search.factors, search.candidates))
+            self.report(Offered(collector, tensor, taken, search.candidates), search.factors)
         return enough, search.whole
 
 
