@@ -84,6 +84,10 @@ class PerTensorCollector:
         self._all = GlobalCollector(sum(counts), sizes, None)
         self._each = [GlobalCollector(count, sizes, None) for count in counts]
 
+    def of(self, tensor: int) -> GlobalCollector:
+        """The collector of one tensor's scores."""
+        return self._each[tensor]
+
     def offer(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
         """See `selectune.types.Collector`."""
         self._each[tensor].offer(tensor, flat, scores, carry)
@@ -114,6 +118,11 @@ class GlobalCollector:
         self.count = 0
         self.queued: list[Rows] = []  # on their devices, at most `quota` each
         self.waiting = 0
+
+    def of(self, tensor: int) -> GlobalCollector:
+        """The collector of one tensor's scores: this one."""
+        del tensor
+        return self
 
     def offer(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
         """See `selectune.types.Collector`."""

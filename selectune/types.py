@@ -60,6 +60,9 @@ class Score:
     strictly above this are eligible. A gradient score with `above=0` promises to be 0 where the gradient is 0, so
     entries without a gradient are never selected. NaN or infinity cancels the selection of that step.
 
+    `weighting` takes |w| and the score's parameters, in float64, and rises or falls throughout. A score that has it
+    may be selected by without forming dense gradients (`ops.bounds`).
+
     The engine reads these parameters of a calibrated score: `examples`, `batches` (how many; absent or None: all),
     `labels` ("data", "model"), `clip` (each tensor's gradient is scaled down to this norm first), `train_mode` (the
     model is in training mode, else in eval mode), `temperature` (passed on as `loss(model, batch, temperature=T)`
@@ -72,6 +75,7 @@ class Score:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     above: float | None = None
     fused: str | None = None  # a form that `ops` scores and filters in one pass: a key of FUSED
+    weighting: Callable[..., Tensor] | None = field(default=None, repr=False)  # the score is |g| weighting(|w|)
     drawn: float = 0.0  # matrices that are all 0 are scored as if drawn from N(0, drawn^2), since 0 times g ties
 
     def __call__(
@@ -99,9 +103,18 @@ class Score:
             )
         return scores
 
+    def weigh(self, size: Tensor) -> Tensor:
+        """What |g| is multiplied by at weights of these sizes |w| (n,); only where the score has a `weighting`."""
+        if self.weighting is None:
+            raise ConfigError(f"The score '{self.name}' does not declare weighting=.")
+        return self.weighting(size, **self.parameters)
+
 
 def score(
-    reads: str, above: float | None = None, fused: str | None = None
+    reads: str,
+    above: float | None = None,
+    fused: str | None = None,
+    weighting: Callable[..., Tensor] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Score]]:
     """Turns a plain function of tensors into a maker of scores.
 
@@ -117,6 +130,8 @@ def score(
     known = Reads(_known(reads, [r.value for r in Reads], "reads"))
     if fused is not None:
         _known(fused, list(FUSED), "fused form")
+    if weighting is not None and known is not Reads.GRADIENT:
+        raise ConfigError(f'weighting= is for scores of the step\'s gradient, reads="gradient", not "{known}".')
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Score]:
         signature = inspect.signature(function)
@@ -135,7 +150,7 @@ def score(
             missing = [k for k in defaults if k not in full]
             if missing:
                 raise ConfigError(f"The score '{function.__name__}' needs {', '.join(missing)}.")
-            return Score(function.__name__, known, function, full, above, fused)
+            return Score(function.__name__, known, function, full, above, fused, weighting)
 
         return make
 

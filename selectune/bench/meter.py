@@ -1,14 +1,16 @@
-"""Meters of one process: seconds of work on a device, and memory that it holds."""
+"""Meters of one process: seconds of work on a device, memory that it holds, and what selections took."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+import math
 import resource
 import sys
 import time
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from selectune.internals import TorchDispatchMode, tree_iter
+from selectune.ops.bounds import Factors
+from selectune.select import GlobalCollector
+from selectune.train import Tuner
+from selectune.train.choose.products import Offered
 
 MIB = 1 << 20
+TIE = 1e-12  # relative: scores in float64 that are nearer to each other may change places
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -151,3 +158,65 @@ def _status(field: str) -> int:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
+
+
+class Selections:
+    """What bounds left of linear weights' gradients, step by step, and whether float64 selects the same."""
+
+    def __init__(self, tuner: Tuner, compare: int = 0) -> None:
+        """`compare`: every how many selecting steps are compared; 0: none."""
+        self._chooser, self._compare = tuner.engine.chooser, compare
+        self._chooser.products.report = self._offered
+        self._steps, self._offers, self._oracle = 0, list[Offered](), list[tuple[Tensor, Tensor]]()
+        self.spent = 0.0  # seconds of comparisons in the present step
+
+    def _offered(self, one: Offered, factors: Factors) -> None:
+        self._offers.append(one)
+        if self._compare == 0 or self._steps % self._compare:
+            return
+        began = time.perf_counter()
+        gradient = factors.dy.double().mT @ factors.x.double()
+        scores = self._chooser.score(one.tensor.parameter.detach().double().view(-1), gradient.view(-1))
+        padding = one.tensor.padding
+        scores[padding.start : padding.stop] = -math.inf
+        if one.taken is not None:
+            scores[one.taken] = -math.inf
+        quota = min(one.collector.of(one.tensor.index).quota, scores.numel())
+        best = scores.topk(quota)
+        self._oracle.append((best.values, best.indices))
+        self.spent += time.perf_counter() - began
+
+    def close(self) -> dict[str, Any] | None:
+        """What the present step's selection took; None if it had none whose gradients came as products."""
+        offers, oracle, self._offers, self._oracle, self.spent = self._offers, self._oracle, [], [], 0.0
+        if not offers:
+            return None
+        self._steps += 1
+        bounded = [one for one in offers if one.candidates is not None]
+        return {
+            "tensors": len(offers),
+            "bounded": len(bounded),
+            "entries": sum(one.tensor.parameter.numel() for one in offers),
+            "candidates": sum(one.candidates or 0 for one in bounded),
+            "dense_entries": sum(one.tensor.parameter.numel() for one in offers if one.candidates is None),
+            "equal": self._equal(offers, oracle) if oracle else None,
+        }
+
+    def _equal(self, offers: Sequence[Offered], oracle: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Whether the entries that were selected of these tensors are the best by float64, up to ties of it."""
+        chosen = []
+        for one in offers:
+            page = self._chooser.ledger.pages[one.tensor.index]
+            flat = page.flat if page.watched is None else page.watched.flat
+            chosen.append(flat if one.taken is None else flat[~torch.isin(flat, one.taken)])
+        shared = isinstance(offers[0].collector, GlobalCollector)
+        groups = [range(len(offers))] if shared else [range(k, k + 1) for k in range(len(offers))]
+        for group in groups:
+            scores = torch.cat([oracle[k][0] for k in group])
+            picked = torch.cat([torch.isin(oracle[k][1], chosen[k]) for k in group])
+            count = sum(chosen[k].numel() for k in group)
+            if int(picked.sum()) != count:
+                return False  # one that was selected is not among any tensor's best
+            if 0 < count < scores.numel() and scores[picked].min() < scores[~picked].max() * (1 - TIE):
+                return False
+        return True

@@ -25,7 +25,7 @@ from selectune.recipes.named import named, parameters
 from selectune.runs.calibration import calibration
 from selectune.runs.trainer import OPTIMIZERS
 from selectune.schedule import resolve_budget
-from selectune.train import attach
+from selectune.train import Tuner, attach
 
 LEARNING_RATE = 1e-4
 FLOOR, DENSE = "frozen", "full"
@@ -40,6 +40,8 @@ class Conditions:
     steps: int
     seed: int
     batches: list[dict[str, Tensor]]
+    rate: float = LEARNING_RATE
+    whole: tuple[str, ...] = ()  # tensors that no checkpoint held: a task's head, trained whole
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Ready:
     selecting: Callable[[], bool] = lambda: False  # whether the coming step selects
     undo: Callable[[], None] | None = None
     model: nn.Module | None = None  # in place of the one that was given
+    tuner: Tuner | None = None
     after_step: Callable[[int], None] | None = None  # with the step's number, before gradients are dropped
     select_s: list[float] = field(default_factory=list)  # seconds of selections, where a peer's can be timed
     note: str = ""
@@ -129,22 +132,25 @@ def prepare(name: str, model: nn.Module, batch: dict[str, Tensor], bench: Bench)
         first(model, batch, bench)
 
 
-def recipe(name: str, budget: int | float, steps: int) -> Method:
+def recipe(name: str, budget: int | float, steps: int, whole: tuple[str, ...] = ()) -> Method:
     """The method of `id3:every=10`. The number of examples is chosen here unless the options say it."""
     chosen = named(parts(name)[0])
     takes, known = inspect.signature(chosen.recipe.function).parameters, parameters(chosen.recipe)
     offered: dict[str, Any] = {option: EXAMPLES for option in ("examples", "batches") if option in known}
+    if whole and "train_fully" in takes:
+        offered["train_fully"] = whole
     if "temperature" in known and "score" not in known:
         offered["temperature"] = 1.0  # the model's own loss, whatever its outputs are
     return chosen.make(budget if "budget" in takes else None, steps, **offered)
 
 
 def ours(name: str, model: nn.Module, given: Conditions) -> Ready:
-    method, on = recipe(name, given.budget, given.steps), parts(name)[1]
+    method, on = recipe(name, given.budget, given.steps, given.whole), parts(name)[1]
     adapted = put_on(model, on, given.seed) if on else None
     model = adapted.model if adapted else model
     rows = [row for batch in given.batches for row in rows_of(batch)]
-    batch = len(given.batches[0]["input_ids"])
+    length, batch = rows[0]["input_ids"].shape, len(given.batches[0]["input_ids"])
+    rows = [row for row in rows if row["input_ids"].shape == length]  # real batches are padded to their longest row
     rows = [rows[i % len(rows)] for i in range(EXAMPLES * batch)]
     read = calibration(model, method.score, rows, stacked, batch, given.seed)
     tuner = attach(model, method, seed=given.seed, **read)
@@ -154,14 +160,15 @@ def ours(name: str, model: nn.Module, given: Conditions) -> Ready:
         if adapted is not None:
             adapted.remove()
 
-    groups = [{"params": tuner.parameters(), "lr": LEARNING_RATE}]
+    groups = [{"params": tuner.parameters(), "lr": given.rate}]
     return Ready(
-        optimizer=OPTIMIZERS[RECIPES[base_of(name)].optimizer](groups, 0.0) or _adamw(tuner.parameters()),
+        optimizer=OPTIMIZERS[RECIPES[base_of(name)].optimizer](groups, 0.0) or _adamw(tuner.parameters(), given.rate),
         selected=lambda: tuner.selected,
         save=lambda folder: tuner.save(folder / "delta.safetensors").stat().st_size,
         selecting=lambda: tuner.quota > 0,
         undo=undo,
         model=model,
+        tuner=tuner,
     )
 
 
@@ -249,8 +256,8 @@ def join(path: str | None) -> None:
         ) from error
 
 
-def _adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(list(parameters), lr=LEARNING_RATE, weight_decay=0.0)
+def _adamw(parameters: Any, rate: float = LEARNING_RATE) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(list(parameters), lr=rate, weight_decay=0.0)
 
 
 def _bytes_of(model: nn.Module) -> int:

@@ -46,6 +46,7 @@ class Settings:
     threads: int | None = None
     live: bool = True  # also measure memory without the C library's free lists (CPU, Linux)
     plugin: tuple[str, ...] = ()  # Python files with methods, which workers read too
+    compare: int = 0  # every how many selections are compared with float64; 0: none
     peers: str | None = None  # a Python file with further peers (`methods.join`), which workers read too
 
     def __post_init__(self) -> None:
@@ -72,6 +73,7 @@ class Samples:
     step_s: list[list[float]] = field(default_factory=list)  # a list for every round
     selecting: list[list[bool]] = field(default_factory=list)
     select_s: list[float] = field(default_factory=list)
+    selections: list[dict[str, Any]] = field(default_factory=list)  # of all steps (`meter.Selections`)
     other: list[tuple[float, bool]] = field(default_factory=list)  # warm-up and tail
     peak_mib: float = 0.0
     reserved_mib: float | None = None
@@ -105,7 +107,9 @@ class Worker:
     def load(self, planned: int) -> Worker:
         """Builds the model and sets up the method on it, for `planned` steps."""
         bench, budget = asdict(self.settings.bench), self.settings.budget
-        self.facts = self.ask(do="load", method=self.method, bench=bench, budget=budget, steps=planned)
+        self.facts = self.ask(
+            do="load", method=self.method, bench=bench, budget=budget, steps=planned, compare=self.settings.compare
+        )
         return self
 
     def ask(self, **command: Any) -> dict[str, Any]:
@@ -247,6 +251,7 @@ def _note(samples: Samples, seen: dict[str, Any], count: int | None) -> None:
     samples.peak_mib = max(samples.peak_mib, seen["peak_mib"])
     if seen["reserved_mib"] is not None:
         samples.reserved_mib = max(samples.reserved_mib or 0.0, seen["reserved_mib"])
+    samples.selections += seen["selections"]
     if count is None:
         samples.other += zip(seen["step_s"], seen["selecting"], strict=True)
     else:

@@ -40,6 +40,7 @@ def report(settings: Settings, samples: dict[str, Samples], how: str) -> dict[st
             "steps": settings.steps,
             "rounds": settings.rounds,
             "processes": how,
+            "compare": settings.compare,
         },
         "model": {key: facts[0][key] for key in ("weights_mib", "largest_mib")} if facts else {},
         "copy_s": middle([f["copy_s"] for f in facts]),
@@ -116,7 +117,30 @@ def _row(name: str, seen: Samples, steps: dict[str, list[float]], added: tuple[f
         "copy_s": seen.facts["copy_s"],
         "exact_memory": seen.facts["exact_memory"],
         "package": seen.facts["package"],
+        "selections": selections(seen.selections),
         "note": seen.facts["note"],
+    }
+
+
+def selections(steps: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What bounds left of linear weights' gradients: shares of entries, of all steps; None without such gradients.
+
+    A tensor whose dense gradient was formed counts with all of its entries.
+    """
+    if not steps:
+        return None
+    left = sorted((one["candidates"] + one["dense_entries"]) / one["entries"] for one in steps)
+    compared = [one["equal"] for one in steps if one["equal"] is not None]
+    return {
+        "steps": len(steps),
+        "tensors": sum(one["tensors"] for one in steps),
+        "bounded": sum(one["bounded"] for one in steps),
+        "left_median": middle(left),
+        "left_95": left[min(len(left) - 1, int(0.95 * len(left)))],
+        "left_most": left[-1],
+        "few": sum(share <= 0.02 for share in left),
+        "compared": len(compared),
+        "equal": sum(compared),
     }
 
 

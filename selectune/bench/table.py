@@ -35,8 +35,9 @@ def title(report: dict[str, Any]) -> str:
     s, m = report["settings"], report["machine"]
     budget = f"{s['budget']:.3g} of the weights" if isinstance(s["budget"], float) else f"{s['budget']:,} scalars"
     extra = (f", autocast {s['autocast']}" if s["autocast"] else "") + (", checkpointing" if s["checkpointing"] else "")
+    data = "" if s.get("data", "random") == "random" else f", rows of {s['data']}"
     return (
-        f"{s['model']}, batch {s['batch']} x {s['length']}, {s['dtype']}{extra}, {budget}, {s['steps']} steps in "
+        f"{s['model']}{data}, batch {s['batch']} x {s['length']}, {s['dtype']}{extra}, {budget}, {s['steps']} steps in "
         f"{s['rounds']} rounds, processes {s['processes']}; {m['gpu'] or m['cpu']}, {m['threads']} threads, "
         f"torch {report['versions']['torch']}"
     )
@@ -51,6 +52,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         "peak: above the loaded model, as the system counts it; live: the same without memory that the C library "
         "keeps for reuse, from a run of its own; init: set-up of the method, after libraries and kernels are loaded",
     ]
+    found += [selected(row["method"], row["selections"]) for row in report["rows"] if row.get("selections")]
     if report.get("copy_s"):
         found.append(f"one pass over the weights (a copy): {report['copy_s']:.4f} s")
     if packages:
@@ -59,6 +61,18 @@ def notes(report: dict[str, Any]) -> list[str]:
     if any(row.get("exact_memory") is False for row in report["rows"]):
         found.append("peak memory is that of the whole process, because this system cannot reset it")
     return found
+
+
+def selected(method: str, seen: dict[str, Any]) -> str:
+    """What bounds left of gradients, and whether selections are those of float64, as a sentence."""
+    text = (
+        f"{method}: in {seen['steps']:,} selecting steps, bounds served {seen['bounded']:,} of {seen['tensors']:,} "
+        f"linear weights; of their entries they left {seen['left_median']:.3%} in the median step, at most "
+        f"{seen['left_95']:.3%} in 95 % of steps"
+    )
+    if seen["compared"]:
+        text += f"; {seen['equal']:,} of {seen['compared']:,} compared selections are those of float64"
+    return text
 
 
 def plain(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -1,7 +1,7 @@
 """The process in which one method is measured. It reads a JSON command from each line and answers with a line.
 
 {"do": "warm", "method": ..., "bench": {...}, "threads": n, "plugin": [...], "peers": path}
-{"do": "load", "method": ..., "bench": {...}, "budget": ..., "steps": T}
+{"do": "load", "method": ..., "bench": {...}, "budget": ..., "steps": T, "compare": every how many selections}
 {"do": "steps", "count": k}
 {"do": "save"}
 {"do": "stop"}
@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,9 +24,10 @@ from torch import nn
 
 from selectune import plugins
 from selectune.bench import methods
-from selectune.bench.meter import MIB, Memory, copy_seconds, wait
-from selectune.bench.workload import Bench, batches, config_of, loss_of, prepare
+from selectune.bench.meter import MIB, Memory, Selections, copy_seconds, wait
+from selectune.bench.workload import Bench, batches, config_of, load_real, loss_of, prepare, real_batches
 from selectune.errors import SelectuneError
+from selectune.runs.config import LEARNING_RATE
 
 INITS = 3  # how often the initialisation is timed, where a method can be taken off again
 
@@ -33,13 +35,14 @@ INITS = 3  # how often the initialisation is timed, where a method can be taken 
 class Measured:
     """One method on one model."""
 
-    def __init__(self, method: str, bench: Bench, budget: int | float, steps: int) -> None:
+    def __init__(self, method: str, bench: Bench, budget: int | float, steps: int, compare: int = 0) -> None:
         self.method, self.bench = method, bench
         self.package = methods.needs(method)
         self.config = config_of(bench.model)
-        self.model: nn.Module = prepare(bench, self.config)
+        loaded = None if bench.task() is None else load_real(bench)
+        self.model: nn.Module = prepare(bench, self.config) if loaded is None else loaded.model
         self.weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        self.batches = batches(bench, self.config)
+        self.batches = batches(bench, self.config) if loaded is None else real_batches(bench, loaded.tokenizer, steps)
         self.copy_s = copy_seconds(self.model, bench.device)
         methods.prepare(method, self.model, self.batches[0], bench)
         self.memory = Memory(bench.device)
@@ -47,10 +50,13 @@ class Measured:
         self.memory.reset()
         self.init_s: list[float] = []
         self.given = methods.Conditions(budget, steps, bench.seed, self.batches)
+        if loaded is not None:  # as `selectune train` trains it
+            self.given = replace(self.given, rate=LEARNING_RATE, whole=loaded.initialised)
         self.ready = self._set_up()
         while self.ready.undo is not None and len(self.init_s) < INITS:
             self.ready.undo()
             self.ready = self._set_up()
+        self.selections = None if self.ready.tuner is None else Selections(self.ready.tuner, compare)
         self.init_peak = self.memory.peak() - self.loaded
         self.step = 0
 
@@ -81,7 +87,7 @@ class Measured:
         """Runs whole training steps: the seconds of each, whether it selected, and peak memory."""
         self.memory.reset()
         model, optimizer = self.ready.model or self.model, self.ready.optimizer
-        took, selecting = [], []
+        took, selecting, selections = [], [], []
         loss = torch.zeros(())
         for _ in range(count):
             selecting.append(self.ready.selecting())
@@ -97,6 +103,9 @@ class Measured:
                 optimizer.zero_grad(set_to_none=True)
             wait(self.bench.device)
             took.append(time.perf_counter() - began)
+            if self.selections is not None:
+                took[-1] -= self.selections.spent
+                selections.append(self.selections.close())
             self.step += 1
         peak, reserved = self.memory.peak() - self.loaded, self.memory.reserved()
         last = float(loss.detach())
@@ -109,6 +118,7 @@ class Measured:
             "step_s": took,
             "selecting": selecting,
             "select_s": select_s,
+            "selections": [one for one in selections if one is not None],
             "peak_mib": peak / MIB,
             "reserved_mib": None if reserved is None else (reserved - self.loaded) / MIB,
             "selected": self.ready.selected(),
@@ -147,7 +157,9 @@ def answer(state: dict[str, Measured], command: dict[str, Any]) -> dict[str, Any
         rehearse(command["method"], Bench(**command["bench"]))
         return {}
     if command["do"] == "load":
-        state["it"] = Measured(command["method"], Bench(**command["bench"]), command["budget"], command["steps"])
+        state["it"] = Measured(
+            command["method"], Bench(**command["bench"]), command["budget"], command["steps"], command.get("compare", 0)
+        )
         return state["it"].describe()
     if command["do"] == "steps":
         return state["it"].run(command["count"])

@@ -1,4 +1,7 @@
-"""Makes models with random weights from configs, and batches of random tokens; nothing is downloaded."""
+"""Makes models with random weights from configs, and batches of random tokens, for which nothing is downloaded.
+
+With `data=` the model is a trained one, and the batches are a task's training rows.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from selectune import tasks
 from selectune.bench.configs import CONFIGS
 from selectune.errors import ConfigError, ModelError
-from selectune.models.bases import quiet, resolve
+from selectune.models.bases import LoadedModel, load_model, quiet, resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REAL = "glue/stsb"
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Bench:
     checkpointing: bool = False
     device: str = "cpu"
     seed: int = 6
+    data: str = "random"  # or a task, whose rows and trained model are used; "real" is REAL
 
     def __post_init__(self) -> None:
         for name, value in (("--dtype", self.dtype), ("--autocast", self.autocast)):
@@ -39,6 +45,16 @@ class Bench:
                 raise ConfigError(f"{name} {value}: must be at least 1.")
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"--device {self.device}: unknown. Known: cpu, cuda.")
+        if self.data != "random" and self.model in CONFIGS:
+            raise ConfigError(
+                f"--data {self.data}: {self.model} has random weights. Real rows need a trained model: --model demo, "
+                "or a folder."
+            )
+        self.task()
+
+    def task(self) -> tasks.Task | None:
+        """The task whose rows are used; None for random tokens."""
+        return None if self.data == "random" else tasks.get(REAL if self.data == "real" else self.data)
 
 
 def config_of(name: str) -> Any:
@@ -126,6 +142,28 @@ def batches(bench: Bench, config: Any, count: int = 4) -> list[dict[str, Tensor]
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         found.append({name: tensor.to(bench.device) for name, tensor in batch.items()})
     return found
+
+
+def load_real(bench: Bench) -> LoadedModel:
+    """The trained model of a bench in train mode, with the head that its task needs."""
+    loaded = load_model(bench.model, cast(tasks.Task, bench.task()).head, bench.seed, dtype=DTYPES[bench.dtype])
+    loaded.model.train().to(bench.device)
+    if bench.checkpointing:
+        _checkpoint(loaded.model)
+    return loaded
+
+
+def real_batches(bench: Bench, tokenizer: Any, count: int) -> list[dict[str, Tensor]]:
+    """At most `count` whole batches of the task's training rows, in a seeded order; raises ConfigError if none."""
+    task = cast(tasks.Task, bench.task())
+    rows = task.encode(tokenizer, tasks.load(task, "train").examples, bench.length)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(bench.seed)).tolist()
+    count = min(count, len(rows) // bench.batch)
+    if count < 1:
+        raise ConfigError(f"--batch {bench.batch}: {bench.data} has only {len(rows)} training rows.")
+    parts = [order[k * bench.batch : (k + 1) * bench.batch] for k in range(count)]
+    found = [task.kind.collate(tokenizer, [rows[i] for i in part]) for part in parts]
+    return [{name: tensor.to(bench.device) for name, tensor in batch.items()} for batch in found]
 
 
 def input_gradients(model: nn.Module) -> None:

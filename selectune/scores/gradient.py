@@ -7,7 +7,11 @@ from torch import Tensor
 from selectune.types import score
 
 
-@score(reads="gradient", above=0.0, fused="ratio")
+def _over_size(size: Tensor, exp: float, eps: float) -> Tensor:
+    return (size + eps).pow(-exp)
+
+
+@score(reads="gradient", above=0.0, fused="ratio", weighting=_over_size)
 def d3(weight: Tensor, gradient: Tensor, exp: float = 2.0, eps: float = 1.0) -> Tensor:
     """H = |g| / (|w| + eps)^exp: large gradient on a small weight.
 

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import selectune as st
 from selectune import internals
+from selectune.errors import ConfigError
 from selectune.ops import bounds
-from selectune.train.choose import growing, products
+from selectune.schedule import Increment
+from selectune.select import PerTensor
+from selectune.train.choose import products
 
-METHODS = [st.id3(budget=300, steps=6), st.id3(budget=90, steps=6, exp=1.0, eps=0.01), st.static_d3(budget=40)]
+
+@st.score(reads="gradient", above=0.0, weighting=lambda size: size)
+def taylor(weight, gradient):
+    return (weight * gradient).abs()
+
+
+METHODS = {
+    "id3": st.id3(budget=300, steps=6),
+    "id3, exp 1": st.id3(budget=90, steps=6, exp=1.0, eps=0.01),
+    "id3, exp 0.7": st.id3(budget=60, steps=6, exp=0.7, eps=1e-4),
+    "large weights": st.id3(budget=60, steps=6, exp=-1.5),
+    "gallop": st.gallop(budget=50),
+    "static-d3": st.static_d3(budget=40),
+    "|g w|": st.Method(score=taylor(), schedule=Increment(budget=60, steps=6)),
+    "repeat-d3": st.repeat_d3(budget=30, steps=6),
+    "rigl": st.rigl(budget=200, steps=12, every=2),
+    "spiel-ag": st.spiel_ag(budget=150, steps=12, every=3, window=2),
+    "everything": st.id3(budget=970, steps=6, scope=st.Scope(include="4.*")),
+    "id3 per tensor": replace(st.id3(budget=120, steps=6), select=PerTensor()),
+}
 
 
 def model():
@@ -24,7 +49,7 @@ def batches(count):
     return [torch.randn(70, 24, generator=generator) for _ in range(count)]
 
 
-def train(method, watch=None):
+def train(method):
     net = model()
     tuner = st.attach(net, method)
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
@@ -32,106 +57,122 @@ def train(method, watch=None):
         net(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        if watch is not None:
-            watch(tuner)
     return tuner
 
 
 def force(patch, way):
-    """One way for all tensors that have a cutoff."""
+    """One way for all tensors."""
     if not internals.fast_int8():
         patch.setattr(internals, "int8_product", lambda q, p, out: out.copy_((q.double() @ p.double()).int()))
     patch.setattr(bounds, "pays", lambda t, o, i: way != "dense")
     patch.setattr(bounds, "SHARE", 1.0)
+    patch.setattr(bounds, "FEWEST", 16)
+    patch.setattr(products, "FEW", 100)
     if way == "norms":
         patch.setattr(bounds, "EXACT", 1e-9)
     elif way == "int8":
         patch.setattr(bounds, "_by_norms", lambda *given: None)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.name}-{method.score.parameters['exp']}")
-def test_the_same_support_by_every_way_and_on_every_number_of_threads(method):
+@pytest.mark.parametrize("name", list(METHODS))
+def test_the_same_support_by_every_way_and_on_every_number_of_threads(name):
     found = {}
     for way in ("dense", "norms", "int8"):
-        for threads in (1, 3):
+        for threads in (1, 3) if name == "id3" else (1,):
             with pytest.MonkeyPatch.context() as patch:
                 force(patch, way)
                 torch.set_num_threads(threads)
-                tuner = train(method)
+                tuner = train(METHODS[name])
                 torch.set_num_threads(1)
             assert tuner.selected == tuner.budget
             found[way, threads] = {name: flat.tolist() for name, flat in tuner.support.items()}
     assert all(support == found["dense", 1] for support in found.values())
 
 
-@pytest.mark.parametrize("name", ["reference", "dense", "numba"])
-def test_the_same_support_on_every_backend(name, monkeypatch):
-    wanted = {n: flat.tolist() for n, flat in train(METHODS[0]).support.items()}
-    monkeypatch.setenv("SELECTUNE_BACKEND", name)
-    assert {n: flat.tolist() for n, flat in train(METHODS[0]).support.items()} == wanted
+@pytest.mark.parametrize("backend", ["reference", "dense", "numba"])
+@pytest.mark.parametrize("name", ["id3", "|g w|", "rigl"])
+def test_the_same_support_on_every_backend(name, backend, monkeypatch):
+    wanted = {n: flat.tolist() for n, flat in train(METHODS[name]).support.items()}
+    monkeypatch.setenv("SELECTUNE_BACKEND", backend)
+    assert {n: flat.tolist() for n, flat in train(METHODS[name]).support.items()} == wanted
 
 
-def test_the_ways_are_taken(monkeypatch):
-    """`force` does what the test above takes for granted."""
-    for way in ("norms", "int8"):
-        with monkeypatch.context() as patch:
-            force(patch, way)
-            calls, real = [], products.above
+def reported(name, way, look):
+    """Trains with every offer of factors shown to `look`, and what was taken of its tensor since."""
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, way)
+        real = products.Products.__init__
 
-            def counted(*given, calls=calls, real=real):
-                calls.append(real(*given))
-                return calls[-1]
+        def init(self, score):
+            real(self, score)
+            self.report = look
 
-            patch.setattr(products, "above", counted)
-            train(METHODS[0])
-        assert sum(flat is not None for flat in calls) > len(calls) // 2
+        patch.setattr(products.Products, "__init__", init)
+        return train(METHODS[name])
 
 
-@pytest.mark.parametrize("way", ["dense", "norms", "int8"])
-def test_every_step_selects_what_float64_says(way, monkeypatch):
-    """The oracle scores all entries of the recorded factors. Scores that differ by rounding may change places."""
-    force(monkeypatch, way)
-    seen, real = {}, products.scan_product
-
-    def scan(collector, score, tensor, taken, factors):
-        weight = tensor.weight.double()
-        scores = (factors.dy.double().mT @ factors.x.double()).abs() / (weight.abs() + 1.0) ** 2
-        if taken is not None:
-            scores.view(-1)[taken] = -1.0
-        seen[tensor.name] = scores.view(-1)
-        return real(collector, score, tensor, taken, factors)
-
-    monkeypatch.setattr(growing, "scan_product", scan)
-    before, steps = {}, []
-
-    def look(tuner):
-        new = {
-            name: flat[~torch.isin(flat, before.get(name, torch.empty(0, dtype=torch.int64)))]
-            for name, flat in tuner.support.items()
-        }
-        lowest = min((float(seen[name][flat].min()) for name, flat in new.items() if name in seen and len(flat)))
-        for name, scores in seen.items():
-            left = scores.clone()
-            left[new.get(name, torch.empty(0, dtype=torch.int64))] = -1.0
-            assert float(left.max()) <= lowest * (1 + 1e-6), (name, tuner.step)
-        before.clear()
-        before.update({name: flat.clone() for name, flat in tuner.support.items()})
-        steps.append(tuner.selected)
-        seen.clear()
-
-    train(st.id3(budget=300, steps=6, scope=st.Scope(include="*.weight")), look)
-    assert steps == [50, 100, 150, 200, 250, 300]
-
-
-def test_large_quotas_and_other_dtypes_go_as_before(monkeypatch):
-    """Quota, score and dtypes alone decide it, so scores of one kind are compared."""
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "everything"])
+def test_the_ways_are_taken(name):
+    """`force` does what the tests above take for granted: no dense product is formed, but for ties with nothing."""
     offered = []
-    monkeypatch.setattr(growing, "scan_product", lambda *given: offered.append(given) or (False, None))
+    reported(name, "int8", lambda one, factors: offered.append(one))
+    assert sum(one.candidates is not None for one in offered) > 0.9 * len(offered) > 0
+    offered.clear()
+    reported(name, "dense", lambda one, factors: offered.append(one))
+    assert all(one.candidates is None for one in offered)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("way", ["dense", "norms", "int8"])
+def test_every_offer_is_what_float64_says(name, way):
+    """The best entries of a tensor, by an oracle that scores all of them; only ties by rounding may change places."""
+    kept, seen = [], []
+
+    def check(one, factors):
+        score, weight = METHODS[name].score, one.tensor.parameter.detach().double()
+        gradient = factors.dy.double().mT @ factors.x.double()
+        scores = torch.where(gradient == 0, 0.0, score(weight.view(-1), gradient.view(-1)).view_as(weight)).view(-1)
+        if one.taken is not None:
+            scores[one.taken] = -math.inf
+        index = one.tensor.index
+        mine = one.collector.of(index)
+        mine.tighten()
+        tensors = torch.searchsorted(mine.starts, mine.kept[0][1], right=True) - 1
+        flat = (mine.kept[0][1] - mine.starts[tensors])[tensors == index]
+        torch.testing.assert_close(mine.kept[0][0][tensors == index], scores[flat], rtol=1e-9, atol=0.0)
+        left = scores.clone()
+        left[flat] = -math.inf
+        least = mine.kept[0][0].min() if mine.kept[0][0].numel() == mine.quota else 0.0
+        assert float(left.max()) <= float(least) * (1 + 1e-9), one.tensor.name
+        kept.append(flat.numel())
+        seen.append(name)
+
+    reported(name, way, check)
+    assert sum(kept) > 0
+
+
+@pytest.mark.parametrize(("budget", "wanted"), [(101, 0), (100, 3)])
+def test_large_quotas_go_as_before(budget, wanted, monkeypatch):
+    """By what is asked for and the dtypes alone, so that no number decides which scores are compared."""
     monkeypatch.setattr(products, "CANONICAL", 100)
-    train(st.static_d3(budget=101))
-    assert not offered
-    train(st.static_d3(budget=100))
-    assert offered
+    monkeypatch.setitem(METHODS, "static", st.static_d3(budget=budget))
+    offered = []
+    reported("static", "int8", lambda one, factors: offered.append(one))
+    assert len(offered) == wanted
+
+
+@pytest.mark.parametrize(
+    ("weighting", "why"), [(lambda size: 2 * size, "other numbers"), (lambda size: (size - 1).abs(), "neither rises")]
+)
+def test_a_weighting_that_is_none_is_refused(weighting, why):
+    @st.score(reads="gradient", weighting=weighting)
+    def wrong(weight, gradient):
+        return (weight * gradient).abs()
+
+    with pytest.raises(ConfigError, match=why):
+        st.attach(model(), st.Method(score=wrong(), schedule=Increment(budget=60, steps=6)))
+    with pytest.raises(ConfigError, match="the step's gradient"):
+        st.score(reads="weight", weighting=weighting)
 
 
 def test_broken_gradients_are_named(caplog):

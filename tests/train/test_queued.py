@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import selectune as st
-from selectune.train.choose import growing, scan
+from selectune.train.choose import growing, products, scan
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")
 
@@ -36,7 +36,7 @@ class Waits(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def no_canonical_scores(monkeypatch):
     """As on a GPU, for both sides of a comparison."""
-    monkeypatch.setattr(growing, "canonical", lambda *given: False)
+    monkeypatch.setattr(products, "canonical", lambda *given: False)
 
 
 @pytest.fixture

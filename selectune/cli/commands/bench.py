@@ -18,6 +18,7 @@ from selectune.errors import ConfigError
 EXAMPLES = (
     "Examples:  selectune bench --methods full,frozen,lora,id3,id3:every=10\n\n"
     "selectune bench --model minilm --methods full,frozen,pafi --budget 5% --json bench.json\n\n"
+    "selectune bench --model demo --data real --batch 16 --methods frozen,id3 --compare 10\n\n"
     "Exit codes: 0 done, 1 a method of ours failed, 2 usage error"
 )
 METHODS = "full,frozen,lora,dora,super,shira,bitfit,pafi,static-d3,random,id3,id3:every=10"
@@ -28,6 +29,10 @@ def bench(
         str,
         typer.Option("--model", "-m", help=f"{', '.join(c for c in CONFIGS if c != 'rehearsal')}, or a folder."),
     ] = "bert-6l",
+    data: Annotated[
+        str,
+        typer.Option(help="random tokens, or a task's rows for a trained model (--model demo): real is glue/stsb."),
+    ] = "random",
     batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Examples in a step.")] = 8,
     length: Annotated[int, typer.Option("--length", "--max-length", help="Tokens in an example.")] = 128,
     methods: Annotated[
@@ -58,13 +63,16 @@ def bench(
         bool,
         typer.Option("--live/--no-live", help="Also measure memory without what the C library keeps (CPU)."),
     ] = True,
+    compare: Annotated[
+        int, typer.Option(help="Compare every so many selections with float64 scores of all entries; 0: none.")
+    ] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds after which a method without an answer has failed.")] = 900.0,
     plugin: Plugins = None,
     out: Annotated[
         str | None, typer.Option("--json", help="Write the rows as JSON to this file; - is stdout.", show_default=False)
     ] = None,
 ) -> None:
-    """Measure seconds of a step, peak memory and shipped bytes of methods side by side, on random weights."""
+    """Measure seconds of a step, peak memory and shipped bytes of methods side by side."""
     from selectune import plugins
     from selectune.bench import table
     from selectune.bench.methods import DENSE, FLOOR, base_of, is_ours
@@ -80,9 +88,9 @@ def bench(
     names = tuple(name if on is None or not is_ours(name) else f"{name}+{on}" for name in names)
     if out is not None and out != "-" and not Path(out).resolve().parent.is_dir():
         raise ConfigError(f"--json {out}: the folder {Path(out).resolve().parent} does not exist.")
-    what = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device, seed)
+    what = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device, seed, data)
     count, files = values.budget(budget), tuple(plugin or ())
-    settings = Settings(what, names, count, steps, rounds, processes, timeout, threads, live, files)
+    settings = Settings(what, names, count, steps, rounds, processes, timeout, threads, live, files, compare)
     console = stderr()
     with working():
         report = run(settings, lambda text: console.print(text, style="dim", markup=False))

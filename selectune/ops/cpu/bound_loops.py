@@ -10,9 +10,13 @@ from selectune.ops.cpu.vectors import FLOAT32, fetch_add, pointer
 
 COLUMNS = 256  # of an operand, at least, measured or rounded at once
 ROWS = 16  # of a product, filtered at once
+SPREAD = 16  # entries of which the best is found
 ENTRIES = 512  # summed at once
+SHIFT = 19  # bits of a float32 below those that say which bounds on a weight's factor hold
+BINS = 1 << (31 - SHIFT)
 TINY = np.float32(1e-30)  # a column below it is all error
 LEVELS = np.float32(127)
+SIZE = np.uint32(0x7FFFFFFF)  # all bits of a float32 but the sign
 ROUNDING = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
 
 
@@ -61,15 +65,6 @@ def _round(counter, t, n, x, pitch, top, q, scale, lost, width):  # type: ignore
 
 
 @njit(error_model="numpy")
-def _least(kind, w, eps, bound):  # type: ignore[no-untyped-def]
-    """What |g| must reach for an entry to score `bound`."""
-    if kind == 0:
-        return bound
-    size = abs(w) + eps
-    return size * bound if kind == 1 else size * size * bound
-
-
-@njit(error_model="numpy")
 def _far(q, near, right, lost, full, a, c, floor):  # type: ignore[no-untyped-def]
     """Whether no entry of a group can reach `floor`, the least that any weight asks of |g|."""
     count = np.int32(0)
@@ -80,13 +75,23 @@ def _far(q, near, right, lost, full, a, c, floor):  # type: ignore[no-untyped-de
 
 
 @njit(error_model="numpy")
-def _sift(counter, o, n, q, weight, stored, rows, columns, kind, eps, bound, room, out, found):  # type: ignore[no-untyped-def]
-    """Entries of (o, n) whose bound on |g| reaches what the cutoff asks for; all are counted, `room` are kept.
+def _short(q, bits, near, right, lost, full, a, c, needed):  # type: ignore[no-untyped-def]
+    """Whether no entry of a group can reach what its own weight asks of |g|."""
+    count = np.int32(0)
+    for j in range(GROUP):
+        most = abs(np.float32(q[j])) * (near * right[j]) + a * lost[j] + c * full[j]
+        count += np.int32(0) if most < needed[(bits[j] & SIZE) >> np.uint32(SHIFT)] else np.int32(1)
+    return count == 0
 
-    `rows`: scale, norm, lost of the rows, one behind the other; `columns`: the same of the columns.
+
+@njit(error_model="numpy")
+def _sift(counter, o, n, q, weight, stored, rows, columns, needed, floor, room, out, found):  # type: ignore[no-untyped-def]
+    """Entries of (o, n) whose bound on |g| reaches what their weights ask for; all are counted, `room` are kept.
+
+    `rows`: scale, norm, lost of the rows, one behind the other; `columns`: the same of the columns. `needed`: what |g|
+    must reach, by the leading bits of |w|; `floor`: the least of it, so most groups end with their weights unread.
     """
     w = np.empty(n, np.float32)
-    floor = _least(kind, np.float32(0), eps, bound)  # of a weight that is 0: most groups end here, their weights unread
     right, lost, full = columns[:n], columns[2 * n :], columns[n : 2 * n]
     while True:
         first = fetch_add(counter, 1) * ROWS
@@ -99,19 +104,59 @@ def _sift(counter, o, n, q, weight, stored, rows, columns, kind, eps, bound, roo
             for begin in range(0, n, GROUP):
                 end = min(n, begin + GROUP)
                 part = slice(begin, end)
-                if end - begin == GROUP and _far(values[part], near, right[part], lost[part], full[part], a, c, floor):
+                whole = end - begin == GROUP
+                if whole and _far(values[part], near, right[part], lost[part], full[part], a, c, floor):
                     continue
-                if not known and stored == FLOAT32:
-                    w = carray(pointer(weight + i * n * 4), n, np.float32)
-                elif not known and kind != 0:
-                    _widen(weight, stored, i * n, n, w)
-                known = True
+                if not known:
+                    w = _row(weight, stored, i, n, w)
+                    known = True
+                bits = w.view(np.uint32)
+                if whole and _short(values[part], bits[part], near, right[part], lost[part], full[part], a, c, needed):
+                    continue
                 for j in range(begin, end):
                     most = abs(np.float32(values[j])) * (near * right[j]) + a * lost[j] + c * full[j]
-                    if not (most < _least(kind, w[j], eps, bound)):
+                    if not (most < needed[(bits[j] & SIZE) >> np.uint32(SHIFT)]):
                         place = fetch_add(found, 1)
                         if place < room:
                             out[place] = i * n + j
+
+
+@njit(error_model="numpy")
+def _row(weight, stored, i, n, w):  # type: ignore[no-untyped-def]
+    """Row i of the weights as float32, in `w` unless it lies so in memory."""
+    if stored == FLOAT32:
+        return carray(pointer(weight + i * n * 4), n, np.float32)
+    _widen(weight, stored, i * n, n, w)
+    return w
+
+
+@njit(error_model="numpy")
+def _reach(counter, o, n, q, weight, stored, rows, columns, worth, keep, out):  # type: ignore[no-untyped-def]
+    """The best lower bound on a score among every SPREAD entries of a row of (o, n).
+
+    `worth`: the least that a weight multiplies |g| by, by the leading bits of |w|; `keep`: below 1 by more than
+    rounding can add. A bound that is not a number counts as none.
+    """
+    w, low = np.empty(n, np.float32), np.empty(n, np.float32)
+    right, lost, full = columns[:n], columns[2 * n :], columns[n : 2 * n]
+    groups = -(-n // SPREAD)
+    while True:
+        first = fetch_add(counter, 1) * ROWS
+        if first >= o:
+            return
+        for i in range(first, min(o, first + ROWS)):
+            near, a, c = rows[i], rows[o + i] + rows[2 * o + i], rows[2 * o + i]
+            values = carray(pointer(q + i * n * 4), n, np.int32)
+            w = _row(weight, stored, i, n, w)
+            bits = w.view(np.uint32)
+            for j in range(n):
+                least = abs(np.float32(values[j])) * (near * right[j]) * keep - (a * lost[j] + c * full[j])
+                low[j] = least * worth[(bits[j] & SIZE) >> np.uint32(SHIFT)]
+            for g in range(groups):
+                best = np.float32(0)
+                for j in range(g * SPREAD, min(n, (g + 1) * SPREAD)):
+                    best = low[j] if low[j] > best else best
+                out[i * groups + g] = best
 
 
 @njit(error_model="numpy")
@@ -125,11 +170,10 @@ def _sum_exactly(counter, t, k, dy, dy_pitch, x, x_pitch, rows, cols, out):  # t
         total = out[first:last]
         total[:] = 0
         for r in range(t):
-            left, right = dy + r * dy_pitch * 4, x + r * x_pitch * 4
+            left = carray(pointer(dy + r * dy_pitch * 4), dy_pitch, np.float32)
+            right = carray(pointer(x + r * x_pitch * 4), x_pitch, np.float32)
             for e in range(last - first):
-                a = carray(pointer(left + rows[first + e] * 4), 1, np.float32)[0]
-                b = carray(pointer(right + cols[first + e] * 4), 1, np.float32)[0]
-                total[e] += np.float64(a) * np.float64(b)
+                total[e] += np.float64(left[rows[first + e]]) * np.float64(right[cols[first + e]])
 
 
 @njit
@@ -153,11 +197,23 @@ def _run_round(data):  # type: ignore[no-untyped-def]
 def _run_sift(data):  # type: ignore[no-untyped-def]
     a = carray(data, 32, np.int64)
     o, n = a[1], a[2]
-    real = carray(pointer(a[9]), 2, np.float64)  # eps, bound
     _sift(
         a[0], o, n, a[3], a[4], a[5],
         carray(pointer(a[6]), 3 * o, np.float32), carray(pointer(a[7]), 3 * n, np.float32),
-        a[8], np.float32(real[0]), np.float32(real[1]), a[10], carray(pointer(a[11]), a[10], np.int64), a[12],
+        carray(pointer(a[8]), BINS, np.float32), carray(pointer(a[9]), 1, np.float32)[0],
+        a[10], carray(pointer(a[11]), a[10], np.int64), a[12],
+    )  # fmt: skip
+
+
+@njit
+def _run_reach(data):  # type: ignore[no-untyped-def]
+    a = carray(data, 32, np.int64)
+    o, n = a[1], a[2]
+    _reach(
+        a[0], o, n, a[3], a[4], a[5],
+        carray(pointer(a[6]), 3 * o, np.float32), carray(pointer(a[7]), 3 * n, np.float32),
+        carray(pointer(a[8]), BINS, np.float32), carray(pointer(a[9]), 1, np.float32)[0],
+        carray(pointer(a[10]), o * -(-n // SPREAD), np.float32),
     )  # fmt: skip
 
 
@@ -180,8 +236,13 @@ def round_columns(data):  # type: ignore[no-untyped-def]
 
 
 def sift(data):  # type: ignore[no-untyped-def]
-    """o, n, products, weight, stored, rows, columns, kind, (eps, bound), room, out, found."""
+    """o, n, products, weight, stored, rows, columns, needed, floor, room, out, found."""
     _run_sift(data)
+
+
+def reach(data):  # type: ignore[no-untyped-def]
+    """o, n, products, weight, stored, rows, columns, worth, keep, out."""
+    _run_reach(data)
 
 
 def sum_exactly(data):  # type: ignore[no-untyped-def]

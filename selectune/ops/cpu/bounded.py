@@ -45,23 +45,39 @@ def sift(
     weight: Tensor,  # (o, i)
     rows: Tensor,  # (3, o) float32: scale, norm, lost
     columns: Tensor,  # (3, i) float32: the same
-    exp: float,
-    eps: float,
-    bound: float,
+    needed: Tensor,  # (bins,) float32: what |g| must reach, by the leading bits of |w|
+    floor: float,  # the least that any of the weights asks of |g|
     room: int,
 ) -> Tensor | None:  # (m,) int64 ascending
-    """Flat positions whose bound reaches what the score `bound` asks for; None if there are more than `room`."""
+    """Flat positions whose bound on |g| reaches what their weights ask for; None if there are more than `room`."""
     o, i = products.shape
-    out, found = torch.empty(room, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    real = torch.tensor([eps, bound], dtype=torch.float64)
+    out, found, least = torch.empty(room, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.tensor(floor)
     launch(
         loop("bound_loops", "sift", None),
         [o, i, products.data_ptr(), weight.data_ptr(), STORED[weight.dtype], rows.data_ptr(), columns.data_ptr(),
-         int(exp), real.data_ptr(), room, out.data_ptr(), found.data_ptr()],
+         needed.data_ptr(), least.data_ptr(), room, out.data_ptr(), found.data_ptr()],
         -(-o // module("bound_loops").ROWS),
     )  # fmt: skip
     count = int(found)
     return None if count > room else torch.sort(out[:count]).values
+
+
+def reach(
+    products: Tensor, weight: Tensor, rows: Tensor, columns: Tensor, worth: Tensor, keep: float
+) -> Tensor:  # (groups,) float32
+    """As `sift`: the best lower bound on a score among every few entries.
+
+    `worth` (bins,) float32 is the least that a weight multiplies |g| by; `keep` < 1 leaves room for rounding.
+    """
+    o, i = products.shape
+    out, share = torch.empty(o * -(-i // module("bound_loops").SPREAD)), torch.tensor(keep)
+    launch(
+        loop("bound_loops", "reach", None),
+        [o, i, products.data_ptr(), weight.data_ptr(), STORED[weight.dtype], rows.data_ptr(), columns.data_ptr(),
+         worth.data_ptr(), share.data_ptr(), out.data_ptr()],
+        -(-o // module("bound_loops").ROWS),
+    )  # fmt: skip
+    return out
 
 
 def summed(dy: Tensor, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from selectune.method import Method
 from selectune.scope import ScopedTensor
 from selectune.scores import constant
+from selectune.train.choose.products import Products
 from selectune.train.optim.contract import NewEntries
 from selectune.train.support.ledger import Ledger, Snapshot
 from selectune.train.window import Clock, scattered
@@ -52,6 +53,7 @@ class Chooser:
         self.rescore = rescore  # gives calibrated scores at the present weights
         self.tensors, self.score = ledger.tensors, method.score or constant()
         self.sizes = [tensor.weight.numel() for tensor in self.tensors]
+        self.products = Products(self.score)
         self.clock = Clock()
         self.events: Counter[str] = Counter()
         self.beyond_rows: set[int] = set()  # tensors used in other ways than looking up rows: their padding row counts

@@ -147,13 +147,21 @@ class Dropping(Chooser):
     # -- in backward
 
     def offer(self, step: int, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
+        collector, taken = self._offered(step, index)
+        tensor, gradient, rows = self.scannable(index, gradient, rows)
+        if not scan(collector, self.score, tensor, taken, gradient, rows):
+            self._broken.append(tensor.name)
+
+    def offer_factors(self, step: int, index: int, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
+        collector, taken = self._offered(step, index)
+        return self.products.offer(collector, self.scannable(index, dy, None)[0], taken, dy, x)
+
+    def _offered(self, step: int, index: int) -> tuple[Collector, Tensor | None]:
+        """The collector of the present selection, and the entries of a tensor that it may not take."""
         if self._collector is None:
             held = [page.flat.numel() for page in self.ledger.pages]
             self._collector = self._allocated(self._counts(step) if self._in_backward else held)
-        tensor, gradient, rows = self.scannable(index, gradient, rows)
-        taken = self._taken_at(step, index) if self._in_backward else None  # selected entries may be candidates
-        if not scan(self._collector, self.score, tensor, taken, gradient, rows):
-            self._broken.append(tensor.name)
+        return self._collector, self._taken_at(step, index) if self._in_backward else None  # else selected ones may be
 
     def close(self, step: int) -> Selection | None:
         if self.report_broken(step) or self._collector is None:

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selectune.ops.bounds import Factors
-from selectune.select import GlobalCollector
 from selectune.train.choose.chooser import Chooser, Selection, seed_of
-from selectune.train.choose.products import canonical, scan_product
 from selectune.train.choose.scan import queues, scan, scan_queued
 from selectune.train.optim.contract import NewEntries
 from selectune.types import Queueing, Reads
@@ -102,10 +99,8 @@ class Growing(Chooser):
     def offer_factors(self, step: int, index: int, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
         if self._collector is None:
             self._collector = self.collector(self.quota(step))
-        collector, tensor = self._collector, self.reached(index)
-        if not isinstance(collector, GlobalCollector) or not canonical(collector, self.score, tensor, dy, x):
-            return False, None
-        return scan_product(collector, self.score, tensor, self._taken(index), Factors(dy, x))
+        tensor = self.reached(index)
+        return self.products.offer(self._collector, tensor, self._taken(index), dy, x)
 
     def close(self, step: int) -> Selection | None:
         if self.report_broken(step):

@@ -2,89 +2,167 @@
 
 For a quota of a few thousand entries almost no entry of a tensor is selected. Bounds dismiss nearly all of them without
 the gradient in float32 (`ops.bounds`); where they do not pay, the dense product does. Either way the candidates that
-are left get their gradients as sums in float64 in the order of the tokens. So what is selected depends on the factors
-and the weights alone: on no library of products, thread, instruction set or way.
+are left get their gradients as sums in float64 in the order of the tokens, and their scores in float64. So what is
+selected depends on the factors and the weights alone: on no library of products, thread, instruction set or way.
+
+A score takes part if it says what it multiplies |g| by (`types.Score.weighting`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from selectune import ops
-from selectune.ops.bounds import Factors, above
+from selectune.ops.bounds import FEW, SAFE, Factors, Weighting, above, nearer
 from selectune.scope import ScopedTensor
-from selectune.select import GlobalCollector
-from selectune.train.choose.scan import SAME_BITS, barred_entries, scan
-from selectune.types import Score
+from selectune.select import GlobalCollector, PerTensorCollector
+from selectune.train.choose.scan import PIECE, barred_entries, has_one_pass, scan
+from selectune.types import Collector, Score
 
 CANONICAL = 4096  # the largest quota whose candidates get canonical scores
 
 
-def canonical(collector: GlobalCollector, score: Score, tensor: ScopedTensor, dy: Tensor, x: Tensor) -> bool:
+@dataclass(frozen=True)
+class Offered:
+    """What one tensor's offer took, for whoever measures it."""
+
+    collector: GlobalCollector | PerTensorCollector
+    tensor: ScopedTensor
+    taken: Tensor | None  # (k,) flat positions that could not be chosen
+    candidates: int | None  # that bounds left of all entries; None: the dense product was formed
+
+
+class Products:
+    """Offers gradients that are given as dy^T x."""
+
+    def __init__(self, score: Score) -> None:
+        self.score = score
+        self.weighting = None if score.weighting is None else Weighting(score.weigh)
+        self.report: Callable[[Offered, Factors], None] | None = None
+
+    def offer(
+        self, collector: Collector, tensor: ScopedTensor, taken: Tensor | None, dy: Tensor, x: Tensor
+    ) -> tuple[bool, Tensor | None]:
+        """Offers one tensor: whether it could, and its dense gradient if that was formed."""
+        if self.weighting is None or not isinstance(collector, GlobalCollector | PerTensorCollector):
+            return False, None
+        mine = collector.of(tensor.index)
+        if not canonical(mine.quota, tensor, dy, x):
+            return False, None
+        search = _Search(mine, self.score, self.weighting, tensor, taken, Factors(dy, x))
+        enough = search.run()
+        if self.report is not None:
+            self.report(Offered(collector, tensor, taken, search.candidates), search.factors)
+        return enough, search.whole
+
+
+def canonical(quota: int, tensor: ScopedTensor, dy: Tensor, x: Tensor) -> bool:
     """Whether a tensor's candidates get canonical scores: by what is asked for and the dtypes, never by the numbers."""
-    weight = tensor.parameter.detach()
+    weight = tensor.weight
     return (
-        0 < collector.quota <= min(CANONICAL, weight.numel())
-        and score.fused == "ratio"
-        and score.parameters["exp"] in SAME_BITS
-        and (score.parameters["eps"] > 0 or score.parameters["exp"] == 0)
+        0 < quota <= min(CANONICAL, weight.numel())
         and dy.dtype == x.dtype == weight.dtype == torch.float32
         and dy.device.type == weight.device.type == "cpu"
     )
 
 
-def scan_product(
-    collector: GlobalCollector, score: Score, tensor: ScopedTensor, taken: Tensor | None, factors: Factors
-) -> tuple[bool, Tensor | None]:
-    """Offers one tensor: whether it could, and its dense gradient if that was formed."""
-    weight, not_free, whole = tensor.parameter.detach(), barred_entries(tensor, taken), None
-    exp, eps = score.parameters["exp"], score.parameters["eps"]
-    collector.tighten()
-    flat = above(factors, weight, exp, eps, collector.cutoff)
-    if flat is None:
-        whole = ops.weight_gradient(factors.dy, factors.x)
-        flat = _among(whole, collector, score, tensor, taken, factors)
+class _Search:
+    """The entries of one tensor that a collector may take."""
+
+    def __init__(
+        self,
+        collector: GlobalCollector,
+        score: Score,
+        weighting: Weighting,
+        tensor: ScopedTensor,
+        taken: Tensor | None,
+        factors: Factors,
+    ) -> None:
+        self.collector, self.score, self.weighting, self.factors = collector, score, weighting, factors
+        self.tensor, self.taken, self.barred = tensor, taken, barred_entries(tensor, taken)
+        self.weight = tensor.weight
+        self.whole: Tensor | None = None  # the dense gradient, if it was formed
+        self.candidates: int | None = None
+
+    def run(self) -> bool:
+        """Offers them; False if a score is not finite."""
+        self.collector.tighten()
+        cutoff, factors = self.collector.cutoff, self.factors
+        flat = above(factors, self.weight, self.weighting, cutoff, self.collector.quota, self.barred)
         if flat is None:
-            return False, whole
-    flat = flat[~torch.isin(flat, not_free)]
-    gradient = factors.exact(flat)
-    scores = score(weight.reshape(-1)[flat], gradient)
-    if not bool(torch.isfinite(scores).all()):
-        return False, whole
-    if score.above is not None:
-        good = scores > score.above
-        flat, scores, gradient = flat[good], scores[good], gradient[good]
-    collector.offer(tensor.index, flat, scores, gradient)
-    return True, whole
+            self.whole = ops.weight_gradient(factors.dy, factors.x)
+            flat = self._in_dense(cutoff)
+            if flat is None:
+                return False
+            flat = flat[~torch.isin(flat, self.barred)]
+        else:
+            self.candidates = flat.numel()
+            flat = flat[~torch.isin(flat, self.barred)]
+            if flat.numel() > FEW:
+                flat = self._nearer(flat, cutoff)
+        gradient, scores = self._scored(flat)
+        if not bool(torch.isfinite(scores.float()).all()):
+            return False
+        if self.score.above is not None:
+            good = scores > self.score.above
+            flat, scores, gradient = flat[good], scores[good], gradient[good]
+        self.collector.offer(self.tensor.index, flat, scores, gradient.float())
+        return True
 
+    def _scored(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients and canonical scores of entries (m,), float64."""
+        gradient = self.factors.exact(flat)
+        return gradient, self.score(self.weight.reshape(-1)[flat].double(), gradient)
 
-def _among(
-    whole: Tensor,
-    collector: GlobalCollector,
-    score: Score,
-    tensor: ScopedTensor,
-    taken: Tensor | None,
-    factors: Factors,
-) -> Tensor | None:
-    """Candidates by the dense gradient, of which no sum is exact; None if a score or a norm is not finite."""
-    weight, (exp, eps) = tensor.parameter.detach(), (score.parameters["exp"], score.parameters["eps"])
-    cutoff, wrong = collector.cutoff, factors.rounding()
-    if not math.isfinite(wrong * factors.largest()):
-        return None
-    if cutoff == float("-inf"):  # nothing is known yet: the best of this tensor, by what the sums are
-        own = GlobalCollector(collector.quota, [0] * tensor.index + [weight.numel()], None)
-        if not scan(own, score, tensor, taken, whole):
+    def _least(self, flat: Tensor) -> float:
+        """A cutoff: the least score of as many entries as are wanted; -inf if there are not so many."""
+        return float(self._scored(flat)[1].min()) if flat.numel() >= self.collector.quota else -math.inf
+
+    def _nearer(self, flat: Tensor, cutoff: float) -> Tensor:
+        """Those of the candidates (m,) that may reach the cutoff, by sums in float32."""
+        width = self.weight.shape[1]
+        sums = ops.sampled_matmul(self.factors.dy, self.factors.x, flat // width, flat % width)
+        if cutoff == -math.inf:
+            rough = self.score(self.weight.reshape(-1)[flat], sums)
+            cutoff = self._least(flat[rough.topk(min(flat.numel(), self.collector.quota)).indices])
+        return nearer(self.factors, self.weight, self.weighting, cutoff, flat, sums)
+
+    def _in_dense(self, cutoff: float) -> Tensor | None:
+        """Candidates by the dense gradient, of which no sum is exact; None if a score or a norm is not finite."""
+        whole, wrong = self.whole, self.factors.rounding() * self.factors.largest()
+        if whole is None or not math.isfinite(wrong):
             return None
-        own.tighten()
-        cutoff = own.cutoff
-    far = max(0.0, cutoff - 2 * wrong * factors.largest() / eps**exp)
-    flat, scores, finite = ops.score_filter(weight.reshape(-1), whole.reshape(-1), exp, eps, far)
-    if not bool(finite):
-        return None
-    rows, columns = flat // weight.shape[1], flat % weight.shape[1]
-    bottom = (weight.reshape(-1)[flat].abs() + eps) ** exp
-    off = 2 * wrong * factors.left.norm[rows] * factors.right.norm[columns] / bottom
-    return flat[scores + off >= cutoff]
+        if cutoff == -math.inf:  # nothing is known yet: the best of this tensor, by what the sums are
+            index = self.tensor.index
+            own = GlobalCollector(self.collector.quota, [0] * index + [self.weight.numel()], None)
+            if not scan(own, self.score, self.tensor, self.taken, whole):
+                return None
+            cutoff = self._least(own.close()[1])
+        flat = self._roughly(whole.reshape(-1), cutoff, wrong)
+        return (
+            None
+            if flat is None
+            else nearer(self.factors, self.weight, self.weighting, cutoff, flat, whole.reshape(-1)[flat])
+        )
+
+    def _roughly(self, whole: Tensor, cutoff: float, wrong: float) -> Tensor | None:
+        """Entries whose score may reach the cutoff if every gradient is wrong by `wrong`; None if one is not finite."""
+        weight = self.weight.reshape(-1)
+        off = 2 * wrong * self.weighting.top(weight)
+        if has_one_pass(self.score) and off < cutoff / 2:
+            exp, eps = self.score.parameters["exp"], self.score.parameters["eps"]
+            flat, _, finite = ops.score_filter(weight, whole, exp, eps, cutoff - off)
+            return flat if bool(finite) else None
+        found = []
+        for start in range(0, weight.numel(), PIECE):
+            part = slice(start, start + PIECE)
+            scores = self.score(weight[part], whole[part].abs() + wrong)
+            if not bool(torch.isfinite(scores).all()):
+                return None
+            found.append((scores >= cutoff * (1 - SAFE)).nonzero().squeeze(1) + start)
+        return torch.cat(found)

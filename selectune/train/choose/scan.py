@@ -48,7 +48,7 @@ def scan(
     weight = tensor.weight
     w, g, known = _flat(weight, rows), _flat(gradient), _flat(known)
     barred = barred_entries(tensor, taken, rows)
-    filtered = known is None and w.numel() > SMALL and _has_one_pass(score)
+    filtered = known is None and w.numel() > SMALL and has_one_pass(score)
     start, size = 0, max(1, PIECE // 4) if filtered else PIECE
     if filtered and _cutoff(collector) > NOT_ELIGIBLE:
         size = max(1, w.numel())
@@ -150,7 +150,8 @@ def _in_one_pass(score: Score, w: Tensor, g: Tensor | None, barred: Tensor, cuto
     return at, scores, None if g is None else g[at]
 
 
-def _has_one_pass(score: Score) -> bool:
+def has_one_pass(score: Score) -> bool:
+    """Whether `ops` scores and filters in one pass, with the bits of the score's own function."""
     return score.fused == "small" or (score.fused == "ratio" and score.parameters["exp"] in SAME_BITS)
 
 
@@ -162,6 +163,8 @@ def check_score(score: Score, tensors: Sequence[ScopedTensor]) -> None:
     """Raises ConfigError if a score breaks its contract, or its (|w| + eps)^exp leaves the range of floats."""
     gradient = None if score.reads in (Reads.WEIGHT, Reads.NOTHING) else torch.linspace(0.5, 1.5, 64)
     score(torch.linspace(-1.0, 1.0, 64), gradient, torch.Generator().manual_seed(0))  # a trial on numbers of no model
+    if score.weighting is not None:
+        _check_weighting(score)
     if score.fused != "ratio" or abs(score.parameters["exp"]) <= 8:
         return
     exp, eps = float(score.parameters["exp"]), float(score.parameters["eps"])
@@ -178,6 +181,25 @@ def check_score(score: Score, tensors: Sequence[ScopedTensor]) -> None:
                 f'the range of {info.dtype} for weights of "{tensor.name}" ({ends[0]:.3g} to {ends[1]:.3g} with '
                 "eps), so scores would be 0 or infinite. Take an exp nearer to 0 (the paper's is 2), or a larger eps."
             )
+
+
+def _check_weighting(score: Score) -> None:
+    """Raises ConfigError unless |g| times the score's weighting is what its function gives."""
+    sizes, gradient = torch.logspace(-4, 2, 64).double(), torch.linspace(-2.0, 2.0, 64).double()
+    factor, wanted = score.weigh(sizes), score(sizes, gradient)
+    steps = torch.diff(factor)
+    monotone = bool((steps >= 0).all() | (steps <= 0).all())
+    if monotone and torch.allclose(gradient.abs() * factor, wanted, rtol=1e-6, atol=0.0):
+        return
+    raise ConfigError(
+        f"The score '{score.name}' declares weighting= such that its score is |g| weighting(|w|), "
+        + (
+            "and its function gives other numbers."
+            if monotone
+            else "and this factor neither rises nor falls throughout."
+        )
+        + " Change one of the two, or leave out weighting=, which only makes selecting steps cheaper."
+    )
 
 
 def warn_of_zeros(method: Method, tensors: Sequence[ScopedTensor], budget: int) -> None:
