@@ -9,14 +9,14 @@ import torch
 from tiny_kit import WORDS, make_tokenizer, sentence, write_rows
 
 
-def make_llama(folder: Path, seed: int = 0, **more: object) -> Path:
+def make_llama(folder: Path, seed: int = 0) -> Path:
     """A causal language model of one layer, in a folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(WORDS) + 4, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=32, bos_token_id=2, eos_token_id=3, pad_token_id=0, **more,
+        max_position_embeddings=32, bos_token_id=2, eos_token_id=3, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     make_tokenizer(folder, causal=True)

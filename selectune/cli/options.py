@@ -13,6 +13,9 @@ def option(text: str, *names: str, panel: str | None = None, **more: Any) -> Any
 
 
 Model = Annotated[str, typer.Option("--model", "-m", help="The base: a folder, a hub id, 'demo' or 'smollm'.")]
+Retain = Annotated[
+    str | None, option("Measure forgetting on this text too: wikitext2, or a file of UTF-8.", "--retain")
+]
 DeltaPath = Annotated[
     str, typer.Option("--delta", "-d", help="The delta: a folder that train wrote, or a .safetensors file.")
 ]

@@ -6,4 +6,5 @@ adapted   the adapter of a run on its model
 restore   a saved delta on its base again
 load      selectune.load_model: base and delta in one call
 evaluate  the metric of a model on a task
+retention what a tuned model lost on another text
 """
