@@ -11,6 +11,7 @@ demo/     generated tasks
 from __future__ import annotations
 
 from selectune.errors import UnknownTaskError, did_you_mean
+from selectune.tasks.demo.logbook import LOGBOOK, SENTENCES
 from selectune.tasks.demo.topic import TOPIC
 from selectune.tasks.kinds import Choice, Classification, Language, Regression
 from selectune.tasks.splits import DATA, Split, load
@@ -19,7 +20,7 @@ from selectune.tasks.tables.glue import GLUE
 from selectune.tasks.tables.texts import TEXTS
 from selectune.tasks.task import ANSWER, Example, Features, Head, Hub, Task, TaskKind
 
-TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, *COMMONSENSE, *TEXTS, TOPIC)}
+TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, *COMMONSENSE, *TEXTS, TOPIC, LOGBOOK, SENTENCES)}
 
 
 def get(name: str) -> Task:
