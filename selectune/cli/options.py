@@ -12,7 +12,10 @@ def option(text: str, *names: str, panel: str | None = None, **more: Any) -> Any
     return typer.Option(*names, help=text, show_default=False, rich_help_panel=panel, **more)
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="The base: a folder, a hub id, or 'demo' (a MiniLM).")]
+Model = Annotated[str, typer.Option("--model", "-m", help="The base: a folder, a hub id, 'demo' or 'smollm'.")]
+Retain = Annotated[
+    str | None, option("Measure forgetting on this text too: wikitext2, or a file of UTF-8.", "--retain")
+]
 DeltaPath = Annotated[
     str, typer.Option("--delta", "-d", help="The delta: a folder that train wrote, or a .safetensors file.")
 ]

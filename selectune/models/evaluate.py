@@ -14,18 +14,41 @@ from selectune.tasks import ANSWER, Features, Task
 
 
 @dataclass(frozen=True)
+class Retention:
+    """The loss per token of a held-out text, in nats, without and with what was trained."""
+
+    text: str
+    tokens: int
+    before: float
+    after: float
+
+    @property
+    def forgetting(self) -> float:
+        """After minus before: above 0 if the model became worse at the text."""
+        return self.after - self.before
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "forgetting": self.forgetting}
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """The value of a task's metric over a number of examples, and further metrics by name, if the task has them."""
+    """The value of a task's metric over a number of examples, and further metrics by name, if the task has them.
+
+    `retention`: what the model lost on another text, if that was asked for.
+    """
 
     task: str
     metric: str
     value: float
     examples: int
     others: Mapping[str, float] = field(default_factory=dict)
+    retention: Retention | None = None
 
     def as_json(self) -> dict[str, Any]:
         told = {"task": self.task, "metric": self.metric, "value": self.value, "examples": self.examples}
-        return told | ({"others": dict(self.others)} if self.others else {})
+        told |= {"others": dict(self.others)} if self.others else {}
+        return told | ({"retention": self.retention.as_json()} if self.retention else {})
 
 
 def evaluate(

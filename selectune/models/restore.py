@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from selectune.errors import BaseMismatchError, ConfigError, DeltaError
 from selectune.models.adapted import mergeable, virtual_tokens, with_adapter_of
 from selectune.models.bases import DTYPES, LoadedModel, device, load_model, longest, quiet
 from selectune.models.evaluate import Evaluation, evaluate
+from selectune.models.retention import held_out, text_of
 from selectune.tasks import Head, Task
 
 
@@ -40,6 +41,11 @@ def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool =
 
     The head is that of `task`, else of the model that the delta records, else of the task that it records.
     """
+    return with_adapter_of(_bare_base(source, delta, task, tokenizer), delta)
+
+
+def _bare_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool = True) -> LoadedModel:
+    """The base that a delta needs, without its adapter."""
     head = _head(delta) if task is None else task.head
     if head is None and (recorded_task := task_of(delta)) is not None:
         head = recorded_task.head
@@ -51,7 +57,7 @@ def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool =
         named if isinstance(named, str) and named in DTYPES else max(set(floats), key=floats.count) if floats else None
     )
     recorded = delta.info["base"]
-    loaded = load_model(
+    return load_model(
         source.model,
         head,
         recorded["seed"] or 0,
@@ -60,7 +66,6 @@ def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool =
         source.trust_remote_code,
         tokenizer,
     )
-    return with_adapter_of(loaded, delta)
 
 
 def fitted(delta: Delta, loaded: LoadedModel) -> Delta:
@@ -95,19 +100,30 @@ def evaluate_delta(
     data: str | None = None,
     max_length: int | None = None,
     seed: int = 6,
+    retain: str | None = None,
 ) -> Evaluation:
     """The metric of a delta on a task: its base is loaded, its head drawn again, and the delta applied.
 
     Without a path the base itself is measured, with a head drawn from `seed`. The batches are those of training, so
-    the value is that of the run to the last bit, on the same machine and versions.
+    the value is that of the run to the last bit, on the same machine and versions. `retain`: a text on which the
+    delta's model is compared with the base (`text_of`). Raises ConfigError if there is no delta to compare.
     """
+    if retain is not None and path is None:
+        raise ConfigError(f"retain={retain} compares a delta's model with the base, and there is no delta.")
     delta = None if path is None else st.load(path)  # before the data, so that a wrong path fails at once
     with plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
         split = tasks.load(task, "validation", data)
+    text = None if retain is None else text_of(retain, data)
+    held, before = None, 0.0
     if delta is None:
         loaded = load_model(source.model, task.head, seed, source.revision, source.dtype, source.trust_remote_code)
     else:
-        loaded = load_base(source, delta, task)
+        loaded = _bare_base(source, delta, task)
+        if text is not None:
+            options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+            held = held_out(*text, loaded, source.model, **options)
+            before = held.loss(loaded.model)
+        loaded = with_adapter_of(loaded, delta)
         with _of_known_task(delta):
             apply_to(delta, loaded)
         recorded = delta.info["method"].get("max_length")
@@ -115,7 +131,8 @@ def evaluate_delta(
     taken = 0 if loaded.adapted is None else virtual_tokens(loaded.adapted.spec)
     length = longest(loaded.model, loaded.tokenizer, max_length, task.max_length, taken)
     loaded.model.to(device())
-    return evaluate(loaded.model, loaded.tokenizer, task, task.encode(loaded.tokenizer, split.examples, length))
+    found = evaluate(loaded.model, loaded.tokenizer, task, task.encode(loaded.tokenizer, split.examples, length))
+    return found if held is None else replace(found, retention=held.retention(before, held.loss(loaded.model)))
 
 
 def verify_delta(source: Source, path: str | Path, task: Task | None = None) -> Report:

@@ -9,5 +9,5 @@ resume       the checkpoint that a run resumes from, and the settings that must 
 stop         a request to stop a run
 trackers     the trackers that get the log
 calibration  the data that a calibrated score reads
-comparison   base, random mask, LoRA, ID3 and full fine-tuning side by side: the demo
+demos/       the demos
 """

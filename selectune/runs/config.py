@@ -40,7 +40,8 @@ class RunConfig:
     backward pass and `accumulation` passes make one step. `save_every`: steps between checkpoints; the newest `keep`
     remain (None: all), and they hold the model only with `full_checkpoints`. `group_by_length` batches rows of similar
     length, which saves padding (half the tokens on STS-B) and changes the order. `report_to`: trackers of transformers
-    that get the log, such as tensorboard. `plugin`: Python files with more methods and tasks.
+    that get the log, such as tensorboard. `retain`: a text on which base and tuned model are compared. `plugin`: Python
+    files with more methods and tasks.
 
     >>> RunConfig(model="demo", task="glue/rte", budget=1000).learning_rate
     0.0005
@@ -76,6 +77,7 @@ class RunConfig:
     max_grad_norm: float = 1.0
     group_by_length: bool = False
     report_to: tuple[str, ...] = ()
+    retain: str | None = None
     plugin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

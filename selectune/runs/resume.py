@@ -33,7 +33,7 @@ _FIELDS: dict[str, Any] = {
 MAX_RUN = 1 << 26
 """The most bytes of a run.json, whose history grows with the run."""
 # No bit depends on these; `plugins` has what a plug-in's file holds, wherever it lies.
-_FREE = ("out", "data", "eval_every", "save_every", "keep", "full_checkpoints", "report_to", "plugin")
+_FREE = ("out", "data", "eval_every", "save_every", "keep", "full_checkpoints", "report_to", "retain", "plugin")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +25,7 @@ from selectune.files import write_durably
 from selectune.models.adapted import size_of, virtual_tokens, with_adapter
 from selectune.models.bases import device, load_model, longest, quiet
 from selectune.models.evaluate import Evaluation, evaluate
+from selectune.models.retention import HeldOut, held_out, text_of
 from selectune.runs.calibration import calibration
 from selectune.runs.config import RunConfig, build_method
 from selectune.runs.folder import RUN_FILE, RunFolder, run_folder
@@ -166,9 +167,15 @@ class _Run:
         with plugins.blame(plugins.source_of(plugins.TASKS, self.task.name)):
             splits = {name: tasks.load(self.task, name, config.data) for name in ("train", "validation")}
         self.origins = {name: f"{split.origin} ({len(split):,} rows)" for name, split in splits.items()}
+        text = None if config.retain is None else text_of(config.retain, config.data)
+        self.held_out: HeldOut | None = None
         loaded = load_model(
             config.model, self.task.head, config.seed, config.revision, config.dtype, config.trust_remote_code
         )
+        if text is not None:
+            options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+            self.held_out = held_out(*text, loaded, config.model, **options)
+            self.before = self.held_out.loss(loaded.model)
         taken = virtual_tokens(config.adapter)
         self.max_length = longest(loaded.model, loaded.tokenizer, config.max_length, self.task.max_length, taken)
         self.rows = {
@@ -202,6 +209,9 @@ class _Run:
             raise StoppedError(f"{stop.where}.", taken, stop.signal or 0)
         with st.load(delta).applied(self.loaded.model):
             evaluation = self._measure()
+            if self.held_out is not None:
+                after = self.held_out.loss(self.loaded.model)
+                evaluation = replace(evaluation, retention=self.held_out.retention(self.before, after))
         result = RunResult(
             evaluation=evaluation,
             best=_best(history, taken, counts["selected"], evaluation.value, self.task.lower_is_better),

@@ -11,13 +11,16 @@ demo/     generated tasks
 from __future__ import annotations
 
 from selectune.errors import UnknownTaskError, did_you_mean
+from selectune.tasks.demo.logbook import LOGBOOK, SENTENCES
 from selectune.tasks.demo.topic import TOPIC
-from selectune.tasks.kinds import Classification, Regression
+from selectune.tasks.kinds import Choice, Classification, Language, Regression
 from selectune.tasks.splits import DATA, Split, load
+from selectune.tasks.tables.commonsense import COMMONSENSE
 from selectune.tasks.tables.glue import GLUE
+from selectune.tasks.tables.texts import TEXTS
 from selectune.tasks.task import ANSWER, Example, Features, Head, Hub, Task, TaskKind
 
-TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, TOPIC)}
+TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, *COMMONSENSE, *TEXTS, TOPIC, LOGBOOK, SENTENCES)}
 
 
 def get(name: str) -> Task:
@@ -32,5 +35,5 @@ def get(name: str) -> Task:
 __all__ = [
     "TASKS", "get", "load", "DATA", "Split",
     "Task", "TaskKind", "Head", "Hub", "Example", "Features", "ANSWER",
-    "Classification", "Regression",
+    "Classification", "Regression", "Choice", "Language",
 ]  # fmt: skip

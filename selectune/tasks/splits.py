@@ -15,6 +15,9 @@ from selectune.tasks.task import Example, Row, Task
 DATA = "SELECTUNE_DATA"
 """Environment variable that names a folder of tasks; `--data` takes precedence."""
 
+LONGEST = 8 << 20
+"""Bytes of the longest row, such as a whole novel."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -36,18 +39,25 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None, lim
     wanted = {"train": task.train, "validation": task.validation}.get(split)
     if wanted is None:
         raise TaskError(f"Unknown split '{split}' of {task.name}. Known: train, validation.")
+    read = _read(task, wanted, data, limit)
+    examples = read.examples if task.arrange is None else tuple(task.arrange(read.examples, split))
+    if not examples:
+        raise TaskError(f"The {wanted} split of {task.name} has no rows ({read.origin}).")
+    return Split(examples, read.origin)
+
+
+def _read(task: Task, split: str, data: str | os.PathLike[str] | None, limit: int | None) -> Split:
+    """The rows of a split as they are published."""
     if task.generate is not None:
-        origin, unit, rows = "generated", "row", enumerate(task.generate(wanted), 1)
+        origin, unit, rows = "generated", "row", enumerate(task.generate(split), 1)
     else:
-        origin, unit, rows = _find(task, wanted, data)
-    examples = []
+        origin, unit, rows = _find(task, split, data)
+    examples: list[Example] = []
     for number, row in rows:
         if limit is not None and len(examples) == limit:
             break
         where = f"{origin}, {unit} {number}"
         examples.append(task.kind.example(task, _prepared(task, row, where), where))
-    if not examples:
-        raise TaskError(f"The {wanted} split of {task.name} has no rows ({origin}).")
     return Split(tuple(examples), origin)
 
 
@@ -77,7 +87,7 @@ def _find(task: Task, split: str, data: str | os.PathLike[str] | None) -> tuple[
     places = [] if root is None else [root / folder / f"{split}.jsonl" for folder in task.folders]
     for path in (each for place in places for each in (place, place.with_name(place.name + ".gz"))):
         if path.is_file():
-            return str(path), "line", read_lines(path, error=TaskError)
+            return str(path), "line", read_lines(path, error=TaskError, line_limit=LONGEST)
     tried = ", ".join(map(str, places))
     if data is not None:
         there = ", ".join(sorted(path.name for place in places for path in place.parent.glob("*.jsonl*")))

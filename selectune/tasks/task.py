@@ -87,9 +87,10 @@ class Task:
 
     `folders`: places below a data folder, tried in order. `fields`: the texts of a row, and `label`: what is learned
     from it. `prepare` makes a row with these from a row as it is published. `chance`: the score of the best constant
-    answer on the validation split. `metric_name` is the metric's name, or the one that counts if it gives several.
-    `epochs`, `eval_every` (steps) and `max_length` (tokens) are the papers' settings. `generate(split)` replaces files
-    and hub.
+    answer on the validation split, if there is one. `metric_name` is the metric's name, or the one that counts if it
+    gives several. `epochs`, `eval_every` (steps) and `max_length` (tokens) are the papers' settings. `generate(split)`
+    replaces files and hub. `arrange(examples, split)`: the examples of "train" or "validation", made of those that were
+    read.
 
     >>> import selectune.tasks as tasks
     >>> tasks.get("glue/rte").labels
@@ -102,7 +103,7 @@ class Task:
     labels: tuple[str, ...]  # class names by number; empty for a kind without classes
     metric: Metric
     metric_name: str
-    chance: float
+    chance: float | None
     source: str
     epochs: int
     eval_every: int
@@ -114,6 +115,7 @@ class Task:
     label: str = "label"
     prepare: Callable[[Row], Row] | None = None
     generate: Callable[[str], Sequence[Row]] | None = None
+    arrange: Callable[[Sequence[Example], str], Sequence[Example]] | None = None
     lower_is_better: bool = False
 
     @property
@@ -167,6 +169,17 @@ def padded(tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
     names = [name for name in tokenizer.model_input_names if name in rows[0]]
     texts = [{name: row[name] for name in names} for row in rows]
     return dict(tokenizer.pad(texts, padding=True, return_tensors="pt"))
+
+
+def filled(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+    """Rows of numbers as one tensor, int64, filled up with `value` at their ends or, with `left`, at their starts.
+
+    >>> filled([[1, 2], [3]], 0, left=True).tolist()
+    [[1, 2], [0, 3]]
+    """
+    width = max(map(len, rows))
+    gaps = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([[*gap, *row] if left else [*row, *gap] for row, gap in zip(rows, gaps, strict=True)])
 
 
 def to_model(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from selectune.adapters import KINDS
 from selectune.cli.app import app
 from selectune.cli.commands.demo import page
 from selectune.recipes import RECIPES
-from selectune.runs.comparison import DemoResult, Revert, Row
+from selectune.runs.demos.comparison import DemoResult, Revert, Row
 from selectune.tasks import TASKS
 
 pytest_plugins = ("tiny_fixtures",)

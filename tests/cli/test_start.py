@@ -14,7 +14,7 @@ from cli_kit import call
 
 import selectune
 from selectune.cli import catalogue
-from selectune.runs import comparison
+from selectune.runs.demos import comparison
 
 HEAVY = ("torch", "numpy", "numba", "transformers", "safetensors", "peft", "sklearn", "rich.progress")
 _PROBE = """

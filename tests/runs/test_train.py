@@ -270,7 +270,7 @@ def test_measuring_leaves_model_and_random_state_alone(tiny, data):
 
 
 def test_the_demo(tiny, data):
-    from selectune.runs.comparison import demo
+    from selectune.runs.demos.comparison import demo
 
     said: list[str] = []
     found = demo(data=str(data), model=str(tiny), steps=4, budget=100, say=said.append)
@@ -292,7 +292,7 @@ def test_the_demo(tiny, data):
 
 @pytest.mark.parametrize("peft", [True, False])
 def test_the_demo_without_data_makes_its_own(tiny, peft, monkeypatch, tmp_path):
-    from selectune.runs import comparison as demos
+    from selectune.runs.demos import comparison as demos
 
     monkeypatch.setenv("SELECTUNE_DATA", str(tmp_path))  # a folder without STS-B; the hub is not asked
     monkeypatch.setattr("selectune.tasks.splits._from_hub", None)

@@ -51,8 +51,8 @@ def test_every_task_is_complete():
         assert name == task.name
         assert task.source
         assert (task.kind.name == "classification") == bool(task.labels)
-        assert 0 <= task.chance < 1
-        assert task.generate or (task.hub and task.folders)
+        assert 0 <= task.chance < 1 if task.chance is not None else task.lower_is_better
+        assert task.generate or task.hub or task.folders
 
 
 def test_unknown_names():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,8 @@ from selectune.cli.options import Data, Json, option
 from selectune.cli.output import ProgressBar, result, stderr, working
 
 if TYPE_CHECKING:
-    from selectune.runs.comparison import DemoResult, Row
+    from selectune.runs.demos.before_after import TextDemo
+    from selectune.runs.demos.comparison import DemoResult, Row
 
 EXAMPLES = "Examples:  selectune demo\n\nselectune demo --data DIR --out runs/demo --json"
 LEARNT = {
@@ -30,18 +32,21 @@ LEARNT = {
 def demo(
     data: Data = None,
     out: Annotated[str | None, option("Folder that keeps the deltas. Default: none.", "--out", "-o")] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="A folder, a hub id, or 'demo'.")] = "demo",
+    model: Annotated[str, typer.Option("--model", "-m", help="A folder, a hub id, 'demo' or 'smollm'.")] = "demo",
     task: Annotated[
         str | None,
         option(
-            "Default: glue/stsb if --data or SELECTUNE_DATA has it, else demo/topic.",
+            "Default: glue/stsb if --data or SELECTUNE_DATA has it, else demo/topic; for smollm demo/logbook.",
             "--task",
             "-t",
         ),
     ] = None,
-    steps: Annotated[int | None, option("Optimizer steps of each method. Default: 240, or 120 for demo/topic.")] = None,
+    steps: Annotated[
+        int | None, option("Optimizer steps of each method. Default: 240, 120 for demo/topic, 24 for a text.")
+    ] = None,
     budget: Annotated[
-        str | None, option("Scalars that ID3 and the random mask may change. Default: 0.17%.", "--budget", "-b")
+        str | None,
+        option("Scalars that ID3 and the random mask may change. Default: 0.17%, 0.1% for a text.", "--budget", "-b"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the head, the data order, dropout and the random mask.")] = 6,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace runs that are in --out.")] = False,
@@ -49,12 +54,21 @@ def demo(
 ) -> None:
     """Compare a small model untuned, and tuned by a random mask, LoRA, ID3 and full fine-tuning, in minutes.
 
-    Then ID3's file is applied to a fresh base, measured and reverted, and every bit is compared.
+    Then ID3's file is applied to a fresh base, measured and reverted, and every bit is compared. A language model on a
+    text (--model smollm) is tuned by ID3 alone: what it writes before, after and reverted is shown, and what it lost.
     """
     share = None if budget is None else values.budget(budget)
     say("Loading PyTorch. A small model is then measured and tuned in several ways, which takes minutes.")
-    from selectune.runs import comparison as demos
+    from selectune.runs.demos import before_after
+    from selectune.runs.demos import comparison as demos
+    from selectune.tasks import TASKS, Language
 
+    task = before_after.TASK if task is None and model == "smollm" else task
+    if task in TASKS and isinstance(TASKS[task].kind, Language):
+        with working():
+            told = before_after.tell(data, out, model, task, steps, share, seed, ProgressBar(), say, overwrite)
+        result(as_json, told.as_json(), text_page(told))
+        return
     with working():
         scalars = demos.BUDGET if share is None else share
         found = demos.demo(data, out, model, task, steps, scalars, seed, ProgressBar(), say, overwrite)
@@ -74,7 +88,7 @@ def page(found: DemoResult, data: str | None = None) -> str:
         f"{name} ({found.weights:,} weights)" + (f" learns {what}." if what else f" on {found.task}."),
         *([how] if how else []),
         f"Task {found.task}, data {found.origin}, {found.steps} steps for each method.",
-        f"The score is the {found.metric}; chance is {found.chance:.2f}.",
+        f"The score is the {found.metric}" + ("." if found.chance is None else f"; chance is {found.chance:.2f}."),
         "",
         f"{'':<16} {'score':>7} {'trained':>12} {'share':>8} {'s/step':>8} {'file':>10}",
         *(_line(row) for row in found.rows),
@@ -86,6 +100,31 @@ def page(found: DemoResult, data: str | None = None) -> str:
         + (f" --data {shlex.quote(data)}" if data else ""),
     ]
     return "\n".join(lines)
+
+
+def text_page(found: TextDemo) -> str:
+    """The result of the demo of a language model, in 80 columns."""
+    kept, lines = found.retention, []
+    name = "SmolLM2-135M" if found.model == "smollm" else found.model
+    for sample in found.samples:
+        for when, text in (("before", sample.before), ("after", sample.after), ("reverted", sample.reverted)):
+            written = " ".join(f"{sample.prompt}{text}".split())
+            lines += textwrap.wrap(f"{when + ':':<10}{written}", 80, subsequent_indent=" " * 10)
+        lines.append("")
+    return "\n".join(
+        [
+            f"{name} ({found.weights:,} weights) on {found.task}.",
+            f"ID3 trained {found.trained:,} weights in {found.steps} steps; {found.changed:,} of them moved.",
+            "",
+            *lines,
+            f"Perplexity on {found.task}: {found.before:.2f} before, {found.after:.2f} after.",
+            f"Retention: on {kept.text} a token costs {kept.before:.4f} nats before and {kept.after:.4f} after,",
+            f"  so {kept.forgetting:+.4f} was lost, on {kept.tokens:,} tokens that it was not trained on.",
+            f"Reverted: all {found.tensors} tensors have the bits they had before.",
+            f"All of it took {found.seconds:.0f} seconds. The delta has {found.delta_bytes / 1e6:,.2f} MB"
+            + (f": {found.delta}." if found.delta else " and was removed."),
+        ]
+    )
 
 
 def _line(row: Row) -> str:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from selectune.cli import signals, values
-from selectune.cli.options import Data, Dtype, Json, MaxLength, Model, Plugins, Revision, Trust, option
+from selectune.cli.options import Data, Dtype, Json, MaxLength, Model, Plugins, Retain, Revision, Trust, option
 from selectune.cli.output import ProgressBar, result, working
 from selectune.errors import ConfigError
 
 if TYPE_CHECKING:
+    from selectune.models.evaluate import Evaluation
     from selectune.runs.training import RunResult
 
 TRAIN_EXAMPLES = (
@@ -57,6 +58,7 @@ def train(
     revision: Revision = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    retain: Retain = None,
     plugin: Plugins = None,
     as_json: Json = False,
     include: Annotated[
@@ -131,7 +133,7 @@ def _told(found: RunResult) -> str:
     evaluation = found.evaluation
     return (
         f"{evaluation.task}: {evaluation.metric} {evaluation.value:.4f} on {evaluation.examples:,} examples, "
-        f"{found.steps:,} steps in {found.seconds:.0f} s\n"
+        f"{found.steps:,} steps in {found.seconds:.0f} s{_retained(evaluation)}\n"
         + (
             f"{found.selected:,} of {found.budget:,} scalars selected, {found.verification.changed:,} changed"
             + (f", {found.trained:,} trained in all" if found.trained != found.selected else "")
@@ -154,6 +156,7 @@ def evaluate(
     revision: Revision = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    retain: Retain = None,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -164,5 +167,17 @@ def evaluate(
     with working():
         plugins.add_files(plugin or ())
         source = Source(model, revision, dtype, trust_remote_code)
-        found = evaluate_delta(source, delta, plugins.task(task), data, max_length, seed)
-    result(as_json, found.as_json(), f"{found.task}: {found.metric} {found.value:.4f} on {found.examples:,} examples")
+        found = evaluate_delta(source, delta, plugins.task(task), data, max_length, seed, retain)
+    told = f"{found.task}: {found.metric} {found.value:.4f} on {found.examples:,} examples"
+    result(as_json, found.as_json(), told + _retained(found))
+
+
+def _retained(found: Evaluation) -> str:
+    """A line about what was lost on another text, if that was measured."""
+    kept = found.retention
+    if kept is None:
+        return ""
+    return (
+        f"\n{kept.text}: loss per token {kept.before:.4f} before, {kept.after:.4f} after, {kept.forgetting:+.4f} nats "
+        f"on {kept.tokens:,} tokens"
+    )

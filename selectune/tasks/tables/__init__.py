@@ -1,4 +1,6 @@
 """The published tasks as tables, a row each: fields, metric, chance, the papers' settings and the source.
 
-glue  the GLUE tasks
+glue         the GLUE tasks
+commonsense  multiple choice
+texts        plain texts
 """

@@ -65,7 +65,7 @@ class DemoResult:
     task: str
     origin: str
     metric: str
-    chance: float
+    chance: float | None
     steps: int
     rows: Sequence[Row]
     revert: Revert
@@ -219,12 +219,12 @@ def _revert(task: Task, result: RunResult, data: str | None) -> Revert:
     """Applies the ID3 delta to a freshly loaded base, measures it, reverts, and compares every bit."""
     loaded = load_model(result.config.model, task.head, result.config.seed)
     delta = st.load(result.delta)
-    before = _digests(loaded.model)
+    before = digests(loaded.model)
     delta.apply(loaded.model)
-    tuned = _digests(loaded.model)
+    tuned = digests(loaded.model)
     value = _value(loaded, task, data, result.max_length)
     delta.revert(loaded.model)
-    after = _digests(loaded.model)
+    after = digests(loaded.model)
     if after != before or tuned == before:
         moved = [name for name in before if before[name] != after[name]]
         raise IntegrityError(
@@ -235,5 +235,5 @@ def _revert(task: Task, result: RunResult, data: str | None) -> Revert:
     return Revert(len(before), result.verification.changed, value, True)
 
 
-def _digests(model: Any) -> dict[str, str]:
+def digests(model: Any) -> dict[str, str]:
     return {entry.name: digest_bits(entry.tensor) for entry in inventory(model).entries}
