@@ -2,7 +2,7 @@
 
 common   the task, and the source of its rows
 glue     the GLUE tasks, as a table
-metrics  (predictions, labels) -> one number
+metrics/ (predictions, labels) -> a float, or floats by name
 demo/    generated tasks
 """
 
