@@ -3,7 +3,7 @@
 task      the task as a value, and the contract of its kind
 splits    its rows: from a folder, the hub or a generator
 kinds/    which head, and how rows are encoded, collated and predicted
-metrics   (predictions, answers) -> one number
+metrics/  (predictions, answers) -> a number, or several by name
 tables/   the published tasks
 demo/     generated tasks
 """
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from selectune.errors import UnknownTaskError, did_you_mean
 from selectune.tasks.demo.topic import TOPIC
-from selectune.tasks.kinds import Classification, Regression
+from selectune.tasks.kinds import Classification, Regression, Tagging
 from selectune.tasks.splits import DATA, Split, load
 from selectune.tasks.tables.glue import GLUE
+from selectune.tasks.tables.ner import NER
 from selectune.tasks.task import ANSWER, Example, Features, Head, Hub, Task, TaskKind
 
-TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, TOPIC)}
+TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, *NER, TOPIC)}
 
 
 def get(name: str) -> Task:
@@ -32,5 +33,5 @@ def get(name: str) -> Task:
 __all__ = [
     "TASKS", "get", "load", "DATA", "Split",
     "Task", "TaskKind", "Head", "Hub", "Example", "Features", "ANSWER",
-    "Classification", "Regression",
+    "Classification", "Regression", "Tagging",
 ]  # fmt: skip
