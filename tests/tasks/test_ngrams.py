@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from selectune.errors import TaskError
-from selectune.tasks.metrics.overlap import bleu, chrf, rouge
+from selectune.tasks.metrics.ngrams import bleu, chrf, rouge
 
 PREDICTIONS = [
     "The meeting was moved to Friday because two people were ill.",
