@@ -89,7 +89,8 @@ class Task:
     from it. `prepare` makes a row with these from a row as it is published. `chance`: the score of the best constant
     answer on the validation split. `metric_name` is the metric's name, or the one that counts if it gives several.
     `epochs`, `eval_every` (steps) and `max_length` (tokens) are the papers' settings. `generate(split)` replaces files
-    and hub.
+    and hub, and so do the training rows of `parts`, other tasks of this kind. `arrange(examples, split)`: the examples
+    of "train" or "validation", made of those that were read.
 
     >>> import selectune.tasks as tasks
     >>> tasks.get("glue/rte").labels
@@ -114,6 +115,8 @@ class Task:
     label: str = "label"
     prepare: Callable[[Row], Row] | None = None
     generate: Callable[[str], Sequence[Row]] | None = None
+    parts: tuple[Task, ...] = ()
+    arrange: Callable[[Sequence[Example], str], Sequence[Example]] | None = None
     lower_is_better: bool = False
 
     @property

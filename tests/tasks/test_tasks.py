@@ -52,7 +52,7 @@ def test_every_task_is_complete():
         assert task.source
         assert (task.kind.name in ("classification", "tagging")) == bool(task.labels)
         assert 0 <= task.chance < 1
-        assert task.generate or task.hub or task.folders
+        assert task.generate or task.hub or task.folders or task.parts
 
 
 def test_unknown_names():

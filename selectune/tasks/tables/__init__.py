@@ -1,5 +1,8 @@
 """The published tasks as tables, a row each: fields, metric, chance, the papers' settings and the source.
 
-glue  the GLUE tasks
-ner   named entities
+glue          the GLUE tasks
+ner           named entities
+mathematics   word problems, and the answers in generated text
+summaries     summaries of news and dialogues
+data_to_text  sentences that say what a table or triples say
 """
