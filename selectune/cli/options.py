@@ -12,7 +12,7 @@ def option(text: str, *names: str, panel: str | None = None, **more: Any) -> Any
     return typer.Option(*names, help=text, show_default=False, rich_help_panel=panel, **more)
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="The base: a folder, a hub id, or 'demo' (a MiniLM).")]
+Model = Annotated[str, typer.Option("--model", "-m", help="The base: a folder, a hub id, 'demo' or 'smollm'.")]
 DeltaPath = Annotated[
     str, typer.Option("--delta", "-d", help="The delta: a folder that train wrote, or a .safetensors file.")
 ]

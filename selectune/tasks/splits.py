@@ -15,6 +15,9 @@ from selectune.tasks.task import Example, Row, Task
 DATA = "SELECTUNE_DATA"
 """Environment variable that names a folder of tasks; `--data` takes precedence."""
 
+LONGEST = 8 << 20
+"""Bytes of the longest row, such as a whole novel."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -91,7 +94,7 @@ def _find(task: Task, split: str, data: str | os.PathLike[str] | None) -> tuple[
     places = [] if root is None else [root / folder / f"{split}.jsonl" for folder in task.folders]
     for path in (each for place in places for each in (place, place.with_name(place.name + ".gz"))):
         if path.is_file():
-            return str(path), "line", read_lines(path, error=TaskError)
+            return str(path), "line", read_lines(path, error=TaskError, line_limit=LONGEST)
     tried = ", ".join(map(str, places))
     if data is not None:
         there = ", ".join(sorted(path.name for place in places for path in place.parent.glob("*.jsonl*")))

@@ -87,10 +87,10 @@ class Task:
 
     `folders`: places below a data folder, tried in order. `fields`: the texts of a row, and `label`: what is learned
     from it. `prepare` makes a row with these from a row as it is published. `chance`: the score of the best constant
-    answer on the validation split. `metric_name` is the metric's name, or the one that counts if it gives several.
-    `epochs`, `eval_every` (steps) and `max_length` (tokens) are the papers' settings. `generate(split)` replaces files
-    and hub, and so do the training rows of `parts`, other tasks of this kind. `arrange(examples, split)`: the examples
-    of "train" or "validation", made of those that were read.
+    answer on the validation split, if there is one. `metric_name` is the metric's name, or the one that counts if it
+    gives several. `epochs`, `eval_every` (steps) and `max_length` (tokens) are the papers' settings. `generate(split)`
+    replaces files and hub, and so do the training rows of `parts`, other tasks. `arrange(examples, split)`:
+    the examples of "train" or "validation", made of those that were read.
 
     >>> import selectune.tasks as tasks
     >>> tasks.get("glue/rte").labels
@@ -103,7 +103,7 @@ class Task:
     labels: tuple[str, ...]  # class names by number; empty for a kind without classes
     metric: Metric
     metric_name: str
-    chance: float
+    chance: float | None
     source: str
     epochs: int
     eval_every: int

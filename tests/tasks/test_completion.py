@@ -18,7 +18,7 @@ from selectune.models.restore import Source, evaluate_delta, verify_delta
 from selectune.runs.config import RunConfig
 from selectune.runs.training import run
 from selectune.tasks import ANSWER, Completion, CompletionLoss, Example
-from selectune.tasks.tables.mathematics import SOLVING
+from selectune.tasks.tables.problems import SOLVING
 
 TASK = tasks.get("math/gsm8k")
 TEMPLATE = (

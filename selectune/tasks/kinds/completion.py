@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from selectune.errors import TaskError
 from selectune.tasks.kinds.generating import Generating, answer_of, first_reference, needs_end
+from selectune.tasks.kinds.token_losses import summed_losses
 from selectune.tasks.task import ANSWER, Example, Features, Head, Task, filled, to_model
 
 log = logging.getLogger("selectune")
@@ -134,9 +133,8 @@ class CompletionLoss(Completion):
 
     def predict(self, task: Task, model: Any, tokenizer: Any, rows: Sequence[Features]) -> list[Any]:
         batch = self.collate(tokenizer, rows)
-        logits = model(**to_model(model, batch)).logits[:, :-1].float().cpu()
-        losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none", ignore_index=-100)
-        return losses.sum(-1, dtype=torch.float64).tolist()
+        on_device = to_model(model, batch)
+        return summed_losses(model, on_device, batch["labels"].to(on_device["input_ids"].device))
 
 
 def _last(prompt: list[int], room: int, tokenizer: Any) -> list[int]:

@@ -2,7 +2,9 @@
 
 glue          the GLUE tasks
 ner           named entities
-mathematics   word problems, and the answers in generated text
+problems      word problems, and the answers in generated text
 summaries     summaries of news and dialogues
 data_to_text  sentences that say what a table or triples say
+commonsense   multiple choice
+texts         plain texts
 """

@@ -76,6 +76,7 @@ GSM8K = _task(
 GSM8K_LOSS = _task(  # the same rows, without generation
     "gsm8k-loss", GSM8K.source, prepare=_solution, hub=GSM8K.hub, folders=GSM8K.folders,
     kind=CompletionLoss(plain=PLAIN), metric=perplexity, metric_name="perplexity", lower_is_better=True,
+    chance=None,
 )  # fmt: skip
 MAWPS = _task(
     "mawps", "Koncel-Kedziorski et al. 2016, ACL N16-1136, as in LLM-Adapters; its test rows overlap with those of "
@@ -97,4 +98,4 @@ MATH10K_STYLE = _task(  # Math10K itself has AQuA's training rows too, and solut
     parts=(GSM8K, MAWPS), arrange=_tenth,
 )  # fmt: skip
 
-MATHEMATICS = (GSM8K, GSM8K_LOSS, MAWPS, SVAMP, ADDSUB, MULTIARITH, SINGLEEQ, AQUA, MATH10K_STYLE)
+PROBLEMS = (GSM8K, GSM8K_LOSS, MAWPS, SVAMP, ADDSUB, MULTIARITH, SINGLEEQ, AQUA, MATH10K_STYLE)
