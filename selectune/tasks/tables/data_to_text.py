@@ -42,6 +42,8 @@ def _task(name: str, field: str, label: str, prompt: str, source: str, **more: A
 
 
 def _lines(row: Row) -> Row:
+    if isinstance(row["triples"], str):
+        raise TypeError("triples must be a list of strings")
     return {**row, "triples": "\n".join(row["triples"])}
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from decimal import Decimal
 from typing import Any
+
+import numpy as np
 
 from selectune.tasks.kinds import Completion, CompletionLoss
 from selectune.tasks.metrics import letter_accuracy, number_accuracy, perplexity
@@ -60,8 +61,7 @@ def _number(value: float | str) -> str:
     >>> _number("15.0"), _number(0.5)
     ('15', '0.5')
     """
-    written = format(Decimal(str(value)), "f")
-    return written.rstrip("0").rstrip(".") if "." in written else written
+    return np.format_float_positional(float(value), trim="-")
 
 
 def _tenth(examples: Sequence[Example], split: str) -> list[Example]:
