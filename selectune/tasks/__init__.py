@@ -13,14 +13,30 @@ from __future__ import annotations
 from selectune.errors import UnknownTaskError, did_you_mean
 from selectune.tasks.demo.logbook import LOGBOOK, SENTENCES
 from selectune.tasks.demo.topic import TOPIC
-from selectune.tasks.kinds import Choice, Classification, Language, Regression
+from selectune.tasks.kinds import (
+    Choice,
+    Classification,
+    Completion,
+    CompletionLoss,
+    Language,
+    Regression,
+    Seq2Seq,
+    Tagging,
+)
 from selectune.tasks.splits import DATA, Split, load
 from selectune.tasks.tables.commonsense import COMMONSENSE
+from selectune.tasks.tables.data_to_text import DATA_TO_TEXT
 from selectune.tasks.tables.glue import GLUE
+from selectune.tasks.tables.ner import NER
+from selectune.tasks.tables.problems import PROBLEMS
+from selectune.tasks.tables.summaries import SUMMARIES
 from selectune.tasks.tables.texts import TEXTS
 from selectune.tasks.task import ANSWER, Example, Features, Head, Hub, Task, TaskKind
 
-TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, *COMMONSENSE, *TEXTS, TOPIC, LOGBOOK, SENTENCES)}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (*GLUE, *NER, *SUMMARIES, *PROBLEMS, *COMMONSENSE, *DATA_TO_TEXT, *TEXTS, TOPIC, LOGBOOK, SENTENCES)
+}
 
 
 def get(name: str) -> Task:
@@ -35,5 +51,5 @@ def get(name: str) -> Task:
 __all__ = [
     "TASKS", "get", "load", "DATA", "Split",
     "Task", "TaskKind", "Head", "Hub", "Example", "Features", "ANSWER",
-    "Classification", "Regression", "Choice", "Language",
+    "Classification", "Regression", "Tagging", "Completion", "CompletionLoss", "Seq2Seq", "Choice", "Language",
 ]  # fmt: skip

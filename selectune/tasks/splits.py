@@ -39,11 +39,18 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None, lim
     wanted = {"train": task.train, "validation": task.validation}.get(split)
     if wanted is None:
         raise TaskError(f"Unknown split '{split}' of {task.name}. Known: train, validation.")
-    read = _read(task, wanted, data, limit)
+    read = _of_parts(task, data, limit) if task.parts else _read(task, wanted, data, limit)
     examples = read.examples if task.arrange is None else tuple(task.arrange(read.examples, split))
     if not examples:
         raise TaskError(f"The {wanted} split of {task.name} has no rows ({read.origin}).")
     return Split(examples, read.origin)
+
+
+def _of_parts(task: Task, data: str | os.PathLike[str] | None, limit: int | None) -> Split:
+    """The training rows of a task's parts, one after another."""
+    parts = [load(part, "train", data, limit) for part in task.parts]
+    examples = tuple(example for part in parts for example in part.examples)
+    return Split(examples[:limit], " and ".join(part.origin for part in parts))
 
 
 def _read(task: Task, split: str, data: str | os.PathLike[str] | None, limit: int | None) -> Split:

@@ -89,8 +89,8 @@ class Task:
     from it. `prepare` makes a row with these from a row as it is published. `chance`: the score of the best constant
     answer on the validation split, if there is one. `metric_name` is the metric's name, or the one that counts if it
     gives several. `epochs`, `eval_every` (steps) and `max_length` (tokens) are the papers' settings. `generate(split)`
-    replaces files and hub. `arrange(examples, split)`: the examples of "train" or "validation", made of those that were
-    read.
+    replaces files and hub, and so do the training rows of `parts`, other tasks. `arrange(examples, split)`:
+    the examples of "train" or "validation", made of those that were read.
 
     >>> import selectune.tasks as tasks
     >>> tasks.get("glue/rte").labels
@@ -115,6 +115,7 @@ class Task:
     label: str = "label"
     prepare: Callable[[Row], Row] | None = None
     generate: Callable[[str], Sequence[Row]] | None = None
+    parts: tuple[Task, ...] = ()
     arrange: Callable[[Sequence[Example], str], Sequence[Example]] | None = None
     lower_is_better: bool = False
 
@@ -150,14 +151,19 @@ class Task:
         return {name: float(found[name]) for name in dict.fromkeys((self.metric_name, *found))}
 
 
-def texts_of(task: Task, row: Row, where: str) -> tuple[str, ...]:
-    """The texts of a row. Raises TaskError if a field or the label is missing, or a text is no string."""
+def missing_in(task: Task, row: Row, where: str) -> None:
+    """Raises TaskError if a field or the label is missing in a row."""
     missing = [name for name in (*task.fields, task.label) if name not in row]
     if missing:
         raise TaskError(
             f"{where}: a row of {task.name} needs {', '.join((*task.fields, task.label))}; "
             f"missing: {', '.join(missing)}. Got {', '.join(map(str, row)) or 'nothing'}."
         )
+
+
+def texts_of(task: Task, row: Row, where: str) -> tuple[str, ...]:
+    """The texts of a row. Raises TaskError if a field or the label is missing, or a text is no string."""
+    missing_in(task, row, where)
     texts = tuple(row[name] for name in task.fields)
     if not all(isinstance(text, str) for text in texts):
         raise TaskError(f"{where}: the texts of {task.name} must be strings, got {texts!r:.120}.")

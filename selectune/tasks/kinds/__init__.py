@@ -1,13 +1,24 @@
 """The kinds of tasks: which head a model gets, and how rows are encoded, collated and predicted.
 
 classify      one or two texts -> a class or a score
+tagging       words -> a tag for each
 language      a text, token after token
 choice        a prompt and several texts -> the likeliest of them
 token_losses  the losses of tokens, with few logits at once
+generating    what the kinds that write text share
+completion    a prompt -> the text that follows it, by a causal language model
+seq2seq       a text -> another, by an encoder and a decoder
 """
 
 from selectune.tasks.kinds.choice import Choice
 from selectune.tasks.kinds.classify import Classification, Regression
+from selectune.tasks.kinds.completion import Completion, CompletionLoss
+from selectune.tasks.kinds.generating import each_reference
 from selectune.tasks.kinds.language import Language
+from selectune.tasks.kinds.seq2seq import Seq2Seq
+from selectune.tasks.kinds.tagging import Tagging
 
-__all__ = ["Choice", "Classification", "Language", "Regression"]
+__all__ = [
+    "Choice", "Classification", "Completion", "CompletionLoss", "Language", "Regression", "Seq2Seq", "Tagging",
+    "each_reference",
+]  # fmt: skip
