@@ -16,7 +16,7 @@ from selectune.errors import BaseMismatchError, ConfigError, DeltaError
 from selectune.models.adapted import mergeable, virtual_tokens, with_adapter_of
 from selectune.models.bases import DTYPES, LoadedModel, device, load_model, longest, quiet
 from selectune.models.evaluate import Evaluation, evaluate
-from selectune.tasks import Head, Task
+from selectune.tasks import OWN, Head, Task
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,12 @@ class Source:
 
 
 def task_of(delta: Delta) -> Task | None:
-    """The task that the delta records, if any. Raises UnknownTaskError for a task that is not known here."""
+    """The task that the delta records, if any; not one of the user's own rows, whose head is that of `model`.
+
+    Raises UnknownTaskError for a task that is not known here.
+    """
     name = delta.info["method"].get("task")
-    return plugins.task(name) if isinstance(name, str) else None
+    return plugins.task(name) if isinstance(name, str) and name != OWN else None
 
 
 def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool = True) -> LoadedModel:
@@ -115,7 +118,8 @@ def evaluate_delta(
     taken = 0 if loaded.adapted is None else virtual_tokens(loaded.adapted.spec)
     length = longest(loaded.model, loaded.tokenizer, max_length, task.max_length, taken)
     loaded.model.to(device())
-    return evaluate(loaded.model, loaded.tokenizer, task, task.encode(loaded.tokenizer, split.examples, length))
+    rows = task.encode(loaded.tokenizer, split.examples, length, "validation rows")
+    return evaluate(loaded.model, loaded.tokenizer, task, rows)
 
 
 def verify_delta(source: Source, path: str | Path, task: Task | None = None) -> Report:

@@ -1,7 +1,9 @@
 """Tasks to tune and measure a model on. A task has rows, a kind, a metric, a chance level and a source.
 
 task      the task as a value, and the contract of its kind
-splits    its rows: from a folder, the hub or a generator
+sources   rows as they lie in a file or on the hub
+splits    a task's rows: from a folder, the hub or a generator; the first N of them
+own       a task of files and names of columns, without code
 kinds/    which head, and how rows are encoded, collated and predicted
 metrics   (predictions, answers) -> one number
 tables/   the published tasks
@@ -12,8 +14,9 @@ from __future__ import annotations
 
 from selectune.errors import UnknownTaskError, did_you_mean
 from selectune.tasks.demo.topic import TOPIC
-from selectune.tasks.kinds import Classification, Regression
-from selectune.tasks.splits import DATA, Split, load
+from selectune.tasks.kinds import KINDS, Classification, Multilabel, Regression
+from selectune.tasks.own import FORMS, OWN, OwnRows
+from selectune.tasks.splits import DATA, Split, first_rows, load
 from selectune.tasks.tables.glue import GLUE
 from selectune.tasks.task import ANSWER, Example, Features, Head, Hub, Task, TaskKind
 
@@ -30,7 +33,7 @@ def get(name: str) -> Task:
 
 
 __all__ = [
-    "TASKS", "get", "load", "DATA", "Split",
+    "TASKS", "get", "load", "first_rows", "DATA", "Split", "FORMS", "OWN", "OwnRows", "KINDS",
     "Task", "TaskKind", "Head", "Hub", "Example", "Features", "ANSWER",
-    "Classification", "Regression",
+    "Classification", "Multilabel", "Regression",
 ]  # fmt: skip

@@ -47,6 +47,22 @@ def pearson_spearman(predictions: Sequence[float], labels: Sequence[float]) -> f
     return float((pearson + spearman) / 2)
 
 
+def multilabel_f1(predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, float]:
+    """F1 over all decisions (`f1_micro`), and the mean of the F1 of each label (`f1_macro`).
+
+    A row has a 0 or 1 for each label. What never occurs and is never predicted counts as 0.
+
+    >>> multilabel_f1([[1, 1], [0, 1]], [[1, 0], [0, 1]])
+    {'f1_micro': 0.8, 'f1_macro': 0.8333333333333333}
+    """
+    from sklearn.metrics import f1_score
+
+    return {
+        f"f1_{average}": float(f1_score(labels, predictions, average=average, zero_division=0))  # pyright: ignore
+        for average in ("micro", "macro")
+    }
+
+
 def _constant(what: str, predictions: Sequence[float], labels: Sequence[float]) -> bool:
     for name, values in (("predictions", predictions), ("labels", labels)):
         if all(value == values[0] for value in values):

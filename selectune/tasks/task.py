@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -11,11 +12,15 @@ from torch import Tensor
 
 from selectune.errors import TaskError
 
+log = logging.getLogger("selectune")
+
 Row = Mapping[str, Any]
 Features = dict[str, Any]
 """One encoded row: what the model reads, not padded, and under ANSWER what its prediction is compared with."""
 
 ANSWER = "answer"
+CUT = "cut"
+"""A key of an encoded row whose text was longer than `max_length`, until `Task.encode` has counted it."""
 Metric = Callable[[Sequence[Any], Sequence[Any]], float | Mapping[str, float]]
 """(predictions, answers) -> one number, or several by name."""
 
@@ -60,7 +65,10 @@ class TaskKind(Protocol):
         ...
 
     def encode(self, task: Task, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Features]:
-        """The token numbers of each example, cut to `max_length` and not padded, and its answer."""
+        """The token numbers of each example, cut to `max_length` and not padded, and its answer.
+
+        A row of which something was cut off also has the key CUT; `tokenized` sees to that.
+        """
         ...
 
     def collate(self, tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
@@ -74,11 +82,11 @@ class TaskKind(Protocol):
 
 @dataclass(frozen=True)
 class Hub:
-    """A task's place on the Hugging Face hub; `revision` is a commit, so that rows never change."""
+    """A task's place on the Hugging Face hub; `revision` is a commit, so that rows never change. None: the newest."""
 
     path: str
     config: str | None
-    revision: str
+    revision: str | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Task:
     from it. `prepare` makes a row with these from a row as it is published. `chance`: the score of the best constant
     answer on the validation split. `metric_name` is the metric's name, or the one that counts if it gives several.
     `epochs`, `eval_every` (steps) and `max_length` (tokens) are the papers' settings. `generate(split)` replaces files
-    and hub.
+    and hub, and so does `read(split)`: the origin of the rows, what their numbers count, and the numbered rows.
 
     >>> import selectune.tasks as tasks
     >>> tasks.get("glue/rte").labels
@@ -114,6 +122,7 @@ class Task:
     label: str = "label"
     prepare: Callable[[Row], Row] | None = None
     generate: Callable[[str], Sequence[Row]] | None = None
+    read: Callable[[str], tuple[str, str, Iterable[tuple[int, Row]]]] | None = None
     lower_is_better: bool = False
 
     @property
@@ -121,9 +130,18 @@ class Task:
         """The class of transformers and the head that a model needs for it."""
         return self.kind.head(self)
 
-    def encode(self, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Features]:
-        """The examples as the model reads them; see `TaskKind.encode`."""
-        return self.kind.encode(self, tokenizer, examples, max_length)
+    def encode(
+        self, tokenizer: Any, examples: Sequence[Example], max_length: int, split: str = "rows"
+    ) -> list[Features]:
+        """The examples as the model reads them; see `TaskKind.encode`. A log line says how many of them were cut."""
+        rows = self.kind.encode(self, tokenizer, examples, max_length)
+        cut = sum(row.pop(CUT, False) for row in rows)
+        if cut:
+            log.warning(
+                "%s of the %s %s of %s were cut to max_length=%d tokens.",
+                f"{cut:,}", f"{len(rows):,}", split, self.name, max_length,
+            )  # fmt: skip
+        return rows
 
     def scores(self, predictions: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
         """The metric of some predictions by name, the one that counts first. Refuses lists of different or no length.
@@ -160,6 +178,19 @@ def texts_of(task: Task, row: Row, where: str) -> tuple[str, ...]:
     if not all(isinstance(text, str) for text in texts):
         raise TaskError(f"{where}: the texts of {task.name} must be strings, got {texts!r:.120}.")
     return texts
+
+
+def tokenized(tokenizer: Any, columns: Sequence[Sequence[Any]], max_length: int, **more: Any) -> list[Features]:
+    """What the tokenizer makes of each row of one or two columns of texts, cut to `max_length` and marked where it was.
+
+    Tokenizers that are written in Python do not tell what they cut off, so their rows have no mark.
+    """
+    encoded = tokenizer(*map(list, columns), truncation=True, max_length=max_length, padding=False, **more)
+    rows = [{key: encoded[key][i] for key in encoded} for i in range(len(columns[0]))]
+    for row, encoding in zip(rows, encoded.encodings or (), strict=False):
+        if encoding.overflowing:
+            row[CUT] = True
+    return rows
 
 
 def padded(tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
