@@ -9,7 +9,8 @@ from selectune import plugins, tasks
 from selectune.delta import Delta, load
 from selectune.errors import ConfigError, TaskError
 from selectune.files import read_json
-from selectune.models.restore import task_of
+from selectune.models.bases import class_names
+from selectune.models.restore import Source, task_of
 from selectune.tasks import OWN, OwnRows, Task
 
 RUN = "run.json"
@@ -59,6 +60,31 @@ def task_on(name: str | None, path: str | Path | None, rows: OwnRows) -> Task:
             "those there are now, name the file: --validation."
         )
     return task
+
+
+def known_task(
+    source: Source, delta: Delta | None, path: str | None, name: str | None, kind: str | None, text: tuple[str, ...]
+) -> Task:
+    """The task that a model answers, without its rows: of this name, or the delta's, or of this kind.
+
+    In the last case the classes are those in the model's config. Raises ConfigError if nothing says what it is.
+    """
+    if name is not None:
+        return plugins.task(name)
+    told = None if delta is None else _record(delta)
+    if delta is not None and told is not None:
+        return tasks.bare_task(kind or told["kind"], labels_of(delta), text or tuple(told["text"]))
+    known = None if delta is None else task_of(delta)
+    if known is not None:
+        return known
+    if kind is None or not text:
+        what = "The model" if delta is None else f"The delta {path}"
+        raise ConfigError(
+            f"{what} does not say what its task is. Name it (--task), or give a kind and the column of the text "
+            f"(--kind classification --text COLUMN). Kinds: {', '.join(tasks.FORMS)}."
+        )
+    names = labels_of(delta) if delta is not None else class_names(source.model, source.revision)
+    return tasks.bare_task(kind, names, text)
 
 
 NONE = OwnRows(None, None, (), None)

@@ -91,6 +91,24 @@ def apply_to(delta: Delta, loaded: LoadedModel) -> None:
     delta.apply(loaded.model, full=delta.info["base"]["weights"] is not None)
 
 
+def ready(
+    source: Source, delta: Delta | None, task: Task, max_length: int | None = None, seed: int = 6
+) -> tuple[LoadedModel, int]:
+    """The base with its delta on it, on the device that computes, and the number of tokens that an example may have."""
+    if delta is None:
+        loaded = load_model(source.model, task.head, seed, source.revision, source.dtype, source.trust_remote_code)
+    else:
+        loaded = load_base(source, delta, task)
+        with _of_known_task(delta):
+            apply_to(delta, loaded)
+        recorded = delta.info["method"].get("max_length")
+        max_length = max_length or (recorded if isinstance(recorded, int) else None)
+    taken = 0 if loaded.adapted is None else virtual_tokens(loaded.adapted.spec)
+    length = longest(loaded.model, loaded.tokenizer, max_length, task.max_length, taken)
+    loaded.model.to(device())
+    return loaded, length
+
+
 def evaluate_delta(
     source: Source,
     path: str | Path | None,
@@ -107,19 +125,8 @@ def evaluate_delta(
     delta = None if path is None else st.load(path)  # before the data, so that a wrong path fails at once
     with plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
         split = tasks.load(task, "validation", data)
-    if delta is None:
-        loaded = load_model(source.model, task.head, seed, source.revision, source.dtype, source.trust_remote_code)
-    else:
-        loaded = load_base(source, delta, task)
-        with _of_known_task(delta):
-            apply_to(delta, loaded)
-        recorded = delta.info["method"].get("max_length")
-        max_length = max_length or (recorded if isinstance(recorded, int) else None)
-    taken = 0 if loaded.adapted is None else virtual_tokens(loaded.adapted.spec)
-    length = longest(loaded.model, loaded.tokenizer, max_length, task.max_length, taken)
-    loaded.model.to(device())
-    rows = task.encode(loaded.tokenizer, split.examples, length, "validation rows")
-    return evaluate(loaded.model, loaded.tokenizer, task, rows)
+    loaded, length = ready(source, delta, task, max_length, seed)
+    return evaluate(loaded.model, loaded.tokenizer, task, task.encode(loaded.tokenizer, split.examples, length))
 
 
 def verify_delta(source: Source, path: str | Path, task: Task | None = None) -> Report:

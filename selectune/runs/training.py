@@ -175,8 +175,7 @@ class _Run:
         taken = virtual_tokens(config.adapter)
         self.max_length = longest(loaded.model, loaded.tokenizer, config.max_length, self.task.max_length, taken)
         self.rows = {
-            name: self.task.encode(loaded.tokenizer, split.examples, self.max_length, f"{name} rows")
-            for name, split in splits.items()
+            name: self.task.encode(loaded.tokenizer, split.examples, self.max_length) for name, split in splits.items()
         }
         self.steps = config.steps(len(self.rows["train"]))
         named = config.adapter_for_size

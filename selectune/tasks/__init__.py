@@ -15,7 +15,8 @@ from __future__ import annotations
 from selectune.errors import UnknownTaskError, did_you_mean
 from selectune.tasks.demo.topic import TOPIC
 from selectune.tasks.kinds import KINDS, Classification, Multilabel, Regression
-from selectune.tasks.own import FORMS, OWN, OwnRows
+from selectune.tasks.own import FORMS, OWN, OwnRows, bare_task, unlabelled
+from selectune.tasks.sources import read_rows
 from selectune.tasks.splits import DATA, Split, first_rows, load
 from selectune.tasks.tables.glue import GLUE
 from selectune.tasks.task import ANSWER, Example, Features, Head, Hub, Task, TaskKind
@@ -34,6 +35,7 @@ def get(name: str) -> Task:
 
 __all__ = [
     "TASKS", "get", "load", "first_rows", "DATA", "Split", "FORMS", "OWN", "OwnRows", "KINDS",
+    "bare_task", "unlabelled", "read_rows",
     "Task", "TaskKind", "Head", "Hub", "Example", "Features", "ANSWER",
     "Classification", "Multilabel", "Regression",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections import Counter
@@ -13,7 +14,7 @@ from selectune.errors import ConfigError, TaskError, did_you_mean
 from selectune.files.reading import short, some
 from selectune.tasks.kinds import KINDS
 from selectune.tasks.metrics import accuracy, multilabel_f1, pearson_spearman
-from selectune.tasks.sources import read_rows
+from selectune.tasks.sources import NumberedRows, read_rows
 from selectune.tasks.splits import nested
 from selectune.tasks.task import Metric, Row, Task
 
@@ -32,6 +33,7 @@ class _Form(NamedTuple):
     metric: Metric
     metric_name: str
     label: Callable[[Any, tuple[str, ...]], Any]  # raises ValueError with what is wanted
+    blank: Callable[[tuple[str, ...]], Any]  # stands in for the label of a row that has none
     chance: Callable[[Sequence[Any]], float] = lambda labels: 0.0
     classes: Callable[[Any], Sequence[Any]] | None = None  # the class names of a row, if the kind has classes
 
@@ -59,27 +61,18 @@ class OwnRows:
         """
         known, splits = self._splits()
         kind = self.kind or _kind(known, self.label)
+        form = _form(kind)
         if self.label is not None:
             _alike(known, self.label)
-        form = FORMS.get(kind)
-        if form is None:
-            raise ConfigError(f"Unknown kind '{kind}'. Known: {', '.join(FORMS)}.{did_you_mean(kind, FORMS)}")
-        if labels is None or form.classes is None:
+        if labels is None:
             labels = _classes(known, self.label, form)
         read = {name: _Checked(split, self, form, tuple(labels)) for name, split in splits.items()}
         measured = read["validation" if "validation" in read else "train"]
         answers = [row[self.label] for _, row in measured.rows if self.label is not None]
-        return Task(
-            name=OWN,
-            fields=self.text,
-            kind=KINDS[kind],
-            labels=tuple(labels),
-            metric=form.metric,
-            metric_name=form.metric_name,
+        return dataclasses.replace(
+            bare_task(kind, labels, self.text),
             chance=form.chance(answers),
             source=", ".join(dict.fromkeys(split.origin for split in splits.values())),
-            epochs=3,
-            eval_every=100,
             label=self.label or "",
             read=lambda split: read[split].as_read(),
         )
@@ -95,7 +88,7 @@ class OwnRows:
             if place is not None:
                 origin, unit, numbered = read_rows(place, name)
                 found[name] = _Split(
-                    origin, unit, [(n, self._with_columns(row, f"{origin}, {unit} {n}")) for n, row in numbered]
+                    origin, unit, [(n, self.with_columns(row, f"{origin}, {unit} {n}")) for n, row in numbered]
                 )
                 if not found[name].rows:
                     raise TaskError(f"{origin} has no rows.")
@@ -112,7 +105,8 @@ class OwnRows:
                 found[name] = _Split(whole.origin, whole.unit, rows, share)
         return whole, found
 
-    def _with_columns(self, row: Row, where: str) -> Row:
+    def with_columns(self, row: Row, where: str) -> Row:
+        """The row, if it has the columns and a text. Raises TaskError, which names `where`."""
         for name in (*self.text, *((self.label,) if self.label is not None else ())):
             if name not in row:
                 there = some([short(key) for key in row], ", ", 10) or "nothing"
@@ -122,6 +116,37 @@ class OwnRows:
         if all(row[name] is None or row[name] == [] or not str(row[name]).strip() for name in self.text):
             raise TaskError(f"{where} is empty: there is no text in {' and '.join(map(short, self.text))}.")
         return row
+
+
+def bare_task(kind: str, labels: Sequence[str], text: tuple[str, ...]) -> Task:
+    """A task of this kind without rows. Raises ConfigError for an unknown kind."""
+    form = _form(kind)
+    labels = () if form.classes is None else tuple(labels)
+    return Task(
+        name=OWN, fields=text, kind=KINDS[kind], labels=labels, metric=form.metric,
+        metric_name=form.metric_name, chance=0.0, source="", epochs=3, eval_every=100,
+    )  # fmt: skip
+
+
+def unlabelled(task: Task, text: tuple[str, ...], rows: NumberedRows) -> Task:
+    """The task with other rows for its splits, of which only the texts count: they need no label.
+
+    `text`: their columns; by default the task's. Raises TaskError for a row without them or without text.
+    """
+    fields = text or task.fields
+    own, blank = OwnRows(None, None, fields, None), _form(task.kind.name).blank(task.labels)
+    numbered = [
+        (n, {**own.with_columns(row, f"{rows.origin}, {rows.unit} {n}"), task.label: blank}) for n, row in rows.numbered
+    ]
+    return dataclasses.replace(
+        task, fields=fields, prepare=None, generate=None, read=lambda split: (rows.origin, rows.unit, numbered)
+    )
+
+
+def _form(kind: str) -> _Form:
+    if kind not in FORMS:
+        raise ConfigError(f"Unknown kind '{kind}'. Known: {', '.join(FORMS)}.{did_you_mean(kind, FORMS)}")
+    return FORMS[kind]
 
 
 @dataclass(frozen=True)
@@ -292,8 +317,10 @@ def _constant_f1(labels: Sequence[Sequence[int]]) -> float:
 
 
 FORMS: dict[str, _Form] = {
-    "classification": _Form(accuracy, "accuracy", _number_of, _most_frequent, lambda value: [_name(value)]),
-    "regression": _Form(pearson_spearman, "mean of Pearson and Spearman", _score),
-    "multilabel": _Form(multilabel_f1, "f1_micro", _flags, _constant_f1, _names),
+    "classification": _Form(
+        accuracy, "accuracy", _number_of, lambda _: 0, _most_frequent, lambda value: [_name(value)]
+    ),
+    "regression": _Form(pearson_spearman, "mean of Pearson and Spearman", _score, lambda _: 0.0),
+    "multilabel": _Form(multilabel_f1, "f1_micro", _flags, lambda labels: [0] * len(labels), _constant_f1, _names),
 }
 """The kinds that rows of one's own can have."""

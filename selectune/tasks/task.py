@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -12,15 +11,11 @@ from torch import Tensor
 
 from selectune.errors import TaskError
 
-log = logging.getLogger("selectune")
-
 Row = Mapping[str, Any]
 Features = dict[str, Any]
 """One encoded row: what the model reads, not padded, and under ANSWER what its prediction is compared with."""
 
 ANSWER = "answer"
-CUT = "cut"
-"""A key of an encoded row whose text was longer than `max_length`, until `Task.encode` has counted it."""
 Metric = Callable[[Sequence[Any], Sequence[Any]], float | Mapping[str, float]]
 """(predictions, answers) -> one number, or several by name."""
 
@@ -65,10 +60,7 @@ class TaskKind(Protocol):
         ...
 
     def encode(self, task: Task, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Features]:
-        """The token numbers of each example, cut to `max_length` and not padded, and its answer.
-
-        A row of which something was cut off also has the key CUT; `tokenized` sees to that.
-        """
+        """The token numbers of each example, cut to `max_length` (the log counts it) and not padded, and its answer."""
         ...
 
     def collate(self, tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
@@ -130,18 +122,9 @@ class Task:
         """The class of transformers and the head that a model needs for it."""
         return self.kind.head(self)
 
-    def encode(
-        self, tokenizer: Any, examples: Sequence[Example], max_length: int, split: str = "rows"
-    ) -> list[Features]:
-        """The examples as the model reads them; see `TaskKind.encode`. A log line says how many of them were cut."""
-        rows = self.kind.encode(self, tokenizer, examples, max_length)
-        cut = sum(row.pop(CUT, False) for row in rows)
-        if cut:
-            log.warning(
-                "%s of the %s %s of %s were cut to max_length=%d tokens.",
-                f"{cut:,}", f"{len(rows):,}", split, self.name, max_length,
-            )  # fmt: skip
-        return rows
+    def encode(self, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Features]:
+        """The examples as the model reads them; see `TaskKind.encode`."""
+        return self.kind.encode(self, tokenizer, examples, max_length)
 
     def scores(self, predictions: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
         """The metric of some predictions by name, the one that counts first. Refuses lists of different or no length.
@@ -178,19 +161,6 @@ def texts_of(task: Task, row: Row, where: str) -> tuple[str, ...]:
     if not all(isinstance(text, str) for text in texts):
         raise TaskError(f"{where}: the texts of {task.name} must be strings, got {texts!r:.120}.")
     return texts
-
-
-def tokenized(tokenizer: Any, columns: Sequence[Sequence[Any]], max_length: int, **more: Any) -> list[Features]:
-    """What the tokenizer makes of each row of one or two columns of texts, cut to `max_length` and marked where it was.
-
-    Tokenizers that are written in Python do not tell what they cut off, so their rows have no mark.
-    """
-    encoded = tokenizer(*map(list, columns), truncation=True, max_length=max_length, padding=False, **more)
-    rows = [{key: encoded[key][i] for key in encoded} for i in range(len(columns[0]))]
-    for row, encoding in zip(rows, encoded.encodings or (), strict=False):
-        if encoding.overflowing:
-            row[CUT] = True
-    return rows
 
 
 def padded(tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:

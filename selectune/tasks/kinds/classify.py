@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from selectune.tasks.task import (
     padded,
     texts_of,
     to_model,
-    tokenized,
 )
+
+log = logging.getLogger("selectune")
 
 MAX_LABEL = 1e15
 """Largest score of a regression, whose square still fits a float32."""
@@ -56,8 +58,13 @@ class Classification:
         return Example(texts, int(label))
 
     def encode(self, task: Task, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Features]:
-        rows = tokenized(tokenizer, list(zip(*(example.texts for example in examples), strict=True)), max_length)
-        return [{**row, ANSWER: example.label} for row, example in zip(rows, examples, strict=True)]
+        columns = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length, padding=False)
+        if (cut := sum(bool(each.overflowing) for each in encoded.encodings or ())) > 0:  # fast tokenizers tell
+            log.warning(
+                "%d of %d rows of %s were cut to max_length=%d tokens.", cut, len(examples), task.name, max_length
+            )
+        return [{**{key: encoded[key][i] for key in encoded}, ANSWER: e.label} for i, e in enumerate(examples)]
 
     def collate(self, tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
         return {**padded(tokenizer, rows), "labels": numbers([row[ANSWER] for row in rows])}
