@@ -61,9 +61,9 @@ def source_of(group: str, name: str) -> Plugin | None:
     return _sources.get((group, name))
 
 
-def used(method: str, task: str) -> list[dict[str, str]]:
+def used(method: str, task: str | None) -> list[dict[str, str]]:
     """The plug-ins that a run's method and task came from, for its record."""
-    found = dict.fromkeys(filter(None, (source_of(METHODS, method), source_of(TASKS, task))))
+    found = dict.fromkeys(filter(None, (source_of(METHODS, method), source_of(TASKS, task or ""))))
     return [plugin.as_json() for plugin in found]
 
 

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import selectune
-from selectune.cli.commands import arithmetic, bench, deltas, demo, doctor, lists, plan, runs
+from selectune.cli.commands import arithmetic, bench, deltas, demo, doctor, lists, plan, predict, runs
 from selectune.cli.exits import INTERRUPTED, TABLE, WRONG, code_of
 from selectune.cli.mistakes import UsageError, explained, wants_json
 from selectune.cli.output import fail, log_to_stderr, refuse
@@ -96,6 +96,7 @@ def root(
 
 app.command("train", epilog=runs.TRAIN_EXAMPLES)(runs.train)
 app.command("eval", epilog=runs.EVAL_EXAMPLES)(runs.evaluate)
+app.command("predict", epilog=predict.EXAMPLES)(predict.predict)
 app.command("verify", epilog=deltas.VERIFY_EXAMPLES)(deltas.verify)
 arithmetic.register(deltas.app)
 app.add_typer(deltas.app, name="delta")

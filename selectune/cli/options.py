@@ -33,3 +33,16 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python
 Plugins = Annotated[list[str] | None, option("A Python file with methods or tasks; repeatable.", "--plugin")]
 MaxLength = Annotated[int | None, option("Tokens of an example. Default: the delta's or the task's.", "--max-length")]
 OfTask = Annotated[str | None, option("Task of the head. Default: the delta's own.", "--task", "-t")]
+
+ROWS = "Rows of your own"
+Validation = Annotated[
+    str | None, option("A file of rows to measure on, or a hub id; see --train.", "--validation", panel=ROWS)
+]
+Text = Annotated[
+    list[str] | None, option("The column of the text; two with a comma: premise,hypothesis.", "--text", panel=ROWS)
+]
+Label = Annotated[str | None, option("The column of what is to be learned.", "--label", panel=ROWS)]
+KindOption = Annotated[
+    str | None,
+    option("classification, regression or multilabel. Default: what the labels look like.", "--kind", panel=ROWS),
+]

@@ -1,8 +1,9 @@
-"""Plain values from untrusted files: strict JSON and JSON lines, within stated limits."""
+"""Plain values from untrusted files: strict JSON, JSON lines and tables of text, within stated limits."""
 
 from __future__ import annotations
 
 import codecs
+import csv
 import functools
 import gzip
 import io
@@ -94,11 +95,74 @@ def read_lines(
     Raises `error`, which names path and line, for every fault: a line that is no object or longer than `line_limit`
     bytes, more than `row_limit` objects or MAX_EMPTY empty lines, and gzip that unpacks to far more than text does.
     """
+    rows = 0
+    for number, line in raw_lines(path, error=error, line_limit=line_limit):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            if number - rows > MAX_EMPTY:
+                raise error(f"{where} is one empty line more than the {MAX_EMPTY:,} that are left out.")
+            continue
+        rows += 1
+        if rows > row_limit:
+            raise error(f"{where} is one row more than the {row_limit:,} that are read.")
+        try:
+            row = plain(line)
+        except NotPlain as why:
+            raise error(f"{where} {why}.") from why
+        if not isinstance(row, dict):
+            raise error(f"{where}: expected one JSON object a line, got {short(row)}.")
+        yield number, row
+
+
+def read_csv(
+    path: str | os.PathLike[str], *, error: type[SelectuneError], delimiter: str = ",", row_limit: int = MAX_ROWS
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number of its first line, {column: text}) of each row of a table whose first line names the columns.
+
+    .gz is unpacked, empty lines are skipped. Raises `error`, which names path and line, for a column without a name or
+    with another's, a row with more or fewer cells than there are columns, a quote that does not end, text that is not
+    UTF-8, and whatever `raw_lines` refuses.
+    """
+    rows = csv.reader(_decoded(path, error), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    count = 0
+    while True:
+        where = f"{path}, line {rows.line_num + 1}"
+        number = rows.line_num + 1
+        try:
+            cells = next(rows, None)
+        except csv.Error as why:
+            raise error(f"{where} is no row of a table: {why}.") from why
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if not header:
+            header = cells
+            if "" in header or len(set(header)) != len(header):
+                raise error(f"{where}: each column needs a name of its own, got {', '.join(map(short, header))}.")
+            continue
+        if len(cells) != len(header):
+            raise error(f"{where} has {len(cells)} cells, and the table has {len(header)} columns.")
+        count += 1
+        if count > row_limit:
+            raise error(f"{where} is one row more than the {row_limit:,} that are read.")
+        yield number, dict(zip(header, cells, strict=True))
+
+
+def raw_lines(
+    path: str | os.PathLike[str], *, error: type[SelectuneError], line_limit: int = MAX_LINE
+) -> Iterator[tuple[int, bytes]]:
+    """(number, line with its end) of a file, one line at a time; .gz is unpacked, a byte order mark left out.
+
+    Raises `error`, which names path and line, for a file that cannot be read, a line longer than `line_limit` bytes,
+    and gzip that unpacks to far more than text does.
+    """
     try:
         handle = open_regular(path)
     except DeltaError as why:
         raise error(sentence(why)) from why
-    number = rows = size = 0
+    number = size = 0
     with open(handle, "rb") as raw:
         packed = os.fspath(path).endswith(".gz")
         file = io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 16) if packed else raw
@@ -113,20 +177,15 @@ def read_lines(
                     f"{where}: {raw.tell():,} bytes of gzip became {size:,}; at most {MAX_RATIO} times as "
                     f"many, and {FREE:,} more, are unpacked. Unpack the file yourself if you trust it."
                 )
-            if not line.strip():
-                if number - rows > MAX_EMPTY:
-                    raise error(f"{where} is one empty line more than the {MAX_EMPTY:,} that are left out.")
-                continue
-            rows += 1
-            if rows > row_limit:
-                raise error(f"{where} is one row more than the {row_limit:,} that are read.")
-            try:
-                row = plain(line)
-            except NotPlain as why:
-                raise error(f"{where} {why}.") from why
-            if not isinstance(row, dict):
-                raise error(f"{where}: expected one JSON object a line, got {short(row)}.")
-            yield number, row
+            yield number, line
+
+
+def _decoded(path: str | os.PathLike[str], error: type[SelectuneError]) -> Iterator[str]:
+    for number, line in raw_lines(path, error=error):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as why:
+            raise error(f"{path}, line {number} is not UTF-8: {why.reason} at byte {why.start}.") from why
 
 
 def _next(file: io.BufferedIOBase, size: int, path: Any, number: int, error: type[SelectuneError]) -> bytes:

@@ -56,6 +56,15 @@ class LoadedModel:
         )
 
 
+def class_names(name: str, revision: str | None = None) -> tuple[str, ...]:
+    """The names of a head's outputs in a model's config, in their order. Raises as `load_model` does."""
+    place = resolve(name, revision)
+    with quiet(), _explaining(place):
+        where = {} if place.local else {"revision": place.revision}
+        config = _transformers().AutoConfig.from_pretrained(place.location, **where)
+        return tuple(config.id2label[i] for i in range(config.num_labels))
+
+
 def device() -> torch.device:
     """The device of the command line: the first GPU if there is one, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

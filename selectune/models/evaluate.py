@@ -51,6 +51,16 @@ class Evaluation:
         return told | ({"retention": self.retention.as_json()} if self.retention else {})
 
 
+def batches(rows: Sequence[Features], size: int) -> list[list[int]]:
+    """The numbers of the rows in batches of similar length, which depend on nothing but the rows.
+
+    >>> batches([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}, {"input_ids": [1]}], 2)
+    [[2, 0], [1]]
+    """
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
@@ -63,16 +73,14 @@ def evaluate(
     Batches have rows of similar length, in an order that depends only on the rows. `look` is called before each batch
     and may raise to end the measurement.
     """
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
     predictions: list[Any] = [None] * len(rows)
-    training, size = model.training, task.kind.batch
+    training = model.training
     model.eval()
     try:
         with torch.no_grad(), plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
-            for start in range(0, len(order), size):
+            for chosen in batches(rows, task.kind.batch):
                 if look is not None:
                     look()
-                chosen = order[start : start + size]
                 found = task.kind.predict(task, model, tokenizer, [rows[i] for i in chosen])
                 for i, value in zip(chosen, found, strict=True):
                     predictions[i] = value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +16,8 @@ from selectune.errors import BaseMismatchError, ConfigError, DeltaError
 from selectune.models.adapted import mergeable, virtual_tokens, with_adapter_of
 from selectune.models.bases import DTYPES, LoadedModel, device, load_model, longest, quiet
 from selectune.models.evaluate import Evaluation, evaluate
-from selectune.models.retention import held_out, text_of
-from selectune.tasks import Head, Task
+from selectune.models.retention import HeldOut, held_out, text_of
+from selectune.tasks import OWN, Head, Task
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,12 @@ class Source:
 
 
 def task_of(delta: Delta) -> Task | None:
-    """The task that the delta records, if any. Raises UnknownTaskError for a task that is not known here."""
+    """The task that the delta records, if any; not one of the user's own rows, whose head is that of `model`.
+
+    Raises UnknownTaskError for a task that is not known here.
+    """
     name = delta.info["method"].get("task")
-    return plugins.task(name) if isinstance(name, str) else None
+    return plugins.task(name) if isinstance(name, str) and name != OWN else None
 
 
 def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool = True) -> LoadedModel:
@@ -93,6 +96,35 @@ def apply_to(delta: Delta, loaded: LoadedModel) -> None:
     delta.apply(loaded.model, full=delta.info["base"]["weights"] is not None)
 
 
+def ready(
+    source: Source,
+    delta: Delta | None,
+    task: Task,
+    max_length: int | None = None,
+    seed: int = 6,
+    look: Callable[[LoadedModel], None] | None = None,
+) -> tuple[LoadedModel, int]:
+    """The base with its delta on it, on the device that computes, and the number of tokens that an example may have.
+
+    `look` is called with the base before anything is put on it.
+    """
+    if delta is None:
+        loaded = load_model(source.model, task.head, seed, source.revision, source.dtype, source.trust_remote_code)
+    else:
+        loaded = _bare_base(source, delta, task)
+        if look is not None:
+            look(loaded)
+        loaded = with_adapter_of(loaded, delta)
+        with _of_known_task(delta):
+            apply_to(delta, loaded)
+        recorded = delta.info["method"].get("max_length")
+        max_length = max_length or (recorded if isinstance(recorded, int) else None)
+    taken = 0 if loaded.adapted is None else virtual_tokens(loaded.adapted.spec)
+    length = longest(loaded.model, loaded.tokenizer, max_length, task.max_length, taken)
+    loaded.model.to(device())
+    return loaded, length
+
+
 def evaluate_delta(
     source: Source,
     path: str | Path | None,
@@ -114,25 +146,19 @@ def evaluate_delta(
     with plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
         split = tasks.load(task, "validation", data)
     text = None if retain is None else text_of(retain, data)
-    held, before = None, 0.0
-    if delta is None:
-        loaded = load_model(source.model, task.head, seed, source.revision, source.dtype, source.trust_remote_code)
-    else:
-        loaded = _bare_base(source, delta, task)
+    measured: list[tuple[HeldOut, float]] = []
+
+    def look(base: LoadedModel) -> None:
         if text is not None:
             options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-            held = held_out(*text, loaded, source.model, **options)
-            before = held.loss(loaded.model)
-        loaded = with_adapter_of(loaded, delta)
-        with _of_known_task(delta):
-            apply_to(delta, loaded)
-        recorded = delta.info["method"].get("max_length")
-        max_length = max_length or (recorded if isinstance(recorded, int) else None)
-    taken = 0 if loaded.adapted is None else virtual_tokens(loaded.adapted.spec)
-    length = longest(loaded.model, loaded.tokenizer, max_length, task.max_length, taken)
-    loaded.model.to(device())
+            held = held_out(*text, base, source.model, **options)
+            measured.append((held, held.loss(base.model)))
+
+    loaded, length = ready(source, delta, task, max_length, seed, look)
     found = evaluate(loaded.model, loaded.tokenizer, task, task.encode(loaded.tokenizer, split.examples, length))
-    return found if held is None else replace(found, retention=held.retention(before, held.loss(loaded.model)))
+    for held, before in measured:
+        found = replace(found, retention=held.retention(before, held.loss(loaded.model)))
+    return found
 
 
 def verify_delta(source: Source, path: str | Path, task: Task | None = None) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Sequence
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selectune import plugins, tasks
+from selectune import plugins
 from selectune.adapters import KINDS, Spec, parse
-from selectune.errors import ConfigError
+from selectune.errors import ConfigError, did_you_mean
 from selectune.method import Method
 from selectune.models.adapted import method_of, peer, spec_of
 from selectune.models.bases import DTYPES
@@ -20,6 +21,7 @@ from selectune.recipes.named import named
 from selectune.runs.trackers import check_trackers
 from selectune.scope import Scope
 from selectune.spec import split
+from selectune.tasks import FORMS, OwnRows, Task
 
 SCHEDULES = ("linear", "cosine", "constant")
 LEARNING_RATES = {"full": 5e-5, "child-tuning-d": 4e-5, "child-tuning-f": 4e-5, "spiel-ma": 2e-3}
@@ -43,12 +45,17 @@ class RunConfig:
     that get the log, such as tensorboard. `retain`: a text on which base and tuned model are compared. `plugin`: Python
     files with more methods and tasks.
 
+    In place of a task, `train` names a file of rows (or a data set of the hub), `text` its columns of text, `label`
+    that of the label, and `validation` another file, or `hold_out` a share of the training rows; see
+    `selectune.tasks.OwnRows`. `train_size`: only so many of the training rows, the same for every method and `seed`;
+    see `selectune.tasks.first_rows`.
+
     >>> RunConfig(model="demo", task="glue/rte", budget=1000).learning_rate
     0.0005
     """
 
     model: str
-    task: str
+    task: str | None = None
     method: str = "id3"
     on: str | None = None
     budget: int | float | str | None = None
@@ -79,19 +86,30 @@ class RunConfig:
     report_to: tuple[str, ...] = ()
     retain: str | None = None
     plugin: tuple[str, ...] = ()
+    train: str | None = None
+    validation: str | None = None
+    text: tuple[str, ...] = ()
+    label: str | None = None
+    kind: str | None = None
+    hold_out: float | None = None
+    train_size: int | None = None
+    train_size_seed: int = 0
 
     def __post_init__(self) -> None:
         plugins.add_files(self.plugin)
         plugins.want_method(self.recipe)
-        plugins.task(self.task)
-        for name in ("batch_size", "accumulation", "max_steps", "max_length", "eval_every", "save_every", "keep"):
+        _check_rows(self)
+        counts = ("max_steps", "max_length", "eval_every", "save_every", "keep", "train_size")
+        for name in ("batch_size", "accumulation", *counts):
             _count(name, getattr(self, name), optional=name not in ("batch_size", "accumulation"))
         for name in ("lr", "epochs", "weight_decay", "warmup", "max_grad_norm"):
             _number(name, getattr(self, name), optional=name in ("lr", "epochs"))
         if self.epochs is not None and self.max_steps is not None:
             raise ConfigError(f"Give epochs ({self.epochs}) or max_steps ({self.max_steps}), not both.")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed!r}: must be an int from 0 to {2**32 - 1}.")
+        for name in ("seed", "train_size_seed"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 2**32:
+                raise ConfigError(f"{name}={value!r}: must be an int from 0 to {2**32 - 1}.")
         for name, known in (("schedule", SCHEDULES), ("dtype", (None, *DTYPES))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"Unknown {name} '{getattr(self, name)}'. Known: {', '.join(filter(None, known))}.")
@@ -113,6 +131,16 @@ class RunConfig:
         if adapter is not None and (peer(self.method) or self.recipe == "full"):
             return KINDS[adapter.kind].lr
         return LEARNING_RATES.get(self.recipe, LEARNING_RATE)
+
+    @functools.cached_property
+    def the_task(self) -> Task:
+        """The task of the run. Rows of one's own are read for it, when it is first asked for, and checked."""
+        return plugins.task(self.task) if self.task is not None else self.own.task()
+
+    @property
+    def own(self) -> OwnRows:
+        """The rows in place of a task, as the settings name them."""
+        return OwnRows(self.train, self.validation, self.text, self.label, self.kind, self.hold_out)
 
     @property
     def recipe(self) -> str:
@@ -138,7 +166,7 @@ class RunConfig:
         """The number of optimizer steps over this many training examples. The last batch and window may be short."""
         if self.max_steps is not None:
             return self.max_steps
-        epochs = self.epochs if self.epochs is not None else tasks.get(self.task).epochs
+        epochs = self.epochs if self.epochs is not None else self.the_task.epochs
         an_epoch = math.ceil(math.ceil(examples / self.batch_size) / self.accumulation)
         return math.ceil(epochs * an_epoch)
 
@@ -187,6 +215,40 @@ def _scope(config: RunConfig, takes: Any) -> dict[str, Any]:
     if not config.exclude and not config.train_fully:
         return {"scope": include}
     return {"scope": Scope(include=include, exclude=config.exclude, train_fully=config.train_fully)}
+
+
+def _check_rows(config: RunConfig) -> None:
+    """Checks that there is a task or rows of one's own, and that these are told in full."""
+    if (config.task is None) == (config.train is None):
+        raise ConfigError(
+            f"A run needs either a task or rows of your own, got {'neither' if config.task is None else 'both'}. Give "
+            "task (command line: --task, one of `selectune tasks`), or train (--train FILE, with --validation FILE, "
+            "--text COLUMN and --label COLUMN)."
+        )
+    own = ("validation", "text", "label", "kind", "hold_out")
+    given = [name for name in own if getattr(config, name) not in (None, ())]
+    if config.task is not None:
+        plugins.task(config.task)
+        if given:
+            raise ConfigError(f"{', '.join(given)}: only for rows of your own (train); {config.task} has its own.")
+        return
+    if config.data is not None:
+        raise ConfigError(f"data={config.data} is a folder of published tasks; train names the file of rows itself.")
+    if not config.text:
+        raise ConfigError(
+            "text is missing: the column of the text (command line: --text COLUMN), or two, with a comma."
+        )
+    if config.validation is None and config.hold_out is None:
+        raise ConfigError(
+            "There is nothing to validate on. Give a file of rows that are not trained on (validation, command line: "
+            "--validation FILE), or hold out a tenth of the training rows (hold_out=0.1, command line: --hold-out 0.1)."
+        )
+    if config.validation is not None and config.hold_out is not None:
+        raise ConfigError("Validate on the rows in validation or on a held-out share (hold_out), not both.")
+    if config.hold_out is not None and not 0 < config.hold_out < 1:
+        raise ConfigError(f"hold_out={config.hold_out!r}: must be a share of the training rows, above 0 and below 1.")
+    if config.kind is not None and config.kind not in FORMS:
+        raise ConfigError(f"Unknown kind '{config.kind}'. Known: {', '.join(FORMS)}.{did_you_mean(config.kind, FORMS)}")
 
 
 def _number(name: str, value: Any, optional: bool) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selectune import plugins, tasks
+from selectune import plugins
 from selectune.adapters import Adapted
 from selectune.errors import CheckpointError, ConfigError
 from selectune.files import Manifest, checkpoints, read_json, verify, write_durably
@@ -33,7 +33,13 @@ _FIELDS: dict[str, Any] = {
 MAX_RUN = 1 << 26
 """The most bytes of a run.json, whose history grows with the run."""
 # No bit depends on these; `plugins` has what a plug-in's file holds, wherever it lies.
-_FREE = ("out", "data", "eval_every", "save_every", "keep", "full_checkpoints", "report_to", "retain", "plugin")
+_FREE = (
+    "out", "data", "train", "validation", "eval_every", "save_every", "keep", "full_checkpoints", "report_to", "retain",
+    "plugin",
+)  # fmt: skip
+
+_LATER = ("text", "label", "kind", "hold_out", "train_size", "train_size_seed")
+"""Settings that older checkpoints lack; a run that does not use them has none either."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,14 @@ class Checkpoint:
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
     """The settings that decide a delta's bits, defaults filled in. The model is named, because a folder may move."""
-    settings = {key: value for key, value in config.as_json().items() if key not in _FREE}
+    told = {key: value for key, value in config.as_json().items() if key not in _FREE}
+    settings = {key: value for key, value in told.items() if value not in (None, [], 0) or key not in _LATER}
     settings["lr"], settings["method"] = config.learning_rate, config.canonical
     settings["model"] = resolve(config.model, config.revision).id
     if found := plugins.used(config.recipe, config.task):
         settings["plugins"] = found
     if config.max_steps is None and config.epochs is None:
-        settings["epochs"] = tasks.get(config.task).epochs
+        settings["epochs"] = config.the_task.epochs
     return settings
 
 

@@ -163,9 +163,12 @@ class _Run:
         self.began = time.perf_counter()
         self.config, self.progress, self.checkpoint = config, progress, checkpoint
         self.folder, self.stop = folder, stop
-        self.task = tasks.get(config.task)
+        self.task = config.the_task
         with plugins.blame(plugins.source_of(plugins.TASKS, self.task.name)):
             splits = {name: tasks.load(self.task, name, config.data) for name in ("train", "validation")}
+        if config.train_size is not None:
+            splits["train"] = tasks.first_rows(self.task, splits["train"], config.train_size, config.train_size_seed)
+        self.measured_on = splits["validation"].digest
         self.origins = {name: f"{split.origin} ({len(split):,} rows)" for name, split in splits.items()}
         text = None if config.retain is None else text_of(config.retain, config.data)
         self.held_out: HeldOut | None = None
@@ -345,7 +348,9 @@ class _Run:
     def _save(self) -> tuple[Path, Verification]:
         """Writes the delta with the task and the length, from which `eval` rebuilds the head and the batches."""
         config = self.config
-        method = {"task": config.task, "max_length": self.max_length}
+        method: dict[str, Any] = {"task": self.task.name, "max_length": self.max_length}
+        if config.train is not None:
+            method["rows"] = config.own.as_json(self.task.kind.name, self.measured_on)
         info: dict[str, dict[str, Any]] = {"method": method}
         if config.dtype is not None:
             method["dtype"] = config.dtype

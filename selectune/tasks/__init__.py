@@ -1,7 +1,9 @@
 """Tasks to tune and measure a model on. A task has rows, a kind, a metric, a chance level and a source.
 
 task      the task as a value, and the contract of its kind
-splits    its rows: from a folder, the hub or a generator
+sources   rows as they lie in a file or on the hub
+splits    a task's rows: from a folder, the hub or a generator; the first N of them
+own       a task of files and names of columns, without code
 kinds/    which head, and how rows are encoded, collated and predicted
 metrics/  (predictions, answers) -> one number, or several by name
 tables/   the published tasks
@@ -14,16 +16,20 @@ from selectune.errors import UnknownTaskError, did_you_mean
 from selectune.tasks.demo.logbook import LOGBOOK, SENTENCES
 from selectune.tasks.demo.topic import TOPIC
 from selectune.tasks.kinds import (
+    KINDS,
     Choice,
     Classification,
     Completion,
     CompletionLoss,
     Language,
+    Multilabel,
     Regression,
     Seq2Seq,
     Tagging,
 )
-from selectune.tasks.splits import DATA, Split, load
+from selectune.tasks.own import FORMS, OWN, OwnRows, bare_task, unlabelled
+from selectune.tasks.sources import read_rows
+from selectune.tasks.splits import DATA, Split, first_rows, load
 from selectune.tasks.tables.commonsense import COMMONSENSE
 from selectune.tasks.tables.data_to_text import DATA_TO_TEXT
 from selectune.tasks.tables.glue import GLUE
@@ -49,7 +55,9 @@ def get(name: str) -> Task:
 
 
 __all__ = [
-    "TASKS", "get", "load", "DATA", "Split",
+    "TASKS", "get", "load", "first_rows", "DATA", "Split", "FORMS", "OWN", "OwnRows", "KINDS",
+    "bare_task", "unlabelled", "read_rows",
     "Task", "TaskKind", "Head", "Hub", "Example", "Features", "ANSWER",
-    "Classification", "Regression", "Tagging", "Completion", "CompletionLoss", "Seq2Seq", "Choice", "Language",
+    "Classification", "Multilabel", "Regression", "Tagging", "Completion", "CompletionLoss", "Seq2Seq", "Choice",
+    "Language",
 ]  # fmt: skip

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable
+import random
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from selectune.errors import TaskError
 from selectune.files import read_lines
+from selectune.tasks.sources import NumberedRows, from_hub
 from selectune.tasks.task import Example, Row, Task
 
 DATA = "SELECTUNE_DATA"
@@ -28,6 +32,14 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def digest(self) -> str:
+        """A digest of the examples in their order, 16 hex digits."""
+        found = hashlib.sha256()
+        for example in self.examples:
+            found.update(json.dumps(example).encode())
+        return found.hexdigest()[:16]
 
 
 def load(task: Task, split: str, data: str | os.PathLike[str] | None = None, limit: int | None = None) -> Split:
@@ -55,7 +67,9 @@ def _of_parts(task: Task, data: str | os.PathLike[str] | None, limit: int | None
 
 def _read(task: Task, split: str, data: str | os.PathLike[str] | None, limit: int | None) -> Split:
     """The rows of a split as they are published."""
-    if task.generate is not None:
+    if task.read is not None:
+        origin, unit, rows = task.read(split)
+    elif task.generate is not None:
         origin, unit, rows = "generated", "row", enumerate(task.generate(split), 1)
     else:
         origin, unit, rows = _find(task, split, data)
@@ -66,6 +80,39 @@ def _read(task: Task, split: str, data: str | os.PathLike[str] | None, limit: in
         where = f"{origin}, {unit} {number}"
         examples.append(task.kind.example(task, _prepared(task, row, where), where))
     return Split(tuple(examples), origin)
+
+
+def first_rows(task: Task, split: Split, size: int, seed: int = 0) -> Split:
+    """The first `size` examples of an order that depends on the task and a seed only, so 10 are among 50 among 100.
+
+    Classes have the shares that they have in the split; see `nested`. Raises TaskError if there are not so many.
+    """
+    if size > len(split):
+        raise TaskError(
+            f"train_size={size:,} rows are wanted, and the training rows of {task.name} are {len(split):,}."
+        )
+    labels = [example.label if task.labels and isinstance(example.label, int) else 0 for example in split.examples]
+    chosen = sorted(nested(labels, f"{task.name}/{seed}")[:size])
+    return Split(tuple(split.examples[i] for i in chosen), f"{split.origin}, {size:,} of {len(split):,} rows")
+
+
+def nested(classes: Sequence[Hashable], seed: str) -> list[int]:
+    """An order of rows in which every beginning has the shares of the classes, as nearly as whole rows allow.
+
+    Each class is shuffled by the seed. Its k-th of n rows, from 0, gets the place (k + 1/2) / n between 0 and 1, and
+    rows are sorted by place. This is stratified sampling with proportional shares, one class beside the other.
+
+    >>> [["a", "a", "a", "b"][i] for i in nested(["a", "a", "a", "b"], "seed")]
+    ['a', 'a', 'b', 'a']
+    """
+    rng, members = random.Random(seed), defaultdict(list)
+    for i, name in enumerate(classes):
+        members[name].append(i)
+    places: list[tuple[float, float, int]] = []
+    for rows in members.values():
+        rng.shuffle(rows)
+        places += [((k + 0.5) / len(rows), rng.random(), i) for k, i in enumerate(rows)]
+    return [i for _, _, i in sorted(places)]
 
 
 def _prepared(task: Task, row: Row, where: str) -> Row:
@@ -81,11 +128,8 @@ def _prepared(task: Task, row: Row, where: str) -> Row:
         ) from error
 
 
-Numbered = Iterable[tuple[int, Any]]
-
-
-def _find(task: Task, split: str, data: str | os.PathLike[str] | None) -> tuple[str, str, Numbered]:
-    """The origin of a split, "line" or "row", and its numbered rows."""
+def _find(task: Task, split: str, data: str | os.PathLike[str] | None) -> NumberedRows:
+    """The rows of a split, from a folder or the hub."""
     named = (os.environ.get(DATA) or None) if data is None else data
     root = None if named is None else Path(named)
     if data is not None and root is not None and not root.is_dir():
@@ -94,7 +138,7 @@ def _find(task: Task, split: str, data: str | os.PathLike[str] | None) -> tuple[
     places = [] if root is None else [root / folder / f"{split}.jsonl" for folder in task.folders]
     for path in (each for place in places for each in (place, place.with_name(place.name + ".gz"))):
         if path.is_file():
-            return str(path), "line", read_lines(path, error=TaskError, line_limit=LONGEST)
+            return NumberedRows(str(path), "line", read_lines(path, error=TaskError, line_limit=LONGEST))
     tried = ", ".join(map(str, places))
     if data is not None:
         there = ", ".join(sorted(path.name for place in places for path in place.parent.glob("*.jsonl*")))
@@ -105,7 +149,7 @@ def _find(task: Task, split: str, data: str | os.PathLike[str] | None) -> tuple[
     return _from_hub(task, split, tried)
 
 
-def _from_hub(task: Task, split: str, tried: str) -> tuple[str, str, Numbered]:
+def _from_hub(task: Task, split: str, tried: str) -> NumberedRows:
     looked = f"looked for {tried}, " if tried else f"{DATA} is not set, "
     advice = (
         f"Give a folder that holds {task.folders[0] if task.folders else task.name}/{split}.jsonl with --data or "
@@ -114,19 +158,6 @@ def _from_hub(task: Task, split: str, tried: str) -> tuple[str, str, Numbered]:
     if task.hub is None:
         raise TaskError(f"{task.name} has no {split} split here: {looked}and it is not on the hub. {advice}")
     try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise TaskError(
-            f"{task.name} has no {split} split here: {looked}and the package `datasets` that fetches it from the hub "
-            f"is not installed (pip install 'selectune[hf]'). {advice}"
-        ) from error
-    hub = task.hub
-    origin = f"hub {hub.path}{f'/{hub.config}' if hub.config else ''}@{hub.revision}"
-    try:
-        rows = load_dataset(hub.path, hub.config, split=split, revision=hub.revision)
-    except (OSError, ValueError, RuntimeError) as error:  # the hub is offline or unreachable, or lacks the split
-        why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        raise TaskError(
-            f"{task.name} has no {split} split here: {looked}and {origin} cannot be reached ({why}). {advice}"
-        ) from error
-    return origin, "row", enumerate(rows, 1)
+        return from_hub(task.hub, split)
+    except TaskError as error:
+        raise TaskError(f"{task.name} has no {split} split here: {looked}and {error} {advice}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -60,7 +60,7 @@ class TaskKind(Protocol):
         ...
 
     def encode(self, task: Task, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Features]:
-        """The token numbers of each example, cut to `max_length` and not padded, and its answer."""
+        """The token numbers of each example, cut to `max_length` (the log counts it) and not padded, and its answer."""
         ...
 
     def collate(self, tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
@@ -74,11 +74,11 @@ class TaskKind(Protocol):
 
 @dataclass(frozen=True)
 class Hub:
-    """A task's place on the Hugging Face hub; `revision` is a commit, so that rows never change."""
+    """A task's place on the Hugging Face hub; `revision` is a commit, so that rows never change. None: the newest."""
 
     path: str
     config: str | None
-    revision: str
+    revision: str | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class Task:
     from it. `prepare` makes a row with these from a row as it is published. `chance`: the score of the best constant
     answer on the validation split, if there is one. `metric_name` is the metric's name, or the one that counts if it
     gives several. `epochs`, `eval_every` (steps) and `max_length` (tokens) are the papers' settings. `generate(split)`
-    replaces files and hub, and so do the training rows of `parts`, other tasks. `arrange(examples, split)`:
+    replaces files and hub, and so do `read(split)` (the origin of the rows, what their numbers count, and the numbered
+    rows) and the training rows of `parts`, other tasks. `arrange(examples, split)`:
     the examples of "train" or "validation", made of those that were read.
 
     >>> import selectune.tasks as tasks
@@ -117,6 +118,7 @@ class Task:
     generate: Callable[[str], Sequence[Row]] | None = None
     parts: tuple[Task, ...] = ()
     arrange: Callable[[Sequence[Example], str], Sequence[Example]] | None = None
+    read: Callable[[str], tuple[str, str, Iterable[tuple[int, Row]]]] | None = None
     lower_is_better: bool = False
 
     @property

@@ -9,7 +9,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from selectune.cli import signals, values
-from selectune.cli.options import Data, Dtype, Json, MaxLength, Model, Plugins, Retain, Revision, Trust, option
+from selectune.cli.options import (
+    ROWS,
+    Data,
+    Dtype,
+    Json,
+    KindOption,
+    Label,
+    MaxLength,
+    Model,
+    Plugins,
+    Retain,
+    Revision,
+    Text,
+    Trust,
+    Validation,
+    option,
+)
 from selectune.cli.output import ProgressBar, result, working
 from selectune.errors import ConfigError
 
@@ -21,7 +37,8 @@ TRAIN_EXAMPLES = (
     "Examples:\n\nselectune train --model demo --task glue/rte --budget 103k --epochs 3 --out runs/rte\n\n"
     "selectune train --model ./my-model --task glue/cola --method id3:exp=1,every=10 --budget 0.17% --out runs/cola\n\n"
     "selectune train --model demo --task glue/rte --on lora:r=32 --budget 114k --out runs/on-lora\n\n"
-    "selectune train --config runs/rte/run.json --seed 7 --out runs/rte-7"
+    "selectune train --model demo --train my.jsonl --hold-out 0.1 --text question --label topic -b 1% -o runs/my"
+    "\n\nselectune train --config runs/rte/run.json --seed 7 --out runs/rte-7"
 )
 EVAL_EXAMPLES = "Example:  selectune eval --model demo --delta runs/rte --task glue/rte --json"
 SCOPE, LOOP, FILES = "Scope", "Training", "Files and checkpoints"
@@ -39,8 +56,8 @@ def _from_file(ctx: typer.Context, path: str | None) -> str | None:
 def train(
     ctx: typer.Context,
     model: Model,
-    task: Annotated[str, typer.Option("--task", "-t", help="The task to learn; see `selectune tasks`.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for delta.safetensors and run.json.")],
+    task: Annotated[str | None, option("The task to learn; see `selectune tasks`. Or --train.", "--task", "-t")] = None,
     method: Annotated[str, typer.Option(help="Such as id3:exp=1 or lora:r=8: `selectune methods`.")] = "id3",
     on: Annotated[str | None, option("Select from an adapter on the model: lora:r=32.", "--on")] = None,
     budget: Annotated[str | None, option("Scalars: 103k, 0.17%, or as many as lora:r=2 has.", "--budget", "-b")] = None,
@@ -61,6 +78,25 @@ def train(
     retain: Retain = None,
     plugin: Plugins = None,
     as_json: Json = False,
+    train: Annotated[
+        str | None,
+        option(
+            "A file of rows to learn from: .jsonl(.gz), .csv, .tsv, .parquet; or a hub id, org/name:config@revision.",
+            "--train",
+            panel=ROWS,
+        ),
+    ] = None,
+    validation: Validation = None,
+    text: Text = None,
+    label: Label = None,
+    kind: KindOption = None,
+    hold_out: Annotated[
+        float | None, option("Share of the training rows to measure on instead: 0.1.", "--hold-out", panel=ROWS)
+    ] = None,
+    train_size: Annotated[
+        int | None, option("Learn from so many rows only, the same for every method and seed.", panel=LOOP)
+    ] = None,
+    train_size_seed: Annotated[int, typer.Option(help="Seed of these rows.", rich_help_panel=LOOP)] = 0,
     include: Annotated[
         list[str] | None, option("Select only from these tensors: '*.attention.*'; repeatable.", panel=SCOPE)
     ] = None,
@@ -109,7 +145,8 @@ def train(
         typed = {name for name, source in sources.items() if getattr(source, "name", "") == "COMMANDLINE"}
         given |= {"epochs": None} if typed == {"max_steps"} else {}
         given |= {"max_steps": None} if typed == {"epochs"} else {}
-    given |= {"out": os.path.expanduser(out), "data": None if data is None else os.path.expanduser(data)}
+    given |= {name: path and os.path.expanduser(path) for name, path in (("out", out), ("data", data))}
+    given |= {name: path and os.path.expanduser(path) for name, path in (("train", train), ("validation", validation))}
     given["budget"] = None if budget is None else values.budget_or_adapter(budget)
     from selectune.runs.folder import run_folder
     from selectune.runs.stop import Stop
@@ -119,7 +156,7 @@ def train(
         from selectune.runs.config import RunConfig, patterns
         from selectune.runs.training import run
 
-        for name in ("include", "exclude", "train_fully"):
+        for name in ("include", "exclude", "train_fully", "text"):
             given[name] = patterns(given[name])
         given["report_to"] = () if report_to is None or report_to == ["none"] else tuple(report_to)
         given["plugin"] = tuple(plugin or ())
@@ -146,11 +183,17 @@ def _told(found: RunResult) -> str:
 
 def evaluate(
     model: Model,
-    task: Annotated[str, typer.Option("--task", "-t", help="The task to measure; see `selectune tasks`.")],
+    task: Annotated[
+        str | None, option("The task to measure; see `selectune tasks`. Default: the delta's own.", "--task", "-t")
+    ] = None,
     delta: Annotated[
         str | None, option("The delta to apply. Without it the base is measured.", "--delta", "-d")
     ] = None,
     data: Data = None,
+    validation: Validation = None,
+    text: Text = None,
+    label: Label = None,
+    kind: KindOption = None,
     max_length: MaxLength = None,
     seed: Annotated[int, typer.Option(help="Seed of the head, for a base without a delta.")] = 6,
     revision: Revision = None,
@@ -160,14 +203,18 @@ def evaluate(
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model with a delta on a task's validation split. The number is the one that training printed."""
+    """Measure a model with a delta on a task's validation rows. The number is the one that training printed."""
     from selectune import plugins
+    from selectune.models.recorded import task_on
     from selectune.models.restore import Source, evaluate_delta
+    from selectune.runs.config import patterns
+    from selectune.tasks import OwnRows
 
     with working():
         plugins.add_files(plugin or ())
         source = Source(model, revision, dtype, trust_remote_code)
-        found = evaluate_delta(source, delta, plugins.task(task), data, max_length, seed, retain)
+        rows = OwnRows(None, validation and os.path.expanduser(validation), patterns(text), label, kind)
+        found = evaluate_delta(source, delta, task_on(task, delta, rows), data, max_length, seed, retain)
     told = f"{found.task}: {found.metric} {found.value:.4f} on {found.examples:,} examples"
     result(as_json, found.as_json(), told + _retained(found))
 

@@ -29,7 +29,7 @@ from selectune.errors import ConfigError, DeltaError
 
 __all__ = ["Conflicts", "Overlap", "add", "conflicts", "dare", "intersect", "negate", "overlap", "scale", "ties"]
 
-_AGREED = ("task", "max_length", "architecture", "num_labels")
+_AGREED = ("task", "rows", "max_length", "architecture", "num_labels")
 _EXACT = 2.0**53
 
 

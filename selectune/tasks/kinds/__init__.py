@@ -1,6 +1,6 @@
 """The kinds of tasks: which head a model gets, and how rows are encoded, collated and predicted.
 
-classify      one or two texts -> a class or a score
+classify      one or two texts -> a class, a score, or any number of labels
 tagging       words -> a tag for each
 language      a text, token after token
 choice        a prompt and several texts -> the likeliest of them
@@ -11,14 +11,18 @@ seq2seq       a text -> another, by an encoder and a decoder
 """
 
 from selectune.tasks.kinds.choice import Choice
-from selectune.tasks.kinds.classify import Classification, Regression
+from selectune.tasks.kinds.classify import Classification, Multilabel, Regression
 from selectune.tasks.kinds.completion import Completion, CompletionLoss
 from selectune.tasks.kinds.generating import each_reference
 from selectune.tasks.kinds.language import Language
 from selectune.tasks.kinds.seq2seq import Seq2Seq
 from selectune.tasks.kinds.tagging import Tagging
+from selectune.tasks.task import TaskKind
+
+KINDS: dict[str, TaskKind] = {kind.name: kind for kind in (Classification(), Regression(), Multilabel())}
+"""The kinds by name, as `--kind` takes them."""
 
 __all__ = [
-    "Choice", "Classification", "Completion", "CompletionLoss", "Language", "Regression", "Seq2Seq", "Tagging",
-    "each_reference",
+    "KINDS", "Choice", "Classification", "Completion", "CompletionLoss", "Language", "Multilabel", "Regression",
+    "Seq2Seq", "Tagging", "each_reference",
 ]  # fmt: skip

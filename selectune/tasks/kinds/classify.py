@@ -1,16 +1,31 @@
-"""Tasks of one or two texts: a class of several, or a score."""
+"""Tasks of one or two texts: a class of several, a score, or any number of labels."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from selectune.errors import TaskError
-from selectune.tasks.task import ANSWER, Example, Features, Head, Row, Task, numbers, padded, texts_of, to_model
+from selectune.tasks.task import (
+    ANSWER,
+    Example,
+    Features,
+    Head,
+    Row,
+    Task,
+    numbers,
+    padded,
+    texts_of,
+    to_model,
+)
+
+log = logging.getLogger("selectune")
 
 MAX_LABEL = 1e15
 """Largest score of a regression, whose square still fits a float32."""
@@ -45,6 +60,10 @@ class Classification:
     def encode(self, task: Task, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Features]:
         columns = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
         encoded = tokenizer(*columns, truncation=True, max_length=max_length, padding=False)
+        if (cut := sum(bool(each.overflowing) for each in encoded.encodings or ())) > 0:  # fast tokenizers tell
+            log.warning(
+                "%d of %d rows of %s were cut to max_length=%d tokens.", cut, len(examples), task.name, max_length
+            )
         return [{**{key: encoded[key][i] for key in encoded}, ANSWER: e.label} for i, e in enumerate(examples)]
 
     def collate(self, tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
@@ -56,6 +75,17 @@ class Classification:
     def predicted(self, logits: Tensor) -> list[Any]:
         """The predictions of a batch: logits (rows, outputs) float32 -> a class or a score for each row."""
         return logits.argmax(-1).tolist()
+
+    def answers(self, task: Task, model: Any, tokenizer: Any, rows: Sequence[Features]) -> list[Any]:
+        """For each row the name of its class and the probability of every class, for `selectune predict`."""
+        logits = model(**to_model(model, padded(tokenizer, rows))).logits.float().cpu()
+        return [self.answer(task, row) for row in self.probabilities(logits).tolist()]
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
+
+    def answer(self, task: Task, row: Sequence[float]) -> Any:
+        return {"label": task.labels[row.index(max(row))], "probabilities": dict(zip(task.labels, row, strict=True))}
 
 
 @dataclass(frozen=True)
@@ -75,6 +105,48 @@ class Regression(Classification):
 
     def predicted(self, logits: Tensor) -> list[Any]:
         return logits[:, 0].tolist()
+
+    def answers(self, task: Task, model: Any, tokenizer: Any, rows: Sequence[Features]) -> list[Any]:
+        return self.predict(task, model, tokenizer, rows)
+
+
+@dataclass(frozen=True)
+class Multilabel(Classification):
+    """Any number of the task's `labels` for one or two texts; each label has a binary cross-entropy of its own.
+
+    Labels and predictions have a 0 or 1 for each of the task's labels. A label is predicted where its probability is
+    above one half.
+
+    >>> Multilabel().name
+    'multilabel'
+    """
+
+    name: str = "multilabel"
+
+    def head(self, task: Task) -> Head:
+        return _head(len(task.labels), task.labels, "multi_label_classification")
+
+    def example(self, task: Task, row: Row, where: str) -> Example:
+        texts, label = texts_of(task, row, where), row[task.label]
+        if not isinstance(label, list) or len(label) != len(task.labels) or any(value not in (0, 1) for value in label):
+            raise TaskError(
+                f"{where}: the label of {task.name} must be a 0 or 1 for each of {len(task.labels)} labels, "
+                f"got {label!r:.80}."
+            )
+        return Example(texts, [int(value) for value in label])
+
+    def collate(self, tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
+        return {**padded(tokenizer, rows), "labels": torch.tensor([row[ANSWER] for row in rows], dtype=torch.float32)}
+
+    def predicted(self, logits: Tensor) -> list[Any]:
+        return (logits > 0).long().tolist()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    def answer(self, task: Task, row: Sequence[float]) -> Any:
+        probabilities = dict(zip(task.labels, row, strict=True))
+        return {"labels": [name for name, p in probabilities.items() if p > 0.5], "probabilities": probabilities}
 
 
 def _head(outputs: int, labels: tuple[str, ...] | None, problem_type: str) -> Head:

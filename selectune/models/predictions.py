@@ -1,0 +1,134 @@
+"""What a model predicts for a file of rows, in batches of similar length; a run that was stopped can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selectune import plugins, tasks
+from selectune.delta import load
+from selectune.errors import ConfigError, DeltaError, TaskError
+from selectune.files import write_durably
+from selectune.files.reading import short
+from selectune.models.evaluate import batches
+from selectune.models.recorded import known_task
+from selectune.models.restore import Source, ready
+from selectune.tasks.sources import NumberedRows
+
+PREDICTION = "prediction"
+"""The key of what is predicted, beside the row's own."""
+
+
+def predict_rows(
+    source: Source,
+    path: str | None,
+    given: str,
+    out: str,
+    text: tuple[str, ...] = (),
+    name: str | None = None,
+    kind: str | None = None,
+    max_length: int | None = None,
+    overwrite: bool = False,
+    follow: Callable[[int, int], None] = lambda done, batches: None,
+) -> dict[str, Any]:
+    """Writes `out`: for each row of the file `given`, in its order, the row and its prediction as a line of JSON.
+
+    The task is that of the delta at `path`, or the one called `name`; a model without a delta may also be described by
+    `kind` and `text`, the columns of the texts, and then its classes are those in its config. `follow(done, batches)`
+    is called after each batch. Batches are appended to `out`.partial as they are done. If that is there, of the same
+    model, delta, rows and settings, only what it lacks is predicted: the result has the bits of an unbroken run.
+
+    Raises ConfigError if `out` exists and may not be overwritten, if `out`.partial is of something else, or if nothing
+    says what the task is; and TaskError, which names file and line, for a row that does not fit.
+    """
+    if Path(out).exists() and not overwrite:
+        raise ConfigError(f"{out} exists and would be lost. Give another file, or say that it may go (--overwrite).")
+    delta = None if path is None else load(path)
+    bare = known_task(source, delta, path, name, kind, text)
+    rows = tasks.read_rows(given, "validation")
+    rows = NumberedRows(rows.origin, rows.unit, list(rows.numbered))
+    for number, row in rows.numbered:
+        if PREDICTION in row:
+            raise TaskError(f"{rows.origin}, {rows.unit} {number} has a column '{PREDICTION}' already. Rename it.")
+    with plugins.blame(plugins.source_of(plugins.TASKS, bare.name)):
+        task = tasks.unlabelled(bare, text, rows)
+        examples = tasks.load(task, "validation").examples
+    loaded, length = ready(source, delta, bare, max_length)
+    if delta is None and loaded.initialised:
+        raise ConfigError(
+            f"{source.model} has no head for this: {', '.join(loaded.initialised[:3])} would be drawn at random. Give "
+            "the delta that was trained (--delta)."
+        )
+    encoded = task.encode(loaded.tokenizer, examples, length)
+    written = [row for _, row in rows.numbered]
+    settings = [
+        loaded.id, loaded.revision, str(loaded.model.dtype), None if delta is None else delta.digest, task.name,
+        repr(task.kind), task.labels, task.fields, length, hashlib.sha256(_line(written)).hexdigest(),
+    ]  # fmt: skip
+    partial = _Partial(Path(f"{out}.partial"), hashlib.sha256(_line(settings)).hexdigest(), overwrite)
+    todo = batches(encoded, task.kind.batch)
+    answers = getattr(task.kind, "answers", task.kind.predict)
+    with partial as found:
+        loaded.model.eval()
+        for done, chosen in enumerate(todo, 1):
+            if not found.keys() >= set(chosen):
+                with torch.no_grad(), plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
+                    made = answers(task, loaded.model, loaded.tokenizer, [encoded[i] for i in chosen])
+                partial.add(dict(zip(chosen, made, strict=True)))
+            follow(done, len(todo))
+    lines = [_line({**row, PREDICTION: found[i]}) for i, row in enumerate(written)]
+    write_durably(out, b"".join(lines))
+    partial.path.unlink()
+    return {"out": out, "rows": len(lines), "task": task.name, "kind": task.kind.name}
+
+
+class _Partial:
+    """The file of what is predicted already: a line that says of what, then a line for each row, in any order."""
+
+    def __init__(self, path: Path, digest: str, overwrite: bool) -> None:
+        self.path, self.found = path, dict[int, Any]()
+        head = _line({"predictions of": digest})
+        kept = len(head)
+        if path.exists() and not overwrite:
+            data = path.read_bytes()
+            if not head.startswith(data[: len(head)]):
+                raise ConfigError(
+                    f"{path} is of another model, delta, file of rows or setting, so it cannot be gone on with. Give "
+                    "another --out, or say that it may go (--overwrite)."
+                )
+            for line in data[len(head) :].splitlines(keepends=True):
+                if not line.endswith(b"\n"):  # the last one was cut short
+                    break
+                number, self.found[number] = json.loads(line)
+                kept += len(line)
+        try:
+            self._file = open(path, "r+b" if path.exists() else "w+b")
+            self._file.truncate(kept)
+            self._file.write(head)
+            self._file.seek(kept)
+        except OSError as error:
+            raise DeltaError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def add(self, made: dict[int, Any]) -> None:
+        """Writes a batch, all of it in one call, so that a kill leaves a part of it at most."""
+        self._file.write(b"".join(_line([number, value]) for number, value in made.items()))
+        self._file.flush()
+        self.found |= made
+
+    def __enter__(self) -> dict[int, Any]:
+        return self.found
+
+    def __exit__(self, *why: object) -> None:
+        self._file.close()
+
+
+def _line(value: Any) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str).encode() + b"\n"
+    except ValueError as error:
+        raise TaskError(f"JSON has no NaN and no infinity, so this cannot be written: {short(value)}.") from error

@@ -1,0 +1,129 @@
+"""The task of a delta, published or of rows of the user's own, on the rows of its run or on others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from selectune import plugins, tasks
+from selectune.delta import Delta, load
+from selectune.errors import ConfigError, TaskError
+from selectune.files import read_json
+from selectune.models.bases import class_names
+from selectune.models.restore import Source, task_of
+from selectune.tasks import OWN, OwnRows, Task
+
+RUN = "run.json"
+MAX_RUN = 1 << 26
+
+
+def task_on(name: str | None, path: str | Path | None, rows: OwnRows) -> Task:
+    """The task to measure: of this name, or of these rows, or else the one that a delta was trained on.
+
+    `path`: the delta; of its own rows it knows columns, kind and labels, and the run.json beside it says where they
+    are. What `rows` leaves out is the delta's. Raises TaskError for recorded rows that are gone or are not the same any
+    more, and ConfigError if nothing says what to measure, or two things do.
+    """
+    if name is not None:
+        if rows != NONE:
+            raise ConfigError(f"The task {name} has its own rows: give a task or rows of your own, not both.")
+        return plugins.task(name)
+    if path is None:
+        if rows.validation is None or not rows.text:
+            raise ConfigError(
+                "Nothing says what to measure: give a task (--task), a delta that records one (--delta), or rows "
+                "(--validation FILE, --text COLUMN and --label COLUMN)."
+            )
+        return rows.task()
+    delta = load(path)
+    told = _record(delta)
+    if told is None:
+        known = task_of(delta)
+        if known is None or rows != NONE:
+            what = "no task" if known is None else f"the task {known.name}, which has its own rows"
+            raise ConfigError(
+                f"The delta {path} records {what}. Say what to measure: --task, one of `selectune tasks`."
+            )
+        return known
+    text, label, kind = rows.text or tuple(told["text"]), rows.label or told["label"], rows.kind or told["kind"]
+    if rows.validation is not None:
+        return OwnRows(None, rows.validation, text, label, kind).task(labels_of(delta))
+    before = _run(path)
+    if before is None:
+        raise ConfigError(f"No {RUN} beside {path} says which rows it was measured on. Give them: --validation FILE.")
+    held = before.hold_out
+    again = OwnRows(None if held is None else before.train, before.validation, text, label, kind, held)
+    task = again.task(labels_of(delta))
+    if tasks.load(task, "validation").digest != told["validation"]:
+        raise TaskError(
+            f"{before.validation or before.train} has other rows than when {path} was measured on it. To measure on "
+            "those there are now, name the file: --validation."
+        )
+    return task
+
+
+def known_task(
+    source: Source, delta: Delta | None, path: str | None, name: str | None, kind: str | None, text: tuple[str, ...]
+) -> Task:
+    """The task that a model answers, without its rows: of this name, or the delta's, or of this kind.
+
+    In the last case the classes are those in the model's config. Raises ConfigError if nothing says what it is.
+    """
+    if name is not None:
+        return plugins.task(name)
+    told = None if delta is None else _record(delta)
+    if delta is not None and told is not None:
+        return tasks.bare_task(kind or told["kind"], labels_of(delta), text or tuple(told["text"]))
+    known = None if delta is None else task_of(delta)
+    if known is not None:
+        return known
+    if kind is None or not text:
+        what = "The model" if delta is None else f"The delta {path}"
+        raise ConfigError(
+            f"{what} does not say what its task is. Name it (--task), or give a kind and the column of the text "
+            f"(--kind classification --text COLUMN). Kinds: {', '.join(tasks.FORMS)}."
+        )
+    names = labels_of(delta) if delta is not None else class_names(source.model, source.revision)
+    return tasks.bare_task(kind, names, text)
+
+
+NONE = OwnRows(None, None, (), None)
+"""No rows are named."""
+
+
+def labels_of(delta: Delta) -> tuple[str, ...]:
+    """The names of the outputs in the delta's record of its model, which leaves out transformers' own."""
+    model = delta.info.get("model") or {"labels": None, "num_labels": None}
+    return tuple(model["labels"] or (f"LABEL_{i}" for i in range(model["num_labels"] or 0)))
+
+
+def _record(delta: Delta) -> dict[str, Any] | None:
+    """What a delta of own rows records of them, checked, since anybody may have written the file."""
+    method = delta.info["method"]
+    told = method.get("rows")
+    if method.get("task") != OWN:
+        return None
+    texts = told.get("text") if isinstance(told, dict) else None
+    if (
+        not isinstance(told, dict)
+        or not isinstance(texts, list)
+        or not all(isinstance(value, str) for value in (*texts, told.get("kind"), told.get("validation")))
+        or not isinstance(told.get("label"), str | None)
+    ):
+        raise TaskError(f"The delta says that it was trained on rows of one's own, but not on which: {told!r:.80}.")
+    return told
+
+
+def _run(path: str | Path) -> OwnRows | None:
+    """Where the rows of the run beside a delta are."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    try:
+        found = read_json(folder / RUN, limit=MAX_RUN, error=TaskError)
+    except TaskError:
+        return None
+    config = found.get("config") if isinstance(found, dict) else None
+    told = [config.get(name) for name in ("train", "validation")] if isinstance(config, dict) else [None, None]
+    if not isinstance(config, dict) or not all(isinstance(place, str | None) for place in told) or told == [None, None]:
+        return None
+    held = config.get("hold_out")
+    return OwnRows(told[0], told[1], (), None, None, held if isinstance(held, float) else None)

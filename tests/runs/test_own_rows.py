@@ -1,0 +1,134 @@
+"""Runs on rows of one's own: they learn, and what they print is what `eval` prints, on the same rows and on others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+
+import pytest
+from tiny_kit import sentence, write_rows
+
+import selectune as st
+from selectune.errors import ConfigError, TaskError
+from selectune.models.recorded import NONE, task_on
+from selectune.models.restore import Source, evaluate_delta, verify_delta
+from selectune.runs.config import RunConfig
+from selectune.runs.resume import settings_of
+from selectune.runs.training import run
+from selectune.tasks import OwnRows
+
+pytest_plugins = ("tiny_fixtures",)
+
+LABELS = {
+    "classification": lambda text: "a dog" if "dog" in text.split() else "none",
+    "regression": lambda text: round(len(text) / 12, 2),
+    "multilabel": lambda text: [word for word in ("dog", "the", "big") if word in text.split()],
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = random.Random(0)
+    for name, count in (("train", 40), ("more", 20)):
+        texts = [sentence(rng) for _ in range(count)]
+        write_rows(tmp_path / f"{name}.jsonl", [{"q": t} | {k: make(t) for k, make in LABELS.items()} for t in texts])
+    return tmp_path
+
+
+@pytest.fixture
+def config(tiny, files):
+    return RunConfig(
+        model=str(tiny), train=str(files / "train.jsonl"), validation=str(files / "more.jsonl"), text=("q",),
+        label="classification", budget=100, max_steps=3, lr=5e-3, out=str(files / "out"), seed=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_every_kind_trains_verifies_and_reproduces_its_number(config, tiny, files, kind):
+    found = run(dataclasses.replace(config, label=kind))
+    delta, source = found.delta, Source(str(tiny))
+    assert verify_delta(source, delta).ok
+    assert evaluate_delta(source, delta, task_on(None, delta.parent, NONE)) == found.evaluation
+    (files / "more.jsonl").rename(files / "moved.jsonl")
+    moved = dataclasses.replace(NONE, validation=str(files / "moved.jsonl"))
+    assert evaluate_delta(source, delta, task_on(None, delta, moved)) == found.evaluation
+    with pytest.raises(TaskError, match=r"more\.jsonl does not exist"):
+        task_on(None, delta, NONE)
+    assert str(files) not in json.dumps(st.load(delta).info["method"])
+    recorded = st.load(delta).info["model"]
+    assert recorded["problem_type"] == ("multi_label_classification" if kind == "multilabel" else None)
+    assert recorded["labels"] == (None if kind == "regression" else list(task_on(None, delta, moved).labels))
+
+
+def test_a_held_out_share_and_few_rows(config, tiny):
+    found = run(dataclasses.replace(config, validation=None, hold_out=0.25, train_size=10))
+    assert found.origins["train"].endswith("all but a held-out share of 0.25), 10 of 30 rows (10 rows)")
+    assert found.evaluation.examples == 10
+    assert evaluate_delta(Source(str(tiny)), found.delta, task_on(None, found.delta, NONE)) == found.evaluation
+
+
+def test_rows_that_changed_are_not_measured_unasked(config, tiny, files):
+    delta = run(config).delta
+    write_rows(files / "more.jsonl", [{"q": "the dog", "classification": "none"}])
+    with pytest.raises(TaskError, match=r"more\.jsonl has other rows than when .*out"):
+        task_on(None, delta.parent, NONE)
+    named = task_on(None, delta.parent, dataclasses.replace(NONE, validation=str(files / "more.jsonl")))
+    assert evaluate_delta(Source(str(tiny)), delta, named).examples == 1
+    write_rows(files / "more.jsonl", [{"q": "the dog", "classification": "nine"}])
+    with pytest.raises(TaskError, match=r"more\.jsonl, line 1: .* 'nine', which does not occur in training"):
+        task_on(None, delta, dataclasses.replace(NONE, validation=str(files / "more.jsonl")))
+    (delta.parent / "run.json").unlink()
+    with pytest.raises(ConfigError, match=r"No run\.json beside .* Give them: --validation FILE"):
+        task_on(None, delta, NONE)
+
+
+def test_what_is_to_be_measured_is_said_once(config, files):
+    rows = OwnRows(None, str(files / "more.jsonl"), ("q",), "regression")
+    assert task_on(None, None, rows).kind.name == "regression"
+    for name, path, given, message in (
+        ("glue/rte", None, rows, "not both"),
+        (None, None, NONE, "Nothing says what to measure"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            task_on(name, path, given)
+
+
+def test_the_same_rows_train_the_same_delta_wherever_they_lie(config, files):
+    first = run(dataclasses.replace(config, save_every=2))
+    (files / "train.jsonl").rename(files / "moved.jsonl")
+    moved = dataclasses.replace(config, train=str(files / "moved.jsonl"), save_every=2)
+    again = run(moved, resume=f"{config.out}/checkpoint-2", overwrite=True)
+    assert again.resumed == 2
+    assert again.delta.read_bytes() == first.delta.read_bytes()
+
+
+BAD = [
+    ({"task": "glue/rte"}, "got both"),
+    ({"train": None, "validation": None, "text": (), "label": None}, "got neither"),
+    ({"validation": None}, r"--validation FILE\), or hold out .* --hold-out 0\.1\)"),
+    ({"hold_out": 0.1}, "not both"),
+    ({"validation": None, "hold_out": 1.5}, "must be a share"),
+    ({"text": ()}, "text is missing"),
+    ({"kind": "regresion"}, "Did you mean regression"),
+    ({"data": "here"}, "a folder of published tasks"),
+    ({"train_size": 0}, "train_size=0"),
+    ({"train_size_seed": -1}, "train_size_seed=-1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[str(row[0]) for row in BAD])
+def test_settings_that_do_not_fit(config, change, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(config, **change)
+
+
+def test_a_published_task_takes_no_columns(tiny):
+    with pytest.raises(ConfigError, match="text, hold_out: only for rows of your own"):
+        RunConfig(model=str(tiny), task="glue/rte", budget=9, text=("q",), hold_out=0.1)
+    assert "text" not in settings_of(RunConfig(model=str(tiny), task="glue/rte", budget=9))
+
+
+def test_a_size_beyond_the_rows(config):
+    with pytest.raises(TaskError, match=r"train_size=41 rows are wanted, and the training rows of own are 40"):
+        run(dataclasses.replace(config, train_size=41))
