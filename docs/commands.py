@@ -28,9 +28,10 @@ selectune eval --model demo --delta runs/rte --task glue/rte
 selectune verify --model demo --delta runs/rte
 ```
 
-`--model` takes a local folder, a hub id, or `demo`: a MiniLM that comes with `make setup`, so that the commands above
-need no hub for the model. `--data FOLDER` or the variable `SELECTUNE_DATA` names a folder of `task/split.jsonl(.gz)`;
-without it, the data of a task comes from the Hugging Face hub.
+`--model` takes a local folder, a hub id, `demo` or `smollm`. The last two are a MiniLM and SmolLM2-135M-Instruct, which
+come with `make setup` and need no hub; the weights of `smollm` are float32 again after four bits a weight.
+`--data FOLDER` or the variable `SELECTUNE_DATA` names a folder of `task/split.jsonl(.gz)`; without it, the data of a
+task comes from the Hugging Face hub.
 
 A method is written with its options behind a colon: `--method id3:exp=1,every=10`. `selectune methods` lists the
 methods, `selectune methods NAME` shows one with all its options, and `selectune tasks` lists the tasks.

@@ -46,8 +46,11 @@ def masked(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("models") / "masked"
     torch.manual_seed(0)
-    sizes = {"vocab_size": len(WORDS) + 5, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 32}
-    BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(WORDS) + 5, hidden_size=32, intermediate_size=64, max_position_embeddings=32,
+        num_hidden_layers=1, num_attention_heads=2,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(folder)
     make_tokenizer(folder)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "mask_token": "[MASK]"}))
@@ -96,7 +99,8 @@ def test_the_trunk_of_a_classifier_is_measured_with_the_checkpoints_head(llama, 
     lm = load_model(str(llama), CAUSAL, 0)
     held = held_out(*text_of("text/wikitext2", str(both)), lm, str(llama))
     assert direct(lm.model, held) == pytest.approx(kept.before, rel=1e-6)
-    lm.model.model.load_state_dict(st.load_model(found.delta).model.state_dict())
+    trunk = st.load_model(found.delta).get_submodule("model")
+    lm.model.model.load_state_dict(trunk.state_dict())
     assert direct(lm.model, held) == pytest.approx(kept.after, rel=1e-6)
     task = tasks.get("glue/rte")
     assert evaluate_delta(Source(str(llama)), found.delta, task, str(both), retain="wikitext2") == found.evaluation
