@@ -51,7 +51,8 @@ class Completion(Generating):
         if max_length < 2:
             raise TaskError(f"max_length={max_length} leaves {task.name} no place for a prompt and a completion.")
         prompts = self._prompts(tokenizer, [example.texts for example in examples])
-        ends = tokenizer([first_reference(e.label) for e in examples], add_special_tokens=False)["input_ids"]
+        texts = [first_reference(example.label) for example in examples]
+        ends = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         rows, cut, ended = [], 0, 0
         for example, prompt, end in zip(examples, prompts, ends, strict=True):
             completion = [*end, tokenizer.eos_token_id]
@@ -107,7 +108,7 @@ class Completion(Generating):
             said = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
         else:
             said = [self.plain.format(text) for text in said]
-        found = tokenizer(said, add_special_tokens=not chat)["input_ids"]
+        found = tokenizer(said, add_special_tokens=not chat, verbose=False)["input_ids"]
         found = [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and not chat else ids for ids in found]
         if not all(found):
             raise TaskError(f"The prompt {said[found.index([])]!r:.80} has no token in this model's vocabulary.")

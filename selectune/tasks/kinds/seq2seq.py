@@ -41,8 +41,9 @@ class Seq2Seq(Generating):
     def encode(self, task: Task, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Features]:
         needs_end(task, tokenizer)
         prefix = self.prefix if "T5" in type(tokenizer).__name__ else ""
-        sources = tokenizer([prefix + "\n".join(example.texts) for example in examples])
-        targets = tokenizer(text_target=[first_reference(example.label) for example in examples])["input_ids"]
+        sources = tokenizer([prefix + "\n".join(example.texts) for example in examples], verbose=False)
+        references = [first_reference(example.label) for example in examples]
+        targets = tokenizer(text_target=references, verbose=False)["input_ids"]
         for what, rows, length in (
             ("sources", sources["input_ids"], max_length),
             ("targets", targets, self.target_length),
