@@ -38,7 +38,7 @@ class Measured:
         self.package = methods.needs(method)
         self.config = config_of(bench.model)
         self.model: nn.Module = prepare(bench, self.config)
-        self.weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.weights = sum(p.nbytes for p in self.model.parameters())
         self.batches = batches(bench, self.config)
         self.copy_s = copy_seconds(self.model, bench.device)
         methods.prepare(method, self.model, self.batches[0], bench)
@@ -71,7 +71,7 @@ class Measured:
             "loaded_mib": self.loaded / MIB,
             "weights_mib": self.weights / MIB,
             "parameters": sum(p.numel() for p in parameters),
-            "largest_mib": max(p.numel() * p.element_size() for p in parameters) / MIB,
+            "largest_mib": max(p.nbytes for p in parameters) / MIB,
             "package": self.package,
             "note": self.ready.note,
             "exact_memory": self.memory.exact,
