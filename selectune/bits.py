@@ -57,7 +57,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree in dtype, shape and every bit."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(int_view(a).cpu(), int_view(b).cpu())
+    return torch.equal(flat_view(a).cpu(), flat_view(b).cpu())
 
 
 def flat_view(tensor: Tensor) -> Tensor:

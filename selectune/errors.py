@@ -33,7 +33,7 @@ A message says what was wanted, why it is impossible, what was received and what
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SelectuneError(Exception):
@@ -142,6 +142,15 @@ class TaskError(SelectuneError):
 
 class UnknownTaskError(TaskError, ConfigError):
     """No task has this name."""
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names of many, for a message.
+
+    >>> some("abc"), some("abcdefg")
+    ('a, b, c', 'a, b, c, d, e ...')
+    """
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

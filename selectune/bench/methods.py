@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -186,7 +185,7 @@ def full(model: nn.Module, given: Conditions) -> Ready:
     """Plain full fine-tuning: AdamW over everything."""
     del given
     total = sum(p.numel() for p in model.parameters())
-    return Ready(_adamw(model.parameters()), lambda: total, lambda folder: _bytes_of(model))
+    return Ready(_adamw(model.parameters()), lambda: total, lambda folder: sum(p.nbytes for p in model.parameters()))
 
 
 def frozen(model: nn.Module, given: Conditions) -> Ready:
@@ -258,7 +257,3 @@ def join(path: str | None) -> None:
 
 def _adamw(parameters: Any, rate: float = LEARNING_RATE) -> torch.optim.Optimizer:
     return torch.optim.AdamW(list(parameters), lr=rate, weight_decay=0.0)
-
-
-def _bytes_of(model: nn.Module) -> int:
-    return sum(math.prod(p.shape) * p.element_size() for p in model.parameters())

@@ -262,10 +262,8 @@ def _note(samples: Samples, seen: dict[str, Any], count: int | None) -> None:
 
 def _fits(settings: Settings) -> str:
     """Whether all workers fit into memory between rounds: an idle one holds weights and optimizer state."""
-    weights = sum(
-        p.numel() * p.element_size()
-        for p in build(config_of(settings.bench.model), DTYPES[settings.bench.dtype], "meta").parameters()
-    )
+    model = build(config_of(settings.bench.model), DTYPES[settings.bench.dtype], "meta")
+    weights = sum(p.nbytes for p in model.parameters())
     dense = {name for name, peer in methods.PEERS.items() if peer.dense}
     idle = sum(weights * (4 if name in dense else 2) for name in settings.methods)
     free = available()

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-import selectune
 from selectune.bench import methods
 from selectune.bench.rounds import Samples, Settings, measure, middle
+from selectune.delta import versions
 
 KEYS = (
     "method", "init_s", "update_s", "step_s", "step_over_full", "step_over_frozen", "peak_mib", "delta_bytes",
@@ -45,7 +45,7 @@ def report(settings: Settings, samples: dict[str, Samples], how: str) -> dict[st
         "model": {key: facts[0][key] for key in ("weights_mib", "largest_mib")} if facts else {},
         "copy_s": middle([f["copy_s"] for f in facts]),
         "machine": machine(settings.bench.device),
-        "versions": versions(),
+        "versions": {**versions(), "python": platform.python_version()},
     }
 
 
@@ -154,10 +154,6 @@ def machine(device: str) -> dict[str, Any]:
         "gpu": gpu,
         "system": platform.system(),
     }
-
-
-def versions() -> dict[str, str]:
-    return {"selectune": selectune.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _cpu() -> str | None:

@@ -196,7 +196,7 @@ def trace(
 
 def size(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def known(model: nn.Module, batch: dict[str, Tensor]) -> set[int]:

@@ -41,7 +41,7 @@ class Measured:
         self.config = config_of(bench.model)
         loaded = None if bench.task() is None else load_real(bench)
         self.model: nn.Module = prepare(bench, self.config) if loaded is None else loaded.model
-        self.weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.weights = sum(p.nbytes for p in self.model.parameters())
         self.batches = batches(bench, self.config) if loaded is None else real_batches(bench, loaded.tokenizer, steps)
         self.copy_s = copy_seconds(self.model, bench.device)
         methods.prepare(method, self.model, self.batches[0], bench)
@@ -77,7 +77,7 @@ class Measured:
             "loaded_mib": self.loaded / MIB,
             "weights_mib": self.weights / MIB,
             "parameters": sum(p.numel() for p in parameters),
-            "largest_mib": max(p.numel() * p.element_size() for p in parameters) / MIB,
+            "largest_mib": max(p.nbytes for p in parameters) / MIB,
             "package": self.package,
             "note": self.ready.note,
             "exact_memory": self.memory.exact,

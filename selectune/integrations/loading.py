@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from selectune.delta import digest_bits
-from selectune.errors import ConfigError, IntegrityError, TunerError
+from selectune.errors import ConfigError, IntegrityError, TunerError, some
 from selectune.train import Tuner
 
 
@@ -63,7 +63,7 @@ class KeptOut:
                 self._tuner.load_state_dict(self._before)
             raise IntegrityError(
                 f"{len(wrong)} of the {len(self._digests)} tensors in {where} are not the base's with the tuner's "
-                f"state on it: {', '.join(wrong[:5])}. Its weights were changed, or the state is of another checkpoint."
+                f"state on it: {some(wrong)}. Its weights were changed, or the state is of another checkpoint."
             )
 
     def _keep_out(self, module: nn.Module, weights: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selectune.delta import digest_bits
-from selectune.errors import ConfigError, DetachedError, IntegrityError
+from selectune.errors import ConfigError, DetachedError, IntegrityError, some
 from selectune.files import read_manifest, seal, verify
 from selectune.frames import methods_of
 from selectune.integrations.checkpoints import guard
@@ -231,7 +231,7 @@ class SelectuneCallback(TrainerCallback):
         if wrong:
             raise IntegrityError(
                 f"{len(wrong)} of the {len(now)} tensors in {folder} are not the base's with the tuner's state on it: "
-                f"{', '.join(wrong[:5])}. Its weights were changed, or {STATE_FILE} is of another checkpoint."
+                f"{some(wrong)}. Its weights were changed, or {STATE_FILE} is of another checkpoint."
             )
         tuner.verify()
         log.info("Goes on from %s: step %d, %d scalars selected.", folder, tuner.step, tuner.selected)

@@ -248,7 +248,7 @@ class _Run:
         """The bytes that a run may write: two deltas, and its checkpoints at 60 bytes a scalar."""
         config, trained = self.config, self.tuner.trained
         parameters = self.tuner.model.parameters() if config.full_checkpoints else ()
-        checkpoint = 60 * trained + (1 << 16) + sum(p.numel() * p.element_size() for p in parameters)
+        checkpoint = 60 * trained + (1 << 16) + sum(p.nbytes for p in parameters)
         return 2 * (8 * trained + (1 << 16)) + (config.keep or 1) * checkpoint * (config.save_every is not None)
 
     def _attach(self, size: int | None) -> Tuner:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune.delta import Delta
-from selectune.errors import ConfigError, DetachedError, IntegrityError
+from selectune.errors import ConfigError, DetachedError, IntegrityError, some
 from selectune.method import Method
 from selectune.train.check import Check, check
 from selectune.train.choose.calibrate import Batches, Loss
@@ -290,7 +290,7 @@ class Tuner:
         moved = self.engine.base.replaced(now) + self.engine.base.moved(self.model, self.engine.ledger)
         if moved:
             raise IntegrityError(
-                f"load_state_dict changed {len(moved)} tensors outside the support: {', '.join(moved[:5])}. To "
+                f"load_state_dict changed {len(moved)} tensors outside the support: {some(moved)}. To "
                 "continue a run, load the tuner's state before its weights (selectune.integrations does, for "
                 "accelerate, Lightning and the Trainer). Load other weights before attach or after detach."
             )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune import ops
-from selectune.errors import ConfigError, IntegrityError
+from selectune.errors import ConfigError, IntegrityError, some
 from selectune.internals import will_reach
 from selectune.scope import VALUES, ScopedTensor
 from selectune.train.engine import Engine
@@ -119,7 +119,7 @@ def check(engine: Engine, batch: Any, loss: Callable[[nn.Module, Any], Tensor] |
     if wrong:
         raise IntegrityError(
             f"The gradients of {len(wrong)} of the {len(tensors)} tensors in scope differ from plain autograd's on "
-            f"this batch: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}. The tuner misses some of their "
+            f"this batch: {some(wrong)}. The tuner misses some of their "
             "uses, perhaps in native code. Exclude these tensors: Scope(exclude=...)."
         )
     return Check(len(tensors) - len(nothing), tuple(nothing))

@@ -384,4 +384,4 @@ class Tracker:
         return self._version == self.ledger.offsets._version and not self._swapped()
 
     def _moved(self) -> bool:
-        return self.ledger.offsets._version != self._version or not self.ledger.agrees()
+        return self.ledger.offsets._version != self._version or bool(self.ledger.strays())

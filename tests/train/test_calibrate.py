@@ -273,6 +273,14 @@ def test_scoring_in_mid_run_leaves_gradients_modes_and_chance_alone():
     assert tuner.verify().selected == 60
 
 
+def test_a_buffer_with_the_widest_entries_comes_back():
+    """float64 pairs: 16 bytes an entry, more than any integer of torch has."""
+    model = net()
+    model.register_buffer("phase", torch.full((3,), -0.0 + 1j, dtype=torch.complex128))
+    found(model, st.scores.snip(batches=1), f=lambda model, x: model.phase.mul_(2).abs().sum() * loss(model, x))
+    assert torch.equal(torch.view_as_real(model.phase), torch.tensor([[0.0, 1.0]] * 3, dtype=torch.float64))
+
+
 def test_data_for_scores_that_are_read_again():
     def attach(batches, **options):
         return st.attach(net(), st.fish_dip(5, 4, **options), calibration=batches, loss=loss)

@@ -66,8 +66,7 @@ def test_with_a_shared_age_bias_correction_gives_the_window_back_too():
     optimizer = adamw(tuner, age="shared", lr=0.0)
     (values,) = tuner.parameters()
     for _ in range(4):
-        values.grad = torch.ones(3)
-        optimizer._step(values, optimizer.param_groups[0])
+        optimizer._step(values, torch.ones(3), optimizer.param_groups[0])
     optimizer.inherit(values, tuner.engine.tracker.chooser.new_entries)
     state, slot = optimizer.state[values], tuner.engine.ledger.pages[0].slot[1]
     assert state["exp_avg"][slot].item() / (1 - 0.9**4) == pytest.approx(6)

@@ -15,7 +15,7 @@ from typing import Any
 import selectune as st
 from selectune import tasks
 from selectune.delta import digest_bits, inventory
-from selectune.errors import IntegrityError, TaskError
+from selectune.errors import IntegrityError, TaskError, some
 from selectune.models.bases import DEMO, LoadedModel, device, load_model, longest
 from selectune.models.evaluate import evaluate
 from selectune.runs.config import RunConfig
@@ -228,7 +228,7 @@ def _revert(task: Task, result: RunResult, data: str | None) -> Revert:
     if after != before or tuned == before:
         moved = [name for name in before if before[name] != after[name]]
         raise IntegrityError(
-            f"After the revert {len(moved)} tensors are not the base's: {', '.join(moved[:5])}."
+            f"After the revert {len(moved)} tensors are not the base's: {some(moved)}."
             if moved
             else "The delta changed no tensor of the base."
         )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selectune.errors import some
 from selectune.method import Method
 from selectune.scope import ScopedTensor
 from selectune.scores import constant
@@ -200,7 +201,7 @@ class Chooser:
         self.events["nonfinite_selections"] += 1
         log.warning(
             "Step %d: scores of %s are not finite, so nothing is selected at this step; the quota is carried over.",
-            step, ", ".join(f'"{n}"' for n in names[:3]) + (" ..." if len(names) > 3 else ""),
+            step, some([f'"{n}"' for n in names]),
         )  # fmt: skip
         return True
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from selectune import bits, internals, ops
-from selectune.errors import ConfigError, IntegrityError, NonFiniteError, OptimizerError
+from selectune.errors import ConfigError, IntegrityError, NonFiniteError, OptimizerError, some
 from selectune.ops.scratch import scratch
 from selectune.phases import DensePhase, Here
 from selectune.scope import OWN, Found
@@ -73,14 +73,14 @@ class DenseThenSparse(Chooser):
 
         Also the copies of the heads, and memory of the largest tensor's size that all tensors use in turn.
         """
-        total = sum(t.numel() * t.element_size() for t in self._before)
+        total = sum(t.nbytes for t in self._before)
         total += self._largest(lambda index, weight: any(p.shape != weight.shape for p in self.latents[index]))
         total += self._largest(self._works_on_a_base)
         for tensor, latents in zip(self.tensors, self.latents, strict=True):
             weight = tensor.parameter
             own = len(latents) == 1 and latents[0] is weight
-            trained = sum(latent.numel() * latent.element_size() for latent in latents)
-            total += weight.numel() * weight.element_size() + trained * (3 if own else 4)
+            trained = sum(latent.nbytes for latent in latents)
+            total += weight.nbytes + trained * (3 if own else 4)
         return total
 
     def _largest(self, which: Callable[[int, nn.Parameter], bool]) -> int:
@@ -125,7 +125,7 @@ class DenseThenSparse(Chooser):
         if broken:
             raise NonFiniteError(
                 f"The dense phase ended at step {step} with NaN or infinity in {len(broken)} tensors "
-                f"({', '.join(broken[:3])}), so its changes cannot be ranked. Lower its learning rate."
+                f"({some(broken)}), so its changes cannot be ranked. Lower its learning rate."
             )
         quota = 0 if self.phased is None else self.phased.target(step) - ledger.selected
         collector = self.method.select.collector(quota, self.sizes, self.seed)

@@ -189,14 +189,11 @@ class Taps:
             pieces = SplitOffsets.apply(self.offsets, [page for page, _ in pages], self.follower)
         self._spare = pieces[0] if pieces else None
         return [
-            Use(self._link(t, page, piece), t.weight, piece, self.beyond_rows)
+            Use(Link(t.index, page, self.follower, self.uses, piece.grad_fn), t.weight, piece, self.beyond_rows)
             if needed or not self.skip_unneeded
             else None
             for t, piece, (page, needed) in zip(self.tensors, pieces, pages, strict=True)
         ]
-
-    def _link(self, tensor: ScopedTensor, page: Page, piece: Tensor) -> Link:
-        return Link(tensor.index, page, self.follower, self.uses, piece.grad_fn)
 
     # -- forward
 

@@ -98,12 +98,8 @@ class SparseAdamW(Stepping):
         if group["age"] == "entry":
             state["age"] = torch.zeros_like(parameter, dtype=torch.int32)
 
-    def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
-        if gradient is None:
-            return
-        if gradient.is_sparse:
-            raise ConfigError("SparseAdamW takes dense gradients (its vector is dense), but got a sparse tensor.")
+    def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
         if not state:
             self._begin(parameter, group)
         state["step"] += 1

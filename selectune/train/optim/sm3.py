@@ -63,13 +63,9 @@ class SparseSM3(Stepping):
         state = self.state.get(values)
         return (state["rows"], state["columns"]) if state else None
 
-    def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         positions, state = self._positions.get(id(parameter)), self.state[parameter]
-        gradient, wide = parameter.grad, bits.wide(parameter.dtype)
-        if gradient is None:
-            return
-        if gradient.is_sparse:
-            raise ConfigError("SparseSM3 takes dense gradients, but got a sparse tensor.")
+        wide = bits.wide(parameter.dtype)
         shape = matrix(parameter) if positions is None else positions[2]
         if not state:
             state["rows"], state["columns"] = (parameter.new_zeros(n, dtype=wide) for n in shape)

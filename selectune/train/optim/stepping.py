@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selectune.errors import ConfigError
+
 
 class Stepping(torch.optim.Optimizer):
     """An optimizer whose `_step` updates one parameter that has a gradient."""
@@ -21,9 +23,12 @@ class Stepping(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, group)
+                gradient = parameter.grad
+                if gradient is not None and gradient.is_sparse:
+                    raise ConfigError(f"{type(self).__name__} takes dense gradients, but got a sparse tensor.")
+                if gradient is not None:
+                    self._step(parameter, gradient, group)
         return loss
 
-    def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         raise NotImplementedError

@@ -12,7 +12,7 @@ from torch import Tensor
 from selectune import bits, ops
 from selectune.delta import inventory
 from selectune.delta.file.fingerprint import never_loaded
-from selectune.errors import BaseMismatchError, ConfigError, SelectuneError
+from selectune.errors import BaseMismatchError, ConfigError, SelectuneError, some
 from selectune.scope import ScopedTensor
 from selectune.train.engine import Engine
 from selectune.train.saved.checked_choices import EVENTS, check_choices
@@ -70,7 +70,7 @@ def _check(engine: Engine, info: dict[str, Any], tensors: Mapping[str, Tensor], 
     check_choices(engine, info, tensors)
     _phase(engine, info)
     strange = sorted(ascii(key)[:60] for key in tensors.keys() - expected - used if not str(key).startswith(GUESTS))
-    need(not strange, f"The state holds tensors that this run has no place for: {', '.join(strange[:3])}.")
+    need(not strange, f"The state holds tensors that this run has no place for: {some(strange)}.")
 
 
 def _same_run(engine: Engine, mine: Mapping[str, Any], theirs: Any) -> None:
@@ -84,7 +84,7 @@ def _same_run(engine: Engine, mine: Mapping[str, Any], theirs: Any) -> None:
     if moved:
         fresh = set(moved) <= set(never_loaded(inventory(engine.model)))
         raise BaseMismatchError(
-            f"The state was taken on another base: {len(moved)} tensors differ ({', '.join(moved[:5])}). "
+            f"The state was taken on another base: {len(moved)} tensors differ ({some(moved)}). "
             + (
                 "No checkpoint holds them, so they were drawn at random: before the model is made, set the seed that "
                 "the run began with (transformers.set_seed)."
@@ -202,7 +202,7 @@ def _bases(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
             moved.append(tensor.name)
     if moved:
         raise BaseMismatchError(
-            f"The state's base values of {len(moved)} tensors ({', '.join(moved[:5])}) are not those of this model: it "
+            f"The state's base values of {len(moved)} tensors ({some(moved)}) are not those of this model: it "
             "was taken on another base, or was changed. Attach to the base model that the run began with."
         )
 

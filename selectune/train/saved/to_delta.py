@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selectune.bits import same_bits
 from selectune.delta import Delta, Dense, Patch, adapter_of, canonical_name, digest_bits, model_info, versions
-from selectune.errors import ConfigError, NonFiniteError, NothingTrainedError, ScopeError
+from selectune.errors import ConfigError, NonFiniteError, NothingTrainedError, ScopeError, some
 from selectune.scope import ScopedTensor
 from selectune.train.engine import Engine
 from selectune.train.saved.base_digests import base_of
 from selectune.train.support.ledger import Ledger
-from selectune.train.support.proof import same
 
 log = logging.getLogger("selectune")
 
@@ -49,7 +49,7 @@ def delta_of(
     ]
     dense = [_dense(t.name, "parameter", t.parameter, before.whole[t.name], old_values) for t in found.whole]
     dense += [_dense(n, "buffer", b, before.buffers[n], old_values) for n, b in before.changed_buffers(model).items()]
-    moved = changed or any(not same(before.whole[t.name], t.parameter) for t in found.whole)
+    moved = changed or any(not same_bits(before.whole[t.name], t.parameter) for t in found.whole)
     if not moved and not allow_empty:
         why = "no scalar was selected" if not ledger.selected and not found.whole else "no trained scalar moved"
         raise NothingTrainedError(
@@ -61,7 +61,7 @@ def delta_of(
             raise NonFiniteError(f'Trained values of "{part[0]}" are NaN or infinite; the delta is not saved.')
     unreached = engine.unreached()
     if unreached:
-        log.warning("Selected entries of %s never got a gradient.", ", ".join(unreached[:5]))
+        log.warning("Selected entries of %s never got a gradient.", some(unreached))
     info["selected"] = sum(p.indices.numel() for p in patches)
     return Delta(patches, dense, info)
 

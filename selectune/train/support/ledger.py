@@ -220,13 +220,8 @@ class Ledger:
             self.offsets[slot[~done]] = 0
 
     @torch.no_grad()
-    def agrees(self) -> bool:
-        """Whether every slot gives the bits of its weight, so that no optimizer has moved it since."""
-        return not self.strays()
-
-    @torch.no_grad()
     def strays(self) -> list[str]:
-        """Names of tensors with selected weights that differ from start + offset."""
+        """Names of tensors with selected weights that differ from start + offset: an optimizer has moved these."""
         values = self.values()
         return [
             tensor.name

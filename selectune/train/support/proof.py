@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from selectune import ops
-from selectune.errors import IntegrityError
+from selectune.bits import same_bits
+from selectune.errors import IntegrityError, some
 from selectune.scope import Found, ScopedTensor, is_own
 from selectune.train.support.ledger import Ledger
 
@@ -74,20 +75,20 @@ class BaseCopy:
         replaced = self.replaced(now)
         if joined:
             raise IntegrityError(
-                f"{len(joined)} parameters joined the model after attach: {_some(joined)}. The tuner neither trains "
+                f"{len(joined)} parameters joined the model after attach: {some(joined)}. The tuner neither trains "
                 "nor saves them, so the delta would be incomplete. Build the complete model first, then attach; "
                 "Scope(train_fully=...) trains a new head in full."
             )
         if replaced or gone:
             what = "were replaced by other Parameters" if replaced else "left the model"
             raise IntegrityError(
-                f"{len(replaced or gone)} parameters {what} since attach: {_some(replaced or gone)}. The tuner trains "
+                f"{len(replaced or gone)} parameters {what} since attach: {some(replaced or gone)}. The tuner trains "
                 "the old ones. Change the model first (resize embeddings, add heads), then attach."
             )
         moved = self.moved(model, ledger)
         if moved:
             raise IntegrityError(
-                f"{len(moved)} tensors changed outside the support since attach: {_some(moved)}. Something other than "
+                f"{len(moved)} tensors changed outside the support since attach: {some(moved)}. Something other than "
                 "the tuner wrote into the frozen weights: load_state_dict, an optimizer, or the model's own forward "
                 "(exclude tensors that it writes: Scope(exclude=...))."
             )
@@ -119,7 +120,7 @@ class BaseCopy:
         return {
             n: now[n].detach()
             for n, old in self.buffers.items()
-            if n in persistent and n in now and not same(old, now[n])
+            if n in persistent and n in now and not same_bits(old, now[n])
         }
 
     @torch.no_grad()
@@ -136,23 +137,14 @@ class BaseCopy:
     def restore_buffers(self, model: nn.Module) -> None:
         for name, buffer in model.named_buffers():
             old = self.buffers.get(name)
-            if old is not None and not same(old, buffer):
+            if old is not None and not same_bits(old, buffer):
                 buffer.copy_(old)
 
 
 def overwritten(names: Sequence[str]) -> str:
     """The message about selected weights that differ from what the tuner wrote."""
     return (
-        f"Selected weights of {len(names)} tensors are not what the tuner wrote: {_some(names)}. Something else writes "
+        f"Selected weights of {len(names)} tensors are not what the tuner wrote: {some(names)}. Something else writes "
         "them too, such as a clamp in the model's own forward, so the model does not compute with the trained values. "
         "Exclude these tensors from the scope: Scope(exclude=...)."
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors on one device agree in shape, dtype and every bit."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(ops.bits(a), ops.bits(b))
