@@ -106,7 +106,7 @@ class Weighting:
         """At least f of any of these weights."""
         if not self._rises:
             return self._first
-        return float(self(torch.linalg.vector_norm(weight.detach(), math.inf).view(1)))
+        return float(self(torch.stack(torch.aminmax(weight.detach()))).max())
 
 
 def _measured(operand: Tensor) -> Columns:
@@ -142,11 +142,12 @@ def above(
     left, right = factors.left, factors.right
     if not bool(torch.isfinite(left.norm).all() & torch.isfinite(right.norm).all()):
         return None
+    top = weighting.top(weight)
     if not unknown:
-        found = _by_norms(left.norm, right.norm, _least(cutoff, weighting.top(weight)), t)
+        found = _by_norms(left.norm, right.norm, _least(cutoff, top), t)
         if found is not None:
             return found
-    return _by_int8(left, right, weight, weighting, cutoff, quota, barred)
+    return _by_int8(left, right, weight, weighting, top, cutoff, quota, barred)
 
 
 def nearer(
@@ -194,6 +195,7 @@ def _by_int8(
     right: Columns,
     weight: Tensor,
     weighting: Weighting,
+    top: float,
     cutoff: float,
     quota: int,
     barred: Tensor | None,
@@ -218,5 +220,5 @@ def _by_int8(
             return None
     needed = cutoff * (1 - SAFE) / weighting.most
     needed = needed.masked_fill(needed < LEAST, 0.0).clamp(max=1e38).float()
-    floor = min(_least(cutoff, weighting.top(weight)), 1e38)
+    floor = min(_least(cutoff, top), 1e38)
     return loops.sift(products, weight, rows, columns, needed, floor, max(1024, int(SHARE * o * i)))

@@ -244,6 +244,7 @@ class Tracker:
                 self.step,
             )
         window.sums.clear()
+        window.kept.clear()
 
     # -- the optimizer's step
 
