@@ -65,7 +65,7 @@ def force(patch, way):
     """One way for all tensors."""
     if not internals.fast_int8():
         patch.setattr(internals, "int8_product", lambda q, p, out: out.copy_((q.double() @ p.double()).int()))
-    patch.setattr(bounds, "pays", lambda t, o, i: way != "dense")
+    patch.setattr(bounds, "pays", lambda *given: way != "dense")
     patch.setattr(bounds, "SHARE", 1.0)
     patch.setattr(bounds, "FEWEST", 16)
     patch.setattr(products, "FEW", 100)
