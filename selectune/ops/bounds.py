@@ -33,9 +33,10 @@ from selectune.ops.scratch import scratch
 
 SHIFT = 19  # as in `bound_loops`: weights that share their bits from there on share bounds on f
 
-# nanoseconds of one core: an entry's product of one token, densely and as int8; reading an entry's bound; scoring an
-# entry of a dense gradient; a token of an entry that is summed exactly; measuring and rounding a number of an operand
-DENSE, INT8, SIFT, SCORE, EXACT, OPERAND = 0.013, 0.0035, 1.2, 1.0, 2.8, 0.7
+# nanoseconds of one core: an entry's product of one token, densely and as int8; reading an entry's bound, and its lower
+# bound; scoring an entry of a dense gradient; a token of an entry that is summed exactly; measuring and rounding a
+# number of an operand
+DENSE, INT8, SIFT, REACH, SCORE, EXACT, OPERAND = 0.013, 0.0035, 1.2, 4.0, 1.0, 2.8, 0.7
 SHARE = 0.02  # of a tensor's entries: more candidates than that are found by the dense product
 FEW = 512  # candidates that are summed exactly at once; of more, sums in float32 dismiss most first
 SAFE = 1e-5  # what bounds exceed the truth by, at least
@@ -106,7 +107,7 @@ class Weighting:
         """At least f of any of these weights."""
         if not self._rises:
             return self._first
-        return float(self(torch.linalg.vector_norm(weight.detach(), math.inf).view(1)))
+        return float(self(torch.stack(torch.aminmax(weight.detach()))).max())
 
 
 def _measured(operand: Tensor) -> Columns:
@@ -137,16 +138,17 @@ def above(
     """
     t, o, i = factors.dy.shape[0], factors.dy.shape[1], factors.x.shape[1]
     unknown = cutoff == -math.inf and 0 < quota <= o * i // FEWEST
-    if not ((unknown or LEAST < cutoff < math.inf) and weight.is_contiguous() and pays(t, o, i)):
+    if not ((unknown or LEAST < cutoff < math.inf) and weight.is_contiguous()) or not pays(t, o, i, unknown):
         return None
     left, right = factors.left, factors.right
     if not bool(torch.isfinite(left.norm).all() & torch.isfinite(right.norm).all()):
         return None
+    top = weighting.top(weight)
     if not unknown:
-        found = _by_norms(left.norm, right.norm, _least(cutoff, weighting.top(weight)), t)
+        found = _by_norms(left.norm, right.norm, _least(cutoff, top), t)
         if found is not None:
             return found
-    return _by_int8(left, right, weight, weighting, cutoff, quota, barred)
+    return _by_int8(left, right, weight, weighting, top, cutoff, quota, barred)
 
 
 def nearer(
@@ -165,11 +167,12 @@ def _least(cutoff: float, top: float) -> float:
     return least if least > LEAST else 0.0
 
 
-def pays(t: int, o: int, i: int) -> bool:
-    """Whether the int8 way beats the dense one where few candidates are left."""
+def pays(t: int, o: int, i: int, unknown: bool) -> bool:
+    """Whether the int8 way beats the dense one where few candidates are left; `unknown`: without a cutoff."""
     if t > LONGEST or not internals.fast_int8() or not backend.compiled():
         return False
-    return t * o * i * INT8 + t * (o + i) * OPERAND + o * i * SIFT < o * i * (t * DENSE + SCORE)
+    reading = SIFT + REACH if unknown else SIFT
+    return t * o * i * INT8 + t * (o + i) * OPERAND + o * i * reading < o * i * (t * DENSE + SCORE)
 
 
 def _by_norms(left: Tensor, right: Tensor, least: float, t: int) -> Tensor | None:
@@ -194,6 +197,7 @@ def _by_int8(
     right: Columns,
     weight: Tensor,
     weighting: Weighting,
+    top: float,
     cutoff: float,
     quota: int,
     barred: Tensor | None,
@@ -218,5 +222,5 @@ def _by_int8(
             return None
     needed = cutoff * (1 - SAFE) / weighting.most
     needed = needed.masked_fill(needed < LEAST, 0.0).clamp(max=1e38).float()
-    floor = min(_least(cutoff, weighting.top(weight)), 1e38)
+    floor = min(_least(cutoff, top), 1e38)
     return loops.sift(products, weight, rows, columns, needed, floor, max(1024, int(SHARE * o * i)))

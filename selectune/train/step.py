@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from selectune import ops
 from selectune.train.choose.chooser import Chooser
 from selectune.train.window import Window, scale_between, scattered
 from selectune.train.world import World
@@ -53,6 +54,9 @@ class Step:
         """
         window, step = self.window, self.clock.step
         last = last_use and window.backwards + 1 == window.reads
+        if index in window.kept:
+            dy, x = window.together(index)
+            window.add(self.ledger.tensors[index], dy.mT @ x, None)  # not by `ops`, whose memory holds the gradient
         if last and index not in window.sums and not self.world.many:
             self.chooser.offer(step, index, gradient, rows)
             return
@@ -69,12 +73,27 @@ class Step:
             self.chooser.offer(self.clock.step, tensor, mean)
 
     def offer_factors(self, index: int, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
-        """The only use of a tensor in the window gives its gradient as dy^T x: whether that was enough.
+        """The only use of a tensor in this pass gives its gradient as dy^T x: whether that was enough.
 
-        Also the dense gradient, if it was formed for it."""
-        if self.window.reads != 1 or index in self.window.sums or self.world.many:
+        Also the dense gradient of this pass, if it was formed for it. Over several passes the sum of the gradients is
+        the product of all tokens, so short passes are kept as factors.
+        """
+        window, step = self.window, self.clock.step
+        if self.world.many:
+            return False, None  # the ranks add dense gradients
+        if window.reads == 1:
+            return (False, None) if index in window.sums else self.chooser.offer_factors(step, index, dy, x)
+        if not (self.chooser.takes_factors(step, index, dy, x) and window.keep(index, dy, x)):
             return False, None
-        return self.chooser.offer_factors(self.clock.step, index, dy, x)
+        if window.backwards + 1 == window.reads:
+            self._offer_kept(index)
+        return True, None
+
+    def _offer_kept(self, index: int) -> None:
+        dy, x = self.window.together(index)
+        enough, whole = self.chooser.offer_factors(self.clock.step, index, dy, x)
+        if not enough:
+            self.chooser.offer(self.clock.step, index, ops.weight_gradient(dy, x) if whole is None else whole)
 
     def watch(self, index: int, piece: Tensor) -> None:
         """Takes the gradient of a tensor's watched entries from one of its uses."""
@@ -102,6 +121,8 @@ class Step:
     def select(self, gradient: Tensor) -> Tensor:
         """Changes the support, and writes the new entries' gradients of this step into `gradient` (B,)."""
         window, step = self.window, self.clock.step
+        for index in list(window.kept):
+            self._offer_kept(index)
         for index in list(window.sums):
             self._offer_mean(index, window.sums.pop(index))
         for index, mean in self.world.rest():

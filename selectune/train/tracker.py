@@ -246,6 +246,7 @@ class Tracker:
                 self.step,
             )
         window.sums.clear()
+        window.kept.clear()
 
     # -- the optimizer's step
 

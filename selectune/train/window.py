@@ -40,6 +40,7 @@ class Window:
     reads: int = 0  # how many passes, from the first on, show their dense gradients
     closed: bool = False  # the selection of this window is done
     sums: dict[int, Tensor] = field(default_factory=dict)  # dense gradients of tensors that still expect more of them
+    kept: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # dy and x of gradients not formed yet
     before: Snapshot | None = None  # the ledger before this window's selection
     gradient: Tensor | None = None  # (B,) the sum of the passes so far; kept under accumulation only
     expected: Tensor | None = None  # (B,) what the optimizer finds unless it is scaled; kept while entries are watched
@@ -62,6 +63,19 @@ class Window:
             total.add_(gradient)
         else:
             total.index_add_(0, rows, gradient.to(dtype))
+
+    def keep(self, index: int, dy: Tensor, x: Tensor) -> bool:
+        """Keeps a pass's gradient dy^T x as its factors, while all of them take no more than the sum would."""
+        tokens = dy.shape[0] + sum(part[0].shape[0] for part in self.kept.get(index, ()))
+        if index in self.sums or tokens * (dy.shape[1] + x.shape[1]) > dy.shape[1] * x.shape[1]:
+            return False
+        self.kept.setdefault(index, []).append((dy.detach().clone(), x.detach().clone()))
+        return True
+
+    def together(self, index: int) -> tuple[Tensor, Tensor]:
+        """The kept factors of a tensor, the tokens of all passes one after the other; they are kept no longer."""
+        left, right = zip(*self.kept.pop(index), strict=True)
+        return torch.cat(left), torch.cat(right)
 
     def keep_track(self, gradient: Tensor | None) -> None:
         """Remembers the gradient (B,) that autograd has just added to."""

@@ -49,12 +49,13 @@ def batches(count):
     return [torch.randn(70, 24, generator=generator) for _ in range(count)]
 
 
-def train(method):
+def train(method, rows=70, accumulation=1):
     net = model()
-    tuner = st.attach(net, method)
+    tuner = st.attach(net, method, accumulation_steps=accumulation)
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
     for x in batches(6):
-        net(x).square().mean().backward()
+        for part in range(accumulation):
+            net(x[part * rows : (part + 1) * rows]).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     return tuner
@@ -64,7 +65,7 @@ def force(patch, way):
     """One way for all tensors."""
     if not internals.fast_int8():
         patch.setattr(internals, "int8_product", lambda q, p, out: out.copy_((q.double() @ p.double()).int()))
-    patch.setattr(bounds, "pays", lambda t, o, i: way != "dense")
+    patch.setattr(bounds, "pays", lambda *given: way != "dense")
     patch.setattr(bounds, "SHARE", 1.0)
     patch.setattr(bounds, "FEWEST", 16)
     patch.setattr(products, "FEW", 100)
@@ -97,7 +98,7 @@ def test_the_same_support_on_every_backend(name, backend, monkeypatch):
     assert {n: flat.tolist() for n, flat in train(METHODS[name]).support.items()} == wanted
 
 
-def reported(name, way, look):
+def reported(name, way, look, **run):
     """Trains with every offer of factors shown to `look`, and what was taken of its tensor since."""
     with pytest.MonkeyPatch.context() as patch:
         force(patch, way)
@@ -108,7 +109,7 @@ def reported(name, way, look):
             self.report = look
 
         patch.setattr(products.Products, "__init__", init)
-        return train(METHODS[name])
+        return train(METHODS[name], **run)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "everything"])
@@ -126,8 +127,12 @@ def test_the_ways_are_taken(name):
 @pytest.mark.parametrize("way", ["dense", "norms", "int8"])
 def test_every_offer_is_what_float64_says(name, way):
     """The best entries of a tensor, by an oracle that scores all of them; only ties by rounding may change places."""
-    kept, seen = [], []
+    kept = []
+    reported(name, way, compared(name, kept))
+    assert sum(kept) > 0
 
+
+def compared(name, kept):
     def check(one, factors):
         score, weight = METHODS[name].score, one.tensor.parameter.detach().double()
         gradient = factors.dy.double().mT @ factors.x.double()
@@ -145,10 +150,41 @@ def test_every_offer_is_what_float64_says(name, way):
         least = mine.kept[0][0].min() if mine.kept[0][0].numel() == mine.quota else 0.0
         assert float(left.max()) <= float(least) * (1 + 1e-9), one.tensor.name
         kept.append(flat.numel())
-        seen.append(name)
 
-    reported(name, way, check)
-    assert sum(kept) > 0
+    return check
+
+
+@pytest.mark.parametrize("name", ["id3", "|g w|", "rigl", "repeat-d3"])
+@pytest.mark.parametrize("way", ["dense", "int8"])
+def test_short_passes_of_a_window_are_one_product(name, way):
+    """Their factors are kept, token behind token, where that takes no more memory than the sum of their gradients."""
+    kept, seen = [], []
+    check = compared(name, kept)
+
+    def look(one, factors):
+        seen.append((one.tensor.name, factors.dy.shape[0]))
+        check(one, factors)
+
+    reported(name, way, look, rows=6, accumulation=3)
+    assert {tokens for _, tokens in seen} == {18}
+    assert {tensor for tensor, _ in seen} == {"0.weight", "2.weight"}  # 4.weight, 10 x 96, is smaller than factors
+
+
+@pytest.mark.parametrize("sizes", [(6, 6, 30), (30, 6, 6), (6, 70, 6), (6, 6)])
+def test_windows_of_uneven_passes(sizes):
+    """What is kept joins the sum as soon as a pass is too long to be kept; a short window selects what it has."""
+    generator, found = torch.Generator().manual_seed(1), []
+    passes = [torch.randn(size, 24, generator=generator) for size in sizes]
+    for together in (True, False):
+        net = model()
+        tuner = st.attach(net, st.static_d3(budget=40), accumulation_steps=1 if together else 3)
+        optimizer = torch.optim.SGD(tuner.parameters(), lr=1e-2)
+        for x in [torch.cat(passes)] if together else passes:
+            net(x).square().sum().backward()
+        optimizer.step()
+        found.append({name: flat.tolist() for name, flat in tuner.support.items()})
+        assert tuner.selected == 40
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("budget", "wanted"), [(101, 0), (100, 3)])

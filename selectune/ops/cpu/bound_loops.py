@@ -75,13 +75,16 @@ def _far(q, near, right, lost, full, a, c, floor):  # type: ignore[no-untyped-de
 
 
 @njit(error_model="numpy")
-def _short(q, bits, near, right, lost, full, a, c, needed):  # type: ignore[no-untyped-def]
-    """Whether no entry of a group can reach what its own weight asks of |g|."""
-    count = np.int32(0)
+def _asked(bits, needed):  # type: ignore[no-untyped-def]
+    """The least that the weights of a group ask of |g|.
+
+    What a weight asks for rises or falls with |w|, so it is least at the smallest or at the largest of them.
+    """
+    low, high = SIZE, np.uint32(0)
     for j in range(GROUP):
-        most = abs(np.float32(q[j])) * (near * right[j]) + a * lost[j] + c * full[j]
-        count += np.int32(0) if most < needed[(bits[j] & SIZE) >> np.uint32(SHIFT)] else np.int32(1)
-    return count == 0
+        size = bits[j] & SIZE
+        low, high = min(low, size), max(high, size)
+    return min(needed[low >> np.uint32(SHIFT)], needed[high >> np.uint32(SHIFT)])
 
 
 @njit(error_model="numpy")
@@ -111,8 +114,10 @@ def _sift(counter, o, n, q, weight, stored, rows, columns, needed, floor, room, 
                     w = _row(weight, stored, i, n, w)
                     known = True
                 bits = w.view(np.uint32)
-                if whole and _short(values[part], bits[part], near, right[part], lost[part], full[part], a, c, needed):
-                    continue
+                if whole:
+                    least = _asked(bits[part], needed)
+                    if _far(values[part], near, right[part], lost[part], full[part], a, c, least):
+                        continue
                 for j in range(begin, end):
                     most = abs(np.float32(values[j])) * (near * right[j]) + a * lost[j] + c * full[j]
                     if not (most < needed[(bits[j] & SIZE) >> np.uint32(SHIFT)]):

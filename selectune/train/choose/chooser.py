@@ -93,6 +93,11 @@ class Chooser:
     def offer(self, step: int, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
         """Takes the dense gradient of one tensor, or the rows of it that are not 0; it is freed afterwards."""
 
+    def takes_factors(self, step: int, index: int, dy: Tensor, x: Tensor) -> bool:
+        """Whether `offer_factors` would use such factors."""
+        del step, index, dy, x
+        return False
+
     def offer_factors(self, step: int, index: int, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
         """Takes the dense gradient dy^T x of one tensor before it is formed: whether the factors are enough.
 

@@ -152,6 +152,9 @@ class Dropping(Chooser):
         if not scan(collector, self.score, tensor, taken, gradient, rows):
             self._broken.append(tensor.name)
 
+    def takes_factors(self, step: int, index: int, dy: Tensor, x: Tensor) -> bool:
+        return self.products.takes(self._offered(step, index)[0], self.tensors[index], dy, x)
+
     def offer_factors(self, step: int, index: int, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
         collector, taken = self._offered(step, index)
         return self.products.offer(collector, self.scannable(index, dy, None)[0], taken, dy, x)

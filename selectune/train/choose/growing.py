@@ -96,6 +96,11 @@ class Growing(Chooser):
         elif not scan(self._collector, self.score, tensor, taken, gradient, rows):
             self._broken.append(tensor.name)
 
+    def takes_factors(self, step: int, index: int, dy: Tensor, x: Tensor) -> bool:
+        if self._collector is None:
+            self._collector = self.collector(self.quota(step))
+        return self.products.takes(self._collector, self.tensors[index], dy, x)
+
     def offer_factors(self, step: int, index: int, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
         if self._collector is None:
             self._collector = self.collector(self.quota(step))

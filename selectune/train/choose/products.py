@@ -45,6 +45,14 @@ class Products:
         self.weighting = None if score.weighting is None else Weighting(score.weigh)
         self.report: Callable[[Offered, Factors], None] | None = None
 
+    def takes(self, collector: Collector, tensor: ScopedTensor, dy: Tensor, x: Tensor) -> bool:
+        """Whether a tensor's candidates get canonical scores, by what is asked for, the dtypes and shapes alone."""
+        return (
+            self.weighting is not None
+            and isinstance(collector, GlobalCollector | PerTensorCollector)
+            and canonical(collector.of(tensor.index).quota, tensor, dy, x)
+        )
+
     def offer(
         self, collector: Collector, tensor: ScopedTensor, taken: Tensor | None, dy: Tensor, x: Tensor
     ) -> tuple[bool, Tensor | None]:
