@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 DOCS_STAMP := $(VENV)/.docs-done
-LOCKS := requirements/torch.txt requirements/lock.txt requirements/demo.txt
+LOCKS := requirements/torch.txt requirements/lock.txt requirements/demo.txt requirements/lm.txt
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -17,7 +17,7 @@ export SELECTUNE_DATA := $(abspath $(SELECTUNE_DATA))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-zoo test-torch test-cpus docs lint format lock clean
+.PHONY: help setup demo lm test test-zoo test-torch test-cpus docs lint format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -29,12 +29,15 @@ $(STAMP): pyproject.toml $(LOCKS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --require-hashes --no-deps -r requirements/lock.txt
 	$(BIN)/python -m pip install -qq -r requirements/torch.txt
-	$(BIN)/python -m pip install -qq --require-hashes --no-deps -r requirements/demo.txt
+	$(BIN)/python -m pip install -qq --require-hashes --no-deps -r requirements/demo.txt -r requirements/lm.txt
 	$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
 	touch $@
 
 demo: setup ## train, save, verify and revert a delta of a real model, in minutes
 	$(BIN)/selectune demo
+
+lm: setup ## the same with a language model: text of its own before, after and reverted
+	$(BIN)/selectune demo --model smollm
 
 test: setup ## all tests, offline
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
@@ -86,7 +89,8 @@ format: setup ## sort imports, format
 
 lock: ## resolve requirements/lock.txt and docs.txt anew from pyproject.toml
 	$(BIN)/python -m pip install -qq pip-tools==7.6.2
-	$(BIN)/pip-compile --quiet --extra hf --extra trl --extra lightning --extra bench --extra plot --extra dev -c requirements/torch.txt \
+	$(BIN)/pip-compile --quiet --extra hf --extra generation --extra trl --extra lightning --extra bench \
+		--extra plot --extra dev -c requirements/torch.txt \
 		--unsafe-package torch --generate-hashes --strip-extras --annotation-style line --no-header \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
 		--output-file requirements/lock.txt pyproject.toml

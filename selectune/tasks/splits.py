@@ -19,6 +19,9 @@ from selectune.tasks.task import Example, Row, Task
 DATA = "SELECTUNE_DATA"
 """Environment variable that names a folder of tasks; `--data` takes precedence."""
 
+LONGEST = 8 << 20
+"""Bytes of the longest row, such as a whole novel."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -48,20 +51,34 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None, lim
     wanted = {"train": task.train, "validation": task.validation}.get(split)
     if wanted is None:
         raise TaskError(f"Unknown split '{split}' of {task.name}. Known: train, validation.")
+    read = _of_parts(task, data, limit) if task.parts else _read(task, wanted, data, limit)
+    examples = read.examples if task.arrange is None else tuple(task.arrange(read.examples, split))
+    if not examples:
+        raise TaskError(f"The {wanted} split of {task.name} has no rows ({read.origin}).")
+    return Split(examples, read.origin)
+
+
+def _of_parts(task: Task, data: str | os.PathLike[str] | None, limit: int | None) -> Split:
+    """The training rows of a task's parts, one after another."""
+    parts = [load(part, "train", data, limit) for part in task.parts]
+    examples = tuple(example for part in parts for example in part.examples)
+    return Split(examples[:limit], " and ".join(part.origin for part in parts))
+
+
+def _read(task: Task, split: str, data: str | os.PathLike[str] | None, limit: int | None) -> Split:
+    """The rows of a split as they are published."""
     if task.read is not None:
         origin, unit, rows = task.read(split)
     elif task.generate is not None:
-        origin, unit, rows = "generated", "row", enumerate(task.generate(wanted), 1)
+        origin, unit, rows = "generated", "row", enumerate(task.generate(split), 1)
     else:
-        origin, unit, rows = _find(task, wanted, data)
-    examples = []
+        origin, unit, rows = _find(task, split, data)
+    examples: list[Example] = []
     for number, row in rows:
         if limit is not None and len(examples) == limit:
             break
         where = f"{origin}, {unit} {number}"
         examples.append(task.kind.example(task, _prepared(task, row, where), where))
-    if not examples:
-        raise TaskError(f"The {wanted} split of {task.name} has no rows ({origin}).")
     return Split(tuple(examples), origin)
 
 
@@ -121,7 +138,7 @@ def _find(task: Task, split: str, data: str | os.PathLike[str] | None) -> Number
     places = [] if root is None else [root / folder / f"{split}.jsonl" for folder in task.folders]
     for path in (each for place in places for each in (place, place.with_name(place.name + ".gz"))):
         if path.is_file():
-            return NumberedRows(str(path), "line", read_lines(path, error=TaskError))
+            return NumberedRows(str(path), "line", read_lines(path, error=TaskError, line_limit=LONGEST))
     tried = ", ".join(map(str, places))
     if data is not None:
         there = ", ".join(sorted(path.name for place in places for path in place.parent.glob("*.jsonl*")))

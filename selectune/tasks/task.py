@@ -87,9 +87,11 @@ class Task:
 
     `folders`: places below a data folder, tried in order. `fields`: the texts of a row, and `label`: what is learned
     from it. `prepare` makes a row with these from a row as it is published. `chance`: the score of the best constant
-    answer on the validation split. `metric_name` is the metric's name, or the one that counts if it gives several.
-    `epochs`, `eval_every` (steps) and `max_length` (tokens) are the papers' settings. `generate(split)` replaces files
-    and hub, and so does `read(split)`: the origin of the rows, what their numbers count, and the numbered rows.
+    answer on the validation split, if there is one. `metric_name` is the metric's name, or the one that counts if it
+    gives several. `epochs`, `eval_every` (steps) and `max_length` (tokens) are the papers' settings. `generate(split)`
+    replaces files and hub, and so do the training rows of `parts`, other tasks, and `read(split)`, which gives the
+    origin of rows, what their numbers count, and the numbered rows. `arrange(examples, split)`: the examples of "train"
+    or "validation", made of those that were read.
 
     >>> import selectune.tasks as tasks
     >>> tasks.get("glue/rte").labels
@@ -102,7 +104,7 @@ class Task:
     labels: tuple[str, ...]  # class names by number; empty for a kind without classes
     metric: Metric
     metric_name: str
-    chance: float
+    chance: float | None
     source: str
     epochs: int
     eval_every: int
@@ -115,6 +117,8 @@ class Task:
     prepare: Callable[[Row], Row] | None = None
     generate: Callable[[str], Sequence[Row]] | None = None
     read: Callable[[str], tuple[str, str, Iterable[tuple[int, Row]]]] | None = None
+    parts: tuple[Task, ...] = ()
+    arrange: Callable[[Sequence[Example], str], Sequence[Example]] | None = None
     lower_is_better: bool = False
 
     @property
@@ -149,14 +153,19 @@ class Task:
         return {name: float(found[name]) for name in dict.fromkeys((self.metric_name, *found))}
 
 
-def texts_of(task: Task, row: Row, where: str) -> tuple[str, ...]:
-    """The texts of a row. Raises TaskError if a field or the label is missing, or a text is no string."""
+def missing_in(task: Task, row: Row, where: str) -> None:
+    """Raises TaskError if a field or the label is missing in a row."""
     missing = [name for name in (*task.fields, task.label) if name not in row]
     if missing:
         raise TaskError(
             f"{where}: a row of {task.name} needs {', '.join((*task.fields, task.label))}; "
             f"missing: {', '.join(missing)}. Got {', '.join(map(str, row)) or 'nothing'}."
         )
+
+
+def texts_of(task: Task, row: Row, where: str) -> tuple[str, ...]:
+    """The texts of a row. Raises TaskError if a field or the label is missing, or a text is no string."""
+    missing_in(task, row, where)
     texts = tuple(row[name] for name in task.fields)
     if not all(isinstance(text, str) for text in texts):
         raise TaskError(f"{where}: the texts of {task.name} must be strings, got {texts!r:.120}.")
@@ -168,6 +177,17 @@ def padded(tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
     names = [name for name in tokenizer.model_input_names if name in rows[0]]
     texts = [{name: row[name] for name in names} for row in rows]
     return dict(tokenizer.pad(texts, padding=True, return_tensors="pt"))
+
+
+def filled(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+    """Rows of numbers as one tensor, int64, filled up with `value` at their ends or, with `left`, at their starts.
+
+    >>> filled([[1, 2], [3]], 0, left=True).tolist()
+    [[1, 2], [0, 3]]
+    """
+    width = max(map(len, rows))
+    gaps = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([[*gap, *row] if left else [*row, *gap] for row, gap in zip(rows, gaps, strict=True)])
 
 
 def to_model(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

