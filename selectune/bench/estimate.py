@@ -212,11 +212,12 @@ def _rounded(model: nn.Module, bench: Bench, method: Method, schedule: Schedule 
     """Bytes of exact selection (`choose.products`): both operands as int8, and the entries that bounds leave."""
     largest = max((schedule.target(t) - schedule.target(t - 1) for t in range(1, steps)), default=0) if schedule else 0
     quota = 0 if schedule is None else max(schedule.target(0), largest)
-    fused = method.score is not None and method.score.fused == "ratio"
-    if not (fused and 0 < quota <= CANONICAL and bench.device == "cpu" and bench.dtype == "fp32"):
+    bounded = method.score is not None and method.score.weighting is not None
+    if not (bounded and 0 < quota <= CANONICAL and bench.device == "cpu" and bench.dtype == "fp32"):
         return 0
     tokens = bench.batch * bench.length
-    shapes = [s for layer in linears(model).values() if bounds.pays(tokens, *(s := tuple(layer.weight.shape)))]
+    shapes = [tuple(layer.weight.shape) for layer in linears(model).values()]
+    shapes = [(o, i) for o, i in shapes if bounds.pays(tokens, o, i, unknown=False)]
     left, right = (max((shape[side] for shape in shapes), default=0) for side in (0, 1))
     return tokens * (left + right) + 16 * int(bounds.SHARE * max((o * i for o, i in shapes), default=0))
 

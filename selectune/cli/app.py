@@ -97,6 +97,7 @@ def root(
 app.command("train", epilog=runs.TRAIN_EXAMPLES)(runs.train)
 app.command("eval", epilog=runs.EVAL_EXAMPLES)(runs.evaluate)
 app.command("predict", epilog=predict.EXAMPLES)(predict.predict)
+app.command("generate", epilog=predict.GENERATE_EXAMPLES)(predict.generate)
 app.command("verify", epilog=deltas.VERIFY_EXAMPLES)(deltas.verify)
 arithmetic.register(deltas.app)
 app.add_typer(deltas.app, name="delta")

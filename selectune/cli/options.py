@@ -44,5 +44,10 @@ Text = Annotated[
 Label = Annotated[str | None, option("The column of what is to be learned.", "--label", panel=ROWS)]
 KindOption = Annotated[
     str | None,
-    option("classification, regression or multilabel. Default: what the labels look like.", "--kind", panel=ROWS),
+    option(
+        "classification, regression, multilabel, tagging, completion, completion-loss, seq2seq, choice or language. "
+        "Default: what the labels look like.",
+        "--kind",
+        panel=ROWS,
+    ),
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from selectune.files.reading import short
 from selectune.models.evaluate import batches
 from selectune.models.recorded import known_task
 from selectune.models.restore import Source, ready
+from selectune.tasks.kinds import Generating
 from selectune.tasks.sources import NumberedRows
 
 PREDICTION = "prediction"
@@ -34,14 +36,17 @@ def predict_rows(
     kind: str | None = None,
     max_length: int | None = None,
     overwrite: bool = False,
+    generation: Mapping[str, int] | None = None,
     follow: Callable[[int, int], None] = lambda done, batches: None,
 ) -> dict[str, Any]:
     """Writes `out`: for each row of the file `given`, in its order, the row and its prediction as a line of JSON.
 
     The task is that of the delta at `path`, or the one called `name`; a model without a delta may also be described by
-    `kind` and `text`, the columns of the texts, and then its classes are those in its config. `follow(done, batches)`
-    is called after each batch. Batches are appended to `out`.partial as they are done. If that is there, of the same
-    model, delta, rows and settings, only what it lacks is predicted: the result has the bits of an unbroken run.
+    `kind` and `text`, the columns of the texts, and then its classes are those in its config. `generation`: settings of
+    a kind that writes text, `max_new_tokens` and `beams`. `follow(done, batches)` is called after each batch.
+
+    Batches are appended to `out`.partial as they are done. If that is there, of the same model, delta, rows and
+    settings, only what it lacks is predicted: the result has the bits of an unbroken run.
 
     Raises ConfigError if `out` exists and may not be overwritten, if `out`.partial is of something else, or if nothing
     says what the task is; and TaskError, which names file and line, for a row that does not fit.
@@ -50,6 +55,12 @@ def predict_rows(
         raise ConfigError(f"{out} exists and would be lost. Give another file, or say that it may go (--overwrite).")
     delta = None if path is None else load(path)
     bare = known_task(source, delta, path, name, kind, text)
+    if generation is not None:
+        if not isinstance(bare.kind, Generating):
+            raise ConfigError(
+                f"A task of the kind {bare.kind.name} writes no text; `selectune predict` answers its rows."
+            )
+        bare = dataclasses.replace(bare, kind=dataclasses.replace(bare.kind, **generation))
     rows = tasks.read_rows(given, "validation")
     rows = NumberedRows(rows.origin, rows.unit, list(rows.numbered))
     for number, row in rows.numbered:

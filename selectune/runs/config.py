@@ -13,7 +13,7 @@ from typing import Any
 
 from selectune import plugins
 from selectune.adapters import KINDS, Spec, parse
-from selectune.errors import ConfigError, did_you_mean
+from selectune.errors import ConfigError
 from selectune.method import Method
 from selectune.models.adapted import method_of, peer, spec_of
 from selectune.models.bases import DTYPES
@@ -21,7 +21,8 @@ from selectune.recipes.named import named
 from selectune.runs.trackers import check_trackers
 from selectune.scope import Scope
 from selectune.spec import split
-from selectune.tasks import FORMS, OwnRows, Task
+from selectune.tasks import OwnRows, Task
+from selectune.tasks.labels import form_of
 
 SCHEDULES = ("linear", "cosine", "constant")
 LEARNING_RATES = {"full": 5e-5, "child-tuning-d": 4e-5, "child-tuning-f": 4e-5, "spiel-ma": 2e-3}
@@ -247,8 +248,8 @@ def _check_rows(config: RunConfig) -> None:
         raise ConfigError("Validate on the rows in validation or on a held-out share (hold_out), not both.")
     if config.hold_out is not None and not 0 < config.hold_out < 1:
         raise ConfigError(f"hold_out={config.hold_out!r}: must be a share of the training rows, above 0 and below 1.")
-    if config.kind is not None and config.kind not in FORMS:
-        raise ConfigError(f"Unknown kind '{config.kind}'. Known: {', '.join(FORMS)}.{did_you_mean(config.kind, FORMS)}")
+    if config.kind is not None:
+        form_of(config.kind)
 
 
 def _number(name: str, value: Any, optional: bool) -> None:

@@ -4,6 +4,7 @@ task      the task as a value, and the contract of its kind
 sources   rows as they lie in a file or on the hub
 splits    a task's rows: from a folder, the hub or a generator; the first N of them
 own       a task of files and names of columns, without code
+labels    what a kind needs for that: its labels as rows have them, its metric, a constant answer
 kinds/    which head, and how rows are encoded, collated and predicted
 metrics/  (predictions, answers) -> one number, or several by name
 tables/   the published tasks
@@ -27,7 +28,8 @@ from selectune.tasks.kinds import (
     Seq2Seq,
     Tagging,
 )
-from selectune.tasks.own import FORMS, OWN, OwnRows, bare_task, unlabelled
+from selectune.tasks.labels import FORMS
+from selectune.tasks.own import OWN, OwnRows, bare_task, unlabelled
 from selectune.tasks.sources import read_rows
 from selectune.tasks.splits import DATA, Split, first_rows, load
 from selectune.tasks.tables.commonsense import COMMONSENSE

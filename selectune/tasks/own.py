@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from selectune.errors import ConfigError, TaskError, did_you_mean
 from selectune.files.reading import short, some
 from selectune.tasks.kinds import KINDS
-from selectune.tasks.metrics import accuracy, multilabel_f1, pearson_spearman
+from selectune.tasks.labels import FORMS, Form, form_of, numeric
 from selectune.tasks.sources import NumberedRows, read_rows
 from selectune.tasks.splits import nested
-from selectune.tasks.task import Metric, Row, Task
+from selectune.tasks.task import Row, Task
 
 OWN = "own"
 """The name of such a task; a delta that was trained on one records it."""
@@ -25,17 +23,6 @@ FEW = 20
 """The most different integers that are taken for classes; beyond it they are scores."""
 
 Numbered = Sequence[tuple[int, Row]]
-
-
-class _Form(NamedTuple):
-    """What a kind needs beside `TaskKind`: its metric, a label of a row, and the score of the best constant answer."""
-
-    metric: Metric
-    metric_name: str
-    label: Callable[[Any, tuple[str, ...]], Any]  # raises ValueError with what is wanted
-    blank: Callable[[tuple[str, ...]], Any]  # stands in for the label of a row that has none
-    chance: Callable[[Sequence[Any]], float] = lambda labels: 0.0
-    classes: Callable[[Any], Sequence[Any]] | None = None  # the class names of a row, if the kind has classes
 
 
 @dataclass(frozen=True)
@@ -60,9 +47,11 @@ class OwnRows:
         no kind can be told.
         """
         known, splits = self._splits()
-        kind = self.kind or _kind(known, self.label)
-        form = _form(kind)
-        if self.label is not None:
+        kind = self.kind or _kind(known, self.label, self.text)
+        form = form_of(kind)
+        if self.label is None and kind != "language":
+            raise ConfigError(f"label is missing: the column of what a {kind} learns (command line: --label COLUMN).")
+        if self.label is not None and form.label is not None:
             _alike(known, self.label)
         if labels is None:
             labels = _classes(known, self.label, form)
@@ -71,9 +60,9 @@ class OwnRows:
         answers = [row[self.label] for _, row in measured.rows if self.label is not None]
         return dataclasses.replace(
             bare_task(kind, labels, self.text),
-            chance=form.chance(answers),
+            chance=None if form.chance is None else form.chance(answers),
             source=", ".join(dict.fromkeys(split.origin for split in splits.values())),
-            label=self.label or "",
+            label=self.label or self.text[0],
             read=lambda split: read[split].as_read(),
         )
 
@@ -120,11 +109,12 @@ class OwnRows:
 
 def bare_task(kind: str, labels: Sequence[str], text: tuple[str, ...]) -> Task:
     """A task of this kind without rows. Raises ConfigError for an unknown kind."""
-    form = _form(kind)
+    form = form_of(kind)
     labels = () if form.classes is None else tuple(labels)
     return Task(
         name=OWN, fields=text, kind=KINDS[kind], labels=labels, metric=form.metric,
-        metric_name=form.metric_name, chance=0.0, source="", epochs=3, eval_every=100,
+        metric_name=form.metric_name, chance=None, source="", epochs=3, eval_every=100,
+        lower_is_better=form.lower_is_better,
     )  # fmt: skip
 
 
@@ -133,20 +123,20 @@ def unlabelled(task: Task, text: tuple[str, ...], rows: NumberedRows) -> Task:
 
     `text`: their columns; by default the task's. Raises TaskError for a row without them or without text.
     """
-    fields = text or task.fields
-    own, blank = OwnRows(None, None, fields, None), _form(task.kind.name).blank(task.labels)
-    numbered = [
-        (n, {**own.with_columns(row, f"{rows.origin}, {rows.unit} {n}"), task.label: blank}) for n, row in rows.numbered
-    ]
+    fields, blank = text or task.fields, form_of(task.kind.name).blank
+    if blank is None:
+        raise ConfigError(
+            f"Rows of {task.name} have no prediction of their own: its kind, {task.kind.name}, is measured only."
+        )
+    own = OwnRows(None, None, fields, None)
+    numbered = []
+    for number, row in rows.numbered:
+        whole = own.with_columns(row, f"{rows.origin}, {rows.unit} {number}")
+        numbered.append((number, {**whole, "": blank(len(task.labels), whole[fields[0]])}))
     return dataclasses.replace(
-        task, fields=fields, prepare=None, generate=None, read=lambda split: (rows.origin, rows.unit, numbered)
-    )
-
-
-def _form(kind: str) -> _Form:
-    if kind not in FORMS:
-        raise ConfigError(f"Unknown kind '{kind}'. Known: {', '.join(FORMS)}.{did_you_mean(kind, FORMS)}")
-    return FORMS[kind]
+        task, fields=fields, label="", prepare=None, generate=None, parts=(), arrange=None,
+        read=lambda split: (rows.origin, rows.unit, numbered),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,7 +153,7 @@ class _Checked:
 
     split: _Split
     own: OwnRows
-    form: _Form
+    form: Form
     labels: tuple[str, ...]
 
     @functools.cached_property
@@ -173,7 +163,7 @@ class _Checked:
     def _checked(self) -> Iterator[tuple[int, Row]]:
         column = self.own.label
         for number, row in self.split.rows:
-            if column is not None:
+            if column is not None and self.form.label is not None:
                 where = f"{self.split.origin}, {self.split.unit} {number}"
                 try:
                     label = self.form.label(row[column], self.labels)
@@ -187,7 +177,7 @@ class _Checked:
         return f"{self.split.origin}{share}", self.split.unit, self.rows
 
 
-def _kind(split: _Split, column: str | None) -> str:
+def _kind(split: _Split, column: str | None, texts: tuple[str, ...]) -> str:
     """The kind that the labels of the rows tell."""
     if column is None:
         raise ConfigError(
@@ -196,11 +186,11 @@ def _kind(split: _Split, column: str | None) -> str:
         )
     labels = _alike(split, column)
     if isinstance(labels[0], list):
-        return "multilabel"
+        return "tagging" if isinstance(split.rows[0][1][texts[0]], list) else "multilabel"
     if isinstance(labels[0], bool):
         return "classification"
     different = len(set(labels))
-    if isinstance(labels[0], str) and not _numeric(labels):
+    if isinstance(labels[0], str) and not numeric(labels):
         if different > max(FEW, len(labels) // 2):
             raise ConfigError(
                 f"{split.origin}: the column {short(column)} has {different:,} different texts in {len(labels):,} "
@@ -237,15 +227,7 @@ def _alike(split: _Split, column: str) -> list[Any]:
 _TYPES: Mapping[type, str] = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
 
 
-def _numeric(labels: Sequence[str]) -> bool:
-    """True if all texts are numbers, as in a csv file, which has no other type."""
-    try:
-        return all(math.isfinite(float(label)) for label in labels)
-    except ValueError:
-        return False
-
-
-def _classes(split: _Split, column: str | None, form: _Form) -> tuple[str, ...]:
+def _classes(split: _Split, column: str | None, form: Form) -> tuple[str, ...]:
     """The class names that occur, sorted: numbers by value, texts by their letters."""
     if form.classes is None or column is None:
         return ()
@@ -258,69 +240,4 @@ def _classes(split: _Split, column: str | None, form: _Form) -> tuple[str, ...]:
     if len(found) < 2:
         only = short(found.pop()) if found else "none"
         raise TaskError(f"{split.origin}: every row has the same label, {only}, so there is nothing to learn.")
-    return tuple(sorted(found, key=float) if _numeric(list(found)) else sorted(found))
-
-
-def _name(value: Any) -> str:
-    """The name of a class: a text as it is; a whole number without its point."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if not isinstance(value, str | int):
-        raise ValueError(f"must be the name of a class, a text or a whole number, got {short(value)}")
-    if value == "":
-        raise ValueError("is missing")
-    return str(value)
-
-
-def _number_of(value: Any, labels: tuple[str, ...]) -> int:
-    name = _name(value)
-    if name not in labels:
-        raise ValueError(
-            f"is {short(name)}, which does not occur in training; there it is one of {some(labels, ', ', 20)}"
-            f"{did_you_mean(name, labels)}"
-        )
-    return labels.index(name)
-
-
-def _score(value: Any, labels: tuple[str, ...]) -> float:
-    try:
-        score = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
-        score = math.nan
-    if not math.isfinite(score):
-        raise ValueError(f"must be a finite number, got {short(value)}")
-    return score
-
-
-def _names(value: Any) -> list[str]:
-    if not isinstance(value, list):
-        raise ValueError(f"must be a list of texts, got {short(value)}")
-    return [_name(each) for each in value]
-
-
-def _flags(value: Any, labels: tuple[str, ...]) -> list[int]:
-    there = {_number_of(each, labels) for each in _names(value)}
-    return [int(i in there) for i in range(len(labels))]
-
-
-def _most_frequent(labels: Sequence[Any]) -> float:
-    return max(Counter(labels).values()) / len(labels)
-
-
-def _constant_f1(labels: Sequence[Sequence[int]]) -> float:
-    """The micro F1 of the best set of labels for all rows, which are the k most frequent for some k."""
-    counts = sorted((sum(column) for column in zip(*labels, strict=True)), reverse=True)
-    total = sum(counts)
-    return max(2 * sum(counts[:k]) / (k * len(labels) + total) for k in range(1, len(counts) + 1))
-
-
-FORMS: dict[str, _Form] = {
-    "classification": _Form(
-        accuracy, "accuracy", _number_of, lambda _: 0, _most_frequent, lambda value: [_name(value)]
-    ),
-    "regression": _Form(pearson_spearman, "mean of Pearson and Spearman", _score, lambda _: 0.0),
-    "multilabel": _Form(multilabel_f1, "f1_micro", _flags, lambda labels: [0] * len(labels), _constant_f1, _names),
-}
-"""The kinds that rows of one's own can have."""
+    return tuple(sorted(found, key=float) if numeric(list(found)) else sorted(found))

@@ -89,9 +89,9 @@ class Task:
     from it. `prepare` makes a row with these from a row as it is published. `chance`: the score of the best constant
     answer on the validation split, if there is one. `metric_name` is the metric's name, or the one that counts if it
     gives several. `epochs`, `eval_every` (steps) and `max_length` (tokens) are the papers' settings. `generate(split)`
-    replaces files and hub, and so do `read(split)` (the origin of the rows, what their numbers count, and the numbered
-    rows) and the training rows of `parts`, other tasks. `arrange(examples, split)`:
-    the examples of "train" or "validation", made of those that were read.
+    replaces files and hub, and so do the training rows of `parts`, other tasks, and `read(split)`, which gives the
+    origin of rows, what their numbers count, and the numbered rows. `arrange(examples, split)`: the examples of "train"
+    or "validation", made of those that were read.
 
     >>> import selectune.tasks as tasks
     >>> tasks.get("glue/rte").labels
@@ -116,9 +116,9 @@ class Task:
     label: str = "label"
     prepare: Callable[[Row], Row] | None = None
     generate: Callable[[str], Sequence[Row]] | None = None
+    read: Callable[[str], tuple[str, str, Iterable[tuple[int, Row]]]] | None = None
     parts: tuple[Task, ...] = ()
     arrange: Callable[[Sequence[Example], str], Sequence[Example]] | None = None
-    read: Callable[[str], tuple[str, str, Iterable[tuple[int, Row]]]] | None = None
     lower_is_better: bool = False
 
     @property

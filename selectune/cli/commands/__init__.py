@@ -1,7 +1,7 @@
 """The commands, a file for each or for each family.
 
 runs        train, eval
-predict     predict
+predict     predict, generate
 deltas      verify, delta show, diff, apply
 arithmetic  delta add, scale, ties, dare, overlap
 lists       tasks, methods

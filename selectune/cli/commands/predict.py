@@ -1,4 +1,4 @@
-"""`selectune predict`: a model's predictions for a file of rows."""
+"""`selectune predict` and `selectune generate`: what a model answers to a file of rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from selectune.cli import signals
-from selectune.cli.options import Dtype, Json, KindOption, MaxLength, Model, Plugins, Revision, Text, Trust, option
+from selectune.cli.options import (
+    Dtype,
+    Json,
+    KindOption,
+    MaxLength,
+    Model,
+    OfTask,
+    Plugins,
+    Revision,
+    Text,
+    Trust,
+    option,
+)
 from selectune.cli.output import ProgressBar, result, working
 
 EXAMPLES = (
@@ -16,20 +28,29 @@ EXAMPLES = (
     "selectune predict --model ./merged --kind classification --text question --input rows.csv --out answers.jsonl"
 )
 
+GENERATE_EXAMPLES = (
+    "Examples:\n\nselectune generate --model smollm --text question --input rows.jsonl --out answers.jsonl\n\n"
+    "selectune generate --model smollm --delta runs/gsm8k --input rows.jsonl --out answers.jsonl --max-new-tokens 256"
+)
+Rows = Annotated[
+    str,
+    typer.Option("--input", "-i", help="A file of rows: .jsonl(.gz), .csv, .tsv, .parquet; no label is needed."),
+]
+Out = Annotated[str, typer.Option("--out", "-o", help="File for the rows with their predictions, as JSON lines.")]
+Delta = Annotated[str | None, option("The delta to apply; it knows its task.", "--delta", "-d")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --out and what is left of it.")]
+
 
 def predict(
     model: Model,
-    rows: Annotated[
-        str,
-        typer.Option("--input", "-i", help="A file of rows: .jsonl(.gz), .csv, .tsv, .parquet; no label is needed."),
-    ],
-    out: Annotated[str, typer.Option("--out", "-o", help="File for the rows with their predictions, as JSON lines.")],
-    delta: Annotated[str | None, option("The delta to apply; it knows its task.", "--delta", "-d")] = None,
-    task: Annotated[str | None, option("Task of the head. Default: the delta's own.", "--task", "-t")] = None,
+    rows: Rows,
+    out: Out,
+    delta: Delta = None,
+    task: OfTask = None,
     text: Text = None,
     kind: KindOption = None,
     max_length: MaxLength = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out and what is left of it.")] = False,
+    overwrite: Overwrite = False,
     revision: Revision = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -37,6 +58,49 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Predict the rows of a file, in their order. If it is stopped, the same command goes on from OUT.partial."""
+    source = (model, revision, dtype, trust_remote_code)
+    _predict(source, rows, out, delta, task, text, kind, max_length, overwrite, plugin, as_json, None)
+
+
+def generate(
+    model: Model,
+    rows: Rows,
+    out: Out,
+    text: Text = None,
+    delta: Delta = None,
+    task: OfTask = None,
+    kind: Annotated[str | None, option("completion (the default without a delta) or seq2seq.", "--kind")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that an answer may have.")] = 128,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 takes the likeliest token.")] = 1,
+    max_length: MaxLength = None,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    plugin: Plugins = None,
+    as_json: Json = False,
+) -> None:
+    """Write a text for each row of a file, in their order. If it is stopped, the same command goes on."""
+    source = (model, revision, dtype, trust_remote_code)
+    kind = "completion" if kind is None and task is None and delta is None else kind
+    settings = {"max_new_tokens": max_new_tokens, "beams": beams}
+    _predict(source, rows, out, delta, task, text, kind, max_length, overwrite, plugin, as_json, settings)
+
+
+def _predict(
+    source: tuple[str, str | None, str | None, bool],
+    rows: str,
+    out: str,
+    delta: str | None,
+    task: str | None,
+    text: list[str] | None,
+    kind: str | None,
+    max_length: int | None,
+    overwrite: bool,
+    plugin: list[str] | None,
+    as_json: bool,
+    generation: dict[str, int] | None,
+) -> None:
     from selectune import plugins
     from selectune.models.predictions import predict_rows
     from selectune.models.restore import Source
@@ -57,9 +121,10 @@ def predict(
 
     with working():
         plugins.add_files(plugin or ())
-        source = Source(model, revision, dtype, trust_remote_code)
         try:
-            found = predict_rows(source, delta, rows, out, patterns(text), task, kind, max_length, overwrite, follow)
+            found = predict_rows(
+                Source(*source), delta, rows, out, patterns(text), task, kind, max_length, overwrite, generation, follow
+            )
         finally:
             bar.stop()
     result(as_json, found, f"{found['rows']:,} rows of {rows}: {out}")

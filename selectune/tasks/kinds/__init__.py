@@ -13,16 +13,20 @@ seq2seq       a text -> another, by an encoder and a decoder
 from selectune.tasks.kinds.choice import Choice
 from selectune.tasks.kinds.classify import Classification, Multilabel, Regression
 from selectune.tasks.kinds.completion import Completion, CompletionLoss
-from selectune.tasks.kinds.generating import each_reference
+from selectune.tasks.kinds.generating import Generating, each_reference
 from selectune.tasks.kinds.language import Language
 from selectune.tasks.kinds.seq2seq import Seq2Seq
 from selectune.tasks.kinds.tagging import Tagging
 from selectune.tasks.task import TaskKind
 
-KINDS: dict[str, TaskKind] = {kind.name: kind for kind in (Classification(), Regression(), Multilabel())}
-"""The kinds by name, as `--kind` takes them."""
+_KINDS: tuple[TaskKind, ...] = (
+    Classification(), Regression(), Multilabel(), Tagging(), Completion(), CompletionLoss(), Seq2Seq(), Choice(),
+    Language(),
+)  # fmt: skip
+KINDS: dict[str, TaskKind] = {kind.name: kind for kind in _KINDS}
+"""The kinds by name, with their default settings."""
 
 __all__ = [
-    "KINDS", "Choice", "Classification", "Completion", "CompletionLoss", "Language", "Multilabel", "Regression",
-    "Seq2Seq", "Tagging", "each_reference",
+    "KINDS", "Choice", "Classification", "Completion", "CompletionLoss", "Generating", "Language", "Multilabel",
+    "Regression", "Seq2Seq", "Tagging", "each_reference",
 ]  # fmt: skip
