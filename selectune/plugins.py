@@ -22,10 +22,12 @@ from importlib import metadata
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from selectune import tasks
 from selectune.errors import ConfigError, PluginError, SelectuneError
+
+if TYPE_CHECKING:
+    from selectune.tasks import Task
 
 log = logging.getLogger("selectune")
 
@@ -72,10 +74,12 @@ def want_method(name: str) -> None:
     _want(METHODS, name)
 
 
-def task(name: str) -> tasks.Task:
+def task(name: str) -> Task:
     """The task of this name, ours or a package's. Raises UnknownTaskError, or PluginError for a broken package."""
+    from selectune.tasks import get
+
     _want(TASKS, name)
-    return tasks.get(name)
+    return get(name)
 
 
 def load_all(group: str) -> list[str]:
@@ -196,7 +200,7 @@ def _add(group: str, thing: Any, plugin: Plugin, name: str | None) -> None:
     """Checks what a plug-in offers, and puts it into its table. `name`: of the entry point."""
     if group == METHODS:
         thing = _recipe(thing, plugin, name)
-    elif not isinstance(thing, tasks.Task):
+    elif not _is_task(thing):
         raise PluginError(f"The plug-in {plugin} offers {thing!r:.80} as a task; a selectune.tasks.Task is needed.")
     if name is not None and name != thing.name:
         raise PluginError(f"The plug-in {plugin}: the entry point '{name}' leads to '{thing.name}', another name.")
@@ -207,9 +211,15 @@ def _add(group: str, thing: Any, plugin: Plugin, name: str | None) -> None:
     _sources[group, thing.name] = plugin
 
 
+def _is_task(thing: Any) -> bool:
+    from selectune.tasks import Task
+
+    return isinstance(thing, Task)
+
+
 def _taken(group: str) -> set[str]:
     if group == TASKS:
-        return set(tasks.TASKS)
+        return set(_table(TASKS))
     from selectune.adapters import KINDS
 
     return {*_table(group), *KINDS}
@@ -253,7 +263,9 @@ def _recipe(thing: Any, plugin: Plugin, name: str | None) -> Any:
 
 def _table(group: str) -> dict[str, Any]:
     if group == TASKS:
-        return tasks.TASKS
+        from selectune.tasks import TASKS as table
+
+        return table
     from selectune.recipes import RECIPES
 
     return RECIPES

@@ -12,7 +12,7 @@ output     results, progress, log and errors
 mistakes   the message about a wrong command line
 exits      the exit codes
 signals    Ctrl-C and SIGTERM
-catalogue  the rows of `selectune methods`, kept in methods.json
+catalogue  the rows of `selectune methods` and `selectune tasks`, kept in methods.json and tasks.json
 """
 
 from __future__ import annotations

@@ -247,9 +247,9 @@ def test_calibration_is_as_large_as_predicted(method):
 
 
 def test_exact_selection_holds_its_operands_as_int8(monkeypatch):
-    monkeypatch.setattr(bounds, "pays", lambda t, o, i: False)
+    monkeypatch.setattr(bounds, "pays", lambda t, o, i, unknown: False)
     without = plan(TINY, "id3", 500, 10).workspace
-    monkeypatch.setattr(bounds, "pays", lambda t, o, i: o == i == 64)
+    monkeypatch.setattr(bounds, "pays", lambda t, o, i, unknown: o == i == 64)
     assert plan(TINY, "id3", 500, 10).workspace - without == 32 * (64 + 64) + 16 * int(bounds.SHARE * 64 * 64)
     monkeypatch.setattr(estimate, "CANONICAL", 49)  # a step selects 50
     assert plan(TINY, "id3", 500, 10).workspace == without

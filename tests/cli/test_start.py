@@ -93,11 +93,13 @@ def test_the_version_without_torch(monkeypatch):
 def test_the_kept_list_of_methods_is_the_codes():
     told = "python -m selectune.cli.catalogue writes the list anew"
     assert catalogue.methods() == catalogue.found(), told
-    assert catalogue.FILE.read_text(encoding="utf-8") == catalogue.written(), told
+    assert catalogue.FILE.read_text(encoding="utf-8") == catalogue.written(catalogue.found()), told
+    assert catalogue.tasks() == catalogue.found_tasks(), told
+    assert catalogue.TASKS_FILE.read_text(encoding="utf-8") == catalogue.written(catalogue.found_tasks()), told
 
 
 def test_the_demo_tells_its_budget():
-    assert f"Default: {comparison.BUDGET:.2%}." in " ".join(call("demo", "--help").stdout.replace("│", " ").split())
+    assert f"Default: {comparison.BUDGET:.2%}, " in " ".join(call("demo", "--help").stdout.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_the_demo_tells_its_budget():
         (("train", "--modle", "x"), "There is no option --modle. Did you mean --model?"),
         (("delta", "add", "a", "--otu", "x"), "There is no option --otu. Did you mean --out?"),
         (("train", "--qqq", "x"), "There is no option --qqq. See "),
-        (("train", "-m", "x"), "Missing option '--task' / '-t'. See "),
+        (("train", "-m", "x"), "Missing option '--out' / '-o'. See "),
         (("tasks", "more"), "unexpected extra argument"),
         (("eval", "-m", "x", "-t", "rte"), "Did you mean glue/rte?"),
         (("eval", "-m", "x", "-t", "GLUE/sts-b"), "Did you mean glue/stsb?"),

@@ -197,6 +197,16 @@ def test_large_quotas_go_as_before(budget, wanted, monkeypatch):
     assert len(offered) == wanted
 
 
+def test_products_that_may_be_coarser_than_float32_are_not_bounded():
+    offered, before = [], torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        reported("id3", "int8", lambda one, factors: offered.append(one))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not offered
+
+
 @pytest.mark.parametrize(
     ("weighting", "why"), [(lambda size: 2 * size, "other numbers"), (lambda size: (size - 1).abs(), "neither rises")]
 )

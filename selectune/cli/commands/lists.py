@@ -12,26 +12,13 @@ from selectune.cli.options import Json, Plugins
 from selectune.cli.output import result
 from selectune.errors import ConfigError, did_you_mean
 from selectune.spec import join
-from selectune.tasks import TASKS
 
 
 def tasks(plugin: Plugins = None, as_json: Json = False) -> None:
     """List the tasks: name, metric, the score of the best constant answer, source."""
     plugins.add_files(plugin or ())
-    plugins.load_all(plugins.TASKS)
-    found = [
-        {
-            "name": task.name,
-            "kind": task.kind.name,
-            "metric": task.metric_name,
-            "chance": task.chance,
-            "epochs": task.epochs,
-            "max_length": task.max_length,
-            "source": task.source,
-            **_from(plugins.TASKS, task.name),
-        }
-        for task in TASKS.values()
-    ]
+    offered = plugins.load_all(plugins.TASKS)
+    found = [*catalogue.tasks(), *({**catalogue.task_row(name), **_from(plugins.TASKS, name)} for name in offered)]
     lines = [f"{t['name']:<24} {t['metric']:<28} {_chance(t)}  {t['source']}{_plugged(t)}" for t in found]
     result(as_json, found, "\n".join(lines))
 

@@ -70,12 +70,17 @@ class Products:
 
 
 def canonical(quota: int, tensor: ScopedTensor, dy: Tensor, x: Tensor) -> bool:
-    """Whether a tensor's candidates get canonical scores: by what is asked for and the dtypes, never by the numbers."""
+    """Whether a tensor's candidates get canonical scores: by what is asked for and the dtypes, never by the numbers.
+
+    Products of float32 must be of float32: torch.set_float32_matmul_precision may allow coarser ones, which no bound
+    here covers.
+    """
     weight = tensor.weight
     return (
         0 < quota <= min(CANONICAL, weight.numel())
         and dy.dtype == x.dtype == weight.dtype == torch.float32
         and dy.device.type == weight.device.type == "cpu"
+        and torch.get_float32_matmul_precision() == "highest"
     )
 
 
