@@ -37,7 +37,7 @@ _FREE = (
     "out", "data", "train", "validation", "eval_every", "save_every", "keep", "full_checkpoints", "report_to", "plugin",
 )  # fmt: skip
 
-_LATER = ("text", "label", "kind", "hold_out", "train_size", "train_size_seed")
+_LATER = ("text", "label", "kind", "hold_out", "train_size", "train_size_seed", "checkpoint_budgets")
 """Settings that older checkpoints lack; a run that does not use them has none either."""
 
 
