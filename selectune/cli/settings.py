@@ -87,7 +87,7 @@ def _read(path: Path) -> Any:
 def _fitting(what: str, value: Any, param: Any) -> Any:
     """A value in the form that the option takes on the command line."""
     if param.multiple:
-        values = value if isinstance(value, list) else [value]
+        values = [str(one) if type(one) is int else one for one in (value if isinstance(value, list) else [value])]
         if not all(isinstance(one, str) for one in values):
             raise ConfigError(f"{what} is {value!r}; it takes a text or a list of texts.")
         return values

@@ -19,6 +19,7 @@ from selectune.models.adapted import method_of, peer, spec_of
 from selectune.models.bases import DTYPES
 from selectune.recipes.named import named
 from selectune.runs.trackers import check_trackers
+from selectune.schedule import Increment, Quotas
 from selectune.scope import Scope
 from selectune.spec import split
 from selectune.tasks import OwnRows, Task
@@ -50,6 +51,9 @@ class RunConfig:
     that of the label, and `validation` another file, or `hold_out` a share of the training rows; see
     `selectune.tasks.OwnRows`. `train_size`: only so many of the training rows, the same for every method and `seed`;
     see `selectune.tasks.first_rows`.
+
+    `checkpoint_budgets`: as the support first reaches each of these numbers of scalars, a delta is saved and measured,
+    for methods whose support grows; the run's own delta then has the order of selection.
 
     >>> RunConfig(model="demo", task="glue/rte", budget=1000).learning_rate
     0.0005
@@ -95,6 +99,7 @@ class RunConfig:
     hold_out: float | None = None
     train_size: int | None = None
     train_size_seed: int = 0
+    checkpoint_budgets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         plugins.add_files(self.plugin)
@@ -120,7 +125,9 @@ class RunConfig:
             raise ConfigError(f"out={self.out} is a file; it must be a folder, which is made if it is missing.")
         if self.keep is not None and self.save_every is None:
             raise ConfigError(f"keep={self.keep} needs save_every: without it no checkpoint is written.")
-        build_method(self, self.max_steps or _MANY, None if self.adapter_for_size is None else 1)
+        method = build_method(self, self.max_steps or _MANY, None if self.adapter_for_size is None else 1)
+        if self.checkpoint_budgets:
+            _check_budgets(self, method)
         if self.report_to:
             check_trackers(self.report_to)
 
@@ -250,6 +257,19 @@ def _check_rows(config: RunConfig) -> None:
         raise ConfigError(f"hold_out={config.hold_out!r}: must be a share of the training rows, above 0 and below 1.")
     if config.kind is not None:
         form_of(config.kind)
+
+
+def _check_budgets(config: RunConfig, method: Method) -> None:
+    """Refuses counts that are none, and methods whose support does not grow step by step and keep what it has."""
+    budgets = config.checkpoint_budgets
+    if any(type(count) is not int or count < 1 for count in budgets) or sorted(set(budgets)) != list(budgets):
+        told = ", ".join(map(str, budgets))
+        raise ConfigError(f"checkpoint_budgets={told}: must be rising counts of scalars, such as 40k,80k,160k.")
+    if not isinstance(method.schedule, Increment | Quotas):
+        raise ConfigError(
+            f"checkpoint_budgets need a method whose support grows step by step and keeps what it has, such as id3; "
+            f"{config.recipe} does not."
+        )
 
 
 def _number(name: str, value: Any, optional: bool) -> None:

@@ -44,6 +44,10 @@ class RunFolder:
         if not ours:
             for name in RESULTS:
                 (self.path / name).unlink(missing_ok=True)
+            for delta in self.path.glob(f"budget-*/{RESULTS[1]}"):
+                delta.unlink()
+                with contextlib.suppress(OSError):  # somebody else has files in it
+                    delta.parent.rmdir()
         newer = ours
         for folder in checkpoints(self.path):
             newer = newer and not folder.samefile(resumed or folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ class RunCallback(TrainerCallback):
 
     `history`: the records up to the checkpoint. `unmeasured`: True if the checkpoint's step was not measured yet.
     `stop`: when it is asked, this step's checkpoint is written and training ends. `keep`: the number of checkpoints.
+    `budgets`: as soon as so many scalars are selected, `reach(budget)` is called and the metric is measured; a record
+    of `history` has the budget and the number selected.
     """
 
     def __init__(
@@ -39,11 +41,15 @@ class RunCallback(TrainerCallback):
         keep: int | None = None,
         history: list[dict[str, Any]] | None = None,
         unmeasured: bool = False,
+        budgets: Sequence[int] = (),
+        reach: Callable[[int], object] = lambda budget: None,
     ) -> None:
         self.tuner, self.steps, self.measure = tuner, steps, measure
         self.eval_every, self.progress, self.stop, self.keep = eval_every, progress, stop, keep
         self.history: list[dict[str, Any]] = history or []
         self.unmeasured = unmeasured
+        passed = {record.get("budget") for record in self.history}
+        self.budgets, self.reach = [budget for budget in budgets if budget not in passed], reach
         self.stopped_at: int | None = None
         self.loss: float | None = None
         self.metric: float | None = None
@@ -58,7 +64,12 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = int(state.global_step)
-        if self.eval_every and step % self.eval_every == 0 and step < self.steps:
+        reached = [budget for budget in self.budgets if budget <= self.tuner.selected]
+        for budget in reached:
+            self.reach(budget)
+            self.budgets.remove(budget)
+            self.history.append({"step": step, "budget": budget, "selected": self.tuner.selected})
+        if reached or (self.eval_every and step % self.eval_every == 0 and step < self.steps):
             self._measure(step)
         if self.stop.asked:
             self.stopped_at = step

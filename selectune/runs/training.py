@@ -105,6 +105,7 @@ class RunResult:
             "best": None if self.best is None else dict(self.best),
             **counts,
             "changed": self.verification.changed,
+            **({"checkpoints": reached} if (reached := _reached(self.history)) else {}),
             "delta": str(self.delta),
             "delta_bytes": self.delta_bytes,
             "seconds": round(self.seconds, 3),
@@ -196,13 +197,18 @@ class _Run:
         self.base = loaded.base(full=True)
         loaded.model.to(device())
         self.tuner = self._attach(size)
+        if config.checkpoint_budgets and config.checkpoint_budgets[-1] > self.tuner.budget:
+            raise ConfigError(
+                f"checkpoint_budgets={config.checkpoint_budgets[-1]:,} is never reached: {self.tuner.budget:,} scalars "
+                "are selected in all."
+            )
         folder.check_space(self._space())
 
     def result(self) -> RunResult:
         """Trains, saves and measures."""
         config, tuner, stop, checkpoint = self.config, self.tuner, self.stop, self.checkpoint
         history = self._train()
-        delta, verification = self._save()
+        delta, verification = self._save(order=bool(config.checkpoint_budgets))
         counts = {"selected": tuner.selected, "budget": tuner.budget, "trained": tuner.trained}
         events, taken = dict(tuner.events), tuner.step
         tuner.detach()
@@ -249,7 +255,8 @@ class _Run:
         config, trained = self.config, self.tuner.trained
         parameters = self.tuner.model.parameters() if config.full_checkpoints else ()
         checkpoint = 60 * trained + (1 << 16) + sum(p.nbytes for p in parameters)
-        return 2 * (8 * trained + (1 << 16)) + (config.keep or 1) * checkpoint * (config.save_every is not None)
+        kept = 0 if config.save_every is None else config.keep or 1
+        return (2 + len(config.checkpoint_budgets)) * (8 * trained + (1 << 16)) + kept * checkpoint
 
     def _attach(self, size: int | None) -> Tuner:
         config, model, rows = self.config, self.loaded.model, self.rows["train"]
@@ -275,6 +282,7 @@ class _Run:
         follower = RunCallback(
             self.tuner, self.steps, lambda look: self._measure(look).value, config.eval_every or self.task.eval_every,
             self.progress, stop, config.keep, history, checkpoint is not None and checkpoint.unmeasured,
+            config.checkpoint_budgets, lambda budget: self._save(Path(f"budget-{budget}"), allow_empty=True),
         )  # fmt: skip
         after = None if adapted is None else adapted.after_step
         keeper = SelectuneCallback(self.tuner, self.base, keep=lambda folder, step: self.keep(folder, step, follower))
@@ -345,7 +353,7 @@ class _Run:
 
         return keep
 
-    def _save(self) -> tuple[Path, Verification]:
+    def _save(self, below: Path = Path(), **more: bool) -> tuple[Path, Verification]:
         """Writes the delta with the task and the length, from which `eval` rebuilds the head and the batches."""
         config = self.config
         method: dict[str, Any] = {"task": self.task.name, "max_length": self.max_length}
@@ -357,7 +365,8 @@ class _Run:
         if config.adapter is not None and KINDS[config.adapter.kind].peft:
             info["versions"] = {"peft": metadata.version("peft")}
         verification = self.tuner.verify()
-        return self.tuner.save(Path(str(config.out)) / DELTA_FILE, base=self.base, info=info), verification
+        path = Path(str(config.out)) / below / DELTA_FILE
+        return self.tuner.save(path, base=self.base, info=info, **more), verification
 
 
 def _best(
@@ -372,6 +381,12 @@ def _best(
     last = {"step": step, "value": value, "selected": selected}
     best = min if lowest else max
     return best([*points, last], key=lambda point: point["value"]) if points else None
+
+
+def _reached(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The budgets that were reached on the way: the step, the scalars selected then, and the metric."""
+    values = {record["step"]: record["metric"] for record in history if "metric" in record}
+    return [{**record, "value": values.get(record["step"])} for record in history if "budget" in record]
 
 
 def _versions() -> dict[str, str]:

@@ -248,8 +248,8 @@ def test_the_traceback_can_be_had():
 
 
 COMMANDS = (
-    *("train", "eval", "verify", "tasks", "methods", "demo"),
-    *(f"delta {name}" for name in ("show", "diff", "apply", "add", "scale", "ties", "dare", "overlap")),
+    *("train", "eval", "predict", "generate", "verify", "tasks", "methods", "demo"),
+    *(f"delta {name}" for name in ("show", "diff", "apply", "add", "scale", "cut", "ties", "dare", "overlap")),
 )
 
 
@@ -269,7 +269,7 @@ def test_help_explains_every_option(command):
 
 
 def test_help_shows_examples():
-    for command in ("train", "eval", "verify", "demo"):
+    for command in ("train", "eval", "predict", "generate", "verify", "demo"):
         assert f"selectune {command}" in call(command, "--help").stdout
 
 

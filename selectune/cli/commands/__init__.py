@@ -3,7 +3,7 @@
 runs        train, eval
 predict     predict, generate
 deltas      verify, delta show, diff, apply
-arithmetic  delta add, scale, ties, dare, overlap
+arithmetic  delta add, scale, cut, ties, dare, overlap
 lists       tasks, methods
 demo        demo
 plan        plan

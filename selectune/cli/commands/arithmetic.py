@@ -1,17 +1,21 @@
-"""`selectune delta add|scale|ties|dare|overlap`: arithmetic on delta files."""
+"""`selectune delta add|scale|cut|ties|dare|overlap`: arithmetic on delta files."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from selectune.cli import values
 from selectune.cli.options import Dtype, Json, Revision, Trust, option
 from selectune.cli.output import result, working
 from selectune.errors import ConfigError
 
 if TYPE_CHECKING:
     from selectune.delta.combine import algebra
+
+log = logging.getLogger("selectune")
 
 Paths = Annotated[list[str], typer.Argument(help="Deltas of one base: folders of train, or .safetensors files.")]
 Path = Annotated[str, typer.Argument(help="A folder that holds delta.safetensors, or a .safetensors file.")]
@@ -28,6 +32,7 @@ def register(app: typer.Typer) -> None:
     for command, example in (
         (add, "runs/rte runs/stsb --model demo --out runs/both"),
         (scale, "runs/rte --by -1 --model demo --out runs/undo"),
+        (cut, "runs/rte --budget 10k --model demo --out runs/rte-10k"),
         (ties, "runs/rte runs/stsb --density 0.5 --model demo --out runs/ties"),
         (dare, "runs/rte runs/stsb --drop 0.9 --model demo --out runs/dare"),
         (overlap, "runs/rte runs/stsb --json"),
@@ -62,6 +67,21 @@ def scale(
 ) -> None:
     """Make a delta stronger or weaker: base + factor x difference, where the delta writes."""
     _Base(model, revision, dtype, trust_remote_code).combine("scale", [delta], out, as_json, factor=by)
+
+
+def cut(
+    delta: Path,
+    budget: Annotated[str, typer.Option("--budget", "-b", help="Scalars to keep: 10k.")],
+    out: Out,
+    model: Base = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Keep the scalars that were selected first. Their values are those that were trained with the larger budget."""
+    log.warning("The values of %s were trained with all of its scalars; a run with this budget gives others.", delta)
+    _Base(model, revision, dtype, trust_remote_code).combine("cut", [delta], out, as_json, budget=values.budget(budget))
 
 
 def ties(
@@ -132,7 +152,7 @@ class _Base(NamedTuple):
             deltas = [load(path) for path in paths]
             source = None if self.model is None else Source(self.model, *self[1:])
             base = None if source is None else load_base(source, deltas[0], None).model
-            made = getattr(algebra, name)(deltas[0] if name == "scale" else deltas, base=base, **options)
+            made = getattr(algebra, name)(deltas[0] if name in ("scale", "cut") else deltas, base=base, **options)
             report = algebra.conflicts(deltas, base=base)
             path = made.save(out)
         value = {

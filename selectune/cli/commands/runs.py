@@ -97,6 +97,10 @@ def train(
         int | None, option("Learn from so many rows only, the same for every method and seed.", panel=LOOP)
     ] = None,
     train_size_seed: Annotated[int, typer.Option(help="Seed of these rows.", rich_help_panel=LOOP)] = 0,
+    checkpoint_budgets: Annotated[
+        list[str] | None,
+        option("Save and measure a delta as so many scalars are selected: 40k,80k.", panel=FILES),
+    ] = None,
     include: Annotated[
         list[str] | None, option("Select only from these tensors: '*.attention.*'; repeatable.", panel=SCOPE)
     ] = None,
@@ -160,6 +164,7 @@ def train(
             given[name] = patterns(given[name])
         given["report_to"] = () if report_to is None or report_to == ["none"] else tuple(report_to)
         given["plugin"] = tuple(plugin or ())
+        given["checkpoint_budgets"] = tuple(map(values.budget, patterns(checkpoint_budgets)))
         config = RunConfig(**{field.name: given[field.name] for field in dataclasses.fields(RunConfig)})
         signals.heed(stop)
         found = run(config, ProgressBar(), resume_from or resume, overwrite, stop, folder)
@@ -176,6 +181,11 @@ def _told(found: RunResult) -> str:
             + (f", {found.trained:,} trained in all" if found.trained != found.selected else "")
             if found.budget
             else f"{found.trained:,} scalars trained, in whole tensors"
+        )
+        + "".join(
+            f"\nbudget {row['budget']:,}: {row['selected']:,} selected at step {row['step']:,}, "
+            f"{evaluation.metric} {row['value']:.4f}, {found.delta.parent / 'budget-'}{row['budget']}"
+            for row in found.as_json().get("checkpoints", ())
         )
         + f"\n{found.delta} ({found.delta_bytes:,} bytes)"
     )

@@ -27,7 +27,7 @@ from selectune.delta.delta import Delta
 from selectune.delta.file.parts import Dense, Part, Patch
 from selectune.errors import ConfigError, DeltaError
 
-__all__ = ["Conflicts", "Overlap", "add", "conflicts", "dare", "intersect", "negate", "overlap", "scale", "ties"]
+__all__ = ["Conflicts", "Overlap", "add", "conflicts", "cut", "dare", "intersect", "negate", "overlap", "scale", "ties"]
 
 _AGREED = ("task", "rows", "max_length", "architecture", "num_labels")
 _EXACT = 2.0**53
@@ -100,6 +100,47 @@ def intersect(delta: Delta, other: Delta, *, base: nn.Module | None = None) -> D
             rows = dataclasses.replace(rows, whole=False)
         parts.append(part_of(rows, kept, rows.new[0]))
     return _made("intersect", deltas, parts, {})
+
+
+def cut(delta: Delta, budget: int, *, base: nn.Module | None = None) -> Delta:
+    """The first `budget` scalars that a run selected, of a delta with the order of selection; whole tensors stay.
+
+    The support is the run's own as it had that many scalars, if selection only ever added some. The values are those
+    of the end of the run: they were trained beside the scalars that are left out.
+
+    Raises ConfigError for a delta without the order and a budget outside 1 to its scalars, and as `intersect` does.
+    Source: Agarwal et al. 2025, arXiv 2408.14470 (one run gives models of several budgets).
+
+    >>> import selectune as st
+    >>> model = torch.nn.Linear(8, 4)
+    >>> tuner = st.attach(model, st.id3(budget=6, steps=2))
+    >>> optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    >>> for _ in range(2):
+    ...     _ = model(torch.ones(1, 8)).square().sum().backward() or optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> delta = tuner.delta(order=True)
+    >>> tuner.detach()
+    >>> cut(delta, 3, base=model).selected
+    3
+    """
+    if delta.patches and delta.patches[0].order is None:
+        raise ConfigError(
+            f"{delta.label} does not say in which order its scalars were selected. Save it with order=True (command "
+            "line: train with --checkpoint-budgets)."
+        )
+    if type(budget) is not int or not 1 <= budget <= delta.selected:
+        raise ConfigError(f"budget={budget!r}: must be a count of 1 to {delta.selected:,}, the delta's scalars.")
+    ranks = {patch.name: patch.order for patch in delta.patches if patch.order is not None}
+    last = torch.cat(list(ranks.values())).sort().values[budget - 1]
+    parts: list[Part] = []
+    for rows in align([delta], base):
+        order = ranks.get(rows.name)
+        kept = None if order is None or rows.whole else order <= last
+        if kept is None or bool(kept.any()):
+            parts.append(part_of(rows, kept, rows.new[0]))
+    return _made(
+        "cut", [delta], parts, {}, budget=max(budget, sum(p.indices.numel() for p in parts if isinstance(p, Patch)))
+    )
 
 
 def ties(
