@@ -16,7 +16,9 @@ from pathlib import Path
 from selectune import tasks
 from selectune.bench.methods import base_of, parts
 from selectune.recipes import RECIPES
-from selectune.runs.training import RunConfig, RunResult, run
+from selectune.runs.config import RunConfig
+from selectune.runs.result import RunResult
+from selectune.runs.training import run
 from selectune.spec import names
 
 HEAD = "| method | {metric} | trained | changed | delta bytes | bytes / scalar | lr | seconds |\n" + "|---" * 8 + "|"

@@ -22,7 +22,7 @@ from selectune.errors import SelectuneError
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from selectune.runs.training import Update
+    from selectune.runs.result import Update
 
 TRACEBACK = "SELECTUNE_TRACEBACK"
 BETWEEN_LINES = 30.0  # seconds between two lines of progress in a file or a pipe
@@ -150,7 +150,7 @@ class ProgressBar:
 def state_line(update: Update, rate: float) -> str:
     """The text beside the bar.
 
-    >>> from selectune.runs.training import Update
+    >>> from selectune.runs.result import Update
     >>> state_line(Update(10, 100, 0.5, 40, 400, None), 2.5)
     'loss 0.5000  40/400 selected  2.5 steps/s'
     """

@@ -2,6 +2,7 @@
 
 config       the settings, checked before anything is loaded
 training     a run: model + task + method -> delta.safetensors and run.json
+result       what a run gives, while it lasts and at its end
 trainer      transformers' Trainer as a run uses it, and its optimizer
 progress     the callback between steps: measure, log, report, stop
 folder       the folder of a run: one owner, nothing overwritten unasked

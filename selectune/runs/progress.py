@@ -14,7 +14,7 @@ from selectune.runs.stop import Stop
 from selectune.train import Tuner
 
 if TYPE_CHECKING:
-    from selectune.runs.training import Progress
+    from selectune.runs.result import Progress
 
 
 class AskedError(Exception):
@@ -110,7 +110,7 @@ class RunCallback(TrainerCallback):
 
     def _tell(self, step: int) -> None:
         if self.progress is not None:
-            from selectune.runs.training import Update
+            from selectune.runs.result import Update
 
             self.progress.update(
                 Update(step, self.steps, self.loss, self.tuner.selected, self.tuner.budget, self.metric)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import selectune as st
 from selectune import plugins, tasks
 from selectune.adapters import KINDS
-from selectune.delta import DELTA_FILE, versions
+from selectune.delta import DELTA_FILE
 from selectune.errors import ConfigError, NonFiniteError, StoppedError
 from selectune.files import write_durably
 from selectune.models.adapted import size_of, virtual_tokens, with_adapter
@@ -29,6 +28,7 @@ from selectune.models.retention import HeldOut, held_out, text_of
 from selectune.runs.calibration import calibration
 from selectune.runs.config import RunConfig, build_method
 from selectune.runs.folder import RUN_FILE, RunFolder, run_folder
+from selectune.runs.result import Progress, RunResult, best_of, package_versions
 from selectune.runs.resume import (
     ADAPTER_FILE,
     Checkpoint,
@@ -47,78 +47,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("selectune")
 Rows = Sequence[dict[str, Any]]
 Keep = Callable[[Path, int, "RunCallback"], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Update:
-    """The state of a run that a progress bar shows."""
-
-    step: int
-    steps: int
-    loss: float | None
-    selected: int
-    budget: int
-    metric: float | None
-
-
-class Progress(Protocol):
-    """A follower of a run."""
-
-    def start(self, title: str, steps: int) -> None: ...
-    def update(self, update: Update) -> None: ...
-    def stop(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The result of a run. `value` is the metric of the saved delta, read back and applied to the bare base."""
-
-    evaluation: Evaluation
-    best: Mapping[str, Any] | None  # the best evaluation on the way: step, value, selected
-    steps: int
-    selected: int
-    budget: int
-    trained: int
-    verification: Verification
-    delta: Path
-    delta_bytes: int
-    seconds: float
-    events: Mapping[str, int]
-    history: Sequence[Mapping[str, Any]]
-    model: Mapping[str, Any]
-    origins: Mapping[str, str]
-    max_length: int
-    config: RunConfig
-    run: str  # its id, which a resumed run keeps
-    resumed: int | None = None  # the step of the checkpoint that it went on from
-
-    @property
-    def value(self) -> float:
-        return self.evaluation.value
-
-    def as_json(self) -> dict[str, Any]:
-        """The result as `train --json` prints it and run.json keeps it."""
-        counts = {name: getattr(self, name) for name in ("steps", "selected", "budget", "trained")}
-        return {
-            **self.evaluation.as_json(),
-            "method": self.config.method,
-            "best": None if self.best is None else dict(self.best),
-            **counts,
-            "changed": self.verification.changed,
-            **({"checkpoints": reached} if (reached := _reached(self.history)) else {}),
-            "delta": str(self.delta),
-            "delta_bytes": self.delta_bytes,
-            "seconds": round(self.seconds, 3),
-            "run": self.run,
-            "resumed": self.resumed,
-            "max_length": self.max_length,
-            "events": dict(self.events),
-            "model": dict(self.model),
-            "data": dict(self.origins),
-            "config": self.config.as_json(),
-            "plugins": plugins.used(self.config.recipe, self.config.task),
-            "versions": _versions(),
-        }
 
 
 def run(
@@ -223,7 +151,7 @@ class _Run:
                 evaluation = replace(evaluation, retention=self.held_out.retention(self.before, after))
         result = RunResult(
             evaluation=evaluation,
-            best=_best(history, taken, counts["selected"], evaluation.value, self.task.lower_is_better),
+            best=best_of(history, taken, counts["selected"], evaluation.value, self.task.lower_is_better),
             steps=taken,
             **counts,
             verification=verification,
@@ -327,7 +255,7 @@ class _Run:
         """The function that writes a checkpoint's record of the run, beside the files of the Trainer and the tuner."""
         rows, checkpoint, adapted = self.rows["train"], self.checkpoint, self.loaded.adapted
         digest, before = digest_of_rows(rows), 0.0
-        settings, now = settings_of(self.config), {**_versions(), "threads": str(torch.get_num_threads())}
+        settings, now = settings_of(self.config), {**package_versions(), "threads": str(torch.get_num_threads())}
         if checkpoint is not None:
             before = checkpoint.seconds
             if checkpoint.rows != digest:
@@ -367,36 +295,3 @@ class _Run:
         verification = self.tuner.verify()
         path = Path(str(config.out)) / below / DELTA_FILE
         return self.tuner.save(path, base=self.base, info=info, **more), verification
-
-
-def _best(
-    history: Sequence[Mapping[str, Any]], step: int, selected: int, value: float, lowest: bool
-) -> Mapping[str, Any] | None:
-    """The best evaluation of the run with the last one, as the papers report it; None if there was only one."""
-    points = [
-        {"step": record["step"], "value": record["metric"], "selected": record["selected"]}
-        for record in history
-        if "metric" in record
-    ]
-    last = {"step": step, "value": value, "selected": selected}
-    best = min if lowest else max
-    return best([*points, last], key=lambda point: point["value"]) if points else None
-
-
-def _reached(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The budgets that were reached on the way: the step, the scalars selected then, and the metric."""
-    values = {record["step"]: record["metric"] for record in history if "metric" in record}
-    return [{**record, "value": values.get(record["step"])} for record in history if "budget" in record]
-
-
-def _versions() -> dict[str, str]:
-    found = {**versions(), "python": platform.python_version()}
-    for package in ("transformers", "accelerate", "datasets", "peft"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-__all__ = ["RUN_FILE", "Progress", "RunConfig", "RunResult", "Update", "run"]

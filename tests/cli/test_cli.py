@@ -295,7 +295,7 @@ def test_real_data_is_reproduced(tiny, real_data, tmp_path):
 
 def test_progress_in_a_pipe_is_a_line_now_and_then(capsys, monkeypatch):
     from selectune.cli import output
-    from selectune.runs.training import Update
+    from selectune.runs.result import Update
 
     clock = iter([0.0, 1.0, 31.0, 40.0, 62.0])
     monkeypatch.setattr(output.time, "perf_counter", lambda: next(clock))

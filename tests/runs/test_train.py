@@ -24,7 +24,8 @@ from selectune.errors import (
 from selectune.models.restore import Source, evaluate_delta, load_base, verify_delta
 from selectune.recipes import RECIPES
 from selectune.runs.config import RunConfig, build_method
-from selectune.runs.training import Update, run
+from selectune.runs.result import Update
+from selectune.runs.training import run
 from selectune.tasks import Classification
 
 pytest_plugins = ("tiny_fixtures",)

@@ -105,8 +105,8 @@ def _predict(
     from selectune.models.predictions import predict_rows
     from selectune.models.restore import Source
     from selectune.runs.config import patterns
+    from selectune.runs.result import Update
     from selectune.runs.stop import Stop
-    from selectune.runs.training import Update
 
     out, rows = os.path.expanduser(out), os.path.expanduser(rows)
     stop, bar = Stop(), ProgressBar()

@@ -31,7 +31,7 @@ from selectune.errors import ConfigError
 
 if TYPE_CHECKING:
     from selectune.models.evaluate import Evaluation
-    from selectune.runs.training import RunResult
+    from selectune.runs.result import RunResult
 
 TRAIN_EXAMPLES = (
     "Examples:\n\nselectune train --model demo --task glue/rte --budget 103k --epochs 3 --out runs/rte\n\n"

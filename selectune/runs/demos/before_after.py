@@ -20,7 +20,8 @@ from selectune.models.evaluate import Retention, evaluate
 from selectune.runs.config import RunConfig
 from selectune.runs.demos.comparison import digests
 from selectune.runs.folder import refuse_used
-from selectune.runs.training import Progress, run
+from selectune.runs.result import Progress
+from selectune.runs.training import run
 from selectune.tasks import Task
 
 TASK = "demo/logbook"

@@ -20,7 +20,8 @@ from selectune.models.bases import DEMO, LoadedModel, device, load_model, longes
 from selectune.models.evaluate import evaluate
 from selectune.runs.config import RunConfig
 from selectune.runs.folder import refuse_used
-from selectune.runs.training import Progress, RunResult, Update, run
+from selectune.runs.result import Progress, RunResult, Update
+from selectune.runs.training import run
 from selectune.tasks import Task
 
 PREFERRED = "glue/stsb"
