@@ -32,7 +32,7 @@ from selectune.frames import methods_of
 from selectune.integrations.checkpoints import guard
 from selectune.integrations.first_rows import check_first_rows
 from selectune.integrations.ref_model import pair_up
-from selectune.train import STATE_FILE, Tuner, read_state, write_state
+from selectune.train import STATE_FILE, Tuner, read_state, world, write_state
 
 log = logging.getLogger("selectune")
 
@@ -148,6 +148,7 @@ class SelectuneCallback(TrainerCallback):
         self._order, self._resumed_order = torch.get_rng_state(), None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        world.wait()  # every process writes its random state, which the manifest names
         if state.is_world_process_zero:
             folder = _saved_to(args, state)
             now = self.tuner.state_dict()

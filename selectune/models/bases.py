@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,9 @@ def class_names(name: str, revision: str | None = None) -> tuple[str, ...]:
 
 
 def device() -> torch.device:
-    """The device of the command line: the first GPU if there is one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """The device of the command line: this process's GPU if there is one (else the first), or the CPU."""
+    mine = int(os.environ.get("LOCAL_RANK", "0"))  # of torchrun and accelerate launch
+    return torch.device("cuda", mine) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def resolve(name: str, revision: str | None = None) -> Origin:

@@ -170,12 +170,12 @@ class RunConfig:
         """The adapter whose number of scalars is the budget, if the budget is given so."""
         return parse(self.budget) if isinstance(self.budget, str) else None
 
-    def steps(self, examples: int) -> int:
+    def steps(self, examples: int, processes: int = 1) -> int:
         """The number of optimizer steps over this many training examples. The last batch and window may be short."""
         if self.max_steps is not None:
             return self.max_steps
         epochs = self.epochs if self.epochs is not None else self.the_task.epochs
-        an_epoch = math.ceil(math.ceil(examples / self.batch_size) / self.accumulation)
+        an_epoch = math.ceil(math.ceil(examples / (self.batch_size * processes)) / self.accumulation)
         return math.ceil(epochs * an_epoch)
 
     def as_json(self) -> dict[str, Any]:

@@ -26,11 +26,15 @@ _MARKS = (MANIFEST, "trainer_state.json", "tuner.safetensors", "optimizer.pt")  
 
 @dataclass
 class RunFolder:
-    """A folder that this process owns. `id` names the run in it; a resumed run keeps its first id."""
+    """A folder that this process owns. `id` names the run in it; a resumed run keeps its first id.
+
+    Where several processes train, the first of them owns it, and for the others it is `shared`: they write nothing.
+    """
 
     path: Path
     id: str
     overwrite: bool = False
+    shared: bool = False
 
     def begin(self, resumed: Path | None) -> None:
         """Makes room before the first file is written, or refuses to.
@@ -38,6 +42,8 @@ class RunFolder:
         `resumed`: the checkpoint that the run resumes from; one in this folder belongs to the same run. RunFolderError
         names anything else in the folder, unless it may be overwritten: then it is removed.
         """
+        if self.shared:
+            return
         ours = resumed is not None and resumed.resolve().parent == self.path.resolve()
         if not ours and not self.overwrite:
             refuse_used(self.path)
@@ -56,7 +62,7 @@ class RunFolder:
 
     def check_space(self, needed: int) -> None:
         """Raises RunFolderError if `needed` bytes do not fit."""
-        free = shutil.disk_usage(self.path).free
+        free = needed if self.shared else shutil.disk_usage(self.path).free
         if free < needed:
             raise RunFolderError(
                 f"{self.path} has room for {free:,} bytes; the run's delta and checkpoints may need {needed:,}. Free "
@@ -71,6 +77,9 @@ def run_folder(out: str | os.PathLike[str], resume: bool = False, overwrite: boo
     Raises RunFolderError within a second, before anything is loaded, if another process owns the folder, if it cannot
     be written to, or if it holds a run and neither `resume` nor `overwrite` is given.
     """
+    if os.environ.get("RANK", "0") != "0":  # of torchrun and accelerate launch; torch is not loaded yet
+        yield RunFolder(Path(out), "", overwrite, shared=True)
+        return
     id = secrets.token_hex(8)
     with own(out, id) as folder:
         if not resume and not overwrite:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
 from selectune.runs.folder import rotate
+from selectune.runs.result import Progress, Update
 from selectune.runs.stop import Stop
-from selectune.train import Tuner
-
-if TYPE_CHECKING:
-    from selectune.runs.result import Progress
+from selectune.train import Tuner, world
 
 
 class AskedError(Exception):
@@ -71,7 +69,7 @@ class RunCallback(TrainerCallback):
             self.history.append({"step": step, "budget": budget, "selected": self.tuner.selected})
         if reached or (self.eval_every and step % self.eval_every == 0 and step < self.steps):
             self._measure(step)
-        if self.stop.asked:
+        if world.any_rank(self.stop.asked):
             self.stopped_at = step
             control.should_save = control.should_training_stop = True
         if control.should_save:
@@ -79,7 +77,7 @@ class RunCallback(TrainerCallback):
         self._tell(step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.keep is not None:
+        if self.keep is not None and world.first():
             rotate(Path(args.output_dir), self.keep)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -105,13 +103,11 @@ class RunCallback(TrainerCallback):
         self.history.insert(at, {"step": step, "metric": self.metric, "selected": self.tuner.selected})
 
     def _look(self) -> None:
-        if self.stop.asked:
+        if self.stop.asked and world.size() == 1:  # several processes stop together, after a step
             raise AskedError
 
     def _tell(self, step: int) -> None:
         if self.progress is not None:
-            from selectune.runs.result import Update
-
             self.progress.update(
                 Update(step, self.steps, self.loss, self.tuner.selected, self.tuner.budget, self.metric)
             )

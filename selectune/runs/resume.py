@@ -18,7 +18,7 @@ from selectune.files import Manifest, checkpoints, read_json, verify, write_dura
 from selectune.models.bases import resolve
 from selectune.runs.config import RunConfig
 from selectune.runs.folder import RUN_FILE
-from selectune.train import STATE_FILE, read_state
+from selectune.train import STATE_FILE, read_state, world
 
 log = logging.getLogger("selectune")
 
@@ -63,6 +63,8 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     settings = {key: value for key, value in told.items() if value not in (None, [], 0) or key not in _LATER}
     settings["lr"], settings["method"] = config.learning_rate, config.canonical
     settings["model"] = resolve(config.model, config.revision).id
+    if world.size() > 1:
+        settings["processes"] = world.size()
     if found := plugins.used(config.recipe, config.task):
         settings["plugins"] = found
     if config.max_steps is None and config.epochs is None:

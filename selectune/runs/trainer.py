@@ -108,6 +108,11 @@ def optimizer_of(config: RunConfig, loaded: LoadedModel, tuner: Tuner) -> torch.
     return make(tuner.parameter_groups(config.learning_rate), config.weight_decay)
 
 
+# Models whose loss is a sum over the tokens of all processes, divided by their number. The loss of other heads is a
+# mean, which the Trainer would multiply by the number of processes.
+_BY_TOKENS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+
+
 def arguments_of(config: RunConfig, steps: int) -> TrainingArguments:
     """The settings of a run as arguments of the Trainer."""
     return TrainingArguments(
@@ -129,6 +134,7 @@ def arguments_of(config: RunConfig, steps: int) -> TrainingArguments:
         remove_unused_columns=False,
         report_to=list(config.report_to) or "none",
         disable_tqdm=True,
+        average_tokens_across_devices=config.the_task.head.architecture in _BY_TOKENS,
         **_sampling(config.group_by_length),
     )
 

@@ -39,7 +39,7 @@ from selectune.runs.resume import (
     write_run,
 )
 from selectune.runs.stop import Stop
-from selectune.train import STATE_FILE, Tuner, Verification, read_state, write_state
+from selectune.train import STATE_FILE, Tuner, Verification, read_state, world, write_state
 
 if TYPE_CHECKING:
     from selectune.runs.progress import RunCallback
@@ -62,6 +62,7 @@ def run(
     The same config gives the same delta, byte for byte, on the same machine, thread count and versions (on a CPU).
     `resume`: a checkpoint, or True for the newest whole one in `out`. The delta then has the bytes of a run without a
     stop. Only `out`, `data`, `eval_every`, `save_every`, `keep`, `full_checkpoints` and `report_to` may differ.
+    Under torchrun or accelerate launch, `batch_size` is that of each process, and the first process writes.
     `overwrite`: replace a run that is in `out`. `stop`: when it is asked, the run ends after its step, with a
     checkpoint. `folder`: `out`, if the caller owns it already (`run_folder`).
 
@@ -74,6 +75,7 @@ def run(
         raise ConfigError("out is missing: the folder that the delta is written to.")
     if resume is True and overwrite:
         raise ConfigError("resume goes on with the run in out and overwrite removes it: give one of the two.")
+    world.join()
     owned = run_folder(config.out, resume is not False, overwrite) if folder is None else nullcontext(folder)
     stop = stop or Stop()
     with owned as folder:
@@ -113,7 +115,7 @@ class _Run:
         self.rows = {
             name: self.task.encode(loaded.tokenizer, split.examples, self.max_length) for name, split in splits.items()
         }
-        self.steps = config.steps(len(self.rows["train"]))
+        self.steps = config.steps(len(self.rows["train"]), world.size())
         named = config.adapter_for_size
         size = None if named is None else size_of(loaded, named, config.seed)
         if config.adapter is not None:
@@ -168,7 +170,8 @@ class _Run:
             resumed=None if checkpoint is None else checkpoint.step,
         )
         text = json.dumps({**result.as_json(), "history": list(history)}, indent=2, allow_nan=False)
-        write_durably(self.folder.path / RUN_FILE, text.encode())
+        if world.first():
+            write_durably(self.folder.path / RUN_FILE, text.encode())
         stop.where = "after its end: all of it is written"
         return result
 
@@ -294,4 +297,7 @@ class _Run:
             info["versions"] = {"peft": metadata.version("peft")}
         verification = self.tuner.verify()
         path = Path(str(config.out)) / below / DELTA_FILE
-        return self.tuner.save(path, base=self.base, info=info, **more), verification
+        if world.first():
+            self.tuner.save(path, base=self.base, info=info, **more)
+        world.wait()
+        return path, verification

@@ -10,6 +10,7 @@ must agree on are compared at attach, at each selection, and now and then.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,40 @@ EVERY = 100
 """Steps between two comparisons of the offsets where nothing is selected."""
 
 _DONE = -1
+
+
+def join() -> None:
+    """Joins the processes that torchrun or accelerate launch started, if that has not happened yet."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def size() -> int:
+    """How many processes train together: those of torch.distributed, or 1."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this process is the one that writes files and talks."""
+    return size() == 1 or dist.get_rank() == 0
+
+
+def wait() -> None:
+    """Waits until every process is here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is up in any of the processes, which all ask at the same time."""
+    if size() == 1:
+        return flag
+    flags: list[Any] = [False] * size()
+    dist.all_gather_object(flags, flag)
+    return any(flags)
+
 
 Told = Mapping[str, int]
 
@@ -59,7 +94,7 @@ class World:
         Raises TunerError if the model, the method or the seed differs between them, or the run is one that a single
         process must train.
         """
-        if self.many or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+        if self.many or size() == 1:
             return
         self._group = dist.new_group()  # of our own, so that nothing of ours meets another's collective
         try:

@@ -167,8 +167,10 @@ def train(
         given["checkpoint_budgets"] = tuple(map(values.budget, patterns(checkpoint_budgets)))
         config = RunConfig(**{field.name: given[field.name] for field in dataclasses.fields(RunConfig)})
         signals.heed(stop)
-        found = run(config, ProgressBar(), resume_from or resume, overwrite, stop, folder)
-    result(as_json, found.as_json(), _told(found))
+        progress = None if folder.shared else ProgressBar()
+        found = run(config, progress, resume_from or resume, overwrite, stop, folder)
+    if not folder.shared:
+        result(as_json, found.as_json(), _told(found))
 
 
 def _told(found: RunResult) -> str:
