@@ -310,10 +310,10 @@ def test_a_stop_while_the_delta_is_saved(made, tmp_path, monkeypatch):
     config, whole = made
     stop, save = Stop(), training._Run._save
 
-    def asked(*args):
+    def asked(*args, **more):
         assert stop.listening
         stop.ask()
-        return save(*args)
+        return save(*args, **more)
 
     monkeypatch.setattr(training._Run, "_save", asked)
     with pytest.raises(StoppedError, match=r"after its last step: .* is whole"):
