@@ -25,7 +25,7 @@ log = logging.getLogger("selectune")
 ADAPTER_FILE = "module.safetensors"
 """The file in a checkpoint with the state that an adapter keeps between steps, apart from its weights."""
 
-_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE, RUN_FILE)
+_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", STATE_FILE, RUN_FILE)
 _FIELDS: dict[str, Any] = {
     "step": int, "settings": dict, "rows": str, "seconds": int | float, "versions": dict, "unmeasured": bool,
     "history": list,
@@ -129,12 +129,21 @@ def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:
     )
 
 
+def _files() -> list[str]:
+    """The files that a checkpoint of this many processes has."""
+    processes = world.size()
+    return [*_FILES, *(["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)])]
+
+
 def read(folder: Path) -> Checkpoint:
     """Reads a folder as a checkpoint. Raises CheckpointError if a file is not the one in its manifest."""
     manifest = verify(folder)
-    missing = [name for name in _FILES if name not in manifest.files]
+    missing = [name for name in _files() if name not in manifest.files]
     if missing:
-        raise CheckpointError(f"{folder} is no checkpoint of selectune train: it was made without {missing[0]}.")
+        why = f"it was made without {missing[0]}"
+        if missing[0].startswith("rng_state") and any(name.startswith("rng_state") for name in manifest.files):
+            why = f"another number of processes than {world.size()} wrote it, so its random states do not fit"
+        raise CheckpointError(f"{folder} is no checkpoint of selectune train for this run: {why}.")
     told = read_json(folder / RUN_FILE, limit=MAX_RUN, error=CheckpointError)
     wrong = _wrong(told, manifest)
     if wrong:

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from ranks_kit import OneDiedError, in_ranks
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import selectune as st
+from selectune.train import world
 
 STEPS, ROWS, WIDTH = 6, 12, 8
 
@@ -209,6 +211,42 @@ def other_calibration(rank: int) -> Any:
     st.attach(model, st.fish(40, examples=8), calibration=data, loss=lambda model, x: model(x).square().mean())
 
 
+def traffic(rank: int) -> list[int]:
+    """The bytes that this rank gives to collectives in each step: its own, and those of DistributedDataParallel."""
+    sent, reduce, gather = [0], dist.all_reduce, dist.all_gather
+
+    def count(tensor: Tensor) -> None:
+        sent[-1] += tensor.numel() * tensor.element_size()
+
+    def hook(state: Any, bucket: Any) -> Any:
+        count(bucket.buffer())
+        return allreduce_hook(state, bucket)
+
+    def counted_reduce(tensor: Tensor, **more: Any) -> Any:
+        count(tensor)
+        return reduce(tensor, **more)
+
+    def counted_gather(parts: Any, tensor: Tensor, **more: Any) -> Any:
+        count(tensor)
+        return gather(parts, tensor, **more)
+
+    model = Net().float()
+    tuner = st.attach(model, st.id3(60, STEPS, every=2))
+    around = DistributedDataParallel(model)
+    around.register_comm_hook(None, hook)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    world.dist.all_reduce, world.dist.all_gather = counted_reduce, counted_gather  # pyright: ignore
+    try:
+        for step in range(STEPS):
+            around(batch(step).float().chunk(2)[rank]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            sent.append(0)
+    finally:
+        world.dist.all_reduce, world.dist.all_gather = reduce, gather  # pyright: ignore
+    return [*sent[:-1], sum(p.numel() for p in model.parameters())]
+
+
 PLANTED = {  # what a rank does wrong, or all of them: the words of the error that every rank raises
     nobody_averages: "Nothing averages the gradients: run the model inside DistributedDataParallel",
     another_seed: r"The ranks are not attached to the same seed: rank 1 differ",
@@ -225,7 +263,7 @@ PLANTED = {  # what a rank does wrong, or all of them: the words of the error th
 
 
 def all_planted(rank: int) -> list[Any]:
-    found: list[Any] = [by_hand(rank)]
+    found: list[Any] = [(by_hand(rank), traffic(rank))]
     for work in PLANTED:
         try:
             work(rank)
@@ -282,7 +320,13 @@ def test_what_would_let_the_ranks_drift_apart_is_an_error_on_every_rank(planted,
 
 def test_a_loop_may_average_the_gradients_itself(planted, both):
     alone = trained_by_sgd()
-    assert planted[0][0] == planted[1][0] == alone
+    assert planted[0][0][0] == planted[1][0][0] == alone
+
+
+def test_only_a_selecting_step_sends_more_than_the_offsets(planted):
+    *steps, weights = planted[0][0][1]
+    assert all(sent <= 4 * 60 + 4096 for sent in steps[1::2])  # float32 offsets, and what is compared
+    assert all(4 * weights / 2 < sent <= 4 * weights + 4096 for sent in steps[::2])  # one dense tensor after another
 
 
 def trained_by_sgd() -> Any:
