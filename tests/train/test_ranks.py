@@ -218,7 +218,7 @@ def traffic(rank: int) -> list[int]:
     def count(tensor: Tensor) -> None:
         sent[-1] += tensor.numel() * tensor.element_size()
 
-    def hook(state: Any, bucket: Any) -> Any:
+    def hook(state, bucket):  # torch reads annotations and refuses others
         count(bucket.buffer())
         return allreduce_hook(state, bucket)
 
