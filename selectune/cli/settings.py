@@ -15,6 +15,8 @@ LIMIT = 1 << 26  # bytes: a run.json with its history
 MAX_YAML = 1 << 16
 APART = ("config_file", "as_json", "help")
 RUN = "run.json"
+NUMBERS = ("checkpoint_budgets",)
+"""Repeatable options whose values a file may hold as numbers."""
 
 
 def settings(path: str, params: Sequence[Any]) -> dict[str, Any]:
@@ -87,7 +89,9 @@ def _read(path: Path) -> Any:
 def _fitting(what: str, value: Any, param: Any) -> Any:
     """A value in the form that the option takes on the command line."""
     if param.multiple:
-        values = [str(one) if type(one) is int else one for one in (value if isinstance(value, list) else [value])]
+        values = value if isinstance(value, list) else [value]
+        if param.name in NUMBERS:
+            values = [str(one) if type(one) is int else one for one in values]
         if not all(isinstance(one, str) for one in values):
             raise ConfigError(f"{what} is {value!r}; it takes a text or a list of texts.")
         return values

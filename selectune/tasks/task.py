@@ -179,6 +179,13 @@ def padded(tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
     return dict(tokenizer.pad(texts, padding=True, return_tensors="pt"))
 
 
+def token_batch(tokenizer: Any, rows: Sequence[Sequence[int]], left: bool = False) -> dict[str, Tensor]:
+    """Tokens as one batch, padded without the tokenizer, which may prefer the other side."""
+    padding = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked, so any number will do
+    mask = [[1] * len(row) for row in rows]
+    return {"input_ids": filled(rows, padding, left), "attention_mask": filled(mask, 0, left)}
+
+
 def filled(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
     """Rows of numbers as one tensor, int64, filled up with `value` at their ends or, with `left`, at their starts.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from selectune.tasks.demo import topic
 from selectune.tasks.kinds import Language
-from selectune.tasks.kinds.language import perplexity
+from selectune.tasks.metrics import perplexity
 from selectune.tasks.task import Row, Task
 
 DAYS = {"train": 160, "validation": 24}

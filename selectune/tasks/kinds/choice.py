@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from selectune.errors import TaskError
-from selectune.tasks.kinds.language import as_batch
 from selectune.tasks.kinds.token_losses import summed_losses
-from selectune.tasks.task import ANSWER, Example, Features, Head, Row, Task, filled, to_model
+from selectune.tasks.task import ANSWER, Example, Features, Head, Row, Task, filled, to_model, token_batch
 
 log = logging.getLogger("selectune")
 
@@ -111,26 +110,9 @@ class Choice:
         return [[(-next(losses), characters) for characters in row["characters"]] for row in rows]
 
 
-def choice_accuracy(predictions: Sequence[Sequence[tuple[float, int]]], labels: Sequence[int]) -> dict[str, float]:
-    """Share of rows whose right choice is the likeliest, by the sum of its log-likelihoods and by that sum a character.
-
-    These are `acc` and `acc_norm` of EleutherAI's lm-evaluation-harness, which divides by characters. The first of
-    equal choices counts.
-
-    >>> choice_accuracy([[(-4.0, 2), (-6.0, 6)]], [1])  # -4 > -6, but -2 < -1
-    {'accuracy': 0.0, 'accuracy_normalised': 1.0}
-    """
-    sums = [[total for total, _ in row] for row in predictions]
-    means = [[total / length for total, length in row] for row in predictions]
-    return {
-        name: sum(row.index(max(row)) == label for row, label in zip(rows, labels, strict=True)) / len(labels)
-        for name, rows in (("accuracy", sums), ("accuracy_normalised", means))
-    }
-
-
 def _labelled(tokenizer: Any, rows: Sequence[list[int]], starts: Sequence[int]) -> dict[str, Tensor]:
     labels = [[-100] * start + row[start:] for row, start in zip(rows, starts, strict=True)]
-    return {**as_batch(tokenizer, rows), "labels": filled(labels, -100)}
+    return {**token_batch(tokenizer, rows), "labels": filled(labels, -100)}
 
 
 def _shared(alone: list[int], whole: list[int]) -> int:

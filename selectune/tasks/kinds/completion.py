@@ -12,7 +12,7 @@ from torch import Tensor
 from selectune.errors import TaskError
 from selectune.tasks.kinds.generating import Generating, answer_of, first_reference, needs_end
 from selectune.tasks.kinds.token_losses import summed_losses
-from selectune.tasks.task import ANSWER, Example, Features, Head, Task, filled, to_model
+from selectune.tasks.task import ANSWER, Example, Features, Head, Task, filled, to_model, token_batch
 
 log = logging.getLogger("selectune")
 
@@ -78,7 +78,7 @@ class Completion(Generating):
         prompts = [_last(row["input_ids"], row[SEEN], tokenizer) for row in rows]
         whole = [prompt + row[COMPLETION] for prompt, row in zip(prompts, rows, strict=True)]
         labels = [[-100] * len(prompt) + row[COMPLETION] for prompt, row in zip(prompts, rows, strict=True)]
-        return {**_batch(tokenizer, whole, left=False), "labels": filled(labels, -100)}
+        return {**token_batch(tokenizer, whole), "labels": filled(labels, -100)}
 
     def predict(self, task: Task, model: Any, tokenizer: Any, rows: Sequence[Features]) -> list[Any]:
         positions = getattr(model.config, "max_position_embeddings", None)
@@ -96,7 +96,7 @@ class Completion(Generating):
                     cut, len(rows), task.name, positions, self.max_new_tokens,
                 )  # fmt: skip
             prompts = [_last(prompt, room, tokenizer) for prompt in prompts]
-        batch = _batch(tokenizer, prompts, left=True)
+        batch = token_batch(tokenizer, prompts, left=True)
         return self.generated(model, tokenizer, to_model(model, batch), batch["input_ids"].shape[1])
 
     def _prompts(self, tokenizer: Any, rows: Sequence[tuple[str, ...]]) -> list[list[int]]:
@@ -144,9 +144,3 @@ def _last(prompt: list[int], room: int, tokenizer: Any) -> list[int]:
         return prompt
     kept = prompt[len(prompt) - room :]
     return [prompt[0], *kept[1:]] if prompt[0] == tokenizer.bos_token_id and room > 1 else kept
-
-
-def _batch(tokenizer: Any, rows: Sequence[list[int]], left: bool) -> dict[str, Tensor]:
-    """Tokens as one batch, padded without the tokenizer, whose padding may be at the other side."""
-    fill = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked, so any number will do
-    return {"input_ids": filled(rows, fill, left), "attention_mask": filled([[1] * len(row) for row in rows], 0, left)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from selectune.errors import TaskError
 from selectune.tasks.kinds.token_losses import summed_losses
-from selectune.tasks.task import ANSWER, Example, Features, Head, Row, Task, filled, texts_of, to_model
+from selectune.tasks.task import ANSWER, Example, Features, Head, Row, Task, filled, texts_of, to_model, token_batch
 
 
 @dataclass(frozen=True)
@@ -62,24 +61,9 @@ class Language:
 
     def collate(self, tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
         tokens = [row["input_ids"] for row in rows]
-        return {**as_batch(tokenizer, tokens), "labels": filled(tokens, -100)}
+        return {**token_batch(tokenizer, tokens), "labels": filled(tokens, -100)}
 
     def predict(self, task: Task, model: Any, tokenizer: Any, rows: Sequence[Features]) -> list[Any]:
         batch = self.collate(tokenizer, rows)
         on_device = to_model(model, batch)
         return summed_losses(model, on_device, batch["labels"].to(on_device["input_ids"].device))
-
-
-def as_batch(tokenizer: Any, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Tokens as a batch that is padded at the end, whichever side the tokenizer prefers."""
-    padding = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked, so any number will do
-    return {"input_ids": filled(rows, padding), "attention_mask": filled([[1] * len(row) for row in rows], 0)}
-
-
-def perplexity(predictions: Sequence[float], labels: Sequence[int]) -> float:
-    """exp(sum of the losses / number of tokens): lower is better. An overflow is the largest float.
-
-    >>> round(perplexity([2 * math.log(8), math.log(8)], [2, 1]), 6)
-    8.0
-    """
-    return math.exp(min(math.fsum(predictions) / sum(labels), 709.0))

@@ -38,7 +38,8 @@ def choice_accuracy(predictions: Sequence[Sequence[tuple[float, int]]], labels: 
 
     `predictions`: for each choice of a row (sum of its log-likelihoods, its length in tokens or bytes). `labels`: the
     number of the right choice. The first of equal choices counts as the answer. A row with NaN counts as wrong.
-    Source: Brown et al. (2020, arXiv 2005.14165, section 2.4), for both.
+    Source: Brown et al. (2020, arXiv 2005.14165, section 2.4), for both; over lengths in characters they are `acc` and
+    `acc_norm` of EleutherAI's lm-evaluation-harness.
 
     >>> choice_accuracy([[(-4.0, 2), (-6.0, 6)]], [1])  # -4 > -6, but -2 < -1
     {'accuracy': 0.0, 'accuracy_normalised': 1.0}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from selectune.tasks.kinds import Choice
-from selectune.tasks.kinds.choice import choice_accuracy
+from selectune.tasks.metrics import choice_accuracy
 from selectune.tasks.task import Hub, Row, Task
 
 LLM_ADAPTERS = "rows of LLM-Adapters, ODC-By"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from selectune.tasks.kinds import Language
-from selectune.tasks.kinds.language import perplexity
+from selectune.tasks.metrics import perplexity
 from selectune.tasks.task import Example, Hub, Task
 
 
