@@ -22,7 +22,7 @@ def budget_or_adapter(text: str) -> int | float | str:
     return text.strip() if any(name == m["name"] for m in catalogue.methods() if "through" in m) else budget(text)
 
 
-def budget(text: str) -> int | float:
+def budget(text: str, option: str = "--budget") -> int | float:
     """A budget: a count (103000, 320_000, 103k, 1.5m) or a density (0.17%, 0.0017).
 
     >>> [budget(text) for text in ("103k", "1.5m", "320_000", "0.17%", "0.0017")]
@@ -30,32 +30,32 @@ def budget(text: str) -> int | float:
     """
     plain = text.strip().lower()
     if not _MARKS.fullmatch(plain):
-        raise _refuse(text, "commas and underscores may stand between thousands only; decimals have a point")
+        raise _refuse(option, text, "commas and underscores may stand between thousands only; decimals have a point")
     plain = plain.replace("_", "").replace(",", "")
     unit = _UNITS.get(plain[-1:], 1)
     percent = plain.endswith("%")
     try:
         number = Decimal(plain[:-1] if percent or unit > 1 else plain)
     except InvalidOperation:
-        raise _refuse(text, "this is no number") from None
+        raise _refuse(option, text, "this is no number") from None
     if not number.is_finite():
-        raise _refuse(text, "it must be finite")
+        raise _refuse(option, text, "it must be finite")
     if number <= 0:
-        raise _refuse(text, "at least 1 scalar must be trained")
+        raise _refuse(option, text, "at least 1 scalar must be trained")
     if percent:
         if number >= 100:
-            raise _refuse(text, "a share must be below 100 %; `--method full` trains everything")
+            raise _refuse(option, text, "a share must be below 100 %; `--method full` trains everything")
         return float(number / 100)
     count = number * unit
     if count == count.to_integral_value():
         return int(count)
     if unit == 1 and count < 1:
         return float(count)
-    raise _refuse(text, "a count must be a whole number, a density below 1")
+    raise _refuse(option, text, "a count must be a whole number, a density below 1")
 
 
-def _refuse(text: str, why: str) -> BudgetError:
-    return BudgetError(f"--budget {text}: {why}. Give a count (103000, 103k, 1.5m) or a share (0.17%, 0.0017).")
+def _refuse(option: str, text: str, why: str) -> BudgetError:
+    return BudgetError(f"{option} {text}: {why}. Give a count (103000, 103k, 1.5m) or a share (0.17%, 0.0017).")
 
 
 def dtype(text: str) -> str:

@@ -15,7 +15,7 @@ from selectune import plugins, tasks
 from selectune.delta import load
 from selectune.errors import ConfigError, DeltaError, TaskError
 from selectune.files import write_durably
-from selectune.files.reading import short
+from selectune.files.reading import NotPlain, plain, short
 from selectune.models.evaluate import batches
 from selectune.models.recorded import known_task
 from selectune.models.restore import Source, ready
@@ -51,7 +51,13 @@ def predict_rows(
     Raises ConfigError if `out` exists and may not be overwritten, if `out`.partial is of something else, or if nothing
     says what the task is; and TaskError, which names file and line, for a row that does not fit.
     """
-    if Path(out).exists() and not overwrite:
+    place = Path(out)
+    if not out.strip() or place.is_dir() or not place.absolute().parent.is_dir():
+        why = "is a folder" if place.is_dir() and out.strip() else "lies in no folder that exists"
+        raise ConfigError(f"out={out!r} {why}. Give a file in an existing folder, such as answers.jsonl.")
+    if place.exists() and Path(given).exists() and place.samefile(given):
+        raise ConfigError(f"{out} is the file of rows itself, which would be lost. Give another file for the answers.")
+    if place.exists() and not overwrite:
         raise ConfigError(f"{out} exists and would be lost. Give another file, or say that it may go (--overwrite).")
     delta = None if path is None else load(path)
     bare = known_task(source, delta, path, name, kind, text)
@@ -81,7 +87,7 @@ def predict_rows(
         loaded.id, loaded.revision, str(loaded.model.dtype), None if delta is None else delta.digest, task.name,
         repr(task.kind), task.labels, task.fields, length, hashlib.sha256(_line(written)).hexdigest(),
     ]  # fmt: skip
-    partial = _Partial(Path(f"{out}.partial"), hashlib.sha256(_line(settings)).hexdigest(), overwrite)
+    partial = _Partial(Path(f"{out}.partial"), hashlib.sha256(_line(settings)).hexdigest(), len(written), overwrite)
     todo = batches(encoded, task.kind.batch)
     answers = getattr(task.kind, "answers", task.kind.predict)
     with partial as found:
@@ -101,7 +107,7 @@ def predict_rows(
 class _Partial:
     """The file of what is predicted already: a line that says of what, then a line for each row, in any order."""
 
-    def __init__(self, path: Path, digest: str, overwrite: bool) -> None:
+    def __init__(self, path: Path, digest: str, rows: int, overwrite: bool) -> None:
         self.path, self.found = path, dict[int, Any]()
         head = _line({"predictions of": digest})
         kept = len(head)
@@ -112,10 +118,17 @@ class _Partial:
                     f"{path} is of another model, delta, file of rows or setting, so it cannot be gone on with. Give "
                     "another --out, or say that it may go (--overwrite)."
                 )
-            for line in data[len(head) :].splitlines(keepends=True):
+            for at, line in enumerate(data[len(head) :].splitlines(keepends=True), 2):
                 if not line.endswith(b"\n"):  # the last one was cut short
                     break
-                number, self.found[number] = json.loads(line)
+                match _plain(line):
+                    case [int(number), value] if 0 <= number < rows:
+                        self.found[number] = value
+                    case _:
+                        raise ConfigError(
+                            f"{path}, line {at} is no prediction of one of {rows:,} rows: the file is damaged. Give "
+                            "another --out, or say that it may go (--overwrite)."
+                        )
                 kept += len(line)
         try:
             self._file = open(path, "r+b" if path.exists() else "w+b")
@@ -136,6 +149,13 @@ class _Partial:
 
     def __exit__(self, *why: object) -> None:
         self._file.close()
+
+
+def _plain(line: bytes) -> Any:
+    try:
+        return plain(line)
+    except NotPlain:
+        return None
 
 
 def _line(value: Any) -> bytes:

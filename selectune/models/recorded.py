@@ -45,7 +45,7 @@ def task_on(name: str | None, path: str | Path | None, rows: OwnRows) -> Task:
                 f"The delta {path} records {what}. Say what to measure: --task, one of `selectune tasks`."
             )
         return known
-    text, label, kind = rows.text or tuple(told["text"]), rows.label or told["label"], rows.kind or told["kind"]
+    text, label, kind = _columns(rows.text, told, path), rows.label or told["label"], rows.kind or told["kind"]
     if rows.validation is not None:
         return OwnRows(None, rows.validation, text, label, kind).task(labels_of(delta))
     before = _run(path)
@@ -73,7 +73,7 @@ def known_task(
         return plugins.task(name)
     told = None if delta is None else _record(delta)
     if delta is not None and told is not None:
-        return tasks.bare_task(kind or told["kind"], labels_of(delta), text or tuple(told["text"]))
+        return tasks.bare_task(kind or told["kind"], labels_of(delta), _columns(text, told, path))
     known = None if delta is None else task_of(delta)
     if known is not None:
         return known
@@ -85,6 +85,17 @@ def known_task(
         )
     names = labels_of(delta) if delta is not None else class_names(source.model, source.revision)
     return tasks.bare_task(kind, names, text)
+
+
+def _columns(text: tuple[str, ...], told: dict[str, Any], path: str | Path | None) -> tuple[str, ...]:
+    """The columns of the texts: those that are named, which are as many as in training, or else those of training."""
+    trained = tuple(told["text"])
+    if text and len(text) != len(trained):
+        raise ConfigError(
+            f"The delta {path} was trained on {len(trained)} columns of text, {', '.join(trained)}; {', '.join(text)} "
+            "has another number. --text says what these columns are called in other rows."
+        )
+    return text or trained
 
 
 NONE = OwnRows(None, None, (), None)

@@ -264,7 +264,9 @@ def _check_budgets(config: RunConfig, method: Method) -> None:
     budgets = config.checkpoint_budgets
     if any(type(count) is not int or count < 1 for count in budgets) or sorted(set(budgets)) != list(budgets):
         told = ", ".join(map(str, budgets))
-        raise ConfigError(f"checkpoint_budgets={told}: must be rising counts of scalars, such as 40k,80k,160k.")
+        raise ConfigError(
+            f"checkpoint_budgets={told}: must be counts of scalars (no shares) that rise, such as 40k,80k,160k."
+        )
     if not isinstance(method.schedule, Increment | Quotas):
         raise ConfigError(
             f"checkpoint_budgets need a method whose support grows step by step and keeps what it has, such as id3; "

@@ -53,6 +53,10 @@ def numeric(labels: Sequence[str]) -> bool:
         return False
 
 
+LONGEST_NAME = 4096
+"""Characters of a class name, of which a delta keeps no more (`delta.file.model_info`)."""
+
+
 def class_name(value: Any) -> str:
     """The name of a class: a text as it is, a whole number without its point. Raises ValueError for anything else.
 
@@ -67,6 +71,11 @@ def class_name(value: Any) -> str:
         raise ValueError(f"must be the name of a class, a text or a whole number, got {short(value)}")
     if value == "":
         raise ValueError("is missing")
+    if not str(value).isprintable() or len(str(value)) > LONGEST_NAME:
+        raise ValueError(
+            f"must have at most {LONGEST_NAME:,} characters, all printable, because a delta keeps the names; got "
+            f"{short(value)}"
+        )
     return str(value)
 
 

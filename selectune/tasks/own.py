@@ -46,6 +46,10 @@ class OwnRows:
         Raises TaskError, which names file and line, for a row that does not fit, and ConfigError for labels of which
         no kind can be told.
         """
+        if self.label in self.text:
+            raise ConfigError(
+                f"The column {short(self.label)} is named as a text and as the label; they are different."
+            )
         known, splits = self._splits()
         kind = self.kind or _kind(known, self.label, self.text)
         form = form_of(kind)
@@ -108,8 +112,11 @@ class OwnRows:
 
 
 def bare_task(kind: str, labels: Sequence[str], text: tuple[str, ...]) -> Task:
-    """A task of this kind without rows. Raises ConfigError for an unknown kind."""
+    """A task of this kind without rows. Raises ConfigError for an unknown kind, or columns that it does not take."""
     form = form_of(kind)
+    least, most, what = _COLUMNS.get(kind, (1, len(text), ""))
+    if not least <= len(text) <= most:
+        raise ConfigError(f"A {kind} takes {what}, and {len(text)} columns are named: {', '.join(text) or 'none'}.")
     labels = () if form.classes is None else tuple(labels)
     return Task(
         name=OWN, fields=text, kind=KINDS[kind], labels=labels, metric=form.metric,
@@ -137,6 +144,13 @@ def unlabelled(task: Task, text: tuple[str, ...], rows: NumberedRows) -> Task:
         task, fields=fields, label="", prepare=None, generate=None, parts=(), arrange=None,
         read=lambda split: (rows.origin, rows.unit, numbered),
     )  # fmt: skip
+
+
+_COLUMNS = {  # how many columns of text a kind takes; any number for the others
+    **dict.fromkeys(("classification", "regression", "multilabel"), (1, 2, "one text or two (--text a,b)")),
+    "tagging": (1, 1, "one column of words (--text words)"),
+    "choice": (2, 2, "a prompt and a list of choices (--text prompt,choices)"),
+}
 
 
 @dataclass(frozen=True)
@@ -240,4 +254,6 @@ def _classes(split: _Split, column: str | None, form: Form) -> tuple[str, ...]:
     if len(found) < 2:
         only = short(found.pop()) if found else "none"
         raise TaskError(f"{split.origin}: every row has the same label, {only}, so there is nothing to learn.")
-    return tuple(sorted(found, key=float) if numeric(list(found)) else sorted(found))
+    if numeric(list(found)):  # numbers that are equal as floats are ordered by how they are written
+        return tuple(sorted(found, key=lambda name: (float(name), name)))
+    return tuple(sorted(found))

@@ -119,9 +119,9 @@ def test_a_run_that_was_stopped_has_the_same_checkpoints(config, made, tmp_path,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"checkpoint_budgets": (60, 30)}, "must be rising counts"),
-        ({"checkpoint_budgets": (0,)}, "must be rising counts"),
-        ({"checkpoint_budgets": (0.5,)}, "must be rising counts"),
+        ({"checkpoint_budgets": (60, 30)}, "must be counts of scalars"),
+        ({"checkpoint_budgets": (0,)}, "must be counts of scalars"),
+        ({"checkpoint_budgets": (0.5,)}, "must be counts of scalars"),
         ({"method": "pafi"}, "need a method whose support grows step by step .* pafi does not"),
         ({"method": "repeat-d3"}, "repeat-d3 does not"),
     ],

@@ -144,6 +144,11 @@ def test_what_is_left_of_something_else_is_not_gone_on_with(tiny, runs, tmp_path
     with pytest.raises(ConfigError, match=r"out\.jsonl\.partial is of another model, delta, file of rows or setting"):
         predicted(tiny, runs, out, max_length=8)
     assert partial.read_bytes() == before
+    for spoiled in (b"X[0, 1]\n", b"[1]\n", b"[70, 1]\n", b'"ab"\n'):
+        partial.write_bytes(before + spoiled)
+        with pytest.raises(ConfigError, match=r"partial, line \d+ is no prediction of one of 70 rows"):
+            predicted(tiny, runs, out)
+        assert partial.read_bytes() == before + spoiled
     predicted(tiny, runs, out, max_length=8, overwrite=True)
     assert len(lines(out)) == 70
 
@@ -188,3 +193,22 @@ def test_a_delta_of_own_rows_has_no_published_task(runs):
     import selectune as st
 
     assert task_of(st.load(runs / "regression")) is None
+
+
+def test_answers_go_into_a_file_of_their_own(tiny, runs, tmp_path):
+    """All of this is refused before the model is loaded."""
+    source, delta, rows = Source("no/such/model"), str(runs / "classification"), str(runs / "rows.jsonl")
+    for out, message in (
+        ("", "lies in no folder that exists"),
+        (str(tmp_path), "is a folder"),
+        (str(tmp_path / "no" / "out.jsonl"), "lies in no folder that exists"),
+        (rows, "is the file of rows itself"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            predict_rows(source, delta, rows, out, overwrite=True)
+
+
+def test_other_rows_have_as_many_columns_of_text(tiny, runs, tmp_path):
+    args = (Source(str(tiny)), str(runs / "classification"), str(runs / "rows.jsonl"), str(tmp_path / "out.jsonl"))
+    with pytest.raises(ConfigError, match=r"was trained on 1 columns of text, q; q, q has another number"):
+        predict_rows(*args, text=("q", "q"))

@@ -239,3 +239,33 @@ def test_rows_that_are_cut_are_counted(tmp_path, tiny, caplog):
     encoded = task.encode(tokenizer, tasks.load(task, "train").examples, 8)
     assert [len(row["input_ids"]) for row in encoded] == [6, 8, 8, 8]
     assert caplog.messages == ["2 of 4 rows of own were cut to max_length=8 tokens."]
+
+
+def test_numbers_that_are_equal_as_floats_are_classes_in_one_order(tmp_path):
+    """Sets of texts have another order in each process."""
+    for labels in (["1", "01", " 1", "+1", "2"], [10**17 + n % 6 for n in range(12)]):
+        rows = [{"q": "the dog", "a": label} for label in labels]
+        names = {str(label) for label in labels}
+        assert own(tmp_path, rows, kind="classification").task().labels == tuple(
+            sorted(names, key=lambda name: (float(name), name))
+        )
+
+
+@pytest.mark.parametrize("label", ["oui\u00a0!", "a\nb", "x" * 4097])
+def test_a_class_that_no_delta_can_name_is_refused(tmp_path, label):
+    with pytest.raises(TaskError, match=r"train\.jsonl, line 2: the label in 'a' must have at most 4,096 characters"):
+        own(tmp_path, [GOOD[0], {"q": "a cat", "a": label}]).task()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("choice", ("q",), "A choice takes a prompt and a list of choices"),
+        ("classification", ("q", "b", "c"), r"A classification takes one text or two .* 3 columns are named: q, b, c"),
+        (None, ("q", "a"), "The column 'a' is named as a text and as the label"),
+    ],
+)
+def test_columns_that_a_kind_does_not_take(tmp_path, kind, text, message):
+    rows = [{"q": "x", "b": "y", "c": "z", "a": n} for n in (0, 1)]
+    with pytest.raises(ConfigError, match=message):
+        own(tmp_path, rows, kind=kind, text=text).task()

@@ -82,6 +82,7 @@ def test_backward_ends_at_the_lowest_selected_layer(name):
 
 
 def test_a_bert_trained_in_its_last_layer():
+    pytest.importorskip("transformers")
     bench = Bench("tiny", 2, 16)
     config = config_of("tiny")
     config.num_hidden_layers = 6

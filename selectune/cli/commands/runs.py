@@ -164,7 +164,9 @@ def train(
             given[name] = patterns(given[name])
         given["report_to"] = () if report_to is None or report_to == ["none"] else tuple(report_to)
         given["plugin"] = tuple(plugin or ())
-        given["checkpoint_budgets"] = tuple(map(values.budget, patterns(checkpoint_budgets)))
+        given["checkpoint_budgets"] = tuple(
+            values.budget(text, "--checkpoint-budgets") for text in patterns(checkpoint_budgets)
+        )
         config = RunConfig(**{field.name: given[field.name] for field in dataclasses.fields(RunConfig)})
         signals.heed(stop)
         progress = None if folder.shared else ProgressBar()
