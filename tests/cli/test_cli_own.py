@@ -22,7 +22,7 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_train_and_eval(tiny, files):
+def test_train_and_eval(tiny, data, files):
     train = ("train", "-m", tiny, "--train", files / "train.jsonl", "--text", "p,h", "--label", "a", "-b", 100)
     steps = ("--max-steps", 2, "-o", files / "out", "--json")
     printed = json.loads(call(*train, "--validation", files / "more.jsonl", "--train-size", 30, *steps).stdout)
@@ -32,6 +32,10 @@ def test_train_and_eval(tiny, files):
         assert found["value"] == printed["value"]
     again = call("train", "--config", files / "out" / "run.json", "--out", files / "again", "--json")
     assert json.loads(again.stdout)["value"] == printed["value"]
+    held = ("train", "--config", files / "out" / "run.json", "--hold-out", 0.2, "--train-size", 20)  # typed options win
+    assert json.loads(call(*held, "--out", files / "held", "--json").stdout)["examples"] == 8
+    other = ("train", "--config", files / "held" / "run.json", "--task", "glue/rte", "--data", data)
+    assert json.loads(call(*other, "--out", files / "rte", "--json").stdout)["task"] == "glue/rte"
     assert call("verify", "-m", tiny, "-d", files / "out").stdout.startswith("ok")
     call("delta", "apply", "-m", tiny, "-d", files / "out", "-o", files / "merged")
     told = call(*train, *steps[:-1], "--overwrite", code=2).stderr

@@ -44,6 +44,16 @@ EVAL_EXAMPLES = "Example:  selectune eval --model demo --delta runs/rte --task g
 SCOPE, LOOP, FILES = "Scope", "Training", "Files and checkpoints"
 
 
+_REPLACES = {  # a typed option takes the place of these in a file
+    "epochs": ("max_steps",),
+    "max_steps": ("epochs",),
+    "validation": ("hold_out",),
+    "hold_out": ("validation",),
+    "train": ("task",),
+    "task": ("train", "validation", "text", "label", "kind", "hold_out"),
+}
+
+
 def _from_file(ctx: typer.Context, path: str | None) -> str | None:
     """Makes the settings of a file the defaults of the options, so that typed options win."""
     if path is not None:
@@ -144,11 +154,12 @@ def train(
     given = dict(ctx.params)
     if resume and resume_from:
         raise ConfigError("--resume takes the newest checkpoint in --out and --resume-from names one: give one.")
-    if config_file is not None and epochs is not None and max_steps is not None:
-        sources = {name: ctx.get_parameter_source(name) for name in ("epochs", "max_steps")}
-        typed = {name for name, source in sources.items() if getattr(source, "name", "") == "COMMANDLINE"}
-        given |= {"epochs": None} if typed == {"max_steps"} else {}
-        given |= {"max_steps": None} if typed == {"epochs"} else {}
+    if config_file is not None:
+        found_in = ctx.get_parameter_source
+        typed = {name for name in given if getattr(found_in(name), "name", "") == "COMMANDLINE"}
+        for name in sorted(typed & _REPLACES.keys()):
+            given |= dict.fromkeys(set(_REPLACES[name]) - typed)
+        train, validation = given["train"], given["validation"]
     given |= {name: path and os.path.expanduser(path) for name, path in (("out", out), ("data", data))}
     given |= {name: path and os.path.expanduser(path) for name, path in (("train", train), ("validation", validation))}
     given["budget"] = None if budget is None else values.budget_or_adapter(budget)
