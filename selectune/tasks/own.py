@@ -55,6 +55,7 @@ class OwnRows:
             _alike(known, self.label)
         if labels is None:
             labels = _classes(known, self.label, form)
+        form = form_of(kind, labels)
         read = {name: _Checked(split, self, form, tuple(labels)) for name, split in splits.items()}
         measured = read["validation" if "validation" in read else "train"]
         answers = [row[self.label] for _, row in measured.rows if self.label is not None]
@@ -109,7 +110,7 @@ class OwnRows:
 
 def bare_task(kind: str, labels: Sequence[str], text: tuple[str, ...]) -> Task:
     """A task of this kind without rows. Raises ConfigError for an unknown kind."""
-    form = form_of(kind)
+    form = form_of(kind, labels)
     labels = () if form.classes is None else tuple(labels)
     return Task(
         name=OWN, fields=text, kind=KINDS[kind], labels=labels, metric=form.metric,
