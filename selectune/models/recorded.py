@@ -50,7 +50,10 @@ def task_on(name: str | None, path: str | Path | None, rows: OwnRows) -> Task:
         return OwnRows(None, rows.validation, text, label, kind).task(labels_of(delta))
     before = _run(path)
     if before is None:
-        raise ConfigError(f"No {RUN} beside {path} says which rows it was measured on. Give them: --validation FILE.")
+        raise ConfigError(
+            f"No {RUN} beside {path} or one folder above says which rows it was measured on. Give them: --validation "
+            "FILE. A delta that was made of another one, as by `selectune delta cut`, is measured so too."
+        )
     held = before.hold_out
     again = OwnRows(None if held is None else before.train, before.validation, text, label, kind, held)
     task = again.task(labels_of(delta))
@@ -126,10 +129,11 @@ def _record(delta: Delta) -> dict[str, Any] | None:
 
 
 def _run(path: str | Path) -> OwnRows | None:
-    """Where the rows of the run beside a delta are."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    """Where the rows of the run beside a delta are, or of the run one folder above, of which it is a checkpoint."""
+    folder = (Path(path) if Path(path).is_dir() else Path(path).parent).resolve()
+    place = folder / RUN if (folder / RUN).exists() else folder.parent / RUN
     try:
-        found = read_json(folder / RUN, limit=MAX_RUN, error=TaskError)
+        found = read_json(place, limit=MAX_RUN, error=TaskError)
     except TaskError:
         return None
     config = found.get("config") if isinstance(found, dict) else None

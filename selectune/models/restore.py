@@ -110,8 +110,10 @@ def ready(
     """
     if delta is None:
         loaded = load_model(source.model, task.head, seed, source.revision, source.dtype, source.trust_remote_code)
+        task.fits(loaded.model)
     else:
         loaded = _bare_base(source, delta, task)
+        task.fits(loaded.model)
         if look is not None:
             look(loaded)
         loaded = with_adapter_of(loaded, delta)

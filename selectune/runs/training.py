@@ -106,6 +106,7 @@ class _Run:
         loaded = load_model(
             config.model, self.task.head, config.seed, config.revision, config.dtype, config.trust_remote_code
         )
+        self.task.fits(loaded.model)
         if text is not None:
             options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
             self.held_out = held_out(*text, loaded, config.model, **options)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from selectune.errors import ConfigError, did_you_mean
+from selectune.errors import ConfigError, TaskError, did_you_mean
 from selectune.files.reading import short, some
 from selectune.tasks.metrics import (
     accuracy,
@@ -18,7 +18,9 @@ from selectune.tasks.metrics import (
     pearson_spearman,
     perplexity,
     rouge,
+    tag_accuracy,
 )
+from selectune.tasks.metrics.entities import entities
 from selectune.tasks.task import Metric
 
 
@@ -38,11 +40,27 @@ class Form(NamedTuple):
     lower_is_better: bool = False
 
 
-def form_of(kind: str) -> Form:
-    """The form of a kind. Raises ConfigError for an unknown one."""
+def form_of(kind: str, labels: Sequence[str] = ()) -> Form:
+    """The form of a kind. Raises ConfigError for an unknown one.
+
+    `labels`: the class names. Tags that name no entity, such as parts of speech, are measured by their accuracy.
+
+    >>> form_of("tagging", ("B-PER", "O")).metric_name, form_of("tagging", ("NOUN", "O")).metric_name
+    ('f1', 'accuracy')
+    """
     if kind not in FORMS:
         raise ConfigError(f"Unknown kind '{kind}'. Known: {', '.join(FORMS)}.{did_you_mean(kind, FORMS)}")
-    return FORMS[kind]
+    form = FORMS[kind]
+    if form.metric is entity_f1 and not _name_entities(labels):
+        return form._replace(metric=tag_accuracy, metric_name="accuracy", chance=_most_frequent_tag)
+    return form
+
+
+def _name_entities(tags: Sequence[str]) -> bool:
+    try:
+        return bool(entities(tags))
+    except TaskError:
+        return False
 
 
 def numeric(labels: Sequence[str]) -> bool:
@@ -120,6 +138,10 @@ def _tags(value: Any, labels: tuple[str, ...]) -> list[str]:
 
 def _most_frequent(labels: Sequence[Any]) -> float:
     return max(Counter(labels).values()) / len(labels)
+
+
+def _most_frequent_tag(labels: Sequence[Sequence[str]]) -> float:
+    return _most_frequent([tag for row in labels for tag in row])
 
 
 def _constant_f1(labels: Sequence[Sequence[int]]) -> float:

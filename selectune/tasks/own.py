@@ -59,6 +59,7 @@ class OwnRows:
             _alike(known, self.label)
         if labels is None:
             labels = _classes(known, self.label, form)
+        form = form_of(kind, labels)
         read = {name: _Checked(split, self, form, tuple(labels)) for name, split in splits.items()}
         measured = read["validation" if "validation" in read else "train"]
         answers = [row[self.label] for _, row in measured.rows if self.label is not None]
@@ -113,7 +114,7 @@ class OwnRows:
 
 def bare_task(kind: str, labels: Sequence[str], text: tuple[str, ...]) -> Task:
     """A task of this kind without rows. Raises ConfigError for an unknown kind, or columns that it does not take."""
-    form = form_of(kind)
+    form = form_of(kind, labels)
     least, most, what = _COLUMNS.get(kind, (1, len(text), ""))
     if not least <= len(text) <= most:
         raise ConfigError(f"A {kind} takes {what}, and {len(text)} columns are named: {', '.join(text) or 'none'}.")

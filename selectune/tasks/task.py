@@ -126,6 +126,12 @@ class Task:
         """The class of transformers and the head that a model needs for it."""
         return self.kind.head(self)
 
+    def fits(self, model: Any) -> None:
+        """Raises TaskError for a model that could not answer a row, if the kind has a check: `fits(task, model)`."""
+        check = getattr(self.kind, "fits", None)
+        if check is not None:
+            check(self, model)
+
     def encode(self, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Features]:
         """The examples as the model reads them; see `TaskKind.encode`."""
         return self.kind.encode(self, tokenizer, examples, max_length)

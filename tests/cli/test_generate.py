@@ -61,7 +61,13 @@ def test_a_kind(models, tmp_path, kind, metric):
     if kind == "tagging":
         assert all(len(row["prediction"]) == 3 and set(row["prediction"]) <= {"O", "B-PET", "B-BIG"} for row in found)
     elif kind == "choice":
-        assert all(len(row["prediction"]) == 2 for row in found)
+        answers = [row["prediction"] for row in found]
+        for row, answer in zip(rows, answers, strict=True):
+            assert set(answer) == {"choice", "number", "log_likelihoods"}
+            assert row["choices"][answer["number"]] == answer["choice"]
+            assert answer["log_likelihoods"][answer["number"]] == max(answer["log_likelihoods"]) < 0
+        right = sum(answer["number"] == row["right"] for row, answer in zip(rows, answers, strict=True))
+        assert right / len(rows) == printed["value"]
     else:
         assert all(isinstance(row["prediction"], str) for row in found)
 

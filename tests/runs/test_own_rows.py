@@ -68,6 +68,19 @@ def test_a_held_out_share_and_few_rows(config, tiny):
     assert evaluate_delta(Source(str(tiny)), found.delta, task_on(None, found.delta, NONE)) == found.evaluation
 
 
+def test_a_delta_of_a_budget_on_the_way_is_measured_on_the_rows_of_its_run(config, tiny, files, monkeypatch):
+    found = run(dataclasses.replace(config, validation=None, hold_out=0.25, budget=60, checkpoint_budgets=(20,)))
+    way = found.delta.parent / "budget-20"
+    (row,) = found.as_json()["checkpoints"]
+    for path in (way, way / "delta.safetensors"):
+        assert evaluate_delta(Source(str(tiny)), way, task_on(None, path, NONE)).value == row["value"]
+    monkeypatch.chdir(way)
+    assert task_on(None, "delta.safetensors", NONE).label == config.label
+    write_rows(files / "train.jsonl", [{"q": "the dog", "classification": name} for name in ("a dog", "none") * 8])
+    with pytest.raises(TaskError, match=r"train\.jsonl has other rows than when .*budget-20"):
+        task_on(None, way, NONE)
+
+
 def test_rows_that_changed_are_not_measured_unasked(config, tiny, files):
     delta = run(config).delta
     write_rows(files / "more.jsonl", [{"q": "the dog", "classification": "none"}])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 import math
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,8 +177,30 @@ def test_prompt_and_answer_fit_the_model(loaded, caplog):
         "prompts of math/gsm8k lose their beginning: the model has 320 positions, and 314 are for answers"
         in caplog.text
     )
+    apart = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=127, is_encoder_decoder=True))
+    with pytest.raises(TaskError, match="up to 128 tokens, and this model has 127 positions, which are too few"):
+        tasks.get("summarization/dialogsum").fits(apart)
+    apart.config.max_position_embeddings = 128
+    tasks.get("summarization/dialogsum").fits(apart)
     with pytest.raises(TaskError, match="up to 320 tokens, and this model has 320 positions"):
         dataclasses.replace(kind, max_new_tokens=320).predict(TASK, model, tokenizer, rows)
+
+
+@pytest.mark.parametrize("name", ["math/gsm8k", "math/gsm8k-loss"])
+def test_a_model_with_too_few_positions_is_refused_before_training(llama, data, tmp_path, name):
+    small = tmp_path / "small"
+    shutil.copytree(llama, small)
+    told = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(told | {"max_position_embeddings": 64}))
+    config = RunConfig(model=str(small), task=name, budget=50, max_steps=1, data=str(data), out=str(tmp_path / "out"))
+    if name == "math/gsm8k-loss":
+        assert run(config).steps == 1
+        return
+    with pytest.raises(TaskError, match="this model has 64 positions, which leaves none for a prompt"):
+        run(config)
+    assert not (tmp_path / "out/delta.safetensors").exists()
+    with pytest.raises(TaskError, match="this model has 64 positions, which leaves none for a prompt"):
+        evaluate_delta(Source(str(small)), None, TASK, str(data))
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(loaded):

@@ -55,6 +55,36 @@ def test_labels_tell_the_kind(tmp_path, labels, kind, names):
     assert loaded.digest == tasks.load(task, "train").digest
 
 
+TAGS = [
+    ([["B-PET", "O"], ["U-PET"]], "f1"),
+    ([["B", "O"], ["I", "O"]], "f1"),
+    ([["NOUN", "VERB"], ["NOUN"]], "accuracy"),
+    ([[3, 10], [10]], "accuracy"),
+    ([["B", "O"], ["X"]], "accuracy"),
+]
+
+
+@pytest.mark.parametrize(("tags", "metric"), TAGS, ids=str)
+def test_tags_that_name_no_entity_are_measured_by_accuracy(tmp_path, tags, metric):
+    task = own(tmp_path, [{"q": ["dog"] * len(each), "a": each} for each in tags]).task()
+    assert (task.kind.name, task.metric_name) == ("tagging", metric)
+    answers = [e.label for e in tasks.load(task, "validation").examples]
+    assert task.scores(answers, answers)[metric] == 1
+    assert tasks.bare_task("tagging", task.labels, ("q",)).metric_name == metric
+    if metric == "accuracy":
+        flat = [tag for row in answers for tag in row]
+        assert task.chance == max(Counter(flat).values()) / len(flat)
+        wrong = next(tag for tag in task.labels if tag != flat[0])
+        one_off = [(wrong, *answers[0][1:]), *answers[1:]]
+        assert task.scores(one_off, answers) == pytest.approx({"accuracy": 1 - 1 / len(flat)})
+
+
+def test_a_tag_that_is_not_in_the_training_rows_is_a_fault(tmp_path):
+    rows = [{"q": ["the", "dog"], "a": ["DET", "NOUN"]}]
+    with pytest.raises(TaskError, match=r"more\.jsonl, line 2: the label in 'a' is 'VERB', which does not occur"):
+        own(tmp_path, rows, [*rows, {"q": ["runs"], "a": ["VERB"]}]).task()
+
+
 def test_a_kind_can_be_named(tmp_path):
     scores = own(tmp_path, [{"q": "a", "a": n} for n in (1, 2, 2)], kind="regression").task()
     assert [e.label for e in tasks.load(scores, "train").examples] == [1.0, 2.0, 2.0]

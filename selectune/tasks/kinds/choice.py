@@ -89,7 +89,8 @@ class Choice:
         for example in examples:
             tokens, starts, characters = map(list, zip(*(next(at) for _ in example.texts[1:]), strict=True))
             right = {"input_ids": tokens[example.label], "start": starts[example.label]}
-            rows.append({**right, "choices": tokens, "starts": starts, "characters": characters, ANSWER: example.label})
+            scored = {"choices": tokens, "starts": starts, "characters": characters, "texts": list(example.texts[1:])}
+            rows.append({**right, **scored, ANSWER: example.label})
         return rows
 
     def _pair(self, prompt: str, choice: str) -> tuple[str, str]:
@@ -108,6 +109,15 @@ class Choice:
         on_device = to_model(model, batch)
         losses = iter(summed_losses(model, on_device, batch["labels"].to(on_device["input_ids"].device)))
         return [[(-next(losses), characters) for characters in row["characters"]] for row in rows]
+
+    def answers(self, task: Task, model: Any, tokenizer: Any, rows: Sequence[Features]) -> list[Any]:
+        """For each row the likeliest choice, its number, and all log-likelihoods in nats, for `selectune predict`."""
+        found = []
+        for row, choices in zip(rows, self.predict(task, model, tokenizer, rows), strict=True):
+            sums = [total for total, _ in choices]
+            number = sums.index(max(sums))
+            found.append({"choice": row["texts"][number], "number": number, "log_likelihoods": sums})
+        return found
 
 
 def _labelled(tokenizer: Any, rows: Sequence[list[int]], starts: Sequence[int]) -> dict[str, Tensor]:

@@ -81,15 +81,11 @@ class Completion(Generating):
         return {**token_batch(tokenizer, whole), "labels": filled(labels, -100)}
 
     def predict(self, task: Task, model: Any, tokenizer: Any, rows: Sequence[Features]) -> list[Any]:
+        self.fits(task, model)
         positions = getattr(model.config, "max_position_embeddings", None)
         prompts = [row["input_ids"] for row in rows]
         if positions is not None:
             room = positions - self.max_new_tokens
-            if room < 1:
-                raise TaskError(
-                    f"{task.name} generates up to {self.max_new_tokens} tokens, and this model has {positions} "
-                    "positions, which leaves none for a prompt."
-                )
             if (cut := sum(len(prompt) > room for prompt in prompts)) > 0:
                 log.warning(
                     "%d of %d prompts of %s lose their beginning: the model has %d positions, and %d are for answers.",
@@ -127,6 +123,9 @@ class CompletionLoss(Completion):
     """
 
     name: str = "completion-loss"
+
+    def fits(self, task: Task, model: Any) -> None:
+        pass  # nothing is generated
 
     def encode(self, task: Task, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Features]:
         rows = super().encode(task, tokenizer, examples, max_length)

@@ -44,6 +44,16 @@ class Generating:
             raise TaskError(f"{where}: there is no text in {', '.join(task.fields)} of {task.name}.")
         return Example(texts, known[0] if len(known) == 1 else known)
 
+    def fits(self, task: Task, model: Any) -> None:
+        """Raises TaskError if the model's positions do not hold an answer, and before it a token of the prompt."""
+        positions = getattr(model.config, "max_position_embeddings", None)
+        apart = getattr(model.config, "is_encoder_decoder", False)  # the prompt has positions of its own
+        if positions is not None and positions < self.max_new_tokens + (not apart):
+            raise TaskError(
+                f"{task.name} generates up to {self.max_new_tokens} tokens, and this model has {positions} positions, "
+                f"which {'are too few' if apart else 'leaves none for a prompt'}."
+            )
+
     def generated(self, model: Any, tokenizer: Any, batch: dict[str, Tensor], skip: int) -> list[str]:
         """The texts that the model writes for a padded batch, without their first `skip` tokens.
 

@@ -3,7 +3,7 @@
 Higher is better, except for `perplexity`. Shares are 0 to 1; BLEU and chrF are 0 to 100, as their papers print them.
 What is not defined for some rows counts as 0 (a perplexity as the largest float), and a log line says why.
 
-simple       accuracy, correlations, F1 of classes, exact match
+simple       accuracy of rows and of tags, correlations, F1 of classes, exact match
 entities     precision, recall and F1 of the entities in sequences of tags
 ngrams       generated text against references: ROUGE, BLEU, chrF
 mathematics  answers within generated text, read leniently as the papers did and strictly
@@ -24,10 +24,12 @@ from selectune.tasks.metrics.simple import (
     matthews,
     multilabel_f1,
     pearson_spearman,
+    tag_accuracy,
 )
 
 __all__ = [
     "accuracy", "exact_match", "f1", "f1_macro", "matthews", "multilabel_f1", "pearson_spearman",
+    "tag_accuracy",
     "entity_f1",
     "bleu", "chrf", "rouge",
     "letter_accuracy", "number_accuracy",

@@ -11,7 +11,7 @@ from selectune.errors import TaskError
 log = logging.getLogger("selectune")
 
 
-def accuracy(predictions: Sequence[float], labels: Sequence[float]) -> float:
+def accuracy(predictions: Sequence[float | str], labels: Sequence[float | str]) -> float:
     """Share of rows where prediction and label agree.
 
     >>> accuracy([1, 0, 1, 1], [1, 0, 0, 1])
@@ -20,6 +20,20 @@ def accuracy(predictions: Sequence[float], labels: Sequence[float]) -> float:
     from sklearn.metrics import accuracy_score
 
     return float(accuracy_score(labels, predictions))
+
+
+def tag_accuracy(predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]) -> float:
+    """Share of words whose tag is right, over the words of all rows. Rows whose lengths differ raise TaskError.
+
+    >>> tag_accuracy([["DET", "NOUN"], ["VERB"]], [["DET", "VERB"], ["VERB"]])
+    0.6666666666666666
+    """
+    for row, (tags, truth) in enumerate(zip(predictions, labels, strict=True), 1):
+        if len(tags) != len(truth):
+            raise TaskError(
+                f"Row {row} has {len(truth)} tags and {len(tags)} predictions; each word needs one of both."
+            )
+    return accuracy([tag for row in predictions for tag in row], [tag for row in labels for tag in row])
 
 
 def matthews(predictions: Sequence[float], labels: Sequence[float]) -> float:
