@@ -56,6 +56,7 @@ class RunResult:
     origins: Mapping[str, str]
     max_length: int
     config: RunConfig
+    kind: str  # of its task
     run: str  # its id, which a resumed run keeps
     resumed: int | None = None  # the step of the checkpoint that it went on from
 
@@ -68,6 +69,7 @@ class RunResult:
         counts = {name: getattr(self, name) for name in ("steps", "selected", "budget", "trained")}
         return {
             **self.evaluation.as_json(),
+            "kind": self.kind,
             "method": self.config.method,
             "best": None if self.best is None else dict(self.best),
             **counts,

@@ -167,6 +167,7 @@ class _Run:
             origins=self.origins,
             max_length=self.max_length,
             config=config,
+            kind=self.task.kind.name,
             run=self.folder.id,
             resumed=None if checkpoint is None else checkpoint.step,
         )

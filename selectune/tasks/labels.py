@@ -64,9 +64,13 @@ def _name_entities(tags: Sequence[str]) -> bool:
 
 
 def numeric(labels: Sequence[str]) -> bool:
-    """True if all texts are numbers, as in a csv file, which has no other type."""
+    """True if all texts are finite numbers, written without the "_" that Python allows in them.
+
+    >>> numeric(["1", "2.5e3"]), numeric(["2024_01"])
+    (True, False)
+    """
     try:
-        return all(math.isfinite(float(label)) for label in labels)
+        return all("_" not in label and math.isfinite(float(label)) for label in labels)
     except ValueError:
         return False
 
@@ -108,9 +112,10 @@ def _number(value: Any, labels: tuple[str, ...]) -> int:
 
 
 def _score(value: Any, labels: tuple[str, ...]) -> float:
+    number = numeric([value]) if isinstance(value, str) else isinstance(value, int | float)
     try:
-        score = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
+        score = float(value) if number and not isinstance(value, bool) else math.nan
+    except OverflowError:
         score = math.nan
     if not math.isfinite(score):
         raise ValueError(f"must be a finite number, got {short(value)}")

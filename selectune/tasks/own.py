@@ -12,7 +12,7 @@ from selectune.errors import ConfigError, TaskError, did_you_mean
 from selectune.files.reading import short, some
 from selectune.tasks.kinds import KINDS
 from selectune.tasks.labels import FORMS, Form, form_of, numeric
-from selectune.tasks.sources import NumberedRows, read_rows
+from selectune.tasks.sources import NumberedRows, all_texts, read_rows
 from selectune.tasks.splits import nested
 from selectune.tasks.task import Row, Task
 
@@ -205,7 +205,7 @@ def _kind(split: _Split, column: str | None, texts: tuple[str, ...]) -> str:
     if isinstance(labels[0], bool):
         return "classification"
     different = len(set(labels))
-    if isinstance(labels[0], str) and not numeric(labels):
+    if isinstance(labels[0], str) and not (all_texts(split.origin) and numeric(labels)):
         if different > max(FEW, len(labels) // 2):
             raise ConfigError(
                 f"{split.origin}: the column {short(column)} has {different:,} different texts in {len(labels):,} "

@@ -26,6 +26,11 @@ class NumberedRows(NamedTuple):
     numbered: Iterable[tuple[int, Any]]
 
 
+def all_texts(place: str) -> bool:
+    """True if every cell of the file is a text, as in csv and tsv, so that a number is one by its looks."""
+    return place.removesuffix(".gz").endswith((".csv", ".tsv"))
+
+
 def read_rows(place: str, split: str) -> NumberedRows:
     """The rows of a file by its ending, or of a split of a hub's data set, `org/name[:config][@revision]`.
 

@@ -27,6 +27,8 @@ def test_train_and_eval(tiny, data, files):
     steps = ("--max-steps", 2, "-o", files / "out", "--json")
     printed = json.loads(call(*train, "--validation", files / "more.jsonl", "--train-size", 30, *steps).stdout)
     assert (printed["task"], printed["metric"], printed["examples"]) == ("own", "accuracy", 20)
+    assert printed["kind"] == "classification"
+    assert json.loads((files / "out" / "run.json").read_text())["kind"] == "classification"
     for more in ((), ("--validation", files / "more.jsonl"), ("--validation", files / "more.jsonl", "--text", "p,h")):
         found = json.loads(call("eval", "-m", tiny, "-d", files / "out", *more, "--json").stdout)
         assert found["value"] == printed["value"]
@@ -36,6 +38,8 @@ def test_train_and_eval(tiny, data, files):
     assert json.loads(call(*held, "--out", files / "held", "--json").stdout)["examples"] == 8
     other = ("train", "--config", files / "held" / "run.json", "--task", "glue/rte", "--data", data)
     assert json.loads(call(*other, "--out", files / "rte", "--json").stdout)["task"] == "glue/rte"
+    plain = call("train", "--config", files / "out" / "run.json", "--out", files / "plain").stdout
+    assert plain.startswith("own (classification): accuracy ")
     assert call("verify", "-m", tiny, "-d", files / "out").stdout.startswith("ok")
     call("delta", "apply", "-m", tiny, "-d", files / "out", "-o", files / "merged")
     told = call(*train, *steps[:-1], "--overwrite", code=2).stderr

@@ -133,6 +133,29 @@ def test_numbers_of_a_csv_file(tmp_path):
     assert [e.label for e in tasks.load(scores, "train").examples] == [0.5, 2.0]
 
 
+def test_a_text_that_looks_like_a_number(tmp_path):
+    texts = [f"{100 + i % 25}" for i in range(60)]
+    task = own(tmp_path, [{"q": "a", "a": text} for text in texts]).task()
+    assert (task.kind.name, len(task.labels)) == ("classification", 25)
+    with pytest.raises(ConfigError, match=r"60 different texts in 60 rows, so they hardly name classes.*--kind"):
+        own(tmp_path, [{"q": "a", "a": str(i)} for i in range(60)]).task()
+    scores = own(tmp_path, [{"q": "a", "a": str(i)} for i in range(60)], kind="regression").task()
+    assert tasks.load(scores, "train").examples[7].label == 7.0
+    for name, cells, kind in (
+        ("t.csv", texts, "regression"),
+        ("t.tsv", texts, "regression"),
+        ("u.csv", [f"2024_{text}" for text in texts], "classification"),
+    ):
+        mark = "\t" if name == "t.tsv" else ","
+        (tmp_path / name).write_text(
+            "\n".join(f"{cell}{mark}the dog" for cell in ["a", *cells]).replace("the dog", "q", 1)
+        )
+        found = OwnRows(str(tmp_path / name), str(tmp_path / name), ("q",), "a").task()
+        assert found.kind.name == kind, name
+    with pytest.raises(TaskError, match=r"u\.csv, line \d+: the label in 'a' must be a finite number, got '2024_1"):
+        OwnRows(str(tmp_path / "u.csv"), None, ("q",), "a", "regression", 0.5).task()
+
+
 def test_pairs_of_texts(tmp_path):
     rows = [{"p": "the dog", "h": "a dog", "a": 0}, {"p": "the cat", "h": "", "a": 1}]
     task = own(tmp_path, rows, text=("p", "h")).task()

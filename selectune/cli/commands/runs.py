@@ -189,8 +189,9 @@ def train(
 def _told(found: RunResult) -> str:
     evaluation = found.evaluation
     return (
-        f"{evaluation.task}: {evaluation.metric} {evaluation.value:.4f} on {evaluation.examples:,} examples, "
-        f"{found.steps:,} steps in {found.seconds:.0f} s{_retained(evaluation)}\n"
+        f"{evaluation.task}{'' if found.config.train is None else f' ({found.kind})'}: {evaluation.metric} "
+        f"{evaluation.value:.4f} on {evaluation.examples:,} examples, {found.steps:,} steps in {found.seconds:.0f} s"
+        f"{_retained(evaluation)}\n"
         + (
             f"{found.selected:,} of {found.budget:,} scalars selected, {found.verification.changed:,} changed"
             + (f", {found.trained:,} trained in all" if found.trained != found.selected else "")
