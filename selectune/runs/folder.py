@@ -77,7 +77,7 @@ def run_folder(out: str | os.PathLike[str], resume: bool = False, overwrite: boo
     Raises RunFolderError within a second, before anything is loaded, if another process owns the folder, if it cannot
     be written to, or if it holds a run and neither `resume` nor `overwrite` is given.
     """
-    if os.environ.get("RANK", "0") != "0":  # of torchrun and accelerate launch; torch is not loaded yet
+    if _follows():
         yield RunFolder(Path(out), "", overwrite, shared=True)
         return
     id = secrets.token_hex(8)
@@ -88,6 +88,11 @@ def run_folder(out: str | os.PathLike[str], resume: bool = False, overwrite: boo
         if gone:
             log.info("Removed %d temporary files in %s, of a run that died.", len(gone), folder)
         yield RunFolder(folder, id, overwrite)
+
+
+def _follows() -> bool:
+    """Whether torchrun or accelerate launch started this process beside a first one; torch is not loaded for that."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
 def refuse_used(folder: Path) -> None:

@@ -61,9 +61,9 @@ def any_rank(flag: bool) -> bool:
     """Whether the flag is up in any of the processes, which all ask at the same time."""
     if size() == 1:
         return flag
-    flags: list[Any] = [False] * size()
-    dist.all_gather_object(flags, flag)
-    return any(flags)
+    found = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
 
 
 Told = Mapping[str, int]

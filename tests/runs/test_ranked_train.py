@@ -11,6 +11,7 @@ import sys
 import pytest
 
 import selectune as st
+from selectune.runs.folder import run_folder
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -43,3 +44,12 @@ def test_two_processes_train_one_delta(train, tmp_path):
     assert (resumed["resumed"], resumed["value"]) == (2, whole["value"])
     delta = [(tmp_path / name / "delta.safetensors").read_bytes() for name in ("whole", "half")]
     assert delta[0] == delta[1]
+
+
+def test_a_rank_alone_in_its_world_owns_its_folder(tmp_path, monkeypatch):
+    """Other launchers set RANK too; only a process beside a first one leaves the files to that one."""
+    monkeypatch.setenv("RANK", "3")
+    for size, shared in (("1", False), ("4", True)):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with run_folder(tmp_path / size) as folder:
+            assert folder.shared is shared
