@@ -23,6 +23,7 @@ SelectuneError
 │   └── NonFiniteError       NaN or infinity among the trained values
 ├── ModelError               a model that cannot be found or loaded
 ├── PluginError              a plug-in that raised, or offers something that cannot be taken
+├── StudyError               a study that cannot be read, run or compared
 ├── StoppedError             a run stopped on request; its checkpoint is written
 └── TaskError                a task, split or data file that cannot be found or read
     └── UnknownTaskError     no task has this name                                  (also ConfigError)
@@ -138,6 +139,10 @@ class PluginError(SelectuneError):
 
 class TaskError(SelectuneError):
     """A task, a split or a data file cannot be found or read."""
+
+
+class StudyError(SelectuneError):
+    """A study cannot be read, run or compared."""
 
 
 class UnknownTaskError(TaskError, ConfigError):

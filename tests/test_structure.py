@@ -44,6 +44,7 @@ ORDER = (
     ("models",),
     ("runs",),
     ("bench",),
+    ("study",),
     ("doctor",),
     ("cli",),
     ("__main__",),

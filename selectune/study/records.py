@@ -1,0 +1,116 @@
+"""The results of a study: one line for each evaluation of a cell, appended and never changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from selectune.errors import StudyError
+from selectune.files.reading import NotPlain, plain, raw_lines
+
+RESULTS = "results.jsonl"
+ITEMS = "items.json"
+"""In the folder of a cell: a score for each validation row; see `Items`."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for all seeds of a method's runs; one row, or one cell, of a table.
+
+    `budget`: as it was asked for: a count, a share, an adapter whose size it is, or None.
+    """
+
+    model: str
+    task: str
+    method: str
+    on: str | None = None
+    budget: int | float | str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation of one cell: a line of `results.jsonl`.
+
+    `cell`: its key, and `phase` "search" or "main". `lr`, `seed`: of the run. `step` of `steps`, with `selected`
+    scalars then. `value` of `metric`, on `examples` rows; `lowest`: a lower value is better. `last`: the measurement of
+    the saved delta, read back onto a bare base; only there, `more` has: trained, changed, budget (scalars in all),
+    seconds, peak_bytes (of the whole process), delta_bytes, run (its id), forgetting (nats per token, if retention was
+    asked for), others (further metrics by name), kind (of the task), threads, versions.
+    """
+
+    cell: str
+    phase: str
+    setting: Setting
+    lr: float
+    seed: int
+    metric: str
+    lowest: bool
+    step: int
+    steps: int
+    value: float
+    selected: int
+    examples: int
+    last: bool
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def of_json(told: Mapping[str, Any]) -> Record:
+        return Record(**{**told, "setting": Setting(**told["setting"])})
+
+
+@dataclass(frozen=True)
+class Items:
+    """What a run said of each validation row, in the order of the rows.
+
+    `scores`: for a task of classes 1.0 where the prediction is right, else 0.0; None where the task has no score of a
+    single row. `predictions` and `answers`: as the task's metric takes them.
+    """
+
+    scores: Sequence[float] | None
+    predictions: Sequence[Any]
+    answers: Sequence[Any]
+
+
+def of_runs(records: Iterable[Record], rule: str = "last", phase: str = "main") -> dict[Setting, dict[int, float]]:
+    """The score of every run, by setting and seed. `rule`: "last", the saved delta's, or "best" of all evaluations.
+
+    A setting and seed with several rates (the papers' runs are a zip of rates and seeds) keep the last one.
+    """
+    found: dict[Setting, dict[int, float]] = {}
+    for record in records:
+        if record.phase != phase or (rule == "last" and not record.last):
+            continue
+        runs = found.setdefault(record.setting, {})
+        better = min if record.lowest else max
+        old = runs.get(record.seed)
+        runs[record.seed] = record.value if old is None or rule == "last" else better(old, record.value)
+    return found
+
+
+def line_of(record: Record) -> str:
+    return json.dumps(record.as_json(), allow_nan=False) + "\n"
+
+
+def read_results(path: Path) -> list[Record]:
+    """The records of a file in its order, each evaluation once; none if there is no file.
+
+    A last line without an end was cut off while it was written, and is left out: its cell is not done. Raises
+    StudyError, which names the line, for any other line that is no record.
+    """
+    found: dict[tuple[str, int, bool], Record] = {}
+    for number, line in raw_lines(path, error=StudyError) if path.exists() else ():
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = Record.of_json(plain(line))
+        except (NotPlain, TypeError, KeyError) as why:
+            raise StudyError(f"{path}, line {number} is no result of a study: {why}.") from why
+        found.setdefault((record.cell, record.step, record.last), record)
+    return list(found.values())

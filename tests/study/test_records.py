@@ -1,0 +1,49 @@
+"""Results: lines are read back as they were written, once each, and a cut line is left out."""
+
+from __future__ import annotations
+
+import pytest
+
+from selectune.errors import StudyError
+from selectune.study.cells import Cell
+from selectune.study.records import Record, Setting, line_of, of_runs, read_results
+
+
+def record(seed: int, value: float, step: int = 10, last: bool = True, **more) -> Record:
+    setting = Setting("demo", "glue/rte", more.pop("method", "id3"), None, 0.0017)
+    told = {"metric": "accuracy", "lowest": False, "steps": 10, "selected": 5, "examples": 277, "lr": 5e-4}
+    return Record(f"c{seed}", more.pop("phase", "main"), setting, seed=seed, step=step, value=value, last=last, **told)
+
+
+def test_lines_are_read_back_once_each(tmp_path):
+    written = [record(1, 0.5, 5, False), record(1, 0.625), record(2, 0.25)]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(map(line_of, [*written, written[0]])))
+    assert read_results(path) == written
+    assert read_results(tmp_path / "none") == []
+
+
+def test_a_line_that_was_cut_is_left_out_and_any_other_fault_is_told(tmp_path):
+    path = tmp_path / "results.jsonl"
+    whole = line_of(record(1, 0.5))
+    for cut in range(len(whole)):
+        path.write_text(whole + line_of(record(2, 0.5))[:cut])
+        assert read_results(path) == [record(1, 0.5)]
+    path.write_text(whole[:40] + "\n" + whole)
+    with pytest.raises(StudyError, match="line 1 is no result"):
+        read_results(path)
+
+
+def test_the_score_of_a_run_is_its_last_or_its_best():
+    found = [record(1, 0.75, 5, False), record(1, 0.5), record(2, 0.25), record(3, 1.0, phase="search")]
+    assert of_runs(found) == {found[0].setting: {1: 0.5, 2: 0.25}}
+    assert of_runs(found, "best") == {found[0].setting: {1: 0.75, 2: 0.25}}
+
+
+def test_keys_follow_from_what_changes_numbers():
+    cell = Cell("main", {"model": "demo", "task": "glue/rte", "budget": 1000})
+    same = [{"lr": 5e-4}, {"method": "id3:exp=2"}, {"out": "elsewhere"}, {"data": "there"}]
+    other = [{"lr": 1e-4}, {"seed": 7}, {"method": "id3:exp=1"}, {"budget": 1001}, {"max_steps": 3}]
+    assert {cell.with_(**change).key for change in same} == {cell.key}
+    assert len({cell.key, *(cell.with_(**change).key for change in other)}) == 1 + len(other)
+    assert Cell("search", cell.settings).key != cell.key
