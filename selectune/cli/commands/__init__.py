@@ -9,4 +9,5 @@ demo        demo
 plan        plan
 bench       bench
 doctor      doctor
+study/      many runs: grids, comparisons, analysis, reports
 """

@@ -1,0 +1,1 @@
+"""The commands about many runs, a file for each."""
