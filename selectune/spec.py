@@ -1,12 +1,16 @@
-"""A name with options as one word: `name:option=value,option=value`, such as `id3:exp=1` or `lora:r=16`."""
+"""How options are written: a name with options, `id3:exp=1` or `lora:r=16`, and a budget, `103k` or `0.17%`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
 
-from selectune.errors import ConfigError
+from selectune.errors import BudgetError, ConfigError
 
 Value = int | float | bool | str | None
+_MARKS = re.compile(r"[^,_]*|\d{1,3}([,_]\d{3})+\D?")  # no marks, or 1,234,567
+_UNITS = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 
 def split(text: str) -> tuple[str, dict[str, Value]]:
@@ -65,3 +69,39 @@ def names(text: str) -> tuple[str, ...]:
         else:
             found.append(part)
     return tuple(found)
+
+
+def budget(text: str, option: str = "--budget") -> int | float:
+    """A budget: a count (103000, 320_000, 103k, 1.5m) or a density (0.17%, 0.0017).
+
+    >>> [budget(text) for text in ("103k", "1.5m", "320_000", "0.17%", "0.0017")]
+    [103000, 1500000, 320000, 0.0017, 0.0017]
+    """
+    plain = text.strip().lower()
+    if not _MARKS.fullmatch(plain):
+        raise _refuse(option, text, "commas and underscores may stand between thousands only; decimals have a point")
+    plain = plain.replace("_", "").replace(",", "")
+    unit = _UNITS.get(plain[-1:], 1)
+    percent = plain.endswith("%")
+    try:
+        number = Decimal(plain[:-1] if percent or unit > 1 else plain)
+    except InvalidOperation:
+        raise _refuse(option, text, "this is no number") from None
+    if not number.is_finite():
+        raise _refuse(option, text, "it must be finite")
+    if number <= 0:
+        raise _refuse(option, text, "at least 1 scalar must be trained")
+    if percent:
+        if number >= 100:
+            raise _refuse(option, text, "a share must be below 100 %; `--method full` trains everything")
+        return float(number / 100)
+    count = number * unit
+    if count == count.to_integral_value():
+        return int(count)
+    if unit == 1 and count < 1:
+        return float(count)
+    raise _refuse(option, text, "a count must be a whole number, a density below 1")
+
+
+def _refuse(option: str, text: str, why: str) -> BudgetError:
+    return BudgetError(f"{option} {text}: {why}. Give a count (103000, 103k, 1.5m) or a share (0.17%, 0.0017).")

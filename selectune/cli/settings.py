@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selectune.errors import ConfigError, DeltaError, did_you_mean
-from selectune.files import read_owned
-from selectune.files.reading import NotPlain, plain
+from selectune.errors import ConfigError, did_you_mean
+from selectune.files.documents import read_document
 
 LIMIT = 1 << 26  # bytes: a run.json with its history
-MAX_YAML = 1 << 16
 APART = ("config_file", "as_json", "help")
 RUN = "run.json"
 NUMBERS = ("checkpoint_budgets",)
@@ -26,7 +23,9 @@ def settings(path: str, params: Sequence[Any]) -> dict[str, Any]:
     cannot be read, has unknown options, or has values of another kind.
     """
     where = Path(path) / RUN if Path(path).is_dir() else Path(path)
-    found = _read(where)
+    if not where.exists():
+        raise ConfigError(f"--config {where}: there is no such file.")
+    found = read_document(where, error=ConfigError, limit=LIMIT)
     if isinstance(found, Mapping):
         found = next((found[key] for key in ("config", "settings") if isinstance(found.get(key), Mapping)), found)
     if not isinstance(found, Mapping):
@@ -47,43 +46,6 @@ def settings(path: str, params: Sequence[Any]) -> dict[str, Any]:
             raise ConfigError(f"--config {where}: the option {written} is given twice.")
         given[name] = _fitting(f"--config {where}: {written}", value, known[name])
     return given
-
-
-def _read(path: Path) -> Any:
-    if not path.exists():
-        raise ConfigError(f"--config {path}: there is no such file.")
-    try:
-        data = read_owned(path, limit=LIMIT)
-    except DeltaError as error:
-        raise ConfigError(f"--config {path}: {error}.") from error
-    with contextlib.suppress(NotPlain):
-        return plain(data)
-    if len(data) > MAX_YAML:
-        raise ConfigError(f"--config {path} is no JSON, and of YAML at most {MAX_YAML:,} bytes are read.")
-    try:
-        import yaml
-    except ImportError as error:
-        raise ConfigError(f"--config {path} needs the package pyyaml: pip install 'selectune[hf]'.") from error
-
-    class Plain(yaml.SafeLoader):
-        """Refuses aliases, which can expand to more than memory holds, and keys that are given twice."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("aliases (*name) are not read")
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [key.value for key, _ in node.value]
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
-                raise yaml.YAMLError(f"{twice} is given twice")
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(data.decode("utf-8-sig"), Plain)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ConfigError(f"--config {path} is neither YAML nor JSON: {' '.join(str(error).split())[:200]}") from error
 
 
 def _fitting(what: str, value: Any, param: Any) -> Any:

@@ -35,7 +35,8 @@ class Retention:
 class Evaluation:
     """The value of a task's metric over a number of examples, and further metrics by name, if the task has them.
 
-    `retention`: what the model lost on another text, if that was asked for.
+    `retention`: what the model lost on another text, if that was asked for. `predictions`, `answers`: of every row, in
+    the order of the rows, as the metric takes them.
     """
 
     task: str
@@ -44,6 +45,8 @@ class Evaluation:
     examples: int
     others: Mapping[str, float] = field(default_factory=dict)
     retention: Retention | None = None
+    predictions: Sequence[Any] = field(default=(), repr=False, compare=False)
+    answers: Sequence[Any] = field(default=(), repr=False, compare=False)
 
     def as_json(self) -> dict[str, Any]:
         told = {"task": self.task, "metric": self.metric, "value": self.value, "examples": self.examples}
@@ -87,6 +90,7 @@ def evaluate(
     finally:
         model.train(training)
     with plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
-        scores = task.scores(predictions, [row[ANSWER] for row in rows])
+        answers = [row[ANSWER] for row in rows]
+        scores = task.scores(predictions, answers)
     value = scores.pop(task.metric_name)
-    return Evaluation(task.name, task.metric_name, value, len(rows), scores)
+    return Evaluation(task.name, task.metric_name, value, len(rows), scores, None, predictions, answers)

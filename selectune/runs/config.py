@@ -48,9 +48,9 @@ class RunConfig:
     files with more methods and tasks.
 
     In place of a task, `train` names a file of rows (or a data set of the hub), `text` its columns of text, `label`
-    that of the label, and `validation` another file, or `hold_out` a share of the training rows; see
-    `selectune.tasks.OwnRows`. `train_size`: only so many of the training rows, the same for every method and `seed`;
-    see `selectune.tasks.first_rows`.
+    that of the label, and `validation` another file; see `selectune.tasks.OwnRows`. `hold_out`: measure on that share
+    of the training rows instead, as a search for a learning rate should. `train_size`: only so many of the training
+    rows, the same for every method and `seed`; see `selectune.tasks.first_rows`.
 
     `checkpoint_budgets`: as the support first reaches each of these numbers of scalars, a delta is saved and measured,
     for methods whose support grows; the run's own delta then has the order of selection.
@@ -233,7 +233,9 @@ def _check_rows(config: RunConfig) -> None:
             "task (command line: --task, one of `selectune tasks`), or train (--train FILE, with --validation FILE, "
             "--text COLUMN and --label COLUMN)."
         )
-    own = ("validation", "text", "label", "kind", "hold_out")
+    if config.hold_out is not None and not 0 < config.hold_out < 1:
+        raise ConfigError(f"hold_out={config.hold_out!r}: must be a share of the training rows, above 0 and below 1.")
+    own = ("validation", "text", "label", "kind")
     given = [name for name in own if getattr(config, name) not in (None, ())]
     if config.task is not None:
         plugins.task(config.task)
@@ -253,8 +255,6 @@ def _check_rows(config: RunConfig) -> None:
         )
     if config.validation is not None and config.hold_out is not None:
         raise ConfigError("Validate on the rows in validation or on a held-out share (hold_out), not both.")
-    if config.hold_out is not None and not 0 < config.hold_out < 1:
-        raise ConfigError(f"hold_out={config.hold_out!r}: must be a share of the training rows, above 0 and below 1.")
     if config.kind is not None:
         form_of(config.kind)
 

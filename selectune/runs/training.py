@@ -96,7 +96,7 @@ class _Run:
         self.folder, self.stop = folder, stop
         self.task = config.the_task
         with plugins.blame(plugins.source_of(plugins.TASKS, self.task.name)):
-            splits = {name: tasks.load(self.task, name, config.data) for name in ("train", "validation")}
+            splits = tasks.splits_of(self.task, config.data, None if config.train is not None else config.hold_out)
         if config.train_size is not None:
             splits["train"] = tasks.first_rows(self.task, splits["train"], config.train_size, config.train_size_seed)
         self.measured_on = splits["validation"].digest

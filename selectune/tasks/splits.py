@@ -91,9 +91,37 @@ def first_rows(task: Task, split: Split, size: int, seed: int = 0) -> Split:
         raise TaskError(
             f"train_size={size:,} rows are wanted, and the training rows of {task.name} are {len(split):,}."
         )
-    labels = [example.label if task.labels and isinstance(example.label, int) else 0 for example in split.examples]
-    chosen = sorted(nested(labels, f"{task.name}/{seed}")[:size])
-    return Split(tuple(split.examples[i] for i in chosen), f"{split.origin}, {size:,} of {len(split):,} rows")
+    chosen = sorted(nested(_classes(task, split), f"{task.name}/{seed}")[:size])
+    return _part(split, chosen, f"{size:,} of {len(split):,} rows")
+
+
+def splits_of(task: Task, data: str | os.PathLike[str] | None, hold_out: float | None) -> dict[str, Split]:
+    """The splits of a task by name. `hold_out`: validate on that share of the training rows instead."""
+    if hold_out is None:
+        return {name: load(task, name, data) for name in ("train", "validation")}
+    return dict(zip(("train", "validation"), held_out(task, load(task, "train", data), hold_out), strict=True))
+
+
+def held_out(task: Task, split: Split, share: float) -> tuple[Split, Split]:
+    """The split without a share of its rows, and that share; classes keep their shares. See `nested`.
+
+    Which rows these are depends on the task alone. Raises TaskError if no row would be left on one of the sides.
+    """
+    order = nested(_classes(task, split), f"{task.name}/hold-out")
+    count = max(1, round(share * len(order)))
+    if count >= len(order):
+        raise TaskError(f"{split.origin} has {len(order):,} rows, too few to hold out {share:g} of them.")
+    kept, held = sorted(order[count:]), sorted(order[:count])
+    told = f"held-out share of {share:g}"
+    return _part(split, kept, f"all but a {told}"), _part(split, held, f"a {told}")
+
+
+def _classes(task: Task, split: Split) -> list[int]:
+    return [example.label if task.labels and isinstance(example.label, int) else 0 for example in split.examples]
+
+
+def _part(split: Split, rows: Sequence[int], what: str) -> Split:
+    return Split(tuple(split.examples[i] for i in rows), f"{split.origin}, {what}")
 
 
 def nested(classes: Sequence[Hashable], seed: str) -> list[int]:

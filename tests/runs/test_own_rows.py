@@ -137,8 +137,8 @@ def test_settings_that_do_not_fit(config, change, message):
 
 
 def test_a_published_task_takes_no_columns(tiny):
-    with pytest.raises(ConfigError, match="text, hold_out: only for rows of your own"):
-        RunConfig(model=str(tiny), task="glue/rte", budget=9, text=("q",), hold_out=0.1)
+    with pytest.raises(ConfigError, match="text: only for rows of your own"):
+        RunConfig(model=str(tiny), task="glue/rte", budget=9, text=("q",))
     assert "text" not in settings_of(RunConfig(model=str(tiny), task="glue/rte", budget=9))
 
 

@@ -1,0 +1,148 @@
+"""The process of a cell: `python -m selectune.study.attempt FOLDER` trains it and leaves its results in the folder.
+
+It ends when its standard input does, which is when the process that started it ends. SIGTERM ends the step and writes a
+checkpoint; the next attempt goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from selectune.errors import CheckpointError, ConfigError, SelectuneError, StoppedError
+from selectune.files import checkpoints, read_json, write_durably
+from selectune.runs.config import RunConfig
+from selectune.runs.folder import run_folder
+from selectune.runs.result import RunResult
+from selectune.runs.stop import Stop
+from selectune.runs.training import run
+from selectune.study.cells import Cell
+from selectune.study.grid import setting_of
+from selectune.study.records import ITEMS, Record
+from selectune.study.workspace import CELL, DONE
+
+ERROR = "error.json"
+"""Why the last attempt failed: `kind`, the class of the error, and `why`."""
+
+STOPPED, REFUSED = 143, 3
+"""Exit codes: stopped on request; an error of selectune's own, which the file `ERROR` tells."""
+
+_WITH_ITEMS = ("classification", "choice")
+
+
+def main(folder: Path) -> int:
+    told = read_json(folder / CELL, error=ConfigError)
+    cell = Cell(told["phase"], told["settings"])
+    (folder / ERROR).unlink(missing_ok=True)
+    stop = Stop()
+    _listen(stop)
+    try:
+        found = _trained(cell.config, folder, stop)
+    except StoppedError:
+        return STOPPED
+    except SelectuneError as error:
+        why = {"kind": type(error).__name__, "why": str(error)}
+        write_durably(folder / ERROR, json.dumps(why).encode())
+        return REFUSED
+    write_durably(folder / ITEMS, json.dumps(_items(found)).encode())
+    records = [record.as_json() for record in _records(cell, told["key"], found)]
+    write_durably(folder / DONE, json.dumps({"records": records}, allow_nan=False).encode())
+    return 0
+
+
+def _trained(config: RunConfig, folder: Path, stop: Stop) -> RunResult:
+    """The run of a cell, from its newest checkpoint if there is a whole one."""
+    if checkpoints(folder):
+        try:
+            with run_folder(folder, resume=True) as owned:
+                return run(config, resume=True, stop=stop, folder=owned)
+        except (CheckpointError, ConfigError):
+            stop.listening = False
+    with run_folder(folder, overwrite=True) as owned:
+        return run(config, overwrite=True, stop=stop, folder=owned)
+
+
+def _records(cell: Cell, key: str, found: RunResult) -> list[Record]:
+    """The evaluations on the way, and the last one, of the saved delta."""
+    shared: dict[str, Any] = {
+        "cell": key,
+        "phase": cell.phase,
+        "setting": setting_of(cell),
+        "lr": cell.config.learning_rate,
+        "seed": cell.config.seed,
+        "metric": found.evaluation.metric,
+        "lowest": cell.config.the_task.lower_is_better,
+        "steps": found.steps,
+        "examples": found.evaluation.examples,
+    }
+    way = [
+        Record(**shared, step=row["step"], value=row["metric"], selected=row["selected"], last=False)
+        for row in found.history
+        if "metric" in row
+    ]
+    retention = found.evaluation.retention
+    more = {
+        "trained": found.trained,
+        "changed": found.verification.changed,
+        "budget": found.budget,
+        "seconds": round(found.seconds, 3),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "delta_bytes": found.delta_bytes,
+        "run": found.run,
+        "kind": found.kind,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", 0)),
+        "versions": dict(found.as_json()["versions"]),
+        **({"others": dict(found.evaluation.others)} if found.evaluation.others else {}),
+        **({"forgetting": retention.forgetting} if retention is not None else {}),
+    }
+    last = Record(
+        **shared, step=found.steps, value=found.value, selected=found.selected, last=True, more=more
+    )  # fmt: skip
+    return [*way, last]
+
+
+def _items(found: RunResult) -> dict[str, Any]:
+    evaluation = found.evaluation
+    told = {"predictions": _plain(evaluation.predictions), "answers": _plain(evaluation.answers)}
+    scores = None
+    if found.kind in _WITH_ITEMS:
+        pairs = zip(told["predictions"], told["answers"], strict=True)
+        scores = [float(prediction == answer) for prediction, answer in pairs]
+    return {"scores": scores, **told}
+
+
+def _plain(value: Any) -> Any:
+    """A prediction as JSON has it."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value
+
+
+def _listen(stop: Stop) -> None:
+    def asked(number: int, frame: Any) -> None:
+        del frame
+        if not stop.listening:
+            os._exit(STOPPED)
+        stop.ask(number)
+
+    signal.signal(signal.SIGTERM, asked)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the runner sends SIGTERM
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(STOPPED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,281 @@
+"""The grid of a study: what a file asks for, as cells.
+
+    name: core
+    question: Which method is best with 0.17 % of the weights?
+    models: [demo]
+    tasks: [glue/stsb, {train: my.csv, validation: dev.csv, text: [question], label: topic}]
+    methods: [full, "lora:r=8", id3, "id3+lora:r=32", {method: random, lr: 2e-3}]
+    budgets: [0.17%]
+    seeds: [1, 2, 3]
+    search: {factors: [0.3, 1, 3], seeds: [100], hold_out: 0.1}
+    settings: {max_steps: 300, batch_size: 16, train_fully: ["classifier.*"]}
+
+`settings` are options of `selectune train`. A method that takes no budget, or no `train_fully`, is a row without it.
+`runs` in place of rates and seeds pairs them: [{lr: 1e-4, seed: 6}, {lr: 3e-4, seed: 7}].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from selectune import spec
+from selectune.adapters import KINDS
+from selectune.errors import SelectuneError, StudyError, did_you_mean
+from selectune.files.documents import read_document
+from selectune.models.adapted import peer
+from selectune.recipes import RECIPES
+from selectune.runs.config import RunConfig
+from selectune.study.cells import Cell
+from selectune.study.records import Setting
+
+LISTS = ("models", "tasks", "methods", "budgets", "on", "seeds", "runs")
+_GRANTED = tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in ("out", "checkpoint_budgets"))
+_SELECTING = ("include", "exclude", "train_fully")
+_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search for a learning rate: so many trials for every method, on held-out training rows.
+
+    `factors`: of a method's own default rate. `seeds`: of the trials, which no run of the main part has. `hold_out`:
+    the share of the training rows that the trials are measured on, and not trained on.
+    """
+
+    factors: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
+    seeds: tuple[int, ...] = (100,)
+    hold_out: float = 0.1
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells that differ in rate and seed only: one row of a table, on one task."""
+
+    settings: Mapping[str, Any]
+    rates: tuple[float, ...] | None = None  # of the search, if the grid names them for this method
+
+    @functools.cached_property
+    def setting(self) -> Setting:
+        return setting_of(Cell("main", self.settings))
+
+    def trials(self, search: Search) -> list[Cell]:
+        apart = ("validation", "retain")  # trials are measured on training rows
+        base = Cell("search", {name: value for name, value in self.settings.items() if name not in apart})
+        if self.rates is not None:
+            rates: Sequence[float] = self.rates
+        else:
+            own = Cell("main", self.settings).config.learning_rate
+            rates = [float(f"{own * factor:.6g}") for factor in search.factors]
+        return [base.with_(lr=lr, seed=seed, hold_out=search.hold_out) for lr in rates for seed in search.seeds]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A study as it is asked for. Raises StudyError, or ConfigError for a cell's settings, when it is made."""
+
+    name: str
+    question: str = ""
+    models: tuple[str, ...] = ("demo",)
+    tasks: tuple[Any, ...] = ()
+    methods: tuple[Any, ...] = ()
+    budgets: tuple[Any, ...] = ()
+    on: tuple[str | None, ...] = (None,)
+    seeds: tuple[int, ...] = (1,)
+    runs: tuple[Mapping[str, Any], ...] = ()
+    search: Search | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("models", "tasks", "methods"):
+            if not getattr(self, name):
+                raise StudyError(f"The study {self.name} names no {name}, so it has no cells.")
+        if self.search is not None:
+            self._check_search(self.search)
+        seen: dict[str, str] = {}
+        for group in self.groups:
+            cells = self.cells(group, None) + (group.trials(self.search) if self.search else [])
+            for cell in cells:
+                told = _told(cell)
+                if (other := seen.setdefault(cell.key, told)) is not told:
+                    raise StudyError(f"The study {self.name} has a cell twice: {told} is the same run as {other}.")
+
+    def _check_search(self, search: Search) -> None:
+        if self.runs:
+            raise StudyError("Give search, which finds a rate, or runs, which name one for each seed, not both.")
+        if shared := set(search.seeds) & set(self.seeds):
+            raise StudyError(
+                f"The seeds {', '.join(map(str, sorted(shared)))} are both of the search and of the runs that count; "
+                "the runs need seeds of their own."
+            )
+        counts = {len(group.rates or search.factors) for group in self.groups}
+        if len(counts) > 1:
+            raise StudyError(
+                f"A search is fair with as many trial rates for every method; here are {sorted(counts)} of them."
+            )
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """Every combination once; a method that takes no budget or no adapter has one without."""
+        return list(self._combinations())
+
+    def _combinations(self) -> Iterator[Group]:
+        for task in self.tasks:
+            for model in self.models:
+                for method in self.methods:
+                    yield from self._of_method(model, task, method)
+
+    def _of_method(self, model: str, task: Any, method: Any) -> Iterator[Group]:
+        own = dict(method) if isinstance(method, Mapping) else {"method": method}
+        name = str(own.pop("method", "")).strip()
+        if not name:
+            raise StudyError(f"The study {self.name}: {method!r} names no method; write {{method: id3, ...}}.")
+        name, plus, under = name.partition("+")
+        rates = own.pop("rates", None)
+        where = dict(task) if isinstance(task, Mapping) else {"task": task}
+        takes = taken(name)
+        shared = {key: value for key, value in self.settings.items() if key not in _SELECTING or key in takes}
+        budgets = [own.pop("budget")] if "budget" in own else self.budgets or [None]
+        ons = [under] if plus else [own.pop("on")] if "on" in own else self.on
+        for on in ons if "on" in takes else [None]:
+            for budget in budgets if "budget" in takes else [None]:
+                given = {"model": model, **where, "method": name, "on": on, "budget": budget, **shared, **own}
+                given = {key: value for key, value in given.items() if value is not None}
+                self._check_names(given)
+                yield Group(given, None if rates is None else tuple(float(rate) for rate in rates))
+
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        for key in given:
+            if key not in _GRANTED:
+                raise StudyError(
+                    f"The study {self.name}: {key} is no option of a run.{did_you_mean(str(key), _GRANTED)}"
+                )
+
+    def cells(self, group: Group, lr: float | None) -> list[Cell]:
+        """The runs of a group that count. `lr`: the rate that the search found; None for the grid's own."""
+        base = Cell("main", group.settings)
+        if self.runs:
+            return [base.with_(**run) for run in self.runs]
+        return [base.with_(seed=seed, **({} if lr is None else {"lr": lr})) for seed in self.seeds]
+
+    def as_json(self) -> dict[str, Any]:
+        told = dataclasses.asdict(self)
+        return {key: value for key, value in told.items() if value not in (None, (), {}, "")}
+
+
+def taken(method: str) -> set[str]:
+    """Which of a study's axes a method takes: budget, on, include, exclude, train_fully."""
+    if peer(method) is not None:
+        return set()
+    recipe = RECIPES.get(method.partition(":")[0])
+    if recipe is None:  # RunConfig names the known ones
+        return {"budget"}
+    parameters = inspect.signature(recipe.function).parameters
+    found = {name for name in ("budget", "train_fully") if name in parameters}
+    return (
+        found | ({"include", "exclude"} if "scope" in parameters else set()) | ({"on"} if "budget" in found else set())
+    )
+
+
+def setting_of(cell: Cell) -> Setting:
+    """The row of a table that a cell's runs stand in."""
+    config = cell.config
+    task = config.task or os.path.basename(str(config.train))
+    method = config.method if peer(config.method) is not None else config.canonical
+    budget = None if peer(config.method) is not None or "budget" not in taken(config.method) else config.budget
+    return Setting(config.model, task, method, config.on, budget)
+
+
+def _told(cell: Cell) -> str:
+    return f"{cell.phase} " + json.dumps(dict(cell.settings))
+
+
+def of_mapping(told: Any, where: str) -> Grid:
+    """The grid in a document's value. Raises StudyError, which names `where`."""
+    if not isinstance(told, Mapping):
+        raise StudyError(f"{where}: expected a study: name, models, tasks, methods, budgets, seeds, settings.")
+    known = [f.name for f in dataclasses.fields(Grid)]
+    for key in told:
+        if key not in known:
+            raise StudyError(
+                f"{where}: a study has no {key}. It has {', '.join(known)}.{did_you_mean(str(key), known)}"
+            )
+    given = dict(told)
+    for key in LISTS:
+        if key in given:
+            given[key] = tuple(given[key]) if isinstance(given[key], list) else (given[key],)
+    given["budgets"] = tuple(_budget(text, where) for text in given.get("budgets", ()))
+    given["methods"] = tuple(
+        {**m, "budget": _budget(m["budget"], where)} if isinstance(m, Mapping) and "budget" in m else m
+        for m in given.get("methods", ())
+    )
+    for key in ("seeds",):
+        if not all(type(seed) is int for seed in given.get(key, ())):
+            raise StudyError(f"{where}: {key} must be integers, got {list(given[key])!r}.")
+    if given.get("search") is not None:
+        given["search"] = _search(given["search"], where)
+    if not isinstance(given.setdefault("settings", {}), Mapping):
+        raise StudyError(f"{where}: settings must be options of a run and their values, got {given['settings']!r}.")
+    if not isinstance(given.get("name"), str) or not given["name"].strip():
+        raise StudyError(f"{where}: the study has no name.")
+    try:
+        return Grid(**given)
+    except StudyError as why:
+        raise StudyError(f"{where}: {why}") from why
+    except (SelectuneError, TypeError) as why:
+        raise StudyError(f"{where}: a cell of the study cannot be run: {why}") from why
+
+
+def _search(told: Any, where: str) -> Search:
+    known = [f.name for f in dataclasses.fields(Search)]
+    if not isinstance(told, Mapping) or not set(told) <= set(known):
+        raise StudyError(f"{where}: search takes {', '.join(known)}, got {told!r}.")
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+    search = Search(**given)
+    positive = search.factors and all(isinstance(f, int | float) and f > 0 for f in search.factors)
+    if not positive or not search.seeds or not all(type(seed) is int for seed in search.seeds):
+        raise StudyError(f"{where}: search needs factors above 0 and integer seeds, got {told!r}.")
+    return search
+
+
+def _budget(told: Any, where: str) -> int | float | str:
+    """A budget as the command line reads it."""
+    try:
+        return told if not isinstance(told, str) or told.partition(":")[0] in KINDS else spec.budget(told)
+    except SelectuneError as why:
+        raise StudyError(f"{where}: {why}") from why
+
+
+STUDY = "study.json"
+_SHIPPED = Path(__file__).parent / "grids"
+
+
+def names() -> list[str]:
+    """The studies that ship with selectune."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
+
+
+def read_grid(path: str | os.PathLike[str]) -> Grid:
+    """The grid in a YAML or JSON file, in a study's folder, or of a name in `names()`.
+
+    Raises StudyError, which names the file.
+    """
+    place = Path(path) / STUDY if Path(path).is_dir() else Path(path)
+    if not place.exists() and os.fspath(path) in names():
+        place = _SHIPPED / f"{path}.yaml"
+    if not place.exists():
+        raise StudyError(
+            f"{place}: there is no such file, and no study of this name ships with selectune. These do: "
+            f"{', '.join(names())}.{did_you_mean(os.fspath(path), names())}"
+        )
+    told = read_document(place, error=StudyError, limit=_LIMIT)
+    if isinstance(told, Mapping) and isinstance(told.get("grid"), Mapping):
+        told = told["grid"]
+    return of_mapping(told, str(place))

@@ -1,0 +1,217 @@
+"""The folder of a study: what was asked, what is done, what failed. One process at a time runs in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from selectune.errors import StudyError
+from selectune.files import own, read_json, read_lines, write_durably
+from selectune.runs.folder import RESULTS as OF_A_RUN
+from selectune.study.cells import Cell
+from selectune.study.grid import STUDY, Grid, Group, of_mapping
+from selectune.study.records import RESULTS, Record, line_of, read_results
+
+CELLS, FAILURES = "cells", "failures.jsonl"
+CELL, DONE, LOG = "cell.json", "result.json", "log.txt"
+"""In the folder of a cell: what it is, its records once it is done, and what its process said."""
+
+DIVERGED = "NonFiniteError"
+_LIMIT = 1 << 26
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An attempt at a cell that ended without a result: the error's class, or how the process ended, and its words."""
+
+    cell: str
+    kind: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """What is to do: cells that can run now, in order, and how many wait for a rate that is not found yet."""
+
+    ready: Sequence[Cell]
+    waiting: int
+
+
+class Workspace:
+    """A study's folder. Reading needs nothing but the folder; writing needs `owned`."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        file = self.path / STUDY
+        if not file.exists():
+            raise StudyError(f"{self.path} holds no study: there is no {STUDY} in it. `selectune study run` makes one.")
+        told = read_json(file, limit=_LIMIT, error=StudyError)
+        if not isinstance(told, dict) or "grid" not in told:
+            raise StudyError(f"{file} holds no grid.")
+        self.grid: Grid = of_mapping(told["grid"], str(file))
+
+    def folder(self, key: str) -> Path:
+        return self.path / CELLS / key
+
+    def records(self) -> list[Record]:
+        """The results of all cells that the grid has, in the order of the file. Others stay in the file only."""
+        found = read_results(self.path / RESULTS)
+        keys = {cell.key for cell in self.cells(found)}
+        return [record for record in found if record.cell in keys]
+
+    def failures(self) -> list[Failure]:
+        """The attempts that failed, in their order."""
+        path = self.path / FAILURES
+        lines = read_lines(path, error=StudyError) if path.exists() else ()
+        return [Failure(row["cell"], row["kind"], row["why"]) for _, row in lines]
+
+    def cells(self, results: Sequence[Record]) -> list[Cell]:
+        """All cells that are known by now: trials first, then seed by seed, so that a stop leaves a balanced table."""
+        grid, trials = self.grid, []
+        if grid.search is not None:
+            trials = [cell for group in grid.groups for cell in group.trials(grid.search)]
+        groups = [grid.cells(group, rate) for group, rate in self.rates(results) if grid.search is None or rate]
+        rounds = max((len(cells) for cells in groups), default=0)
+        return trials + [cells[i] for i in range(rounds) for cells in groups if i < len(cells)]
+
+    def rates(self, results: Sequence[Record]) -> list[tuple[Group, float | None]]:
+        """Each group with the best rate of its trials: of the highest mean value; None while trials are missing.
+
+        A trial that diverged has no value, and its rate is out.
+        """
+        search = self.grid.search
+        if search is None:
+            return [(group, None) for group in self.grid.groups]
+        last = {record.cell: record for record in results if record.last}
+        diverged = self._diverged()
+        found: list[tuple[Group, float | None]] = []
+        for group in self.grid.groups:
+            values: dict[float, list[float]] = {}
+            trials = group.trials(search)
+            for cell in trials:
+                if cell.key in last:
+                    record = last[cell.key]
+                    values.setdefault(record.lr, []).append(-record.value if record.lowest else record.value)
+            whole = {lr: sum(v) / len(v) for lr, v in values.items() if len(v) == len(search.seeds)}
+            missing = any(cell.key not in last and cell.key not in diverged for cell in trials)
+            found.append((group, None if missing or not whole else max(whole, key=lambda lr: (whole[lr], -lr))))
+        return found
+
+    def done(self) -> set[str]:
+        """The keys of the grid's cells that have a result, or diverged: another attempt would diverge too."""
+        results = read_results(self.path / RESULTS)
+        keys = {record.cell for record in results if record.last} | self._diverged()
+        return keys & {cell.key for cell in self.cells(results)}
+
+    def left(self) -> Left:
+        """What is to do."""
+        results, done = read_results(self.path / RESULTS), self.done()
+        known = self.cells(results)
+        waiting = sum(len(self.grid.cells(g, None)) for g, rate in self.rates(results) if self.grid.search and not rate)
+        return Left([cell for cell in known if cell.key not in done], waiting)
+
+    def at_the_edge(self) -> list[tuple[Group, float]]:
+        """Groups whose best rate is the lowest or the highest that was tried: a better one may lie beyond."""
+        search = self.grid.search
+        if search is None:
+            return []
+        found: list[tuple[Group, float]] = []
+        for group, rate in self.rates(read_results(self.path / RESULTS)):
+            tried = sorted({cell.config.learning_rate for cell in group.trials(search)})
+            if rate is not None and len(tried) > 1 and rate in (tried[0], tried[-1]):
+                found.append((group, rate))
+        return found
+
+    def _diverged(self) -> set[str]:
+        return {failure.cell for failure in self.failures() if failure.kind == DIVERGED}
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Owns the folder while the block runs. A result that was cut as its writer died is cut off."""
+        with own(self.path, secrets.token_hex(8)):
+            for name in (RESULTS, FAILURES):
+                _mend(self.path / name)
+            yield
+
+    def prepare(self, cell: Cell) -> Path:
+        """The folder of a cell, with the file that says what it is."""
+        folder = self.folder(cell.key)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {"save_every": None, **cell.settings, "out": str(folder)}
+        told = {"key": cell.key, "phase": cell.phase, "settings": {k: v for k, v in settings.items() if v is not None}}
+        write_durably(folder / CELL, json.dumps(told, indent=1).encode())
+        return folder
+
+    def finished(self, cell: Cell) -> bool:
+        """Takes the records of a cell that is done into the results. False if it left none."""
+        path = self.folder(cell.key) / DONE
+        if not path.exists():
+            return False
+        told = read_json(path, limit=_LIMIT, error=StudyError)
+        records = [Record.of_json(row) for row in told["records"]]
+        _append(self.path / RESULTS, "".join(map(line_of, records)))
+        if cell.phase == "search":
+            (self.folder(cell.key) / OF_A_RUN[1]).unlink(missing_ok=True)
+        for checkpoint in self.folder(cell.key).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        return True
+
+    def failed(self, failure: Failure) -> None:
+        _append(self.path / FAILURES, json.dumps(vars(failure)) + "\n")
+
+
+def begin(path: str | os.PathLike[str], grid: Grid) -> Workspace:
+    """A study's folder, new or the same as before. Another grid may take its place if the name is the same.
+
+    Cells that both have are not run again. Raises StudyError for a folder with a study of another name.
+    """
+    folder, told = Path(path), {"name": grid.name, "question": grid.question, "grid": grid.as_json()}
+    if (folder / STUDY).exists():
+        there = Workspace(folder).grid
+        if there.name != grid.name:
+            raise StudyError(f"{folder} holds the study {there.name}, not {grid.name}. Give another folder.")
+    elif folder.exists() and any(entry.name != ".selectune.lock" for entry in folder.iterdir()):
+        raise StudyError(f"{folder} holds other files and no study. Give an empty or a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_durably(folder / STUDY, json.dumps(told, indent=1).encode())
+    return Workspace(folder)
+
+
+def _append(path: Path, text: str) -> None:
+    """Appends lines by one write, and flushes them."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        data = memoryview(text.encode())
+        while data:
+            data = data[os.write(handle, data) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _mend(path: Path) -> None:
+    """Cuts off a last line without an end."""
+    with contextlib.suppress(FileNotFoundError):
+        data = path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def told_of(cell: Cell) -> str:
+    """A cell in a few words: what differs between cells.
+
+    >>> told_of(Cell("main", {"model": "demo", "task": "glue/rte", "method": "id3", "budget": 1000, "seed": 3}))
+    'glue/rte id3 1,000 seed 3 lr 0.0005'
+    """
+    config = cell.config
+    where = config.task or os.path.basename(str(config.train))
+    method = config.method + (f"+{config.on}" if config.on else "")
+    size = f" {config.budget:,}" if config.budget is not None and not isinstance(config.budget, str) else ""
+    return f"{where} {method}{size} seed {config.seed} lr {config.learning_rate:g}"
