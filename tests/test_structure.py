@@ -40,7 +40,7 @@ ORDER = (
     ("adapters",),
     ("integrations",),
     ("tasks",),
-    ("plugins",),
+    ("plugins", "documents"),
     ("models",),
     ("runs",),
     ("bench",),

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selectune.documents import read_document
 from selectune.errors import ConfigError, did_you_mean
-from selectune.files.documents import read_document
 
 LIMIT = 1 << 26  # bytes: a run.json with its history
 APART = ("config_file", "as_json", "help")

@@ -3,7 +3,6 @@
 durable    written whole or not at all, also after a crash; read once, into memory of our own
 manifest   a folder, such as a checkpoint, that is complete or refused
 ownership  a folder that one process at a time may write into
-documents  YAML or JSON that people write
 reading    strict JSON, JSON lines and tables of text from untrusted files, within limits, with one error for all faults
 """
 

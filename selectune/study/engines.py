@@ -18,7 +18,7 @@ _PATIENCE = 120.0
 """Seconds that a cell has to end its step and write its checkpoint, once it is asked to stop."""
 
 
-class Engine(Protocol):
+class Executor(Protocol):
     """`slots`: cells at a time. A cell is known by its folder."""
 
     slots: int

@@ -28,8 +28,8 @@ from typing import Any
 
 from selectune import spec
 from selectune.adapters import KINDS
+from selectune.documents import read_document
 from selectune.errors import SelectuneError, StudyError, did_you_mean
-from selectune.files.documents import read_document
 from selectune.models.adapted import peer
 from selectune.recipes import RECIPES
 from selectune.runs.config import RunConfig
@@ -56,7 +56,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Group:
+class Arm:
     """The cells that differ in rate and seed only: one row of a table, on one task."""
 
     settings: Mapping[str, Any]
@@ -100,8 +100,8 @@ class Grid:
         if self.search is not None:
             self._check_search(self.search)
         seen: dict[str, str] = {}
-        for group in self.groups:
-            cells = self.cells(group, None) + (group.trials(self.search) if self.search else [])
+        for arm in self.arms:
+            cells = self.cells(arm, None) + (arm.trials(self.search) if self.search else [])
             for cell in cells:
                 told = _told(cell)
                 if (other := seen.setdefault(cell.key, told)) is not told:
@@ -115,24 +115,24 @@ class Grid:
                 f"The seeds {', '.join(map(str, sorted(shared)))} are both of the search and of the runs that count; "
                 "the runs need seeds of their own."
             )
-        counts = {len(group.rates or search.factors) for group in self.groups}
+        counts = {len(arm.rates or search.factors) for arm in self.arms}
         if len(counts) > 1:
             raise StudyError(
                 f"A search is fair with as many trial rates for every method; here are {sorted(counts)} of them."
             )
 
     @functools.cached_property
-    def groups(self) -> list[Group]:
+    def arms(self) -> list[Arm]:
         """Every combination once; a method that takes no budget or no adapter has one without."""
         return list(self._combinations())
 
-    def _combinations(self) -> Iterator[Group]:
+    def _combinations(self) -> Iterator[Arm]:
         for task in self.tasks:
             for model in self.models:
                 for method in self.methods:
                     yield from self._of_method(model, task, method)
 
-    def _of_method(self, model: str, task: Any, method: Any) -> Iterator[Group]:
+    def _of_method(self, model: str, task: Any, method: Any) -> Iterator[Arm]:
         own = dict(method) if isinstance(method, Mapping) else {"method": method}
         name = str(own.pop("method", "")).strip()
         if not name:
@@ -149,7 +149,7 @@ class Grid:
                 given = {"model": model, **where, "method": name, "on": on, "budget": budget, **shared, **own}
                 given = {key: value for key, value in given.items() if value is not None}
                 self._check_names(given)
-                yield Group(given, None if rates is None else tuple(float(rate) for rate in rates))
+                yield Arm(given, None if rates is None else tuple(float(rate) for rate in rates))
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
         for key in given:
@@ -158,9 +158,9 @@ class Grid:
                     f"The study {self.name}: {key} is no option of a run.{did_you_mean(str(key), _GRANTED)}"
                 )
 
-    def cells(self, group: Group, lr: float | None) -> list[Cell]:
-        """The runs of a group that count. `lr`: the rate that the search found; None for the grid's own."""
-        base = Cell("main", group.settings)
+    def cells(self, arm: Arm, lr: float | None) -> list[Cell]:
+        """The runs of a arm that count. `lr`: the rate that the search found; None for the grid's own."""
+        base = Cell("main", arm.settings)
         if self.runs:
             return [base.with_(**run) for run in self.runs]
         return [base.with_(seed=seed, **({} if lr is None else {"lr": lr})) for seed in self.seeds]

@@ -14,7 +14,7 @@ from selectune.files import read_json
 from selectune.runs.stop import Stop
 from selectune.study.attempt import ERROR, REFUSED, STOPPED
 from selectune.study.cells import Cell
-from selectune.study.engines import Engine
+from selectune.study.engines import Executor
 from selectune.study.workspace import LOG, Failure, Workspace, told_of
 
 _BETWEEN = 0.5  # seconds between two looks at a request to stop
@@ -46,7 +46,7 @@ class Watcher(Protocol):
 
 def run_study(
     workspace: Workspace,
-    engine: Engine,
+    engine: Executor,
     retries: int = 1,
     watcher: Watcher | None = None,
     stop: Stop | None = None,
@@ -83,7 +83,7 @@ def run_study(
 
 
 class _Work:
-    def __init__(self, workspace: Workspace, engine: Engine, retries: int, most: int | None) -> None:
+    def __init__(self, workspace: Workspace, engine: Executor, retries: int, most: int | None) -> None:
         self.workspace, self.engine, self.retries, self.most = workspace, engine, retries, most
         self.running: dict[Path, Cell] = {}
         self.attempts: Counter[str] = Counter()

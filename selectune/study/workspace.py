@@ -16,7 +16,7 @@ from selectune.errors import StudyError
 from selectune.files import own, read_json, read_lines, write_durably
 from selectune.runs.folder import RESULTS as OF_A_RUN
 from selectune.study.cells import Cell
-from selectune.study.grid import STUDY, Grid, Group, of_mapping
+from selectune.study.grid import STUDY, Arm, Grid, of_mapping
 from selectune.study.records import RESULTS, Record, line_of, read_results
 
 CELLS, FAILURES = "cells", "failures.jsonl"
@@ -76,32 +76,32 @@ class Workspace:
         """All cells that are known by now: trials first, then seed by seed, so that a stop leaves a balanced table."""
         grid, trials = self.grid, []
         if grid.search is not None:
-            trials = [cell for group in grid.groups for cell in group.trials(grid.search)]
-        groups = [grid.cells(group, rate) for group, rate in self.rates(results) if grid.search is None or rate]
-        rounds = max((len(cells) for cells in groups), default=0)
-        return trials + [cells[i] for i in range(rounds) for cells in groups if i < len(cells)]
+            trials = [cell for arm in grid.arms for cell in arm.trials(grid.search)]
+        arms = [grid.cells(arm, rate) for arm, rate in self.rates(results) if grid.search is None or rate]
+        rounds = max((len(cells) for cells in arms), default=0)
+        return trials + [cells[i] for i in range(rounds) for cells in arms if i < len(cells)]
 
-    def rates(self, results: Sequence[Record]) -> list[tuple[Group, float | None]]:
-        """Each group with the best rate of its trials: of the highest mean value; None while trials are missing.
+    def rates(self, results: Sequence[Record]) -> list[tuple[Arm, float | None]]:
+        """Each arm with the best rate of its trials: of the highest mean value; None while trials are missing.
 
         A trial that diverged has no value, and its rate is out.
         """
         search = self.grid.search
         if search is None:
-            return [(group, None) for group in self.grid.groups]
+            return [(arm, None) for arm in self.grid.arms]
         last = {record.cell: record for record in results if record.last}
         diverged = self._diverged()
-        found: list[tuple[Group, float | None]] = []
-        for group in self.grid.groups:
+        found: list[tuple[Arm, float | None]] = []
+        for arm in self.grid.arms:
             values: dict[float, list[float]] = {}
-            trials = group.trials(search)
+            trials = arm.trials(search)
             for cell in trials:
                 if cell.key in last:
                     record = last[cell.key]
                     values.setdefault(record.lr, []).append(-record.value if record.lowest else record.value)
             whole = {lr: sum(v) / len(v) for lr, v in values.items() if len(v) == len(search.seeds)}
             missing = any(cell.key not in last and cell.key not in diverged for cell in trials)
-            found.append((group, None if missing or not whole else max(whole, key=lambda lr: (whole[lr], -lr))))
+            found.append((arm, None if missing or not whole else max(whole, key=lambda lr: (whole[lr], -lr))))
         return found
 
     def done(self) -> set[str]:
@@ -117,16 +117,16 @@ class Workspace:
         waiting = sum(len(self.grid.cells(g, None)) for g, rate in self.rates(results) if self.grid.search and not rate)
         return Left([cell for cell in known if cell.key not in done], waiting)
 
-    def at_the_edge(self) -> list[tuple[Group, float]]:
-        """Groups whose best rate is the lowest or the highest that was tried: a better one may lie beyond."""
+    def at_the_edge(self) -> list[tuple[Arm, float]]:
+        """Arms whose best rate is the lowest or the highest that was tried: a better one may lie beyond."""
         search = self.grid.search
         if search is None:
             return []
-        found: list[tuple[Group, float]] = []
-        for group, rate in self.rates(read_results(self.path / RESULTS)):
-            tried = sorted({cell.config.learning_rate for cell in group.trials(search)})
+        found: list[tuple[Arm, float]] = []
+        for arm, rate in self.rates(read_results(self.path / RESULTS)):
+            tried = sorted({cell.config.learning_rate for cell in arm.trials(search)})
             if rate is not None and len(tried) > 1 and rate in (tried[0], tried[-1]):
-                found.append((group, rate))
+                found.append((arm, rate))
         return found
 
     def _diverged(self) -> set[str]:

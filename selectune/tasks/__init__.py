@@ -37,13 +37,26 @@ from selectune.tasks.tables.data_to_text import DATA_TO_TEXT
 from selectune.tasks.tables.glue import GLUE
 from selectune.tasks.tables.ner import NER
 from selectune.tasks.tables.problems import PROBLEMS
+from selectune.tasks.tables.subjects import SUBJECTS
 from selectune.tasks.tables.summaries import SUMMARIES
 from selectune.tasks.tables.texts import TEXTS
 from selectune.tasks.task import ANSWER, Example, Features, Head, Hub, Task, TaskKind
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (*GLUE, *NER, *SUMMARIES, *PROBLEMS, *COMMONSENSE, *DATA_TO_TEXT, *TEXTS, TOPIC, LOGBOOK, SENTENCES)
+    for task in (
+        *GLUE,
+        *SUBJECTS,
+        *NER,
+        *SUMMARIES,
+        *PROBLEMS,
+        *COMMONSENSE,
+        *DATA_TO_TEXT,
+        *TEXTS,
+        TOPIC,
+        LOGBOOK,
+        SENTENCES,
+    )
 }
 
 
