@@ -25,12 +25,14 @@ if TYPE_CHECKING:  # for readers, pyright and IDEs; `__getattr__` finds the same
         grasp,
         id3,
         increment_pafi,
+        increment_random,
         lt_sft,
         magnitude,
         movement,
         pafi,
         random,
         repeat_d3,
+        repeat_random,
         rigl,
         snip,
         sparse_adapter,
@@ -50,9 +52,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Delta", "Method", "Scope", "Score", "Shelf", "SparseAdamW", "SparseSM3", "Tuner", "Verification", "algebra",
     "attach", "bitfit", "child_tuning_d", "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "fish_dip",
-    "full", "gallop", "grasp", "id3", "increment_pafi", "load", "load_model", "lt_sft", "magnitude", "movement", "pafi",
-    "random", "repeat_d3", "rigl", "score", "scores", "snip", "sparse_adapter", "sparse_evolution", "spiel_ag",
-    "spiel_ma", "static_d3", "strip", "switch", "synflow", "tuner_of", "xattn",
+    "full", "gallop", "grasp", "id3", "increment_pafi", "increment_random", "load", "load_model", "lt_sft",
+    "magnitude", "movement", "pafi", "random", "repeat_d3", "repeat_random", "rigl", "score", "scores", "snip",
+    "sparse_adapter", "sparse_evolution", "spiel_ag", "spiel_ma", "static_d3", "strip", "switch", "synflow",
+    "tuner_of", "xattn",
 ]  # fmt: skip
 
 _HOMES = ("delta", "method", "recipes", "scope", "train", "types")  # where public names are looked for, in this order

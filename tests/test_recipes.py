@@ -35,6 +35,8 @@ ROWS = {
     "repeat-d3": Row(st.repeat_d3(60, 6), 0, 60, grows=False),
     "static-d3": Row(st.static_d3(60), 0, 60),
     "increment-pafi": Row(st.increment_pafi(60, 6), 0, 60),
+    "increment-random": Row(st.increment_random(60, 6), 0, 60),
+    "repeat-random": Row(st.repeat_random(60, 6), 0, 60, grows=False),
     "pafi": Row(st.pafi(60), 60, 60),
     "fish": Row(st.fish(60, examples=3), 60, 60),
     "fish-dip": Row(  # an LSTM's two biases have one gradient: in mid-run their scores differ by rounding only
@@ -71,6 +73,8 @@ VARIANTS = {
     ),
     "rigl, by the weight": Row(st.rigl(60, 6, every=2, drop="weight", decay="constant"), 60, 60),
     "id3, every 3": Row(st.id3(60, 6, every=3), 0, 60),
+    "id3, until half of the steps": Row(st.id3(60, 6, until=0.5), 0, 60),
+    "static-d3, three batches": Row(st.static_d3(60, batches=3), 60, 60),
     "id3, front": Row(st.id3(62, 6, spread="front"), 0, 62),
     "id3, density": Row(st.id3(0.05, 6), 0, 79),
     "id3, head trained fully": Row(st.id3(60, 6, train_fully=["norm.*", "conv.*"]), 0, 60, dense=216),

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from selectune.method import Method
 from selectune.recipes.calibrated import child_tuning_d, fish, grasp, movement, snip, sparse_adapter, synflow
 from selectune.recipes.drop_grow import rigl, sparse_evolution, spiel_ag, spiel_ma
-from selectune.recipes.increment import id3, increment_pafi
+from selectune.recipes.increment import id3, increment_pafi, increment_random
 from selectune.recipes.phased import diff_pruning, lt_sft
-from selectune.recipes.repeat import fish_dip, repeat_d3
+from selectune.recipes.repeat import fish_dip, repeat_d3, repeat_random
 from selectune.recipes.static import bitfit, gallop, magnitude, pafi, random, static_d3
 from selectune.recipes.whole import child_tuning_f, full, xattn
 
@@ -79,6 +79,8 @@ RECIPES: dict[str, Recipe] = {
         Recipe("repeat-d3", repeat_d3, _EVERY, _ID3, _DENSE_STEP, _SPARSE),
         Recipe("static-d3", static_d3, "the gradient of the first step", f"{_ID3}; {_GALLOP}", "one", _SPARSE),
         Recipe("increment-pafi", increment_pafi, "the weights, once", _ID3, "one", _SPARSE),
+        Recipe("increment-random", increment_random, "nothing", "the control for ID3", "one", _SPARSE),
+        Recipe("repeat-random", repeat_random, "nothing", "the control for repeat-D3", "one, each selection", _SPARSE),
         Recipe("pafi", pafi, "the weights, once", _PAFI, "one", _SPARSE),
         Recipe("fish", fish, "single-example gradients, before training", _FISH, "one per example", _ONCE),
         Recipe(
@@ -145,6 +147,7 @@ RECIPES: dict[str, Recipe] = {
 
 __all__ = [
     "RECIPES", "Recipe", "bitfit", "child_tuning_d", "child_tuning_f", "diff_pruning", "fish", "fish_dip", "full",
-    "gallop", "grasp", "id3", "increment_pafi", "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3",
-    "rigl", "snip", "sparse_adapter", "sparse_evolution", "spiel_ag", "spiel_ma", "static_d3", "synflow", "xattn",
+    "gallop", "grasp", "id3", "increment_pafi", "increment_random", "lt_sft", "magnitude", "movement", "pafi",
+    "random", "repeat_d3", "repeat_random", "rigl", "snip", "sparse_adapter", "sparse_evolution", "spiel_ag",
+    "spiel_ma", "static_d3", "synflow", "xattn",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from selectune import scores
 from selectune.method import Method, Patterns, compose
-from selectune.recipes.parameters import d3
+from selectune.recipes.parameters import d3, early
 from selectune.schedule import Budget, Increment
 from selectune.scope import Scope
 
@@ -18,18 +18,21 @@ def id3(
     scope: Scope | Patterns = ("*",),
     train_fully: Patterns = (),
     spread: str = "cumulative",
+    until: float = 1.0,
 ) -> Method:
     """ID3: at every step unmask the B/T entries with the largest |g| / (|w| + eps)^exp.
 
     `steps` is the number of optimizer steps of the run, T. `every=k` selects k quotas at every k-th
-    step; the steps between cost no dense gradient. Reads the gradient of the selecting steps.
+    step; the steps between cost no dense gradient. `until`: the share of the steps after which the whole
+    budget is selected; where the learning rate decays to 0, entries of the last steps hardly learn.
+    Reads the gradient of the selecting steps.
     Source: Agarwal, Ramesh, Sengupta, Chakraborty (2025), Step-by-Step Unmasking, arXiv 2408.14470.
 
     >>> import selectune as st
     >>> st.id3(budget=0.001, steps=500, exp=1.0).score.parameters
     {'exp': 1.0, 'eps': 1.0}
     """
-    return compose("id3", d3(exp, eps), Increment(budget, steps, every, spread), scope, train_fully)
+    return compose("id3", d3(exp, eps), Increment(budget, early(steps, until), every, spread), scope, train_fully)
 
 
 def increment_pafi(
@@ -48,3 +51,21 @@ def increment_pafi(
     'pafi'
     """
     return compose("increment-pafi", scores.pafi(), Increment(budget, steps, every), scope, train_fully)
+
+
+def increment_random(
+    budget: Budget,
+    steps: int | None = None,
+    every: int = 1,
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
+) -> Method:
+    """Incremental random mask: at every step unmask B/T entries uniformly over the rest of the scope.
+
+    The control for ID3: what the schedule alone gives. Needs no dense gradient at all.
+
+    >>> import selectune as st
+    >>> st.increment_random(budget=1000, steps=50).schedule.target(0)
+    20
+    """
+    return compose("increment-random", scores.random(), Increment(budget, steps, every), scope, train_fully)

@@ -32,6 +32,13 @@ def count(name: str, value: int | None, optional: bool = False) -> int | None:
     return value
 
 
+def early(steps: int | None, until: float) -> int | None:
+    """The steps after which a share of all of them has passed; at least 1."""
+    if isinstance(until, bool) or not isinstance(until, int | float) or not 0 < until <= 1:
+        raise ConfigError(f"until={until!r}: must be a share of the steps, above 0 and at most 1.")
+    return None if steps is None else max(1, round(until * steps))
+
+
 def number(name: str, value: float) -> float:
     """A finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:

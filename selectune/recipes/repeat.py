@@ -31,6 +31,24 @@ def repeat_d3(
     return compose("repeat-d3", d3(exp, eps), Repeat(budget, steps, every), scope, train_fully)
 
 
+def repeat_random(
+    budget: Budget,
+    steps: int | None = None,
+    every: int = 1,
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
+) -> Method:
+    """Repeated random mask: at every step train B entries drawn uniformly over the scope, again each time.
+
+    The control for repeat-D3: what choosing anew alone gives. Up to all entries differ from the base in the end.
+
+    >>> import selectune as st
+    >>> st.repeat_random(budget=1000, steps=50).schedule.keeps
+    False
+    """
+    return compose("repeat-random", scores.random(), Repeat(budget, steps, every), scope, train_fully)
+
+
 def fish_dip(
     budget: Budget = 0.01,
     steps: int | None = None,

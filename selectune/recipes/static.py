@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from selectune import scores
 from selectune.method import Method, Patterns, compose
-from selectune.recipes.parameters import d3
+from selectune.recipes.parameters import count, d3
 from selectune.schedule import Budget, OneShot
 from selectune.scope import BIASES, Scope
 from selectune.select import GlobalTopK
@@ -16,8 +16,11 @@ def static_d3(
     eps: float = 1.0,
     scope: Scope | Patterns = ("*",),
     train_fully: Patterns = (),
+    batches: int = 1,
 ) -> Method:
     """static-D3: all B entries by the D3 score of the first step's gradient, then fixed.
+
+    `batches` above 1: by the gradient summed over so many mini-batches before training instead.
 
     Source: Agarwal et al. (2025), static ablation, arXiv 2408.14470; the same score chosen once is
     GaLLoP (2025), arXiv 2510.19778.
@@ -26,7 +29,10 @@ def static_d3(
     >>> st.static_d3(budget=1000).schedule
     OneShot(budget=1000)
     """
-    return compose("static-d3", d3(exp, eps), OneShot(budget), scope, train_fully)
+    score = d3(exp, eps)
+    if count("batches", batches) != 1:
+        score = scores.d3_pooled(exp=float(exp), eps=float(eps), batches=batches)
+    return compose("static-d3", score, OneShot(budget), scope, train_fully)
 
 
 def pafi(budget: Budget, scope: Scope | Patterns = ("*",), train_fully: Patterns = (), tie: str = "order") -> Method:

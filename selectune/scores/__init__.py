@@ -8,12 +8,12 @@ factors   an optimizer's numbers for rows and columns
 """
 
 from selectune.scores.change import change
-from selectune.scores.data import fisher, fisher_batches, grasp, movement, snip, synflow
+from selectune.scores.data import d3_pooled, fisher, fisher_batches, grasp, movement, snip, synflow
 from selectune.scores.factors import row_times_column
 from selectune.scores.gradient import d3
 from selectune.scores.weight import constant, magnitude, pafi, random
 
 __all__ = [
-    "change", "constant", "d3", "fisher", "fisher_batches", "grasp", "magnitude", "movement", "pafi", "random",
-    "row_times_column", "snip", "synflow",
+    "change", "constant", "d3", "d3_pooled", "fisher", "fisher_batches", "grasp", "magnitude", "movement", "pafi",
+    "random", "row_times_column", "snip", "synflow",
 ]  # fmt: skip

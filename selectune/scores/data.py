@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from selectune.scores.gradient import d3
 from selectune.types import score
 
 
@@ -91,6 +92,22 @@ def snip(weight: Tensor, gradient: Tensor, batches: int | None = 1) -> Tensor:
     """
     del batches
     return (gradient * weight).abs()
+
+
+@score(reads="pooled")
+def d3_pooled(weight: Tensor, gradient: Tensor, exp: float = 2.0, eps: float = 1.0, batches: int | None = 32) -> Tensor:
+    """H = |g| / (|w| + eps)^exp, g the gradient summed over mini-batches: D3 of more data than one batch.
+
+    Reads: one gradient per mini-batch, at fixed weights; uses one float per entry in scope for the sum.
+    Source: the score of Agarwal et al. (2025), arXiv 2408.14470, chosen once, as SPEFT (2024) does with |g|, arXiv
+    2412.13488.
+
+    >>> import torch, selectune as st
+    >>> st.scores.d3_pooled(exp=1.0)(torch.tensor([0.0, 1.0]), torch.tensor([-3.0, 4.0])).tolist()
+    [3.0, 2.0]
+    """
+    del batches
+    return d3(exp=exp, eps=eps)(weight, gradient)
 
 
 @score(reads="curvature")
