@@ -6,5 +6,6 @@ grid       what is asked for, as cells
 workspace  the folder of a study: what was asked, what is done, what failed
 attempt    the process of a cell
 engines    where cells run: processes of this machine, or a Ray cluster
+summary    what is done, the table, the results as a file, a forecast
 runner     starts cells as there is room, and takes their results
 """

@@ -15,7 +15,7 @@ from selectune.runs.stop import Stop
 from selectune.study.attempt import ERROR, REFUSED, STOPPED
 from selectune.study.cells import Cell
 from selectune.study.engines import Executor
-from selectune.study.workspace import LOG, Failure, Workspace, told_of
+from selectune.study.workspace import DIVERGED, LOG, Failure, Workspace, told_of
 
 _BETWEEN = 0.5  # seconds between two looks at a request to stop
 
@@ -93,8 +93,11 @@ class _Work:
 
     def harvest(self) -> None:
         """Takes in cells that were done as the process that ran this study died."""
-        for cell in self.workspace.left().ready:
-            self.workspace.finished(cell)
+        found = True
+        while found:  # trials that are taken in tell which runs there are
+            found = False
+            for cell in self.workspace.left().ready:
+                found |= self.workspace.finished(cell)
 
     def waiting(self) -> Sequence[Cell]:
         taken = {cell.key for cell in self.running.values()} | self.gone
@@ -126,7 +129,8 @@ class _Work:
                 failure = _failure(cell, folder, code)
                 self.workspace.failed(failure)
                 self.attempts[cell.key] += 1
-                if code == REFUSED or self.attempts[cell.key] > self.retries:
+                final = code == REFUSED or self.attempts[cell.key] > self.retries
+                if final and failure.kind != DIVERGED:  # which counts as done
                     self.gone.add(cell.key)
             if watcher is not None:
                 watcher.ended(cell, failure, self.counts())

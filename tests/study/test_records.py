@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from study_kit import record
 
 from selectune.errors import StudyError
 from selectune.study.cells import Cell
-from selectune.study.records import Record, Setting, line_of, of_runs, read_results
-
-
-def record(seed: int, value: float, step: int = 10, last: bool = True, **more) -> Record:
-    setting = Setting("demo", "glue/rte", more.pop("method", "id3"), None, 0.0017)
-    told = {"metric": "accuracy", "lowest": False, "steps": 10, "selected": 5, "examples": 277, "lr": 5e-4}
-    return Record(f"c{seed}", more.pop("phase", "main"), setting, seed=seed, step=step, value=value, last=last, **told)
+from selectune.study.records import line_of, of_runs, read_results
 
 
 def test_lines_are_read_back_once_each(tmp_path):

@@ -1,1 +1,4 @@
-"""The commands about many runs, a file for each."""
+"""The commands about many runs, a file for each or for each family.
+
+grids   study run, plan, status, show, export
+"""

@@ -1,0 +1,110 @@
+"""Grids: every cell once, methods without a budget once, searches that are fair; and what is no grid is told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cli_kit import call
+
+from selectune.errors import StudyError
+from selectune.study.grid import Search, names, of_mapping, read_grid
+
+PLAIN = {
+    "name": "t",
+    "tasks": ["glue/rte"],
+    "methods": ["id3"],
+    "budgets": ["0.17%", "1k"],
+    "settings": {"max_steps": 3, "train_fully": ["classifier.*"]},
+}
+
+
+def arms(**more):
+    return [(arm.setting.method, arm.setting.on, arm.setting.budget) for arm in of_mapping(PLAIN | more, "x").arms]
+
+
+def test_a_method_has_a_row_for_each_budget_that_it_takes():
+    assert arms(methods=["id3", "full", "lora:r=2", "bitfit"]) == [
+        ("id3", None, 0.0017), ("id3", None, 1000), ("full", None, None), ("lora:r=2", None, None),
+        ("bitfit", None, None),
+    ]  # fmt: skip
+    assert arms(methods=["id3+lora:r=2", {"method": "pafi", "budget": "lora:r=1"}, {"method": "full", "lr": 1e-3}]) == [
+        ("id3", "lora:r=2", 0.0017), ("id3", "lora:r=2", 1000), ("pafi", None, "lora:r=1"), ("full", None, None),
+    ]  # fmt: skip
+    assert arms(on=[None, "lora:r=2"], methods=["id3", "lora:r=2"], budgets=["1k"]) == [
+        ("id3", None, 1000), ("id3", "lora:r=2", 1000), ("lora:r=2", None, None),
+    ]  # fmt: skip
+
+
+def test_whole_tensors_are_trained_where_a_method_takes_them():
+    grid = of_mapping(PLAIN | {"methods": ["id3", "full", "lora:r=2"]}, "x")
+    assert [arm.settings.get("train_fully") for arm in grid.arms] == [["classifier.*"]] * 2 + [None] * 2
+
+
+def test_every_method_has_as_many_trials_around_its_own_rate():
+    grid = of_mapping(PLAIN | {"methods": ["id3", "full"], "search": {"factors": [0.5, 2], "seeds": [8, 9]}}, "x")
+    assert grid.search == Search((0.5, 2), (8, 9))
+    for arm, own in zip(grid.arms, (5e-4, 5e-4, 5e-5), strict=True):
+        trials = arm.trials(grid.search)
+        assert [(cell.config.learning_rate, cell.config.seed) for cell in trials] == [
+            (own * 0.5, 8), (own * 0.5, 9), (own * 2, 8), (own * 2, 9),
+        ]  # fmt: skip
+        assert all(cell.config.hold_out == 0.1 for cell in trials)
+        assert [cell.config.hold_out for cell in grid.cells(arm, 1e-3)] == [None]
+
+
+def test_runs_pair_rates_and_seeds_as_the_papers_do():
+    runs = [{"lr": lr, "seed": seed} for lr, seed in ((1e-4, 6), (3e-4, 7), (5e-4, 8), (7e-4, 9))]
+    grid = of_mapping(PLAIN | {"runs": runs}, "x")
+    found = [(cell.config.lr, cell.config.seed) for cell in grid.cells(grid.arms[0], None)]
+    assert found == [(1e-4, 6), (3e-4, 7), (5e-4, 8), (7e-4, 9)]
+
+
+def test_a_grid_is_written_and_read_again(tmp_path):
+    grid = of_mapping(PLAIN | {"search": {"factors": [1, 2]}}, "x")
+    (tmp_path / "study.json").write_text(json.dumps({"name": "t", "grid": grid.as_json()}))
+    again = read_grid(tmp_path)
+    assert again == grid
+    assert [a.settings for a in again.arms] == [a.settings for a in grid.arms]
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_studies_that_ship_can_be_run(name):
+    assert read_grid(name).arms
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"tasks": []}, "names no tasks"),
+        ({"name": ""}, "has no name"),
+        ({"modles": ["demo"]}, r"a study has no modles\..*Did you mean models"),
+        ({"methods": ["id4"]}, "cannot be run: Unknown method 'id4'"),
+        ({"methods": ["id3:exq=1"]}, "takes no option exq"),
+        ({"methods": [{"budget": 3}]}, "names no method"),
+        ({"methods": ["id3", "id3:exp=2"]}, "has a cell twice"),
+        ({"tasks": ["glue/rtt"]}, "glue/rtt"),
+        ({"budgets": ["0"]}, "at least 1 scalar"),
+        ({"budgets": ["many"]}, "this is no number"),
+        ({"seeds": ["a"]}, "seeds must be integers"),
+        ({"settings": {"max_stepz": 3}}, r"max_stepz is no option of a run\..*Did you mean max_steps"),
+        ({"settings": {"max_steps": 0}}, "max_steps=0"),
+        ({"settings": 3}, "settings must be options"),
+        ({"search": {"factors": []}}, "factors above 0"),
+        ({"search": {"rates": 3}}, "search takes factors"),
+        ({"search": {"seeds": [1]}}, "need seeds of their own"),
+        ({"search": {}, "runs": [{"seed": 1}]}, "not both"),
+        ({"search": {}, "methods": [{"method": "id3", "rates": [1e-3]}, "pafi"]}, "as many trial rates"),
+    ],
+)
+def test_what_is_no_grid_is_told(change, why):
+    with pytest.raises(StudyError, match=why):
+        of_mapping(PLAIN | change, "grid.yaml")
+
+
+def test_files_that_are_no_grid_are_one_line(tmp_path):
+    for text, why in (("[1", "neither YAML nor JSON"), ("3", "expected a study"), ("a: &x 1\nb: *x", "aliases")):
+        (tmp_path / "grid.yaml").write_text(text)
+        assert why in call("study", "run", tmp_path / "grid.yaml", "--out", tmp_path / "s", code=1).stderr
+    assert "no study of this name" in call("study", "plan", "nowhere", code=1).stderr
+    assert not (tmp_path / "s").exists()
