@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from typing import Any
 
 from selectune.errors import DeltaError, SelectuneError
@@ -11,6 +12,9 @@ from selectune.files.durable import read_owned
 from selectune.files.reading import NotPlain, plain, sentence
 
 MAX_YAML = 1 << 16
+_BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
+_FLOAT = re.compile(r"([-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
+"""As in YAML 1.2, which json has too: `on` is a word, and 1e-3 a number."""
 
 
 def read_document(path: str | os.PathLike[str], *, error: type[SelectuneError], limit: int) -> Any:
@@ -46,6 +50,12 @@ def read_document(path: str | os.PathLike[str], *, error: type[SelectuneError], 
                 raise yaml.YAMLError(f"{twice} is given twice")
             return super().construct_mapping(node, deep)
 
+    Plain.yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in rules if not tag.endswith((":bool", ":float"))]
+        for first, rules in Plain.yaml_implicit_resolvers.items()
+    }
+    Plain.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
+    Plain.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
     try:
         return yaml.load(data.decode("utf-8-sig"), Plain)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as why:

@@ -6,6 +6,7 @@ checkpoint; the next attempt goes on from there.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -15,8 +16,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from selectune import plugins
 from selectune.errors import CheckpointError, ConfigError, SelectuneError, StoppedError
 from selectune.files import checkpoints, read_json, write_durably
+from selectune.models.restore import Source, evaluate_delta
 from selectune.runs.config import RunConfig
 from selectune.runs.folder import run_folder
 from selectune.runs.result import RunResult
@@ -38,7 +41,7 @@ _WITH_ITEMS = ("classification", "choice")
 
 def main(folder: Path) -> int:
     told = read_json(folder / CELL, error=ConfigError)
-    cell = Cell(told["phase"], told["settings"])
+    cell = Cell(told["phase"], told["settings"], tuple(told["measure"]))
     (folder / ERROR).unlink(missing_ok=True)
     stop = Stop()
     _listen(stop)
@@ -52,6 +55,7 @@ def main(folder: Path) -> int:
         return REFUSED
     write_durably(folder / ITEMS, json.dumps(_items(found)).encode())
     records = [record.as_json() for record in _records(cell, told["key"], found)]
+    records += [record.as_json() for record in _elsewhere(cell, told["key"], found)]
     write_durably(folder / DONE, json.dumps({"records": records}, allow_nan=False).encode())
     return 0
 
@@ -105,6 +109,24 @@ def _records(cell: Cell, key: str, found: RunResult) -> list[Record]:
         **shared, step=found.steps, value=found.value, selected=found.selected, last=True, more=more
     )  # fmt: skip
     return [*way, last]
+
+
+def _elsewhere(cell: Cell, key: str, found: RunResult) -> list[Record]:
+    """The saved delta on the other tasks that the cell is measured on."""
+    config, records = cell.config, []
+    source = Source(config.model, config.revision, config.dtype, config.trust_remote_code)
+    for name in cell.measure:
+        task = plugins.task(name)
+        there = evaluate_delta(source, found.delta, task, config.data, config.max_length, config.seed, None)
+        setting = dataclasses.replace(setting_of(cell), task=name)
+        records.append(
+            Record(
+                key, cell.phase, setting, config.learning_rate, config.seed, there.metric, task.lower_is_better,
+                found.steps, found.steps, there.value, found.selected, there.examples, last=True,
+                more={"seconds": 0.0, "others": dict(there.others)},
+            )
+        )  # fmt: skip
+    return records
 
 
 def _items(found: RunResult) -> dict[str, Any]:

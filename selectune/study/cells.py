@@ -22,6 +22,7 @@ _APART = ("out", "data", "report_to", "save_every", "keep", "full_checkpoints", 
 @dataclass(frozen=True)
 class Cell:
     """One run of a study. `phase`: one of `PHASES`; `settings`: those of `RunConfig` that are not its defaults.
+    `measure`: more tasks that the delta is measured on.
 
     >>> cell = Cell("main", {"model": "demo", "task": "glue/rte", "method": "id3:exp=1", "budget": 1000})
     >>> cell.key == Cell("main", {**cell.settings, "seed": 6, "data": "elsewhere"}).key
@@ -30,6 +31,7 @@ class Cell:
 
     phase: str
     settings: Mapping[str, Any]
+    measure: tuple[str, ...] = ()
 
     @functools.cached_property
     def config(self) -> RunConfig:
@@ -44,6 +46,7 @@ class Cell:
         """16 hex digits of a hash of everything that changes a number of the run. Equal cells have equal keys."""
         config = self.config
         told = {**config.as_json(), "method": config.canonical, "lr": config.learning_rate, "phase": self.phase}
+        told |= {"measure": self.measure} if self.measure else {}
         told = {name: value for name, value in sorted(told.items()) if name not in _APART}
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 

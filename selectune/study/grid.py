@@ -11,7 +11,8 @@
     settings: {max_steps: 300, batch_size: 16, train_fully: ["classifier.*"]}
 
 `settings` are options of `selectune train`. A method that takes no budget, or no `train_fully`, is a row without it.
-`runs` in place of rates and seeds pairs them: [{lr: 1e-4, seed: 6}, {lr: 3e-4, seed: 7}].
+`runs` in place of rates and seeds pairs them, for all methods or for one: [{lr: 1e-4, seed: 6}, {lr: 3e-4, seed: 7}].
+`measure` names more tasks that every run's delta is measured on. `twin` has other values for a small form of the study.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from selectune.runs.config import RunConfig
 from selectune.study.cells import Cell
 from selectune.study.records import Setting
 
-LISTS = ("models", "tasks", "methods", "budgets", "on", "seeds", "runs")
+LISTS = ("models", "tasks", "methods", "budgets", "on", "seeds", "runs", "measure")
 _GRANTED = tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in ("out", "checkpoint_budgets"))
 _SELECTING = ("include", "exclude", "train_fully")
 _LIMIT = 1 << 20
@@ -61,6 +62,8 @@ class Arm:
 
     settings: Mapping[str, Any]
     rates: tuple[float, ...] | None = None  # of the search, if the grid names them for this method
+    runs: tuple[Mapping[str, Any], ...] = ()  # rates and seeds in pairs
+    measure: tuple[str, ...] = ()
 
     @functools.cached_property
     def setting(self) -> Setting:
@@ -90,6 +93,7 @@ class Grid:
     on: tuple[str | None, ...] = (None,)
     seeds: tuple[int, ...] = (1,)
     runs: tuple[Mapping[str, Any], ...] = ()
+    measure: tuple[str, ...] = ()
     search: Search | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -138,7 +142,7 @@ class Grid:
         if not name:
             raise StudyError(f"The study {self.name}: {method!r} names no method; write {{method: id3, ...}}.")
         name, plus, under = name.partition("+")
-        rates = own.pop("rates", None)
+        rates, runs = own.pop("rates", None), own.pop("runs", self.runs)
         where = dict(task) if isinstance(task, Mapping) else {"task": task}
         takes = taken(name)
         shared = {key: value for key, value in self.settings.items() if key not in _SELECTING or key in takes}
@@ -149,7 +153,8 @@ class Grid:
                 given = {"model": model, **where, "method": name, "on": on, "budget": budget, **shared, **own}
                 given = {key: value for key, value in given.items() if value is not None}
                 self._check_names(given)
-                yield Arm(given, None if rates is None else tuple(float(rate) for rate in rates))
+                told = None if rates is None else tuple(float(rate) for rate in rates)
+                yield Arm(given, told, tuple(runs), self.measure)
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
         for key in given:
@@ -160,9 +165,9 @@ class Grid:
 
     def cells(self, arm: Arm, lr: float | None) -> list[Cell]:
         """The runs of a arm that count. `lr`: the rate that the search found; None for the grid's own."""
-        base = Cell("main", arm.settings)
-        if self.runs:
-            return [base.with_(**run) for run in self.runs]
+        base = Cell("main", arm.settings, arm.measure)
+        if arm.runs:
+            return [base.with_(**run) for run in arm.runs]
         return [base.with_(seed=seed, **({} if lr is None else {"lr": lr})) for seed in self.seeds]
 
     def as_json(self) -> dict[str, Any]:
@@ -262,9 +267,10 @@ def names() -> list[str]:
     return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
-def read_grid(path: str | os.PathLike[str]) -> Grid:
+def read_grid(path: str | os.PathLike[str], twin: bool = False) -> Grid:
     """The grid in a YAML or JSON file, in a study's folder, or of a name in `names()`.
 
+    `twin`: its small form, in which everything that the file's `twin` names takes the place of what it has else.
     Raises StudyError, which names the file.
     """
     place = Path(path) / STUDY if Path(path).is_dir() else Path(path)
@@ -278,4 +284,11 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     told = read_document(place, error=StudyError, limit=_LIMIT)
     if isinstance(told, Mapping) and isinstance(told.get("grid"), Mapping):
         told = told["grid"]
+    if isinstance(told, Mapping):
+        small = told.get("twin")
+        told = {key: value for key, value in told.items() if key != "twin"}
+        if twin:
+            if not isinstance(small, Mapping):
+                raise StudyError(f"{place} has no twin: a small form of the study.")
+            told |= {"name": f"{told.get('name')}-twin", **small}
     return of_mapping(told, str(place))

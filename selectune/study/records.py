@@ -104,7 +104,7 @@ def read_results(path: Path) -> list[Record]:
     A last line without an end was cut off while it was written, and is left out: its cell is not done. Raises
     StudyError, which names the line, for any other line that is no record.
     """
-    found: dict[tuple[str, int, bool], Record] = {}
+    found: dict[tuple[str, str, int, bool], Record] = {}
     for number, line in raw_lines(path, error=StudyError) if path.exists() else ():
         if not line.endswith(b"\n"):
             break
@@ -112,5 +112,5 @@ def read_results(path: Path) -> list[Record]:
             record = Record.of_json(plain(line))
         except (NotPlain, TypeError, KeyError) as why:
             raise StudyError(f"{path}, line {number} is no result of a study: {why}.") from why
-        found.setdefault((record.cell, record.step, record.last), record)
+        found.setdefault((record.cell, record.setting.task, record.step, record.last), record)
     return list(found.values())

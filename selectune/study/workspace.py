@@ -89,7 +89,7 @@ class Workspace:
         search = self.grid.search
         if search is None:
             return [(arm, None) for arm in self.grid.arms]
-        last = {record.cell: record for record in results if record.last}
+        last = {record.cell: record for record in results if record.last and record.phase == "search"}
         diverged = self._diverged()
         found: list[tuple[Arm, float | None]] = []
         for arm in self.grid.arms:
@@ -145,7 +145,8 @@ class Workspace:
         folder = self.folder(cell.key)
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"save_every": None, **cell.settings, "out": str(folder)}
-        told = {"key": cell.key, "phase": cell.phase, "settings": {k: v for k, v in settings.items() if v is not None}}
+        given = {name: value for name, value in settings.items() if value is not None}
+        told = {"key": cell.key, "phase": cell.phase, "settings": given, "measure": cell.measure}
         write_durably(folder / CELL, json.dumps(told, indent=1).encode())
         return folder
 

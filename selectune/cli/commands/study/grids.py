@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 
 GridFile = Annotated[str, typer.Argument(help="A YAML or JSON file, or the name of a study that ships with selectune.")]
+Twin = Annotated[bool, typer.Option("--twin", help="The small form of the study, as its file has it.")]
 Folder = Annotated[str, typer.Argument(help="The folder of a study.")]
 Rule = Annotated[str, typer.Option(help="A run's score: last, the saved delta's, or best of all its evaluations.")]
 
@@ -38,6 +39,7 @@ Rule = Annotated[str, typer.Option(help="A run's score: last, the saved delta's,
 def run(
     grid: GridFile,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder of the study; the same one goes on.")],
+    twin: Twin = False,
     workers: Annotated[int, typer.Option(help="Cells at a time.")] = 1,
     threads: Annotated[int | None, option("Threads of a cell. Default: an equal share of the processors.")] = None,
     retries: Annotated[int, typer.Option(help="Further attempts at a cell whose process died.")] = 1,
@@ -65,7 +67,7 @@ def run(
         from selectune.study.summary import status
         from selectune.study.workspace import begin
 
-        workspace = begin(out, read_grid(grid))
+        workspace = begin(out, read_grid(grid, twin))
         signals.heed(stop)
         executor = Local(workers, threads) if engine == "local" else Ray(address, workers, threads or 1, gpus)
         run_study(workspace, executor, retries, _Live(), stop, most)
@@ -76,6 +78,7 @@ def run(
 @app.command("plan")
 def plan(
     grid: GridFile,
+    twin: Twin = False,
     out: Annotated[str | None, option("Take times from the cells that are done in this folder.", "--out", "-o")] = None,
     workers: Annotated[int, typer.Option(help="Cells at a time.")] = 1,
     as_json: Json = False,
@@ -86,7 +89,7 @@ def plan(
         from selectune.study.summary import forecast
         from selectune.study.workspace import Workspace
 
-        found = forecast(read_grid(grid), () if out is None else Workspace(out).records())
+        found = forecast(read_grid(grid, twin), () if out is None else Workspace(out).records())
     result(as_json, found.as_json(), _forecast(found, workers))
 
 
