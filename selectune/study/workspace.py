@@ -73,13 +73,20 @@ class Workspace:
         return [Failure(row["cell"], row["kind"], row["why"]) for _, row in lines]
 
     def cells(self, results: Sequence[Record]) -> list[Cell]:
-        """All cells that are known by now: trials first, then seed by seed, so that a stop leaves a balanced table."""
-        grid, trials = self.grid, []
-        if grid.search is not None:
-            trials = [cell for arm in grid.arms for cell in arm.trials(grid.search)]
-        arms = [grid.cells(arm, rate) for arm, rate in self.rates(results) if grid.search is None or rate]
-        rounds = max((len(cells) for cells in arms), default=0)
-        return trials + [cells[i] for i in range(rounds) for cells in arms if i < len(cells)]
+        """All cells that are known by now, in their order: a stop leaves whole tasks, and balanced rows of the next one.
+
+        Task by task, trials come first, and then the runs of one seed after another.
+        """
+        search, found = self.grid.search, []
+        tasks: dict[str, list[tuple[Arm, float | None]]] = {}
+        for arm, rate in self.rates(results):
+            tasks.setdefault(arm.setting.task, []).append((arm, rate))
+        for arms in tasks.values():
+            found += [cell for arm, _ in arms for cell in arm.trials(search)] if search is not None else []
+            runs = [self.grid.cells(arm, rate) for arm, rate in arms if search is None or rate]
+            rounds = max((len(cells) for cells in runs), default=0)
+            found += [cells[i] for i in range(rounds) for cells in runs if i < len(cells)]
+        return found
 
     def rates(self, results: Sequence[Record]) -> list[tuple[Arm, float | None]]:
         """Each arm with the best rate of its trials: of the highest mean value; None while trials are missing.

@@ -105,7 +105,7 @@ def test_a_comma_is_no_decimal_point(text):
 
 def test_methods_are_listed_with_what_they_take():
     text = call("methods").stdout
-    assert "    options exp=2.0, eps=1.0, every=1, spread=cumulative, --budget, --train-fully\n" in text
+    assert "    options exp=2.0, eps=1.0, every=1, spread=cumulative, until=1.0, --budget, --train-fully\n" in text
     one = call("methods", "id3").stdout
     assert str(named(one.splitlines()[0])) == "id3"  # written with all its defaults
     assert "arXiv 2408.14470" in one
