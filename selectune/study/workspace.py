@@ -73,7 +73,7 @@ class Workspace:
         return [Failure(row["cell"], row["kind"], row["why"]) for _, row in lines]
 
     def cells(self, results: Sequence[Record]) -> list[Cell]:
-        """All cells that are known by now, in their order: a stop leaves whole tasks, and balanced rows of the next one.
+        """All cells that are known by now, in an order whose stop leaves whole tasks and balanced rows of the next one.
 
         Task by task, trials come first, and then the runs of one seed after another.
         """
