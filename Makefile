@@ -17,7 +17,7 @@ export SELECTUNE_DATA := $(abspath $(SELECTUNE_DATA))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lm test test-zoo test-torch test-cpus docs lint format lock clean
+.PHONY: help setup demo lm study-smoke test test-zoo test-torch test-cpus docs lint format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -38,6 +38,10 @@ demo: setup ## train, save, verify and revert a delta of a real model, in minute
 
 lm: setup ## the same with a language model: text of its own before, after and reverted
 	$(BIN)/selectune demo --model smollm
+
+study-smoke: setup ## a small twin of every table and figure of the papers
+	for name in $$(ls selectune/study/grids | sed 's/\.yaml$$//'); do \
+		$(BIN)/selectune study run $$name --twin --out studies/smoke/$$name --workers $(WORKERS) || exit 1; done
 
 test: setup ## all tests, offline
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \

@@ -22,7 +22,7 @@ _APART = ("out", "data", "report_to", "save_every", "keep", "full_checkpoints", 
 @dataclass(frozen=True)
 class Cell:
     """One run of a study. `phase`: one of `PHASES`; `settings`: those of `RunConfig` that are not its defaults.
-    `measure`: more tasks that the delta is measured on.
+    `measure`: more tasks that the delta is measured on. `name`: of the method in tables, if it is not its spec.
 
     >>> cell = Cell("main", {"model": "demo", "task": "glue/rte", "method": "id3:exp=1", "budget": 1000})
     >>> cell.key == Cell("main", {**cell.settings, "seed": 6, "data": "elsewhere"}).key
@@ -32,6 +32,7 @@ class Cell:
     phase: str
     settings: Mapping[str, Any]
     measure: tuple[str, ...] = ()
+    name: str | None = None
 
     @functools.cached_property
     def config(self) -> RunConfig:

@@ -4,7 +4,7 @@
     question: Which method is best with 0.17 % of the weights?
     models: [demo]
     tasks: [glue/stsb, {train: my.csv, validation: dev.csv, text: [question], label: topic}]
-    methods: [full, "lora:r=8", id3, "id3+lora:r=32", {method: random, lr: 2e-3}]
+    methods: [full, "lora:r=8", id3, "id3+lora:r=32", {method: full, include: ["classifier.*"], name: head only}]
     budgets: [0.17%]
     seeds: [1, 2, 3]
     search: {factors: [0.3, 1, 3], seeds: [100], hold_out: 0.1}
@@ -64,14 +64,16 @@ class Arm:
     rates: tuple[float, ...] | None = None  # of the search, if the grid names them for this method
     runs: tuple[Mapping[str, Any], ...] = ()  # rates and seeds in pairs
     measure: tuple[str, ...] = ()
+    name: str | None = None  # of the method in tables
 
     @functools.cached_property
     def setting(self) -> Setting:
-        return setting_of(Cell("main", self.settings))
+        return setting_of(Cell("main", self.settings, name=self.name))
 
     def trials(self, search: Search) -> list[Cell]:
         apart = ("validation", "retain")  # trials are measured on training rows
-        base = Cell("search", {name: value for name, value in self.settings.items() if name not in apart})
+        settings = {name: value for name, value in self.settings.items() if name not in apart}
+        base = Cell("search", settings, name=self.name)
         if self.rates is not None:
             rates: Sequence[float] = self.rates
         else:
@@ -103,6 +105,14 @@ class Grid:
                 raise StudyError(f"The study {self.name} names no {name}, so it has no cells.")
         if self.search is not None:
             self._check_search(self.search)
+        rows: set[Setting] = set()
+        for arm in self.arms:
+            if arm.setting in rows:
+                raise StudyError(
+                    f"The study {self.name} has a cell twice, or two rows of a table under one name: "
+                    f"{arm.setting.method} on {arm.setting.task}. Give one of the methods a name: {{method: full, name: head only, ...}}."
+                )
+            rows.add(arm.setting)
         seen: dict[str, str] = {}
         for arm in self.arms:
             cells = self.cells(arm, None) + (arm.trials(self.search) if self.search else [])
@@ -142,6 +152,7 @@ class Grid:
         if not name:
             raise StudyError(f"The study {self.name}: {method!r} names no method; write {{method: id3, ...}}.")
         name, plus, under = name.partition("+")
+        called = own.pop("name", None)
         rates, runs = own.pop("rates", None), own.pop("runs", self.runs)
         where = dict(task) if isinstance(task, Mapping) else {"task": task}
         takes = taken(name)
@@ -154,7 +165,7 @@ class Grid:
                 given = {key: value for key, value in given.items() if value is not None}
                 self._check_names(given)
                 told = None if rates is None else tuple(float(rate) for rate in rates)
-                yield Arm(given, told, tuple(runs), self.measure)
+                yield Arm(given, told, tuple(runs), self.measure, called)
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
         for key in given:
@@ -165,7 +176,7 @@ class Grid:
 
     def cells(self, arm: Arm, lr: float | None) -> list[Cell]:
         """The runs of a arm that count. `lr`: the rate that the search found; None for the grid's own."""
-        base = Cell("main", arm.settings, arm.measure)
+        base = Cell("main", arm.settings, arm.measure, arm.name)
         if arm.runs:
             return [base.with_(**run) for run in arm.runs]
         return [base.with_(seed=seed, **({} if lr is None else {"lr": lr})) for seed in self.seeds]
@@ -195,7 +206,7 @@ def setting_of(cell: Cell) -> Setting:
     task = config.task or os.path.basename(str(config.train))
     method = config.method if peer(config.method) is not None else config.canonical
     budget = None if peer(config.method) is not None or "budget" not in taken(config.method) else config.budget
-    return Setting(config.model, task, method, config.on, budget)
+    return Setting(config.model, task, cell.name or method, config.on, budget)
 
 
 def _told(cell: Cell) -> str:

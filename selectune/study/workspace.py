@@ -153,7 +153,7 @@ class Workspace:
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"save_every": None, **cell.settings, "out": str(folder)}
         given = {name: value for name, value in settings.items() if value is not None}
-        told = {"key": cell.key, "phase": cell.phase, "settings": given, "measure": cell.measure}
+        told = {"key": cell.key, "phase": cell.phase, "settings": given, "measure": cell.measure, "name": cell.name}
         write_durably(folder / CELL, json.dumps(told, indent=1).encode())
         return folder
 

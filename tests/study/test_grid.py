@@ -53,6 +53,14 @@ def test_every_method_has_as_many_trials_around_its_own_rate():
         assert [cell.config.hold_out for cell in grid.cells(arm, 1e-3)] == [None]
 
 
+def test_a_method_with_settings_of_its_own_has_a_name():
+    grid = of_mapping(
+        PLAIN | {"methods": ["full", {"method": "full", "include": ["classifier.*"], "name": "head"}]}, "x"
+    )
+    assert [arm.setting.method for arm in grid.arms] == ["full", "head"]
+    assert len({grid.cells(arm, None)[0].key for arm in grid.arms}) == 2
+
+
 def test_runs_pair_rates_and_seeds_as_the_papers_do():
     runs = [{"lr": lr, "seed": seed} for lr, seed in ((1e-4, 6), (3e-4, 7), (5e-4, 8), (7e-4, 9))]
     grid = of_mapping(PLAIN | {"runs": runs}, "x")
@@ -83,6 +91,7 @@ def test_the_studies_that_ship_can_be_run(name):
         ({"methods": ["id3:exq=1"]}, "takes no option exq"),
         ({"methods": [{"budget": 3}]}, "names no method"),
         ({"methods": ["id3", "id3:exp=2"]}, "has a cell twice"),
+        ({"methods": ["full", {"method": "full", "include": ["classifier.*"]}]}, "two rows of a table under one name"),
         ({"tasks": ["glue/rtt"]}, "glue/rtt"),
         ({"budgets": ["0"]}, "at least 1 scalar"),
         ({"budgets": ["many"]}, "this is no number"),

@@ -228,4 +228,4 @@ def test_ray_gives_the_same_numbers(whole, asked, tmp_path):
     assert len(found) == 4
     assert found.items() < numbers(whole).items()
     told = json.loads(next((tmp_path / "s" / "cells").glob(f"*/{CELL}")).read_text())
-    assert set(told) == {"key", "phase", "settings"}
+    assert set(told) == {"key", "phase", "settings", "measure", "name"}
