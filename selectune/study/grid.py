@@ -110,7 +110,8 @@ class Grid:
             if arm.setting in rows:
                 raise StudyError(
                     f"The study {self.name} has a cell twice, or two rows of a table under one name: "
-                    f"{arm.setting.method} on {arm.setting.task}. Give one of the methods a name: {{method: full, name: head only, ...}}."
+                    f"{arm.setting.method} on {arm.setting.task}. Give one of the methods a name, as in "
+                    "{method: full, name: head only, ...}."
                 )
             rows.add(arm.setting)
         seen: dict[str, str] = {}
