@@ -62,7 +62,9 @@ def increment_random(
 ) -> Method:
     """Incremental random mask: at every step unmask B/T entries uniformly over the rest of the scope.
 
-    The control for ID3: what the schedule alone gives. Needs no dense gradient at all.
+    The control for ID3: what the schedule alone gives. In the end the support is that of `random` with the same
+    seed. Needs no dense gradient at all.
+    Source: ours, from the R-Mask baseline and the schedule of Agarwal et al. (2025), arXiv 2408.14470.
 
     >>> import selectune as st
     >>> st.increment_random(budget=1000, steps=50).schedule.target(0)

@@ -41,6 +41,7 @@ def repeat_random(
     """Repeated random mask: at every step train B entries drawn uniformly over the scope, again each time.
 
     The control for repeat-D3: what choosing anew alone gives. Up to all entries differ from the base in the end.
+    Source: ours, from the R-Mask baseline and the schedule of Agarwal et al. (2025), arXiv 2408.14470.
 
     >>> import selectune as st
     >>> st.repeat_random(budget=1000, steps=50).schedule.keeps
