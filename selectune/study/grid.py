@@ -205,6 +205,7 @@ def setting_of(cell: Cell) -> Setting:
     """The row of a table that a cell's runs stand in."""
     config = cell.config
     task = config.task or os.path.basename(str(config.train))
+    task += "" if config.train_size is None else f", {config.train_size:,} rows"
     method = config.method if peer(config.method) is not None else config.canonical
     budget = None if peer(config.method) is not None or "budget" not in taken(config.method) else config.budget
     return Setting(config.model, task, cell.name or method, config.on, budget)

@@ -21,6 +21,7 @@ ITEMS = "items.json"
 class Setting:
     """What is the same for all seeds of a method's runs; one row, or one cell, of a table.
 
+    `task`: its name, and the number of training rows if that was limited: "glue/rte, 50 rows".
     `budget`: as it was asked for: a count, a share, an adapter whose size it is, or None.
     """
 
