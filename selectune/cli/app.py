@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 import selectune
 from selectune.cli.commands import arithmetic, bench, deltas, demo, doctor, lists, plan, predict, runs
+from selectune.cli.commands.study import report
 from selectune.cli.exits import INTERRUPTED, TABLE, WRONG, code_of
 from selectune.cli.mistakes import UsageError, explained, wants_json
 from selectune.cli.output import fail, log_to_stderr, refuse
@@ -107,3 +108,4 @@ app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command("report", epilog=report.EXAMPLES)(report.report)

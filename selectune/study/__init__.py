@@ -2,4 +2,5 @@
 
 cells      a cell: the settings of one run in a study, and the key that follows from them
 records    results: one line for each evaluation of a cell, appended and never changed
+report/    the page of a study or of one run, and its tables for a text
 """
