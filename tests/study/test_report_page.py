@@ -16,7 +16,7 @@ from selectune.study.report import FORMATS, content, gather
 from selectune.study.report.drawing import LETTER, nice, scatter
 
 HOSTILE = "<script>alert(1)</script>"
-VOID = {"meta", "link", "input", "br"}
+VOID = {"meta", "link", "br", "wbr"}
 
 
 class Page(HTMLParser):

@@ -260,7 +260,7 @@ def timelines(board: Board, task: str, what: str) -> Timelines | None:
     found = [(line, each) for line, each in found if each]
     if not found:
         return None
-    width, height = (240, 140) if len(found) > 1 else (300, 190)
+    width, height = (190, 130) if len(found) > 1 else (300, 190)
     every = [point for _, each in found for points in each for point in points]
     x = Scale(0, max(step for step, _ in every) or 1, 38, width - 8)
     y = Scale(*_padded([value for _, value in every]), height - 22, 8)

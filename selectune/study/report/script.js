@@ -72,11 +72,4 @@
   };
   window.addEventListener("hashchange", arrive);
   arrive();
-
-  let folded = [];
-  window.addEventListener("beforeprint", () => {
-    folded = [...document.querySelectorAll("details:not([open])")];
-    folded.forEach((part) => { part.open = true; });
-  });
-  window.addEventListener("afterprint", () => { folded.forEach((part) => { part.open = false; }); });
 })();

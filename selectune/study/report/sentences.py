@@ -93,7 +93,7 @@ def _of_a_run(shown: Shown) -> tuple[str, ...]:
     first = (
         f"{line.label} reaches {name} {metric(result.score.mean)} on {counted(examples, 'row')} of {result.task}{ends}."
     )
-    sentences = [first, f"It selected {counted(round(result.selected), 'scalar')}{_took(result)}."]
+    sentences = [first, f"It trained {counted(round(result.trained), 'scalar')}{_took(result)}."]
     lost = result.forgetting
     if lost is not None:
         sentences.append(f"It lost {signed(lost.mean)} nats per token on a text that it was not trained on.")

@@ -43,14 +43,15 @@ class Seed:
 class Result:
     """One method on one task. `score`: of its runs' last values; `apart`: paired difference from the reference.
 
-    `costs`: {name of a cost: its mean}. `forgetting`: nats per token on another text. `lines`: {what: one line a run}.
+    `costs`: {name of a cost: its mean}. `trained`: scalars, selected or in whole tensors. `forgetting`: nats per token
+    on another text. `lines`: {what: one line a run}.
     """
 
     task: str
     score: Summary
     apart: Summary | None
     costs: Mapping[str, float]
-    selected: float
+    trained: float
     examples: int
     forgetting: Summary | None
     lines: Mapping[str, tuple[Points, ...]]
@@ -227,7 +228,7 @@ def _result(
         summary([record.value for record in ended]),
         apart,
         {name: cost for name, cost in costs.items() if cost is not None},
-        statistics.fmean(record.selected for record in ended),
+        statistics.fmean(number(r.more, "trained") or r.selected for r in ended),
         ended[0].examples,
         summary(lost) if lost else None,
         {what: tuple(thin(line, mean=what == "loss") for line in each) for what, each in lines.items()},
