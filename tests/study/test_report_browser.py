@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -56,3 +58,35 @@ def test_an_error_on_the_console_is_seen(path, tmp_path):
     spoilt = tmp_path / "spoilt.html"
     spoilt.write_text(path.read_text("utf-8").replace("</main>", "<script>alert(1)</script></main>"), "utf-8")
     assert any("Content Security Policy" in line for line in opened(spoilt, tmp_path / "b")[1])
+
+
+DRIVER = """
+const button = (r, c) => document.getElementById(`map-1-${r}-${c}`);
+const said = () => document.querySelector("#map-1 .said").textContent;
+const key = (name) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true}));
+const point = (at, type) => at.dispatchEvent(new MouseEvent(type, {bubbles: true}));
+const choice = document.querySelector("select"), seen = [], see = () => seen.push(said());
+const words = [[0, 0], [0, 1], [1, 1]].map(([r, c]) => button(r, c).getAttribute("aria-label"));
+choice.value = "map-1"; choice.dispatchEvent(new Event("change", {bubbles: true}));
+const hint = said();
+point(button(0, 0), "mouseover"); see(); point(button(0, 0), "mouseout"); see();
+button(0, 0).focus(); see(); key("ArrowRight"); see(); key("ArrowDown"); see();
+document.activeElement.click(); document.activeElement.blur(); see();
+point(button(0, 0), "mouseover"); see(); point(button(0, 0), "mouseout"); see();
+button(1, 1).click(); see();
+const stops = document.querySelectorAll("#map-1 table:first-of-type button[tabindex='0']").length;
+const wanted = [words[0], hint, words[0], words[1], words[2], words[2], words[0], words[2], hint];
+document.title = JSON.stringify({right: seen.map((text, i) => text === wanted[i]), stops, hash: location.hash});
+"""
+
+
+def test_pointing_walking_and_clicking(path, tmp_path):
+    """A copy of the page that lets one more script in: it points, walks by arrow keys, clicks, and reads along."""
+    text = path.read_text("utf-8")
+    policy = re.search(r"script-src '[^']*'", text)[0]
+    driven = text.replace(policy, "script-src 'unsafe-inline'").replace("</body>", f"<script>{DRIVER}</script></body>")
+    (tmp_path / "driven.html").write_text(driven, "utf-8")
+    found, said = opened(tmp_path / "driven.html", tmp_path / "c")
+    assert said == []
+    told = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", found)[1]))
+    assert told == {"right": [True] * 9, "stops": 2, "hash": ""}
