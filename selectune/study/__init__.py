@@ -8,4 +8,5 @@ attempt    the process of a cell
 engines    where cells run: processes of this machine, or a Ray cluster
 summary    what is done, the table, the results as a file, a forecast
 runner     starts cells as there is room, and takes their results
+report/    the page of a study or of one run, and its tables for a text
 """

@@ -1,4 +1,5 @@
 """The commands about many runs, a file for each or for each family.
 
 grids   study run, plan, status, show, export
+report  report
 """
