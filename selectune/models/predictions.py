@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,33 +113,57 @@ class _Partial:
     def __init__(self, path: Path, digest: str, rows: int, overwrite: bool) -> None:
         self.path, self.found = path, dict[int, Any]()
         head = _line({"predictions of": digest})
-        kept = len(head)
-        if path.exists() and not overwrite:
-            data = path.read_bytes()
-            if not head.startswith(data[: len(head)]):
-                raise ConfigError(
-                    f"{path} is of another model, delta, file of rows or setting, so it cannot be gone on with. Give "
-                    "another --out, or say that it may go (--overwrite)."
-                )
-            for at, line in enumerate(data[len(head) :].splitlines(keepends=True), 2):
-                if not line.endswith(b"\n"):  # the last one was cut short
-                    break
-                match _plain(line):
-                    case [int(number), value] if 0 <= number < rows:
-                        self.found[number] = value
-                    case _:
-                        raise ConfigError(
-                            f"{path}, line {at} is no prediction of one of {rows:,} rows: the file is damaged. Give "
-                            "another --out, or say that it may go (--overwrite)."
-                        )
-                kept += len(line)
         try:
-            self._file = open(path, "r+b" if path.exists() else "w+b")
-            self._file.truncate(kept)
-            self._file.write(head)
-            self._file.seek(kept)
+            self._file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
         except OSError as error:
             raise DeltaError(f"cannot write {path}: {error.strerror or error}") from error
+        try:
+            self._lock()
+            kept = len(head)
+            if not overwrite:
+                kept += self._read(head, rows)
+            self._file.truncate(kept)
+            self._file.seek(0)
+            self._file.write(head)
+            self._file.seek(kept)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        """Refuses to share the file with another process; the lock ends with its owner."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{self.path} is being written by another process. Wait until it has ended, or give another --out."
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file systems without locks
+                raise
+
+    def _read(self, head: bytes, rows: int) -> int:
+        """Takes in what is there, and returns its bytes after the head."""
+        data = self._file.read()
+        if not head.startswith(data[: len(head)]):
+            raise ConfigError(
+                f"{self.path} is of another model, delta, file of rows or setting, so it cannot be gone on with. Give "
+                "another --out, or say that it may go (--overwrite)."
+            )
+        kept = 0
+        for at, line in enumerate(data[len(head) :].splitlines(keepends=True), 2):
+            if not line.endswith(b"\n"):  # the last one was cut short
+                break
+            match _plain(line):
+                case [int(number), value] if 0 <= number < rows:
+                    self.found[number] = value
+                case _:
+                    raise ConfigError(
+                        f"{self.path}, line {at} is no prediction of one of {rows:,} rows: the file is damaged. Give "
+                        "another --out, or say that it may go (--overwrite)."
+                    )
+            kept += len(line)
+        return kept
 
     def add(self, made: dict[int, Any]) -> None:
         """Writes a batch, all of it in one call, so that a kill leaves a part of it at most."""

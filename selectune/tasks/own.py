@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,10 @@ OWN = "own"
 FEW = 20
 """The most different integers that are taken for classes; beyond it they are scores."""
 
+LITTLE = 20
+"""A held-out share of fewer rows is measured with a warning."""
+
+log = logging.getLogger("selectune")
 Numbered = Sequence[tuple[int, Row]]
 
 
@@ -97,6 +102,11 @@ class OwnRows:
                 rows = [row for i, row in enumerate(whole.rows) if (i in held) == inside]
                 share = f"{'a' if inside else 'all but a'} held-out share of {self.hold_out:g}"
                 found[name] = _Split(whole.origin, whole.unit, rows, share)
+            if len(held) < LITTLE:
+                log.warning(
+                    "hold_out=%g of %s is %d rows, of which a metric says little.",
+                    self.hold_out, whole.origin, len(held),
+                )  # fmt: skip
         return whole, found
 
     def with_columns(self, row: Row, where: str) -> Row:
@@ -255,6 +265,15 @@ def _classes(split: _Split, column: str | None, form: Form) -> tuple[str, ...]:
     if len(found) < 2:
         only = short(found.pop()) if found else "none"
         raise TaskError(f"{split.origin}: every row has the same label, {only}, so there is nothing to learn.")
+    alike: dict[str, list[str]] = {}
+    for name in sorted(found):
+        alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    if twins := [names for names in alike.values() if len(names) > 1]:
+        log.warning(
+            "%s: %s differ in blanks or in the case of letters only, and are taken for different classes.",
+            split.origin,
+            "; ".join(" and ".join(map(short, names)) for names in twins[:5]),
+        )
     if numeric(list(found)):  # numbers that are equal as floats are ordered by how they are written
         return tuple(sorted(found, key=lambda name: (float(name), name)))
     return tuple(sorted(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -151,6 +152,18 @@ def test_what_is_left_of_something_else_is_not_gone_on_with(tiny, runs, tmp_path
         assert partial.read_bytes() == before + spoiled
     predicted(tiny, runs, out, max_length=8, overwrite=True)
     assert len(lines(out)) == 70
+
+
+def test_two_processes_do_not_write_one_file(tiny, runs, tmp_path):
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    with open(partial, "wb") as held:
+        held.write(b"of another")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for overwrite in (False, True):
+            with pytest.raises(ConfigError, match="is being written by another process"):
+                predicted(tiny, runs, out, overwrite=overwrite)
+    assert partial.read_bytes() == b"of another"
 
 
 def test_ctrl_c_leaves_a_file_that_goes_on(tiny, runs, tmp_path, monkeypatch):

@@ -256,6 +256,15 @@ def test_a_held_out_share_keeps_the_shares_of_the_labels(tmp_path):
         own(tmp_path, rows[:1] + rows[:1], validation=None, hold_out=0.9).task()
 
 
+def test_names_that_look_alike_and_few_held_out_rows_are_told(tmp_path, caplog):
+    rows = [{"q": f"the dog {i}", "a": ["yes", "Yes", "no", "yes "][i % 4]} for i in range(40)]
+    task = own(tmp_path, rows, validation=None, hold_out=0.25).task()
+    assert len(task.labels) == 4
+    few, differ = caplog.messages
+    assert "'Yes' and 'yes' and 'yes ' differ in blanks or in the case of letters only" in differ
+    assert "is 10 rows, of which a metric says little" in few
+
+
 @given(some.lists(some.sampled_from("abcd"), min_size=1, max_size=60), some.integers(0, 9))
 def test_every_beginning_has_the_shares_of_the_classes(classes, seed):
     order = nested(classes, str(seed))

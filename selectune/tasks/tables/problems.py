@@ -83,7 +83,7 @@ MAWPS = _task(
     "AddSub, MultiArith and SingleEq", prepare=_equation,
 )  # fmt: skip
 SVAMP = _task(
-    "svamp", "Patel et al. 2021, arXiv 2103.07191; MIT", prepare=_svamp,
+    "svamp", "Patel et al. 2021, arXiv 2103.07191; MIT; the hub's test split has 300 of the 1,000 rows", prepare=_svamp,
     hub=Hub("ChilleD/SVAMP", None, "5e0bf1e5e7c0e9c4bc39180d224f41f3f801b7ef"),
 )  # fmt: skip
 ADDSUB = _task("addsub", f"Hosseini et al. 2014, ACL D14-1058; test only; {CONTAMINATED}")
