@@ -66,13 +66,11 @@ def run_study(
             watcher.start(work.counts())
         try:
             while work.fill(watcher):
+                while not stop.asked and not work.collect(watcher):
+                    pass
                 if stop.asked:
-                    raise StoppedError(
-                        f"{len(work.running)} cells were stopped. The same command goes on from here.",
-                        0,
-                        stop.signal or 0,
-                    )
-                work.collect(watcher)
+                    told = f"{len(work.running)} cells were stopped. The same command goes on from here."
+                    raise StoppedError(told, 0, stop.signal or 0)
             return work.counts()
         finally:
             stop.listening = False
@@ -121,8 +119,10 @@ class _Work:
                 watcher.began(cell)
         return bool(self.running)
 
-    def collect(self, watcher: Watcher | None) -> None:
-        for folder, code in self.engine.ended(_BETWEEN).items():
+    def collect(self, watcher: Watcher | None) -> bool:
+        """Takes the results of the cells that have ended; False if none has."""
+        ended = self.engine.ended(_BETWEEN)
+        for folder, code in ended.items():
             cell = self.running.pop(folder)
             failure = None
             if code != 0 or not self.workspace.finished(cell):
@@ -134,6 +134,7 @@ class _Work:
                     self.gone.add(cell.key)
             if watcher is not None:
                 watcher.ended(cell, failure, self.counts())
+        return bool(ended)
 
 
 def _failure(cell: Cell, folder: Path, code: int) -> Failure:
