@@ -2,5 +2,7 @@
 
 cells      a cell: the settings of one run in a study, and the key that follows from them
 records    results: one line for each evaluation of a cell, appended and never changed
+compare    methods beside a reference, with tests and warnings
+comparing/ the parts of that
 stats/     statistics on numbers alone: tests, intervals, effect sizes, power
 """

@@ -115,7 +115,7 @@ def test_drawn_permutations_are_near_the_exact_ones_never_zero_and_the_same_for_
     assert many.p == 1 / 20_001
     assert many == permutation.sign_flips(np.arange(1.0, 41), seed=5)
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=5), rng.normal(0.5, 1, 5)
+    a, b = rng.normal(size=6), rng.exponential(size=4) ** 2
     exact, sampled = permutation.labels([a, a], [b, b], draws=10**6), permutation.labels([a, a], [b, b], draws=20_000)
     assert exact.exact
     assert not sampled.exact
@@ -158,6 +158,8 @@ def test_the_bootstrap_over_items_sees_their_spread_and_is_the_same_for_a_seed()
     assert both == intervals.bootstrap(table)
     assert intervals.bootstrap(table, seed=1) != both
     assert intervals.bootstrap([0.25] * 6).high == 0.25
+    normal = scipy.norm.ppf((np.arange(12) + 0.5) / 12)
+    assert intervals.bootstrap(normal, draws=100_000).high == pytest.approx(intervals.student(normal).high, rel=0.02)
     wide = intervals.bootstrap(rng.normal(size=(4, 60_000)), draws=100)  # in blocks: 100 draws do not fit one
     assert wide.low < wide.high
 

@@ -1,1 +1,4 @@
-"""The commands about many runs, a file for each."""
+"""The commands about many runs, a file for each.
+
+comparisons  compare
+"""
