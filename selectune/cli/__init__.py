@@ -1,4 +1,4 @@
-"""The command line: `selectune train|eval|verify|delta|tasks|methods|demo|plan|bench|doctor`.
+"""The command line: `selectune train|eval|verify|delta|tasks|methods|compare|demo|plan|bench|doctor`.
 
 Results go to stdout, everything else to stderr. The files here import at their top only what `--help` needs. A command
 imports torch and the like in its own first lines (tests/test_structure.py asserts that).

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import selectune
 from selectune.cli.commands import arithmetic, bench, deltas, demo, doctor, lists, plan, predict, runs
-from selectune.cli.commands.study import grids, report
+from selectune.cli.commands.study import comparisons, grids, report
 from selectune.cli.exits import INTERRUPTED, TABLE, WRONG, code_of
 from selectune.cli.mistakes import UsageError, explained, wants_json
 from selectune.cli.output import fail, log_to_stderr, refuse
@@ -104,6 +104,7 @@ arithmetic.register(deltas.app)
 app.add_typer(deltas.app, name="delta")
 app.command("tasks")(lists.tasks)
 app.command("methods")(lists.methods)
+app.command("compare", epilog=comparisons.EXAMPLES)(comparisons.compare)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 app.add_typer(grids.app, name="study")
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)

@@ -9,4 +9,7 @@ engines    where cells run: processes of this machine, or a Ray cluster
 summary    what is done, the table, the results as a file, a forecast
 runner     starts cells as there is room, and takes their results
 report/    the page of a study or of one run, and its tables for a text
+compare    methods beside a reference, with tests and warnings
+comparing/ the parts of that
+stats/     statistics on numbers alone: tests, intervals, effect sizes, power
 """

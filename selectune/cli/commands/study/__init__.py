@@ -1,5 +1,6 @@
 """The commands about many runs, a file for each or for each family.
 
-grids   study run, plan, status, show, export
-report  report
+grids        study run, plan, status, show, export
+comparisons  compare
+report       report
 """
