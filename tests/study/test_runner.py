@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from cli_kit import call
-from study_kit import grid
+from study_kit import grid, rows
 
 from selectune.errors import RunFolderError, StoppedError, StudyError
 from selectune.files import checkpoints, own
@@ -208,6 +208,18 @@ def test_the_commands_say_what_is_there(whole, tmp_path):
     for frame in frames:
         assert frame["value"].tolist() == [r.value for r in Workspace(whole).records()]
     assert ".parquet, .csv, .jsonl" in call("study", "export", whole, "--out", tmp_path / "r.txt", code=2).stderr
+
+
+def test_a_study_of_own_rows_in_one_line(tiny, tmp_path):
+    task = rows(tmp_path)
+    line = ["compare", "--train", task["train"], "--validation", task["validation"], "--text", "q", "--label", "dog"]
+    line += ["--methods", "pafi,random", "--model", tiny, "--budget", 60, "--seeds", 2, "--max-steps", 2, "--no-search"]
+    found = call(*line, "--folder", tmp_path / "s", "--workers", 2, "--out", tmp_path / "t.md")
+    assert "pafi" in (tmp_path / "t.md").read_text()
+    assert "random" in found.stdout
+    assert len(Workspace(tmp_path / "s").records()) == 4
+    assert "at least two methods" in call("compare", "--task", "glue/rte", "--methods", "id3", code=2).stderr
+    assert "or say what to run" in call("compare", code=2).stderr
 
 
 def test_ray_gives_the_same_numbers(whole, asked, tmp_path):

@@ -16,6 +16,7 @@ from selectune.errors import ConfigError
 
 if TYPE_CHECKING:
     from selectune.study.cells import Cell
+    from selectune.study.grid import Grid
     from selectune.study.runner import Counts
     from selectune.study.summary import Forecast, Status
     from selectune.study.workspace import Failure, Workspace
@@ -127,6 +128,21 @@ def export(
     records = Workspace(folder).records()
     write(records, Path(out))
     result(False, None, f"{len(records):,} results in {out}")
+
+
+def run_cells(grid: Grid, folder: str, workers: int, threads: int | None = None) -> str:
+    """Runs the cells of a grid that are not done on this machine, and returns the study's folder."""
+    from selectune.runs.stop import Stop
+    from selectune.study.engines import Local
+    from selectune.study.runner import run_study
+    from selectune.study.workspace import begin
+
+    stop = Stop()
+    with working():
+        workspace = begin(folder, grid)
+        signals.heed(stop)
+        run_study(workspace, Local(workers, threads), watcher=_Live(), stop=stop)
+    return folder
 
 
 def aligned(columns: list[str], rows: list[list[str]]) -> str:
