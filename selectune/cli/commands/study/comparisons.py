@@ -94,10 +94,10 @@ def compare(
     from selectune.study import compare as study
     from selectune.study.comparing import layouts
 
-    kind = Path(out or ".md").suffix
-    if kind not in layouts.WRITERS and out is not None:
+    form = Path(out or ".md").suffix
+    if form not in layouts.WRITERS and out is not None:
         known = ", ".join(layouts.WRITERS)
-        raise ConfigError(f"--out {out}: the name must end with one of {known}.{did_you_mean(kind, layouts.WRITERS)}")
+        raise ConfigError(f"--out {out}: the name must end with one of {known}.{did_you_mean(form, layouts.WRITERS)}")
     asked = question or task or train
     if bool(asked) == bool(studies):
         raise ConfigError(
@@ -124,7 +124,7 @@ def compare(
         items=items,
     )
     if out is not None:
-        write_durably(out, layouts.WRITERS[kind](found).encode())
+        write_durably(out, layouts.WRITERS[form](found).encode())
     result(as_json, found.as_json(), shown(found))
 
 
