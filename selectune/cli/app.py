@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 import selectune
 from selectune.cli.commands import arithmetic, bench, deltas, demo, doctor, lists, plan, predict, runs
+from selectune.cli.commands.study import analyze, checking
 from selectune.cli.exits import INTERRUPTED, TABLE, WRONG, code_of
 from selectune.cli.mistakes import UsageError, explained, wants_json
 from selectune.cli.output import fail, log_to_stderr, refuse
@@ -105,5 +106,7 @@ app.command("tasks")(lists.tasks)
 app.command("methods")(lists.methods)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
+app.command("analyze", epilog=analyze.EXAMPLES)(analyze.analyze)
+app.add_typer(checking.app, name="check")
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
