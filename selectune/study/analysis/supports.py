@@ -93,10 +93,10 @@ def support_of(delta: Delta, model: nn.Module) -> Support:
 def steps_of(delta: Delta) -> dict[str, Tensor] | None:
     """The step, from 0, at which each entry of a delta was selected: {name: (n,) int64}, aligned with its support.
 
-    A static mask is selected at step 0. Else the delta must have the order of selection (`Tuner.save(order=True)`); the
-    schedule that it records says how many entries each step selects. None if the order is not there, if the schedule
-    is not one of ours, or if entries also leave the support. An entry that a step could not find (the event
-    `shortfall`) counts at the step that asked for it.
+    A static mask is selected at step 0. Else the delta has the step of each entry, or the full order, and its schedule
+    says how many entries each step selects. None if neither is there (`Tuner.save(order=False)`), if the schedule is
+    not one of ours, or if entries also leave the support. An entry that a step could not find (the event `shortfall`)
+    counts at the step that asked for it.
     """
     told = delta.info["method"].get("schedule")
     kind = _GROWING.get(told.get("name", "")) if isinstance(told, Mapping) else None

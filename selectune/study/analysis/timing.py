@@ -35,8 +35,8 @@ def by_tensor(support: Support) -> list[dict[str, Any]]:
 def _known(support: Support) -> Mapping[str, Tensor]:
     if support.steps is None:
         raise ConfigError(
-            "The delta does not say when its scalars were selected: it was saved without the order of selection "
-            "(order=True in tuner.save; command line: train with --checkpoint-budgets), or its method also drops some."
+            "The delta does not say when its scalars were selected: it was saved with order=False or by an older "
+            "selectune, or its method also drops scalars."
         )
     return support.steps
 
