@@ -141,6 +141,8 @@ def _predicted(
     itemsize = DTYPES[bench.dtype].itemsize
     adapter = size(model.parameters()) - weights
     shipped = _file(trained, itemsize, len(found.tensors), total) if trained else 0
+    if schedule is not None and schedule.keeps and schedule.steps and not isinstance(schedule, DropAndGrow | Phased):
+        shipped += count * ((steps or schedule.steps) - 1).bit_length() // 8  # the step of each scalar
     if methods.base_of(name) == methods.DENSE or (schedule is None and dense is not None):
         shipped = size(t.parameter for t in (*found.whole, *found.tensors))
     calibration = _calibration(model, bench, config, chosen, found)

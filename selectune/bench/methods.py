@@ -163,7 +163,7 @@ def ours(name: str, model: nn.Module, given: Conditions) -> Ready:
     return Ready(
         optimizer=OPTIMIZERS[RECIPES[base_of(name)].optimizer](groups, 0.0) or _adamw(tuner.parameters(), given.rate),
         selected=lambda: tuner.selected,
-        save=lambda folder: tuner.save(folder / "delta.safetensors").stat().st_size,
+        save=lambda folder: tuner.save(folder / "delta.safetensors", order=False).stat().st_size,
         selecting=lambda: tuner.quota > 0,
         undo=undo,
         model=model,

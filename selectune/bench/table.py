@@ -112,6 +112,9 @@ def planned(found: dict[str, Any]) -> str:
     lines.append(f"{'trained scalars':<30} {found['trained']:>12,} of {found['parameters']:,} ({found['density']:.4%})")
     if found["updates"] is not None:
         lines.append(f"{'updates of scalars':<30} {found['updates']:>12,} in {found['steps']:,} steps")
+        lines.append(
+            f"{'updates / those of a static mask':<30} {found['updates'] / found['trained'] / found['steps']:>10.6f}"
+        )
     return "\n".join(lines)
 
 

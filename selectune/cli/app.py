@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import selectune
 from selectune.cli.commands import arithmetic, bench, deltas, demo, doctor, lists, plan, predict, runs
-from selectune.cli.commands.study import comparisons, grids, report
+from selectune.cli.commands.study import analyze, checking, comparisons, grids, report
 from selectune.cli.exits import INTERRUPTED, TABLE, WRONG, code_of
 from selectune.cli.mistakes import UsageError, explained, wants_json
 from selectune.cli.output import fail, log_to_stderr, refuse
@@ -108,6 +108,8 @@ app.command("compare", epilog=comparisons.EXAMPLES)(comparisons.compare)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 app.add_typer(grids.app, name="study")
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
+app.command("analyze", epilog=analyze.EXAMPLES)(analyze.analyze)
+app.add_typer(checking.app, name="check")
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("report", epilog=report.EXAMPLES)(report.report)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ _ORDER = "trainer.order"  # beside the tuner's tensors in the file
 
 
 class SelectuneCallback(TrainerCallback):
-    """Saves delta and tuner state in every checkpoint, resumes from one, logs selected, budget and quota.
+    """Saves delta and tuner state in every checkpoint, resumes from one, logs selected, budget, quota, cutoff, entropy.
 
     `checkpoint-N/delta.safetensors` is the delta after N steps; an early one may be empty. `base` and `full` are those
     of `Tuner.save`. `checkpoint-N/tuner.safetensors` is the tuner's state. `checkpoint-N/manifest.json` is written last
@@ -161,7 +162,11 @@ class SelectuneCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         tuner = self.tuner
-        counts = {"selected": tuner.selected, "budget": tuner.budget, "quota": tuner.quota}
+        counts: dict[str, Any] = {"selected": tuner.selected, "budget": tuner.budget, "quota": tuner.quota}
+        if tuner.cutoff is not None:
+            counts["cutoff"] = tuner.cutoff
+        if not math.isnan(entropy := tuner.entropy):
+            counts["entropy"] = entropy
         # The Trainer keeps a copy of the logs that it made before callbacks saw them.
         for record in (logs, state.log_history[-1] if state.log_history else None):
             if record is not None:

@@ -32,7 +32,7 @@ def load_model(
     BaseMismatchError for another base, UnknownTaskError if only an unknown task says which head the delta needs.
     """
     delta = load(path)
-    name = _place(delta, path) if base is None else str(base)
+    name = place_of(delta, path) if base is None else str(base)
     chosen = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     source = Source(name, revision, chosen, trust_remote_code)
     loaded = load_base(source, delta, None, tokenizer="model" not in delta.info)
@@ -40,7 +40,7 @@ def load_model(
     return loaded.model
 
 
-def _place(delta: Delta, path: str | os.PathLike[str]) -> str:
+def place_of(delta: Delta, path: str | os.PathLike[str]) -> str:
     """The place that the delta records for its base. Raises ModelError if there is none, or no folder is there."""
     recorded, model = delta.info["base"], delta.info.get("model")
     if recorded["id"] in WHEELS:

@@ -53,7 +53,7 @@ class RunConfig:
     rows, the same for every method and `seed`; see `selectune.tasks.first_rows`.
 
     `checkpoint_budgets`: as the support first reaches each of these numbers of scalars, a delta is saved and measured,
-    for methods whose support grows; the run's own delta then has the order of selection.
+    for methods whose support grows.
 
     >>> RunConfig(model="demo", task="glue/rte", budget=1000).learning_rate
     0.0005

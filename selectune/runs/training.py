@@ -139,7 +139,7 @@ class _Run:
         """Trains, saves and measures."""
         config, tuner, stop, checkpoint = self.config, self.tuner, self.stop, self.checkpoint
         history = self._train()
-        delta, verification = self._save(order=bool(config.checkpoint_budgets))
+        delta, verification = self._save()
         counts = {"selected": tuner.selected, "budget": tuner.budget, "trained": tuner.trained}
         events, taken = dict(tuner.events), tuner.step
         tuner.detach()

@@ -12,4 +12,5 @@ report/    the page of a study or of one run, and its tables for a text
 compare    methods beside a reference, with tests and warnings
 comparing/ the parts of that
 stats/     statistics on numbers alone: tests, intervals, effect sizes, power
+analysis/  what runs selected, when, and how far it moved
 """

@@ -37,9 +37,9 @@ from selectune.tasks.tables.data_to_text import DATA_TO_TEXT
 from selectune.tasks.tables.glue import GLUE
 from selectune.tasks.tables.ner import NER
 from selectune.tasks.tables.problems import PROBLEMS
-from selectune.tasks.tables.subjects import SUBJECTS
 from selectune.tasks.tables.summaries import SUMMARIES
 from selectune.tasks.tables.texts import TEXTS
+from selectune.tasks.tables.topics import SUBJECTS
 from selectune.tasks.task import ANSWER, Example, Features, Head, Hub, Task, TaskKind
 
 TASKS: dict[str, Task] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -175,6 +176,27 @@ class Tuner:
         return self.engine.tracker.quota
 
     @property
+    def cutoff(self) -> float | None:
+        """The smallest score that the last selection took; None if it is not known.
+
+        Known on the CPU, where entries are ranked over all tensors by a score that reads the step's gradient.
+        """
+        return self.engine.chooser.cutoff
+
+    @property
+    def entropy(self) -> float:
+        """How evenly the selection spreads over the M tensors in scope: -sum p ln p / ln M, from 0 to 1. Costs O(M).
+
+        p = P_j / sum P, and P_j is the selected share of tensor j. NaN if nothing is selected.
+        """
+        pages = zip(self.engine.found.tensors, self.engine.ledger.pages, strict=True)
+        shares = [page.flat.numel() / max(1, tensor.parameter.numel()) for tensor, page in pages]
+        if not (whole := math.fsum(shares)):
+            return math.nan
+        nats = -math.fsum(share / whole * math.log(share / whole) for share in shares if share)
+        return nats / math.log(len(shares)) if len(shares) > 1 else 0.0
+
+    @property
     def accumulation_steps(self) -> int:
         """Backward passes that make one optimizer step."""
         return self.engine.tracker.accumulation_steps
@@ -226,7 +248,7 @@ class Tuner:
         base: Mapping[str, Any] | None = None,
         info: Mapping[str, Mapping[str, Any]] | None = None,
         old_values: bool = False,
-        order: bool = False,
+        order: bool | None = None,
         allow_empty: bool = False,
         full: bool = True,
     ) -> Delta:
@@ -241,7 +263,7 @@ class Tuner:
         base: Mapping[str, Any] | None = None,
         info: Mapping[str, Mapping[str, Any]] | None = None,
         old_values: bool = False,
-        order: bool = False,
+        order: bool | None = None,
         allow_empty: bool = False,
         full: bool = True,
     ) -> Path:
@@ -251,7 +273,9 @@ class Tuner:
         `base`: where the base came from (id, revision, seed), for `eval`; see `selectune.delta.base_info`. A
         transformers model knows it, and which of its tensors no checkpoint held. `info`: more fields of the delta's
         info, {"method": {"task": ...}}, with JSON values. `old_values`: also store the base's values, so that a
-        revert needs no base. `order`: also store the order of selection, which gives every smaller budget's mask.
+        revert needs no base. `order`: None also stores the step that selected each scalar, where the support grows step
+        by step; it takes log2(steps) bits a scalar and gives every mask on the way. True stores the full order, in 4
+        bytes a scalar; False none.
         `full`: also store a digest of all base weights, read at the first save, which detects a base that differs
         anywhere.
         Raises ConfigError, NothingTrainedError, NonFiniteError or IntegrityError before a file is touched.

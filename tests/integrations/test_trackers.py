@@ -56,6 +56,8 @@ def test_an_events_file_holds_the_counts(loaded, rows, tmp_path, late):
     found = scalars(tmp_path)
     assert found["train/selected"] == [(step, 10.0 * step) for step in range(1, STEPS + 1)] + [(STEPS, 60.0)]
     assert {value for _, value in found["train/budget"]} == {60.0}
+    assert found["train/entropy"][-1] == (STEPS, pytest.approx(tuner.entropy))
+    assert len(found["train/cutoff"]) == STEPS + 1
     assert [value for _, value in found["train/quota"]][:STEPS] == [10.0] * (STEPS - 1) + [0.0]
     assert [step for step, _ in found["train/loss"]] == list(range(1, STEPS + 1))
 

@@ -105,8 +105,9 @@ def intersect(delta: Delta, other: Delta, *, base: nn.Module | None = None) -> D
 def cut(delta: Delta, budget: int, *, base: nn.Module | None = None) -> Delta:
     """The first `budget` scalars that a run selected, of a delta with the order of selection; whole tensors stay.
 
-    The support is the run's own as it had that many scalars, if selection only ever added some. The values are those
-    of the end of the run: they were trained beside the scalars that are left out.
+    The support is the run's own as it had that many scalars, if selection only ever added some. Where the delta only
+    says which step selected a scalar, those of one step go by their place. The values are those of the end of the run:
+    they were trained beside the scalars that are left out.
 
     Raises ConfigError for a delta without the order and a budget outside 1 to its scalars, and as `intersect` does.
     Source: Agarwal et al. 2025, arXiv 2408.14470 (one run gives models of several budgets).
@@ -118,29 +119,29 @@ def cut(delta: Delta, budget: int, *, base: nn.Module | None = None) -> Delta:
     >>> for _ in range(2):
     ...     _ = model(torch.ones(1, 8)).square().sum().backward() or optimizer.step()
     ...     optimizer.zero_grad()
-    >>> delta = tuner.delta(order=True)
+    >>> delta = tuner.delta()
     >>> tuner.detach()
     >>> cut(delta, 3, base=model).selected
     3
     """
     if delta.patches and delta.patches[0].order is None:
         raise ConfigError(
-            f"{delta.label} does not say in which order its scalars were selected. Save it with order=True (command "
-            "line: train with --checkpoint-budgets)."
+            f"{delta.label} does not say in which order its scalars were selected. It was saved with order=False, by "
+            "an older selectune, or by a method that selects only once or also drops scalars."
         )
     if type(budget) is not int or not 1 <= budget <= delta.selected:
         raise ConfigError(f"budget={budget!r}: must be a count of 1 to {delta.selected:,}, the delta's scalars.")
     ranks = {patch.name: patch.order for patch in delta.patches if patch.order is not None}
-    last = torch.cat(list(ranks.values())).sort().values[budget - 1]
+    together = torch.cat(list(ranks.values()))
+    first = torch.zeros(together.numel(), dtype=torch.bool)
+    first[torch.sort(together, stable=True).indices[:budget]] = True
+    mine = dict(zip(ranks, first.split([rank.numel() for rank in ranks.values()]), strict=True))
     parts: list[Part] = []
     for rows in align([delta], base):
-        order = ranks.get(rows.name)
-        kept = None if order is None or rows.whole else order <= last
+        kept = None if rows.whole else mine.get(rows.name)
         if kept is None or bool(kept.any()):
             parts.append(part_of(rows, kept, rows.new[0]))
-    return _made(
-        "cut", [delta], parts, {}, budget=max(budget, sum(p.indices.numel() for p in parts if isinstance(p, Patch)))
-    )
+    return _made("cut", [delta], parts, {}, budget=budget)
 
 
 def ties(

@@ -1,4 +1,4 @@
-"""Strictly increasing indices as 16-bit gap words (docs/delta-format.md, "Gap code")."""
+"""Strictly increasing indices as 16-bit gap words, and ranks as few bits each (docs/delta-format.md)."""
 
 from __future__ import annotations
 
@@ -46,3 +46,40 @@ def decode_gaps(words: np.ndarray, count: int, numel: int, name: str) -> np.ndar
             f'the indices of "{name}" leave the tensor: the last one is {indices[-1]}; it must be below {numel}'
         )
     return indices
+
+
+def packed_ranks(ranks: np.ndarray, bits: int) -> np.ndarray:
+    """Ranks `(n,)` below 2^bits as a stream of bits, uint8: `bits` for each, the lowest first, filled up with zeros.
+
+    >>> packed_ranks(np.array([1, 5, 5]), 3).tolist()
+    [105, 1]
+    """
+    rows = np.empty((len(ranks), bits), dtype=np.uint8)
+    for bit in range(bits):
+        rows[:, bit] = (ranks >> bit) & 1
+    return np.packbits(rows, bitorder="little")
+
+
+def unpacked_ranks(data: np.ndarray, count: int, bits: int) -> np.ndarray:
+    """Ranks, int32 `(count,)`, of a stream of bits. Raises DeltaFormatError for ranks that have another code.
+
+    >>> unpacked_ranks(np.array([105, 1], dtype=np.uint8), 3, 3).tolist()
+    [1, 5, 5]
+    """
+    rows = np.unpackbits(data, bitorder="little")
+    ranks = np.zeros(count, dtype=np.int32)
+    for bit in range(bits):
+        ranks |= rows[bit : count * bits : bits].astype(np.int32) << bit
+    if bits_of_ranks(ranks) != bits or rows[count * bits :].any():
+        raise DeltaFormatError(
+            f"the order of selection cannot be read: {bits} bits for each of {count} ranks is not their shortest code, "
+            "or bits follow the last one"
+        )
+    return ranks
+
+
+def bits_of_ranks(ranks: np.ndarray) -> int | None:
+    """How many bits each rank takes in a stream of bits; None if all ranks differ, since these are stored as U32."""
+    if len(np.unique(ranks)) == len(ranks):
+        return None
+    return max(1, int(ranks.max()).bit_length())

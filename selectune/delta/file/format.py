@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selectune.bits import DTYPES, FLOATS, dtype_name, raw
 from selectune.delta.file import schema
-from selectune.delta.file.codec import decode_gaps, encode_gaps
+from selectune.delta.file.codec import bits_of_ranks, decode_gaps, encode_gaps, packed_ranks, unpacked_ranks
 from selectune.delta.file.container import MAX_HEADER, ByteStream, layout, pack, read_metadata
 from selectune.delta.file.fingerprint import delta_fingerprint
 from selectune.delta.file.parts import KINDS, Dense, Patch, check_parts
@@ -27,6 +27,7 @@ MAX_DIMS = 16
 HEAD = 8 + MAX_HEADER
 """Bytes from the file's start that always hold the whole header."""
 
+_BITS = {f"order.{bits}": bits for bits in range(1, 32)}  # streams of ranks that several scalars share
 _KEYS = {"format", "version", "patches", "dense", "digests", "info", "digest"}
 
 
@@ -74,6 +75,9 @@ def _payload(patches: Sequence[Patch], dense: Sequence[Dense], words: list[np.nd
             chunks.setdefault(f"old.{name}", []).append(raw(patch.base_values))
         if patch.order is not None:
             chunks.setdefault("order", []).append(patch.order.numpy().astype("<u4"))
+    if "order" in chunks and (bits := bits_of_ranks(ranks := np.concatenate(chunks["order"]))) is not None:
+        del chunks["order"]
+        chunks[f"order.{bits}"] = [packed_ranks(ranks, bits)]
     for i, entry in enumerate(dense):
         chunks[f"dense.{i}"] = [raw(entry.tensor)]
         if entry.base_tensor is not None:
@@ -94,6 +98,8 @@ def _streams(metadata: dict[str, Any]) -> list[ByteStream]:
         found.append(ByteStream("indices", "U16", (sum(row[4] for row in metadata["patches"]),)))
     if counts and "order" in digests:
         found.append(ByteStream("order", "U32", (sum(counts.values()),)))
+    elif counts and (packed := next((key for key in _BITS if key in digests), None)):
+        found.append(ByteStream(packed, "U8", (-(-sum(counts.values()) * _BITS[packed] // 8),)))
     old = any(key.startswith("old") for key in digests)
     for values, dense, sizes in (("values", "dense", counts), ("old", "old_dense", olds))[: 1 + old]:
         found += [ByteStream(f"{values}.{dtype}", dtype, (count,)) for dtype, count in sizes.items()]
@@ -258,6 +264,9 @@ def _tensor(data: memoryview, dtype: torch.dtype) -> Tensor:
 def _read_patches(metadata: dict[str, Any], payload: dict[str, memoryview]) -> list[Patch]:
     words = np.frombuffer(payload.get("indices", b""), dtype="<u2")
     flat = {key: _tensor(data, dtype) for key, data in payload.items() if (dtype := _flat_dtype(key))}
+    for key in _BITS.keys() & payload.keys():
+        total = sum(row[3] for row in metadata["patches"])
+        flat["order"] = torch.from_numpy(unpacked_ranks(np.frombuffer(payload[key], np.uint8), total, _BITS[key]))
     done = Counter[str]()
 
     def take(key: str, count: int) -> slice:

@@ -6,6 +6,6 @@ problems      word problems, and the answers in generated text
 summaries     summaries of news and dialogues
 data_to_text  sentences that say what a table or triples say
 commonsense   multiple choice
-subjects      what a question or news is about
+topics        what a question or news is about
 texts         plain texts
 """

@@ -62,6 +62,7 @@ class Chooser:
         self.factors: tuple[Tensor, Tensor] | None = None  # the optimizer's numbers for rows and columns
         self.watching = False  # gradients of entries outside the support are formed too
         self.dense = False  # every entry in scope is trained at present, as torch does it
+        self.cutoff: float | None = None  # the smallest score of the last selection in backward, if it is known
         self._ahead = -1  # the step of the last selection before forward
         self._collector: Collector | None = None
         self._broken: list[str] = []  # tensors whose scores are not finite

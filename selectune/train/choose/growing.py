@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,6 +116,8 @@ class Growing(Chooser):
             self.events["shortfall"] += quota
             return None
         tensors, flat, gradients = self._collector.close()
+        cutoff = getattr(self._collector, "cutoff", -math.inf)  # queued scores leave it unknown
+        self.cutoff = cutoff if math.isfinite(cutoff) else None
         self._collector = None
         if flat.numel() < quota:
             self.events["shortfall"] += quota - flat.numel()

@@ -13,6 +13,7 @@ from selectune.bits import same_bits
 from selectune.delta import Delta, Dense, Patch, adapter_of, canonical_name, digest_bits, model_info, versions
 from selectune.errors import ConfigError, NonFiniteError, NothingTrainedError, ScopeError, some
 from selectune.scope import ScopedTensor
+from selectune.train.choose.growing import Growing
 from selectune.train.engine import Engine
 from selectune.train.saved.base_digests import base_of
 from selectune.train.support.ledger import Ledger
@@ -26,7 +27,7 @@ def delta_of(
     base: Mapping[str, Any] | None,
     more: Mapping[str, Mapping[str, Any]],
     old_values: bool,
-    order: bool,
+    order: bool | None,
     allow_empty: bool,
     full: bool,
 ) -> Delta:
@@ -41,7 +42,7 @@ def delta_of(
     described = {"module": None if adapter is None else adapter.info, "model": model_info(model)}
     info |= {key: value for key, value in described.items() if value is not None}
     info = _with_more({**info, "versions": versions()}, more)
-    ranks = _ranks(ledger) if order else {}
+    ranks = _steps(engine) if order is None else _ranks(ledger) if order else {}
     patches = [
         _patch(t, ledger, old_values, ranks.get(t.index), before.filled.get(t.name))
         for t in found.tensors
@@ -88,6 +89,25 @@ def _ranks(ledger: Ledger) -> dict[int, Tensor]:
         rank[torch.searchsorted(flat, page.flat).cpu()] = page.slot.cpu()
         ranks[index] = rank
     return ranks
+
+
+def _steps(engine: Engine) -> dict[int, Tensor]:
+    """The step that selected each entry, per tensor, if the support grows step by step; else nothing.
+
+    It follows from the schedule: an entry that its step could not find counts at the step that asked for it.
+    """
+    schedule, ledger = engine.schedule, engine.ledger
+    if type(engine.chooser) is not Growing or schedule is None or schedule.steps is None:
+        return {}
+    reached: list[int] = []
+    for step in range(engine.tracker.step + 1):
+        before = reached[-1] if reached else 0
+        reached.append(schedule.target(step) if schedule.due(step) else before)
+    ends = torch.tensor(reached)
+    return {
+        index: torch.searchsorted(ends, page.slot.cpu(), right=True).clamp_(max=len(reached) - 1)
+        for index, page in enumerate(ledger.pages)
+    }
 
 
 def _patch(tensor: ScopedTensor, ledger: Ledger, old_values: bool, rank: Tensor | None, filled: Tensor | None) -> Patch:

@@ -2,5 +2,7 @@
 
 grids        study run, plan, status, show, export
 comparisons  compare
+analyze      what runs selected, when, and how far it moved
+checking     `selectune check`: claims of the theory
 report       report
 """
