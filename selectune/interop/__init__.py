@@ -8,6 +8,7 @@ patches    changed scalars in the shape of vLLM's sparse weight transfer
 pairs      changed scalars as pairs of tensors in a safetensors file
 toolkit    a delta from a summary of the authors' toolkit, read without unpickling
 sync       a stream of patches from a run to servers, step by step
+peft       importing it teaches peft our method: `SelectuneConfig`
 """
 
 from selectune.interop import sync

@@ -29,6 +29,8 @@ from selectune.interop.patches import WeightPatch, WeightUpdate, cast, check, ne
 from selectune.train import Tuner
 from selectune.train.saved.base_digests import base_of
 
+__all__ = ["PatchStream", "Replica", "WeightPatch", "WeightUpdate"]
+
 
 class Entries(NamedTuple):
     """Entries of one tensor that may differ from the base: places (n,) int64, rising, base values and values (n,)."""

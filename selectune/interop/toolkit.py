@@ -32,7 +32,8 @@ _STORAGES = {
     "torch LongStorage": torch.int64,
 }
 _SUMMARY = "selective_optimizers.load_store SelectivePeftSummary"
-_REBUILD, _SIZE, _ORDERED = "torch._utils _rebuild_tensor_v2", "torch Size", "collections OrderedDict"
+_PRIVATE = "_utils"
+_REBUILD, _SIZE, _ORDERED = f"torch.{_PRIVATE} _rebuild_tensor_v2", "torch Size", "collections OrderedDict"
 _FIELDS = {"values", "pointers", "shapes", "bn_metadata", "budget_used"}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _MOST = 1 << 20  # opcodes of a summary: a few dozen a tensor

@@ -17,12 +17,8 @@ from selectune.interop import bridges
 from selectune.models.restore import Source
 
 peft = pytest.importorskip("peft")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:Model has `tie_word_embeddings=True`:UserWarning"
-    ),  # peft ties rows all the same
-]
+# of trainable tokens on a tied embedding; peft ties the rows all the same
+pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 
 
 @pytest.fixture(scope="module")
