@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # for readers, pyright and IDEs; `__getattr__` finds the same
     from selectune import errors, scores
     from selectune.delta import Delta, Shelf, diff, load, switch
     from selectune.delta.combine import algebra
+    from selectune.interop import sync
     from selectune.method import Method
     from selectune.models.load import load_model
     from selectune.recipes import (
@@ -54,12 +55,12 @@ __all__ = [
     "attach", "bitfit", "child_tuning_d", "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "fish_dip",
     "full", "gallop", "grasp", "id3", "increment_pafi", "increment_random", "load", "load_model", "lt_sft",
     "magnitude", "movement", "pafi", "random", "repeat_d3", "repeat_random", "rigl", "score", "scores", "snip",
-    "sparse_adapter", "sparse_evolution", "spiel_ag", "spiel_ma", "static_d3", "strip", "switch", "synflow",
+    "sparse_adapter", "sparse_evolution", "spiel_ag", "spiel_ma", "static_d3", "strip", "switch", "sync", "synflow",
     "tuner_of", "xattn",
 ]  # fmt: skip
 
 _HOMES = ("delta", "method", "recipes", "scope", "train", "types")  # where public names are looked for, in this order
-_ABOVE = {"load_model": "models.load"}  # what is made of the core, and lives above it
+_ABOVE = {"load_model": "models.load", "sync": "interop"}  # what is made of the core, and lives above it
 _MODULES = (*_HOMES, "errors", "ops", "phases", "schedule", "scores", "select")  # what `import selectune` gives too
 
 

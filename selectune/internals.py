@@ -22,7 +22,7 @@ __all__ = [
     "is_fake",
     "int8_product", "kept_plain", "never_compiled",
     "outside_transforms", "plain_parameter", "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves",
-    "tree_map", "tree_map_only", "will_reach", "without_dispatch",
+    "tree_map", "tree_map_only", "versions_kept", "will_reach", "without_dispatch",
 ]  # fmt: skip
 
 
@@ -39,6 +39,11 @@ def _name(path: str) -> Any:
 
 # The number of the backward pass that runs in this thread, or -1.
 backward_id: Callable[[], int] = _name("_C._current_graph_task_id")
+
+# A context after which tensors have the version numbers that they had before it, whatever was written in it.
+versions_kept: Callable[..., AbstractContextManager[None]] = _name(
+    "autograd.grad_mode._unsafe_preserve_version_counter"
+)
 
 # Whether the backward pass that runs in this thread will reach a node.
 will_reach: Callable[[Any], bool] = _name("_C._will_engine_execute_node")

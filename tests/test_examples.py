@@ -57,12 +57,19 @@ def combine_deltas(text: str) -> None:
     assert float(rows["base"]) < float(rows["half left"]) < float(rows["left"])
 
 
+def policy_sync(text: str) -> None:
+    assert "the server has the trainer's bits: True" in text
+    found = re.search(r"reward (\S+), then (\S+)", text)
+    assert found is not None
+    assert float(found[2]) > 2 * float(found[1])
+
+
 def own_score(text: str) -> None:
     losses = {name: float(loss) for name, loss in re.findall(r"^(\w+) +selected 60 of 60, loss (\S+)$", text, re.M)}
     assert losses["taylor"] < losses["random"]
 
 
-CHECKS = {check.__name__: check for check in (own_loop, trainer, trl_sft, combine_deltas, own_score)}
+CHECKS = {check.__name__: check for check in (own_loop, trainer, trl_sft, combine_deltas, own_score, policy_sync)}
 
 
 def test_every_example_has_a_check():

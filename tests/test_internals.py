@@ -274,6 +274,20 @@ def test_an_optimizer_forgets_a_parameter(kind):
     assert torch.equal(first, second), ON
 
 
+def test_versions_are_kept_where_bits_come_back():
+    weight = torch.ones(2)
+    x = one()
+    loss = (x * weight).sum()
+    with internals.versions_kept((weight,)):
+        weight.zero_()
+        assert weight._version == 1, ON
+        weight.fill_(1)
+    assert weight._version == 0, ON
+    loss.backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1, 1], ON
+
+
 def test_a_name_that_torch_lacks_is_told_with_the_version():
     with pytest.raises(ImportError, match=re.escape(f"torch._C._gone, which torch {torch.__version__} does not have")):
         internals._name("_C._gone")

@@ -42,6 +42,7 @@ ORDER = (
     ("tasks",),
     ("plugins", "documents"),
     ("models",),
+    ("interop",),
     ("runs",),
     ("bench",),
     ("study",),
@@ -295,7 +296,8 @@ HEAVY = {"torch", "numpy", "numba", "transformers", "safetensors", "peft", "data
 
 def _heavy_tops() -> set[str]:
     """Names under selectune/ that load torch as they are imported."""
-    return set(CORE) - {"errors", "files", "spec", "selectune"} | {"adapters", "integrations", "models", "runs"}
+    above = {"adapters", "integrations", "interop", "models", "runs"}
+    return set(CORE) - {"errors", "files", "spec", "selectune"} | above
 
 
 def test_commands_import_what_they_work_with_when_they_run():

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import selectune
-from selectune.cli.commands import arithmetic, bench, deltas, demo, doctor, lists, plan, predict, runs
+from selectune.cli.commands import arithmetic, bench, deltas, demo, doctor, export, lists, plan, predict, runs
 from selectune.cli.commands.study import analyze, checking, comparisons, grids, report
 from selectune.cli.exits import INTERRUPTED, TABLE, WRONG, code_of
 from selectune.cli.mistakes import UsageError, explained, wants_json
@@ -101,7 +101,9 @@ app.command("predict", epilog=predict.EXAMPLES)(predict.predict)
 app.command("generate", epilog=predict.GENERATE_EXAMPLES)(predict.generate)
 app.command("verify", epilog=deltas.VERIFY_EXAMPLES)(deltas.verify)
 arithmetic.register(deltas.app)
+deltas.app.command("import", epilog=export.IMPORT_EXAMPLES)(export.import_)
 app.add_typer(deltas.app, name="delta")
+app.command("export", epilog=export.EXAMPLES)(export.export)
 app.command("tasks")(lists.tasks)
 app.command("methods")(lists.methods)
 app.command("compare", epilog=comparisons.EXAMPLES)(comparisons.compare)

@@ -1,0 +1,205 @@
+"""Importing this module teaches peft our method: `SelectuneConfig`, for `get_peft_model`, `PeftModel` and TRL.
+
+    import selectune.interop.peft as bridge
+
+    config = bridge.SelectuneConfig(method="id3:exp=1", budget=0.001, steps=1000)
+    model = peft.get_peft_model(base, config)            # or peft_config=config of a trainer of TRL
+    model.save_pretrained("run")
+    model = peft.PeftModel.from_pretrained(base, "run")  # in another process, after the same import
+
+peft takes no method from outside (its list of types is closed), so the tables that it looks methods up in are written
+to here. `TESTED` is the version that this was tested with. The folder holds our delta file, with all its checks.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig, __version__
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from selectune.delta import Delta
+from selectune.errors import ConfigError, DeltaFormatError
+from selectune.internals import versions_kept
+from selectune.interop.to_peft import PREFIX
+from selectune.recipes.named import named
+from selectune.scope import Scope
+from selectune.train import Tuner, attach
+
+log = logging.getLogger("selectune")
+
+TESTED = "0.21.2"
+TYPE = "SELECTUNE"
+KEY = f"{PREFIX}selectune_delta"
+
+
+@dataclass
+class SelectuneConfig(PeftConfig):
+    """A method for `peft.get_peft_model`.
+
+    `method`: a recipe with options, `id3:exp=1`; `budget`, `steps`, `seed`: as for `attach`. `target_modules`: patterns
+    of parameters to select from, all by default. `modules_to_save`: names of modules that are trained whole.
+    """
+
+    method: str = "id3"
+    budget: float | int | None = None
+    steps: int | None = None
+    seed: int = 0
+    accumulation_steps: int = 1
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: Any = field(default=None, metadata={"help": "For TRL, which asks for it; must be None."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = TYPE
+        if self.trainable_token_indices is not None:
+            raise ConfigError("SelectuneConfig selects rows of an embedding by target_modules, not by token indices.")
+
+    def scope(self) -> Scope:
+        """The scope that the config names."""
+        whole = [f"*{name}.*" for name in self.modules_to_save or ()]  # as peft reads names: by their end
+        return Scope(include=self.target_modules or ("*",), train_fully=whole)
+
+
+class SelectuneLayer(nn.Module, BaseTunerLayer):
+    """What peft finds of an adapter within the model: no tensor, and the switch between base and tuned weights."""
+
+    adapter_layer_names = ()
+    other_param_names = ()
+
+    def __init__(self, owner: SelectuneModel, name: str) -> None:
+        super().__init__()
+        self.owner = [owner]  # in a list, so that it is no submodule
+        self._active_adapter, self._disable_adapters, self.merged_adapters = name, False, []
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Bits of the base or of the tuned model: O(B)."""
+        if enabled == self._disable_adapters:
+            self.owner[0].switch(enabled)
+            self._disable_adapters = not enabled
+
+
+class SelectuneModel(BaseTuner):
+    """peft's side of a tuner, or of a delta that was loaded."""
+
+    prefix = "selectune_"
+    tuner_layer_cls = SelectuneLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Attaches a tuner for training; a model that is loaded gets its delta later."""
+        if len(self.peft_config) > 1:
+            raise ConfigError("A model takes one selectune adapter; several deltas on one model are a selectune.Shelf.")
+        config: Any = self.peft_config[adapter_name]
+        self.tuner: Tuner | None = None
+        self.delta: Delta | None = None
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.versions = ExitStack()
+        if config.inference_mode:
+            model.requires_grad_(False)
+        else:
+            made = named(config.method).make(config.budget, config.steps, scope=config.scope())
+            self.tuner = attach(model, made, seed=config.seed, accumulation_steps=config.accumulation_steps)
+        model.add_module("selectune_adapter", SelectuneLayer(self, adapter_name))
+
+    def hold(self, delta: Delta) -> None:
+        """Applies a loaded delta; refuses another base."""
+        if self.tuner is not None:
+            raise ConfigError(
+                "peft's folder holds a delta and no state of a run, so it cannot be trained on. Continue a run by "
+                "tuner.load_state_dict, or load the folder for inference (is_trainable=False)."
+            )
+        delta.apply(self.model)
+        self.delta = delta
+
+    def present(self) -> Delta:
+        """The delta of the run so far, or the one that was loaded."""
+        if self.tuner is not None:
+            return self.tuner.delta(allow_empty=True)
+        if self.delta is None:
+            raise ConfigError("This model has no delta yet.")
+        return self.delta
+
+    @torch.no_grad()
+    def switch(self, enabled: bool) -> None:
+        """Puts the tuned weights on the model, or the base's."""
+        if self.tuner is None:
+            if self.delta is not None:
+                (self.delta.apply if enabled else self.delta.revert)(self.model)
+            return
+        engine = self.tuner.engine
+        if not enabled:
+            written = [t.weight for t in (*engine.found.tensors, *engine.found.whole)]
+            # a graph made before may go back after: its weights then have the same bits again
+            self.versions.enter_context(versions_kept(tuple(written)))
+            self.kept = [(t.weight, t.weight.clone()) for t in engine.found.whole]
+            engine.ledger.write_base()
+            for tensor in engine.found.whole:
+                tensor.weight.copy_(engine.base.whole[tensor.name])
+        else:
+            engine.ledger.write_weights()
+            for weight, values in self.kept:
+                weight.copy_(values)
+            self.kept = []
+            self.versions.close()
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The plain model with the tuned weights as its own."""
+        delta = self.present()
+        if self.tuner is not None:
+            self.tuner.detach()
+        delta.merge(self.model)
+        return self._left()
+
+    def unload(self) -> nn.Module:
+        """The plain model with the base's weights."""
+        if self.tuner is not None:
+            self.tuner.detach()
+        elif self.delta is not None:
+            self.delta.revert(self.model)
+        return self._left()
+
+    def _left(self) -> nn.Module:
+        self.tuner = self.delta = None
+        del self.model.selectune_adapter, self.model.peft_config
+        return self.model
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        return peft_config
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        """No module is replaced."""
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        data = bytearray(model.base_model.present().to_bytes())
+        return {KEY: torch.frombuffer(data, dtype=torch.uint8)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        data = state_dict.get(KEY)
+        if data is None or data.dtype != torch.uint8 or len(state_dict) != 1:
+            raise DeltaFormatError(f"the adapter's file must hold the tensor {KEY} of bytes and nothing else")
+        model.base_model.hold(Delta.from_bytes(bytearray(data.cpu().numpy().tobytes())))
+        return {}
+
+
+def _register() -> None:
+    name: Any = TYPE  # the tables' keys are members of peft's closed list, and strings
+    PEFT_TYPE_TO_CONFIG_MAPPING[name] = SelectuneConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[name] = SelectuneModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[name] = SelectuneModel.prefix
+    if __version__ != TESTED:
+        log.warning("This bridge was tested with peft %s, and peft %s is installed.", TESTED, __version__)
+
+
+_register()
