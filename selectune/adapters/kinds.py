@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selectune import spec
-from selectune.adapters import bottleneck
-from selectune.adapters.roles import LINEAR
+from selectune.adapters.injected import Injected, Wanted
+from selectune.adapters.own import bottleneck
+from selectune.adapters.roles import LINEAR, LINEARS
 from selectune.delta import is_marked
 from selectune.errors import ConfigError, did_you_mean
 
 Value = int | float | bool | str
-LINEARS = "linears"  # targets=: every linear layer outside the head; it needs no role map
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Kind:
     lr: float  # a rate to begin with, when all of it is trained with AdamW
     lr_source: str
     peft: str | None = None  # the class of peft's config; None: the adapter is ours
+    own: Callable[[Wanted], Injected] | None = None  # what puts an adapter of ours on
     merges: bool = False  # whether it can be folded into the base's weights
     wraps: bool = False  # whether peft needs a model of its own around the base
     on: bool = True  # whether `--on` takes it; the others are ways to train, not adapters of their own
@@ -96,11 +97,6 @@ def belongs(kind: str, name: str) -> bool:
     return is_marked(name, KINDS[kind].markers)
 
 
-def targets_of(text: str) -> tuple[str, ...]:
-    """The roles in `targets=`: `all`, or some of them joined by +."""
-    return LINEAR if text == "all" else tuple(text.split("+"))
-
-
 def _count(default: int | Callable[[Mapping[str, Any]], Value], high: int = 65_536) -> Option:
     return Option(default, f"an int from 1 to {high:,}", lambda value: 1 <= value <= high)
 
@@ -143,6 +139,7 @@ def _bottleneck(reduction: int, activation: str, init: str, scale: float, norms:
 
 _LORA = "Hu et al. 2021, arXiv 2106.09685"
 _MATRICES = ("lora_A", "lora_B")
+_SITES = (bottleneck.NAME,)
 _VIRTUAL = ("prompt_encoder",)
 _TOKENS = {"tokens": _count(20, 4096)}
 KINDS: dict[str, Kind] = {
@@ -216,17 +213,22 @@ KINDS: dict[str, Kind] = {
         Kind(
             "houlsby", "bottlenecks after attention and after the FFN; layer norms are trained too",
             "Houlsby et al. 2019, arXiv 1902.00751", _bottleneck(16, "swish", "normal", 1.0, True),
-            3e-4, "BERT on MRPC in the authors' code", markers=(bottleneck.NAME,),
+            3e-4, "BERT on MRPC in the authors' code", own=bottleneck.houlsby, markers=_SITES,
         ),
         Kind(
             "pfeiffer", "a bottleneck after the FFN", "Pfeiffer et al. 2021, arXiv 2005.00247",
             _bottleneck(16, "relu", "normal", 1.0, False), 5e-4, "within arXiv 2408.14470's grid",
-            markers=(bottleneck.NAME,),
+            own=bottleneck.pfeiffer, markers=_SITES,
         ),
         Kind(
             "parallel", "a bottleneck beside the FFN, times 4", "He et al. 2022, arXiv 2110.04366",
             _bottleneck(2, "relu", "zero", 4.0, False), 1e-4, "RoBERTa-base on SST-2 in the authors' code",
-            markers=(bottleneck.NAME,),
+            own=bottleneck.parallel, markers=_SITES,
+        ),
+        Kind(
+            "series", "a bottleneck at the end of the FFN, before the residual is added",
+            "Hu et al. 2023, arXiv 2304.01933", _bottleneck(16, "relu", "zero", 1.0, False),
+            3e-4, "LLaMA-7B in the authors' code", own=bottleneck.series, markers=_SITES,
         ),
     )
 }  # fmt: skip

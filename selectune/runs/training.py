@@ -276,8 +276,8 @@ class _Run:
                 )
 
         def keep(folder: Path, step: int, follower: RunCallback) -> Mapping[str, Any]:
-            if adapted is not None and adapted.ranks is not None:
-                write_state(folder / ADAPTER_FILE, adapted.ranks.state_dict())
+            if adapted is not None and adapted.kept is not None:
+                write_state(folder / ADAPTER_FILE, adapted.kept.state_dict())
             seconds = before + time.perf_counter() - self.began
             told = {"settings": settings, "rows": digest, "seconds": seconds, "versions": now}
             seen = {"unmeasured": follower.unmeasured, "history": list(follower.history)}
