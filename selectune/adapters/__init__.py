@@ -15,12 +15,13 @@ injected    what an adapter is put on with, and what putting it on gives
 roles       the role of each module in a transformer: query, key, value, FFN1, ...
 """
 
-from selectune.adapters.kinds import KINDS, Kind, Spec, belongs, make, parse
+from selectune.adapters.kinds import KINDS, Kind, Spec, belongs, for_tokenizer, make, parse
+from selectune.adapters.own.dylora import at_rank
 from selectune.adapters.peers import two_rates
 from selectune.adapters.put_on import Adapted, put_on, rebuild, spec_of
 from selectune.adapters.roles import LINEARS, MAPS, ROLES, Role, find, linears
 
 __all__ = [
-    "KINDS", "LINEARS", "MAPS", "ROLES", "Adapted", "Kind", "Role", "Spec", "belongs", "find", "linears", "make",
-    "parse", "put_on", "rebuild", "spec_of", "two_rates",
+    "KINDS", "LINEARS", "MAPS", "ROLES", "Adapted", "Kind", "Role", "Spec", "at_rank", "belongs", "find",
+    "for_tokenizer", "linears", "make", "parse", "put_on", "rebuild", "spec_of", "two_rates",
 ]  # fmt: skip
