@@ -8,6 +8,7 @@
 The delta of such a run records the adapter; `rebuild(model, delta)` puts it on a plain base again.
 
 put_on      put_on and rebuild
+together    deltas on adapters of different seeds, on one model
 kinds       the kinds of adapters, their options and tensors, and how people write them (`lora:r=16,alpha=32`)
 own         adapters of our own: bottlenecks and others
 peers       LoRA and its kin, from peft
@@ -20,8 +21,10 @@ from selectune.adapters.own.dylora import at_rank
 from selectune.adapters.peers import two_rates
 from selectune.adapters.put_on import Adapted, put_on, rebuild, spec_of
 from selectune.adapters.roles import LINEARS, MAPS, ROLES, Role, find, linears
+from selectune.adapters.together import together
 
 __all__ = [
     "KINDS", "LINEARS", "MAPS", "ROLES", "Adapted", "Kind", "Role", "Spec", "at_rank", "belongs", "find",
-    "for_tokenizer", "linears", "make", "parse", "put_on", "rebuild", "spec_of", "two_rates",
+    "for_tokenizer", "linears", "make", "parse", "put_on", "rebuild", "spec_of", "together",
+    "two_rates",
 ]  # fmt: skip
