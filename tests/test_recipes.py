@@ -44,6 +44,7 @@ ROWS = {
     "movement": Row(st.movement(60, batches=3), 60, 60),
     "magnitude": Row(st.magnitude(60), 60, 60),
     "snip": Row(st.snip(60, batches=2), 60, 60),
+    "speft": Row(st.speft(60, batches=2), 60, 60),
     "grasp": Row(st.grasp(60, batches=2), 60, 60),
     "synflow": Row(st.synflow(60), 60, 60),
     "sparse-adapter": Row(st.sparse_adapter(60), 60, 60),

@@ -2,18 +2,18 @@
 
 weight    the weight alone: |w|, -|w|, chance
 gradient  the step's gradient: ID3's |g| / (|w| + eps)^exp
-data      data at fixed weights: Fisher, SNIP, GraSP, SynFlow, movement
+data      data at fixed weights: Fisher, SNIP, SPEFT, GraSP, SynFlow, movement
 change    the change that a dense phase made
 factors   an optimizer's numbers for rows and columns
 """
 
 from selectune.scores.change import change
-from selectune.scores.data import fisher, fisher_batches, grasp, movement, snip, synflow
+from selectune.scores.data import fisher, fisher_batches, grasp, movement, snip, speft, synflow
 from selectune.scores.factors import row_times_column
 from selectune.scores.gradient import d3
 from selectune.scores.weight import constant, magnitude, pafi, random
 
 __all__ = [
     "change", "constant", "d3", "fisher", "fisher_batches", "grasp", "magnitude", "movement", "pafi", "random",
-    "row_times_column", "snip", "synflow",
+    "row_times_column", "snip", "speft", "synflow",
 ]  # fmt: skip

@@ -93,6 +93,22 @@ def snip(weight: Tensor, gradient: Tensor, batches: int | None = 1) -> Tensor:
     return (gradient * weight).abs()
 
 
+@score(reads="pooled")
+def speft(weight: Tensor, gradient: Tensor, batches: int | None = 64) -> Tensor:
+    """S = |g|, g the gradient summed over mini-batches: the entries that move the loss most.
+
+    It is D3 with exponent 0, of many mini-batches in place of one step. Reads: one gradient per mini-batch; uses one
+    float per entry in scope for the sum.
+    Source: Liu et al. (2024), SPEFT, arXiv 2412.13488.
+
+    >>> import torch, selectune as st
+    >>> st.scores.speft()(torch.tensor([0.5, -1.0]), torch.tensor([-3.0, 0.2])).tolist()
+    [3.0, 0.20000000298023224]
+    """
+    del weight, batches
+    return gradient.abs()
+
+
 @score(reads="curvature")
 def grasp(weight: Tensor, gradient: Tensor, batches: int | None = 1, temperature: float = 200.0) -> Tensor:
     """S = w (H g): the weights whose removal would reduce the gradient's norm most come first.
