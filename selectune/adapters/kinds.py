@@ -9,7 +9,7 @@ from typing import Any
 
 from selectune import spec
 from selectune.adapters.injected import Injected, Wanted
-from selectune.adapters.own import adamix, bottleneck, dylora, hadamard, increlora, low_rank, pasta, sora
+from selectune.adapters.own import adamix, bottleneck, dylora, hadamard, increlora, low_rank, pasta, sora, unipelt
 from selectune.adapters.roles import LINEAR, LINEARS
 from selectune.delta import is_marked
 from selectune.errors import ConfigError, did_you_mean
@@ -301,6 +301,17 @@ KINDS: dict[str, Kind] = {
             },
             2.5e-3, "between 2.5e-4 (GLUE) and 3e-3 (NER) in the authors' code", own=pasta.put_on,
             markers=(pasta.NAME,),
+        ),
+        Kind(
+            "unipelt", "lora on query and value, a prefix and a bottleneck, each behind a gate that reads its input",
+            "Mao et al. 2022, arXiv 2110.07577",
+            {
+                "r": _RANK["r"],
+                "alpha": _number(2.0, 0.0, 1e6, "a number of at least 0"),
+                "prefix": _count(10, 4096),
+                "reduction": _count(16),
+            },
+            5e-4, "as pfeiffer", own=unipelt.put_on, markers=(unipelt.NAME,),
         ),
     )
 }  # fmt: skip

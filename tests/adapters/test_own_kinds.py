@@ -26,7 +26,9 @@ SPECS = {
     "increlora": "increlora:r=2",
     "adamix": "adamix:reduction=4,activation=tanh",
     "pasta": "pasta:ids=3+8",
+    "unipelt": "unipelt:r=2,prefix=3,reduction=4",
 }
+ENCODERS = ("bert", "roberta", "electra")  # unipelt gives their attention keys and values
 NAMES = ("bert", "roberta", "electra", "deberta-v2", "distilbert", "llama", "gpt2", "t5", "bart")
 BATCH = {**inputs("bert"), "labels": torch.tensor([0, 1])}
 
@@ -50,8 +52,13 @@ def test_on_and_off(kind, name):
             put_on(model, SPECS[kind])
         assert trace(model) == before
         return
+    if kind == "unipelt" and name not in ENCODERS:
+        with pytest.raises(ConfigError, match=r"in encoders such as BERT.* differs\."):
+            put_on(model, SPECS[kind])
+        assert trace(model) == before
+        return
     adapted = put_on(model, SPECS[kind], seed=3)
-    if kind not in ("increlora", "adamix"):  # which are drawn, so that their gradients are not 0
+    if kind not in ("increlora", "adamix", "unipelt"):  # which are drawn, so that their gradients are not 0
         assert torch.equal(hidden(model, name), out)
     moved(model, adapted.names)
     changed = hidden(model, name)
@@ -331,3 +338,55 @@ def test_pasta_takes_its_ids_from_the_tokenizer(tokenizer, texts, ids, count):
         for_tokenizer(parse("pasta"), _Tokenizer([], [], []), texts)
     with pytest.raises(ConfigError, match=r"ids=auto are those of the tokenizer.*pasta:ids=101\+102"):
         put_on(classifier(), "pasta")
+
+
+def test_unipelt_attends_to_gated_keys_and_values():
+    """Self-attention by hand, with P more keys and values, times the mean gate of a row's tokens, padding apart."""
+    model = make("bert", num_hidden_layers=1)
+    ids = torch.tensor([[3, 9, 4, 7], [3, 4, 0, 0]])
+    mask = (ids != 0).long()
+    adapted = put_on(model, "unipelt:r=2,prefix=3,reduction=4")
+    moved(model, adapted.names, by=0.5)
+    layer: Any = model.encoder.layer[0]
+    attention, seen = layer.attention.self, []
+    attention.register_forward_hook(lambda m, a, o: seen.append(o[0]))
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+        x = model.embeddings(ids)
+
+        def projected(name: str) -> torch.Tensor:
+            part = getattr(attention, name)
+            plain = nn.functional.linear(x, part.weight, part.bias)
+            if name == "key":
+                return plain
+            low = part.unipelt.inner
+            change = low.scale * (x @ low.A.T @ low.B.T)
+            return plain + torch.sigmoid(part.unipelt.gate(x)) * change
+
+        q, k, v = (projected(name) for name in ("query", "key", "value"))
+        gates = torch.sigmoid(attention.unipelt.gate(x)).squeeze(-1)
+        for row, length in enumerate((4, 2)):
+            open_ = gates[row, :length].mean()
+            keys = torch.cat((open_ * attention.unipelt.keys, k[row, :length]))
+            values = torch.cat((open_ * attention.unipelt.values, v[row, :length]))
+            for head in (slice(0, 8), slice(8, 16)):
+                weights = (q[row, :length, head] @ keys[:, head].T / 8**0.5).softmax(-1)
+                assert torch.allclose(seen[0][row, :length, head], weights @ values[:, head], atol=1e-5)
+
+
+def test_unipelt_sizes():
+    """Of each layer: 2 P d + (d + 1); twice 2 r d + (d + 1); 2 d b + b + d + (d + 1), b = d / reduction."""
+    d, r, p, b = 16, 2, 3, 4
+    layer = 2 * p * d + d + 1 + 2 * (2 * r * d + d + 1) + 2 * d * b + b + d + d + 1
+    assert put_on(make("bert"), SPECS["unipelt"]).size == 2 * layer
+
+
+@pytest.mark.parametrize("kind", ["unipelt", "pasta"])
+def test_padding_changes_nothing(kind):
+    model = make("bert")
+    adapted = put_on(model, SPECS[kind])
+    moved(model, adapted.names)
+    with torch.no_grad():
+        short = model(input_ids=torch.tensor([[3, 9, 8]]), attention_mask=torch.ones(1, 3, dtype=torch.long))
+        long = model(input_ids=torch.tensor([[3, 9, 8, 0, 0]]), attention_mask=torch.tensor([[1, 1, 1, 0, 0]]))
+    assert torch.allclose(short.last_hidden_state, long.last_hidden_state[:, :3], atol=1e-5)

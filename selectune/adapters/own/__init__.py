@@ -8,4 +8,5 @@ sora        a gate on each rank, which proximal steps close
 dylora      one run gives every lower rank
 increlora   ranks are added where they count
 pasta       vectors at special tokens
+unipelt     LoRA, a bottleneck and a prefix, each behind a gate
 """
