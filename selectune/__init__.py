@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for readers, pyright and IDEs; `__getattr__` finds the same
         grasp,
         id3,
         increment_pafi,
+        lift,
         lt_sft,
         magnitude,
         movement,
@@ -51,8 +52,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Delta", "Method", "Scope", "Score", "Shelf", "SparseAdamW", "SparseSM3", "Tuner", "Verification", "algebra",
     "attach", "bitfit", "child_tuning_d", "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "fish_dip",
-    "full", "gallop", "grasp", "id3", "increment_pafi", "load", "load_model", "lt_sft", "magnitude", "movement", "pafi",
-    "random", "repeat_d3", "rigl", "score", "scores", "snip", "sparse_adapter", "sparse_evolution", "speft",
+    "full", "gallop", "grasp", "id3", "increment_pafi", "lift", "load", "load_model", "lt_sft", "magnitude", "movement",
+    "pafi", "random", "repeat_d3", "rigl", "score", "scores", "snip", "sparse_adapter", "sparse_evolution", "speft",
     "spiel_ag", "spiel_ma", "static_d3", "strip", "switch", "synflow", "tuner_of", "xattn",
 ]  # fmt: skip
 

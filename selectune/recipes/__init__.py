@@ -21,7 +21,7 @@ from selectune.recipes.calibrated import child_tuning_d, fish, grasp, movement, 
 from selectune.recipes.drop_grow import rigl, sparse_evolution, spiel_ag, spiel_ma
 from selectune.recipes.increment import id3, increment_pafi
 from selectune.recipes.phased import diff_pruning, lt_sft
-from selectune.recipes.repeat import fish_dip, repeat_d3
+from selectune.recipes.repeat import fish_dip, lift, repeat_d3
 from selectune.recipes.static import bitfit, gallop, magnitude, pafi, random, static_d3
 from selectune.recipes.whole import child_tuning_f, full, xattn
 
@@ -49,6 +49,7 @@ _GALLOP = "Choudhary et al. 2025, arXiv 2510.19778"
 _PAFI = "Liao, Meng, Monz 2023, arXiv 2305.16742"
 _FISH = "Sung, Nair, Raffel 2021, arXiv 2111.09839"
 _BITFIT = "Ben Zaken, Goldberg, Ravfogel 2022, arXiv 2106.10199"
+_LIFT = "Liu et al. 2025, arXiv 2506.00772"
 _SNIP = "Lee, Ajanthan, Torr 2019, arXiv 1810.02340"
 _SPEFT = "Liu et al. 2024, arXiv 2412.13488"
 _GRASP = "Wang, Zhang, Grosse 2020, arXiv 2002.07376"
@@ -90,6 +91,7 @@ RECIPES: dict[str, Recipe] = {
             "one per example, each selecting step",
             f"{_SPARSE}; 4 per weight, each selection",
         ),
+        Recipe("lift", lift, "the weights, every 200 steps", _LIFT, "a decomposition of each matrix", _SPARSE),
         Recipe("child-tuning-d", child_tuning_d, _BEFORE, _CHILD, "one per mini-batch", _ONCE),
         Recipe("movement", movement, _BEFORE, _MOVEMENT, "one per mini-batch", _ONCE),
         Recipe("magnitude", magnitude, "the weights, once", _MAGNITUDE, "one", _SPARSE),
