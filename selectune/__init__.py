@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # for readers, pyright and IDEs; `__getattr__` finds the same
         id3,
         increment_pafi,
         increment_random,
+        lift,
         lt_sft,
         magnitude,
         movement,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:  # for readers, pyright and IDEs; `__getattr__` finds the same
         snip,
         sparse_adapter,
         sparse_evolution,
+        speft,
         spiel_ag,
         spiel_ma,
         static_d3,
@@ -53,10 +55,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Delta", "Method", "Scope", "Score", "Shelf", "SparseAdamW", "SparseSM3", "Tuner", "Verification", "algebra",
     "attach", "bitfit", "child_tuning_d", "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "fish_dip",
-    "full", "gallop", "grasp", "id3", "increment_pafi", "increment_random", "load", "load_model", "lt_sft",
-    "magnitude", "movement", "pafi", "random", "repeat_d3", "repeat_random", "rigl", "score", "scores", "snip",
-    "sparse_adapter", "sparse_evolution", "spiel_ag", "spiel_ma", "static_d3", "strip", "switch", "sync", "synflow",
-    "tuner_of", "xattn",
+    "full", "gallop", "grasp", "id3", "increment_pafi", "increment_random", "lift", "load", "load_model",
+    "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3", "repeat_random", "rigl", "score", "scores",
+    "snip", "sparse_adapter", "sparse_evolution", "speft", "spiel_ag", "spiel_ma", "static_d3", "strip", "switch",
+    "sync", "synflow", "tuner_of", "xattn",
 ]  # fmt: skip
 
 _HOMES = ("delta", "method", "recipes", "scope", "train", "types")  # where public names are looked for, in this order

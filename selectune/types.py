@@ -34,6 +34,7 @@ class Reads(enum.StrEnum):
 
     NOTHING = "nothing"  # f(weight, generator): only the shape, and a seeded generator
     WEIGHT = "weight"  # f(weight): one pass over the weights, no data
+    MATRIX = "matrix"  # f(weight) of a whole tensor in its own shape, not elementwise, no data
     GRADIENT = "gradient"  # f(weight, gradient): the gradient of the present step
     CHANGE = "change"  # f(weight, change): the weight before a dense phase, and what the phase added to it
     FACTORS = "factors"  # f(row, column): the optimizer's numbers for an entry's row and column, >= 0
@@ -56,9 +57,10 @@ FUSED = {"ratio": "|g| / (|w| + eps)^exp", "small": "-|w|"}
 class Score:
     """One number per entry, float32 (float64 for float64 weights); higher means more worth training.
 
-    `function` gets flat pieces of a tensor of any length, so it must be elementwise. `above`: only entries that score
-    strictly above this are eligible. A gradient score with `above=0` promises to be 0 where the gradient is 0, so
-    entries without a gradient are never selected. NaN or infinity cancels the selection of that step.
+    `function` gets flat pieces of a tensor of any length, so it must be elementwise, unless it reads "matrix".
+    `above`: only entries that score strictly above this are eligible. A gradient score with `above=0` promises to be 0
+    where the gradient is 0, so entries without a gradient are never selected. NaN or infinity cancels the selection of
+    that step.
 
     `weighting` takes |w| and the score's parameters, in float64, and rises or falls throughout. A score that has it
     may be selected by without forming dense gradients (`ops.bounds`).
@@ -87,7 +89,7 @@ class Score:
         """The scores of n entries. Raises ConfigError if the function gives anything else or changes its arguments."""
         given = [part for part in (weight, gradient) if part is not None and not part.is_inference()]
         versions = [part._version for part in given]
-        if self.reads is Reads.WEIGHT:
+        if self.reads in (Reads.WEIGHT, Reads.MATRIX):
             scores = self.function(weight, **self.parameters)
         elif self.reads is Reads.NOTHING:
             scores = self.function(weight, generator, **self.parameters)
@@ -135,7 +137,7 @@ def score(
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Score]:
         signature = inspect.signature(function)
-        tensors = 1 if known is Reads.WEIGHT else 2
+        tensors = 1 if known in (Reads.WEIGHT, Reads.MATRIX) else 2
         defaults = dict(list(signature.parameters.items())[tensors:])
         if fused == "ratio" and not {"exp", "eps"} <= set(defaults):
             raise ConfigError(

@@ -31,6 +31,13 @@ def test_snip():
     assert chosen(w, st.snip(1), [g]) == [0]
 
 
+def test_speft():
+    """The size of the summed gradient: gradients that differ in sign cancel, as in methods 2.6 for |g| of a batch."""
+    gradients = [[1.0, -3.0, 0.5], [1.0, 3.0, 0.5]]
+    assert chosen([0.1, 0.2, 0.3], st.speft(1, batches=None), gradients) == [0]
+    assert chosen([0.1, 0.2, 0.3], st.speft(2, batches=None), gradients) == [0, 2]
+
+
 def test_child_tuning_d():
     """methods 2.11: gradients [3, 0, 1], [1, 0, 2]: F = [5, 0, 2.5]; p = 1/3 -> {0}. Clipping off."""
     gradients = [[3.0, 0.0, 1.0], [1.0, 0.0, 2.0]]

@@ -42,10 +42,12 @@ ROWS = {
     "fish-dip": Row(  # an LSTM's two biases have one gradient: in mid-run their scores differ by rounding only
         st.fish_dip(60, 6, examples=2, every=2, scope=st.Scope(exclude="*bias_hh*")), 60, 60, grows=False
     ),
+    "lift": Row(st.lift(60, 6, rank=2, every=2), 60, 60, grows=False),
     "child-tuning-d": Row(st.child_tuning_d(60), 60, 60),
     "movement": Row(st.movement(60, batches=3), 60, 60),
     "magnitude": Row(st.magnitude(60), 60, 60),
     "snip": Row(st.snip(60, batches=2), 60, 60),
+    "speft": Row(st.speft(60, batches=2), 60, 60),
     "grasp": Row(st.grasp(60, batches=2), 60, 60),
     "synflow": Row(st.synflow(60), 60, 60),
     "sparse-adapter": Row(st.sparse_adapter(60), 60, 60),

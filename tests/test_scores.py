@@ -67,3 +67,37 @@ def test_a_maker_of_scores_names_what_it_takes():
         st.score(reads="hessian")
     with pytest.raises(st.errors.ConfigError, match="called once"):
         st.Method(score=st.scores.d3, schedule=None)  # pyright: ignore[reportArgumentType]
+
+
+def test_lift_takes_the_entries_of_an_approximation_of_low_rank():
+    """diag(3, 2, 1) in a rotated basis: the error of rank r is the largest singular value left out."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for n in (3, 5))
+    parts = [size * torch.outer(left[:, i], right[i]) for i, size in enumerate((3.0, 2.0, 1.0))]
+    matrix = torch.stack(parts).sum(0)
+    for rank in (1, 2, 3, 9):
+        expected = torch.stack(parts[:rank]).sum(0).abs()
+        assert torch.allclose(st.scores.lift(rank=rank)(matrix), expected, atol=1e-12)
+    vector = torch.tensor([0.5, -2.0])
+    assert torch.equal(st.scores.lift(rank=1)(vector), vector.abs())
+    kernel = matrix.view(3, 1, 5)
+    assert torch.equal(st.scores.lift(rank=1)(kernel), st.scores.lift(rank=1)(matrix).view(3, 1, 5))
+
+
+def test_lift_selects_by_matrix_and_again_from_the_weights_as_they_are():
+    """Each matrix gives its share; a second selection reads what training made of the weights."""
+    first, second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+    model = torch.nn.Sequential(first, second)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[5.0, 0.0], [0.0, 1.0]]))
+        second.weight.copy_(torch.tensor([[0.1, 0.0], [0.0, 0.2]]))
+    tuner = st.attach(model, st.lift(2, steps=4, rank=1, every=2))
+    assert {n: i.tolist() for n, i in tuner.support.items()} == {"0.weight": [0], "1.weight": [3]}
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=1.0)
+    for _ in range(2):
+        (2.25 * first.weight[0, 0]).backward()  # 5 -> 0.5 after two steps
+        optimizer.step()
+        optimizer.zero_grad()
+    model(torch.ones(1, 2))
+    assert {n: i.tolist() for n, i in tuner.support.items()} == {"0.weight": [3], "1.weight": [3]}
+    assert first.weight[0, 0].item() == 0.5  # it keeps what it was trained to

@@ -7,16 +7,16 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from selectune.adapters.kinds import KINDS, LINEARS, Spec, targets_of
-from selectune.adapters.roles import Role, linears, of_kind
+from selectune.adapters.injected import Injected
+from selectune.adapters.kinds import KINDS, Spec
+from selectune.adapters.roles import Role, of_kind, targets
 from selectune.errors import ConfigError, ModelError
 
 ADAPTER = "default"  # the name that peft gives an adapter
@@ -51,17 +51,6 @@ class Ranks:
                 raise ConfigError(f'AdaLoRA keeps {", ".join(self._AVERAGES)}; the state has "{key}".')
             getattr(allocator, part)[name] = tensor.to(device, copy=True)
             allocator.ipt[name] = torch.zeros_like(tensor, device=device)  # it is written before it is read
-
-
-@dataclass
-class Injected:
-    """An adapter on a model: the model to be trained, and how to take the adapter off or fold it in."""
-
-    model: nn.Module
-    remove: Callable[[], None]
-    merge: Callable[[], None] | None = None
-    after_step: Callable[[int], None] | None = None  # AdaLoRA: after the optimizer's step, before zero_grad
-    ranks: Ranks | None = None  # the state that `after_step` keeps between steps
 
 
 def put_on(
@@ -125,7 +114,7 @@ def config_of(
     o = spec.options
     more: dict[str, Any] = {}
     if "targets" in o:
-        more["target_modules"] = list(names) if names is not None else _targets(model, str(o["targets"]), found)
+        more["target_modules"] = list(names) if names is not None else targets(model, str(o["targets"]), found)
     if spec.kind in ("lora", "dora", "loraplus", "adalora"):
         more |= {"lora_alpha": o["alpha"], "lora_dropout": o["dropout"]}
         more |= _adalora(o, steps) if spec.kind == "adalora" else {"r": o["r"], "use_dora": spec.kind == "dora"}
@@ -173,18 +162,6 @@ def state_of(model: nn.Module, spec: Spec) -> dict[str, Tensor]:
     if spec.kind in ("shira", "super"):
         found = package().get_peft_model_state_dict(model, adapter_name=ADAPTER)
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in found.items()}
-
-
-def _targets(model: nn.Module, text: str, found: Sequence[Role]) -> list[str]:
-    if text == LINEARS:
-        return list(linears(model))
-    names = [role.name for role in of_kind(found, *targets_of(text))]
-    if not names:
-        raise ConfigError(
-            f"targets={text} names no module of {type(model).__name__}, which has: "
-            f"{', '.join(sorted({role.kind for role in found}))}."
-        )
-    return names
 
 
 def _transposed(model: nn.Module, names: Sequence[str]) -> bool:

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from selectune.adapters import bottleneck, peers
-from selectune.adapters.kinds import KINDS, LINEARS, Spec, belongs, make, parse
-from selectune.adapters.roles import RoleMap, find
+from selectune.adapters import peers
+from selectune.adapters.injected import Injected, Kept, Wanted
+from selectune.adapters.kinds import KINDS, Spec, belongs, make, parse
+from selectune.adapters.roles import LINEARS, RoleMap, find, targets
 from selectune.delta import AdapterRecord, Delta, adapter_digest, adapter_of, forget_adapter, inventory, record_adapter
 from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError
 
@@ -25,7 +26,7 @@ class Adapted:
     base: nn.Module  # the model that was given
     spec: Spec
     seed: int
-    _put: peers.Injected = field(repr=False)
+    _put: Injected = field(repr=False)
     _requires_grad: dict[nn.Parameter, bool] = field(repr=False)
     on: bool = True
 
@@ -45,9 +46,9 @@ class Adapted:
         return self._put.after_step
 
     @property
-    def ranks(self) -> peers.Ranks | None:
-        """The state that `after_step` keeps between steps (it has state_dict and load_state_dict), or None."""
-        return self._put.ranks
+    def kept(self) -> Kept | None:
+        """What the adapter keeps between steps beside its tensors (state_dict and load_state_dict), or None."""
+        return self._put.kept
 
     def save(self, folder: Path) -> int:
         """Write the trained tensors as one safetensors file, in peft's form if the adapter is peft's; its bytes."""
@@ -131,10 +132,12 @@ def put_on(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if kind.peft is None:
-                put = peers.Injected(model, bottleneck.put_on(model, chosen.kind, chosen.options, found))
-            else:
+            if kind.own is None:
                 put = peers.put_on(model, chosen, found, seed, steps, names)
+            else:
+                o = chosen.options
+                layers = names or (targets(model, str(o["targets"]), found) if "targets" in o else ())
+                put = kind.own(Wanted(model, kind.name, o, found, layers, steps))
     except BaseException:
         _restore(before)
         raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,9 @@ from selectune.errors import ConfigError
 
 LINEAR = ("query", "key", "value", "qkv", "attention_output", "gate", "ffn1", "ffn2")
 """Roles of linear layers; `qkv` is a fused query, key and value, `gate` is the gate of a gated FFN."""
+
+LINEARS = "linears"
+"""`targets=`: every linear layer outside the head; it needs no role map."""
 
 ENDS = ("ffn_norm", "ffn_end")
 """The norm behind the FFN's residual (post-LN models); the module that returns the sum of FFN and residual (pre-LN)."""
@@ -34,6 +37,7 @@ class Role:
     layer: int
     stack: str = ""  # "encoder" or "decoder" in a model that has both
     cross: bool = False  # attends to the encoder
+    block: str = field(default="", repr=False)  # the name of the layer's own module
 
     @property
     def place(self) -> tuple[str, int]:
@@ -121,11 +125,14 @@ def find(model: nn.Module, roles: RoleMap | None = None) -> tuple[Role, ...]:
     both = {"encoder", "decoder"} <= {pattern.split(".")[0] for pattern in chosen}
     compiled = [(_regex(pattern), pattern.split(".")[0], role) for pattern, role in chosen.items()]
     found = [
-        Role(name, role.removeprefix("cross."), int(hit[1]), first if both else "", role.startswith("cross."))
+        Role(
+            name, role.removeprefix("cross."), int(hit[1]), first if both else "", role.startswith("cross."),
+            name[: hit.end(1)],
+        )
         for name, _ in model.named_modules()
         for regex, first, role in compiled
         if (hit := regex.search(name))
-    ]
+    ]  # fmt: skip
     if not found:
         raise ConfigError(
             f"The role map matches no module of {type(model).__name__}. Its patterns: {', '.join(list(chosen)[:4])}; "
@@ -142,6 +149,24 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name not in heads and not any(name.startswith(f"{h}.") for h in heads)
     }
+
+
+def targets_of(text: str) -> tuple[str, ...]:
+    """The roles in `targets=`: `all`, or some of them joined by +."""
+    return LINEAR if text == "all" else tuple(text.split("+"))
+
+
+def targets(model: nn.Module, text: str, found: Sequence[Role]) -> list[str]:
+    """Names of the layers that `targets=` selects; raises ConfigError where there are none."""
+    if text == LINEARS:
+        return list(linears(model))
+    names = [role.name for role in of_kind(found, *targets_of(text))]
+    if not names:
+        raise ConfigError(
+            f"targets={text} names no module of {type(model).__name__}, which has: "
+            f"{', '.join(sorted({role.kind for role in found}))}."
+        )
+    return names
 
 
 def head_names(model: nn.Module) -> set[str]:

@@ -174,7 +174,7 @@ def _predicted(
 
 def _size_of(model: nn.Module, adapter: str) -> int:
     """How many scalars an adapter has on this model."""
-    adapted = put_on(model, adapter, record=False)
+    adapted = put_on(model, methods.placed(adapter), record=False)
     size = sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
     adapted.remove()
     return size
@@ -190,7 +190,7 @@ def _adapted(model: nn.Module, name: str, steps: int | None) -> nn.Module:
             f"--method {name}: peft makes the mask of SHiRA out of numbers, and a plan has none. It trains r (m + n) "
             "scalars of each matrix (m, n); `selectune bench` measures it."
         )
-    return put_on(model, adapter or name, record=False, steps=None if adapter else steps).model
+    return put_on(model, methods.placed(adapter or name), record=False, steps=None if adapter else steps).model
 
 
 def _fitting(bench: Bench, config: Any, name: str) -> Bench:

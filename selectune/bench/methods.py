@@ -145,7 +145,7 @@ def recipe(name: str, budget: int | float, steps: int, whole: tuple[str, ...] = 
 
 def ours(name: str, model: nn.Module, given: Conditions) -> Ready:
     method, on = recipe(name, given.budget, given.steps, given.whole), parts(name)[1]
-    adapted = put_on(model, on, given.seed) if on else None
+    adapted = put_on(model, placed(on), given.seed) if on else None
     model = adapted.model if adapted else model
     rows = [row for batch in given.batches for row in rows_of(batch)]
     length, batch = rows[0]["input_ids"].shape, len(given.batches[0]["input_ids"])
@@ -212,9 +212,15 @@ def adapter(name: str, model: nn.Module, given: Conditions) -> Ready:
     )
 
 
+def placed(name: str) -> Spec:
+    """The adapter of a name, on random tokens: no tokenizer says which of them are special, so the first two are."""
+    given = parse(name)
+    return make(given.kind, {**given.options, "ids": "0+1"}) if given.options.get("ids") == "auto" else given
+
+
 def _spec(name: str, model: nn.Module, budget: int | float) -> Spec:
     """The adapter of a name. Without options it sits on every linear layer, sized by the budget if its kind allows."""
-    given = parse(name)
+    given = placed(name)
     if ":" in name or "targets" not in given.options:
         return given
     layers = list(linears(model).values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from selectune import adapters
-from selectune.adapters import KINDS, Adapted, Spec, parse, put_on, rebuild
+from selectune.adapters import KINDS, Adapted, Spec, for_tokenizer, parse, put_on, rebuild
 from selectune.delta import Delta
 from selectune.errors import ConfigError
 from selectune.method import Method
@@ -40,13 +40,14 @@ def method_of(spec: Spec) -> Method:
     return Method(Scope(include=(), train_fully=("*",)), name=spec.kind)
 
 
-def with_adapter(loaded: LoadedModel, spec: Spec, seed: int, steps: int | None) -> LoadedModel:
+def with_adapter(loaded: LoadedModel, spec: Spec, seed: int, steps: int | None, texts: int = 1) -> LoadedModel:
     """The loaded model with an adapter on it. Everything else is frozen, except tensors that no checkpoint held.
 
     `steps`: those of the run, for ranks that move during it; None under a selection, because nothing else may then
-    write the selected entries.
+    write the selected entries. `texts`: how many a row has, 1 or 2, for adapters of special tokens.
     """
-    return _with(loaded, put_on(loaded.model, spec, seed, keep=loaded.initialised, steps=steps))
+    chosen = for_tokenizer(spec, loaded.tokenizer, texts)
+    return _with(loaded, put_on(loaded.model, chosen, seed, keep=loaded.initialised, steps=steps))
 
 
 def with_adapter_of(loaded: LoadedModel, delta: Delta) -> LoadedModel:
@@ -54,9 +55,9 @@ def with_adapter_of(loaded: LoadedModel, delta: Delta) -> LoadedModel:
     return _with(loaded, rebuild(loaded.model, delta, keep=loaded.initialised)) if "module" in delta.info else loaded
 
 
-def size_of(loaded: LoadedModel, spec: Spec, seed: int) -> int:
+def size_of(loaded: LoadedModel, spec: Spec, seed: int, texts: int = 1) -> int:
     """The number of scalars that an adapter has on this model. The adapter is put on and taken off again."""
-    adapted = put_on(loaded.model, spec, seed, record=False)
+    adapted = put_on(loaded.model, for_tokenizer(spec, loaded.tokenizer, texts), seed, record=False)
     try:
         return sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
     finally:

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from selectune.method import Method
-from selectune.recipes.calibrated import child_tuning_d, fish, grasp, movement, snip, sparse_adapter, synflow
+from selectune.recipes.calibrated import child_tuning_d, fish, grasp, movement, snip, sparse_adapter, speft, synflow
 from selectune.recipes.drop_grow import rigl, sparse_evolution, spiel_ag, spiel_ma
 from selectune.recipes.increment import id3, increment_pafi, increment_random
 from selectune.recipes.phased import diff_pruning, lt_sft
-from selectune.recipes.repeat import fish_dip, repeat_d3, repeat_random
+from selectune.recipes.repeat import fish_dip, lift, repeat_d3, repeat_random
 from selectune.recipes.static import bitfit, gallop, magnitude, pafi, random, static_d3
 from selectune.recipes.whole import child_tuning_f, full, xattn
 
@@ -49,7 +49,9 @@ _GALLOP = "Choudhary et al. 2025, arXiv 2510.19778"
 _PAFI = "Liao, Meng, Monz 2023, arXiv 2305.16742"
 _FISH = "Sung, Nair, Raffel 2021, arXiv 2111.09839"
 _BITFIT = "Ben Zaken, Goldberg, Ravfogel 2022, arXiv 2106.10199"
+_LIFT = "Liu et al. 2025, arXiv 2506.00772"
 _SNIP = "Lee, Ajanthan, Torr 2019, arXiv 1810.02340"
+_SPEFT = "Liu et al. 2024, arXiv 2412.13488"
 _GRASP = "Wang, Zhang, Grosse 2020, arXiv 2002.07376"
 _SYNFLOW = "Tanaka et al. 2020, arXiv 2006.05467"
 _MOVEMENT = "Sanh, Wolf, Rush 2020, arXiv 2005.07683"
@@ -91,10 +93,12 @@ RECIPES: dict[str, Recipe] = {
             "one per example, each selecting step",
             f"{_SPARSE}; 4 per weight, each selection",
         ),
+        Recipe("lift", lift, "the weights, every 200 steps", _LIFT, "a decomposition of each matrix", _SPARSE),
         Recipe("child-tuning-d", child_tuning_d, _BEFORE, _CHILD, "one per mini-batch", _ONCE),
         Recipe("movement", movement, _BEFORE, _MOVEMENT, "one per mini-batch", _ONCE),
         Recipe("magnitude", magnitude, "the weights, once", _MAGNITUDE, "one", _SPARSE),
         Recipe("snip", snip, _BEFORE, _SNIP, "one per mini-batch", _ONCE),
+        Recipe("speft", speft, _BEFORE, _SPEFT, "one per mini-batch", _ONCE),
         Recipe("grasp", grasp, "Hessian-gradient products, before training", _GRASP, "three per mini-batch", _DOUBLE),
         Recipe(
             "synflow", synflow, "the flow of ones, before training", _SYNFLOW, "one", f"{_SPARSE}; 5 per weight, once"

@@ -101,6 +101,27 @@ def snip(
     return compose("snip", score, OneShot(budget), scope, train_fully)
 
 
+def speft(
+    budget: Budget,
+    batches: int | None = 64,
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
+) -> Method:
+    """SPEFT: the B entries with the largest |g|, g the gradient of `batches` mini-batches together, once.
+
+    The authors compare scores for masks that stay, and find this one, the simplest, to be the best. They take linear
+    layers only and the same share of each matrix: scope=st.Scope(...) and `select` of `st.Method` say that. 64
+    mini-batches are ours.
+    Source: Liu et al. (2024), SPEFT, arXiv 2412.13488.
+
+    >>> import selectune as st
+    >>> st.speft(budget=1000).score.parameters["batches"]
+    64
+    """
+    score = scores.d3_pooled(exp=0.0, batches=count("batches", batches, optional=True))
+    return compose("speft", score, OneShot(budget), scope, train_fully)
+
+
 def grasp(
     budget: Budget,
     batches: int | None = 1,

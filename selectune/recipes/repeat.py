@@ -7,6 +7,7 @@ from selectune.method import Method, Patterns, compose
 from selectune.recipes.parameters import count, d3
 from selectune.schedule import Budget, Repeat
 from selectune.scope import Scope
+from selectune.select import PerTensor
 
 
 def repeat_d3(
@@ -48,6 +49,29 @@ def repeat_random(
     False
     """
     return compose("repeat-random", scores.random(), Repeat(budget, steps, every), scope, train_fully)
+
+
+def lift(
+    budget: Budget = 0.05,
+    steps: int | None = None,
+    rank: int = 128,
+    every: int = 200,
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
+) -> Method:
+    """LIFT: the largest entries of every matrix's approximation of rank `rank`, again every `every` steps.
+
+    The budget is divided among tensors in proportion to size; the paper gives a matrix (m + n) times a LoRA rank, which
+    is about 5 %, and takes linear layers only. Entries that stay keep their optimizer state, dropped entries keep their
+    trained value and lose it. Each selection costs a singular value decomposition of every matrix in scope.
+    Source: Liu et al. (2025), LIFT the Veil, arXiv 2506.00772; rank 128 and 200 steps: the released code.
+
+    >>> import selectune as st
+    >>> st.lift(steps=500).score.parameters["rank"]
+    128
+    """
+    score = scores.lift(rank=count("rank", rank))
+    return compose("lift", score, Repeat(budget, steps, every), scope, train_fully, PerTensor())
 
 
 def fish_dip(

@@ -87,11 +87,11 @@ def write_run(folder: Path, record: Mapping[str, Any]) -> None:
 
 def load_adapter(found: Checkpoint, adapted: Adapted | None) -> None:
     """Gives an adapter the state it had kept. Raises ConfigError for a checkpoint that lacks it."""
-    if adapted is None or adapted.ranks is None:
+    if adapted is None or adapted.kept is None:
         return
     if not (found.folder / ADAPTER_FILE).is_file():
         raise ConfigError(f"{found.folder} has no {ADAPTER_FILE}, which {adapted.spec.kind} needs to go on.")
-    adapted.ranks.load_state_dict(read_state(found.folder / ADAPTER_FILE))
+    adapted.kept.load_state_dict(read_state(found.folder / ADAPTER_FILE))
 
 
 def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:

@@ -118,9 +118,11 @@ class _Run:
         }
         self.steps = config.steps(len(self.rows["train"]), world.size())
         named = config.adapter_for_size
-        size = None if named is None else size_of(loaded, named, config.seed)
+        texts = min(2, len(self.task.fields))
+        size = None if named is None else size_of(loaded, named, config.seed, texts)
         if config.adapter is not None:
-            loaded = with_adapter(loaded, config.adapter, config.seed, self.steps if config.on is None else None)
+            steps = self.steps if config.on is None else None
+            loaded = with_adapter(loaded, config.adapter, config.seed, steps, texts)
         self.loaded = loaded
         if checkpoint is not None:
             folder.id = checkpoint.run
@@ -276,8 +278,8 @@ class _Run:
                 )
 
         def keep(folder: Path, step: int, follower: RunCallback) -> Mapping[str, Any]:
-            if adapted is not None and adapted.ranks is not None:
-                write_state(folder / ADAPTER_FILE, adapted.ranks.state_dict())
+            if adapted is not None and adapted.kept is not None:
+                write_state(folder / ADAPTER_FILE, adapted.kept.state_dict())
             seconds = before + time.perf_counter() - self.began
             told = {"settings": settings, "rows": digest, "seconds": seconds, "versions": now}
             seen = {"unmeasured": follower.unmeasured, "history": list(follower.history)}

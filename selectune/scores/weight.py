@@ -32,6 +32,24 @@ def magnitude(weight: Tensor) -> Tensor:
     return weight.abs()
 
 
+@score(reads="matrix")
+def lift(weight: Tensor, rank: int = 128) -> Tensor:
+    """H = |W_r|: the largest entries of the best approximation of rank r to the weight W, by its singular values.
+
+    A tensor of more dimensions is a matrix of its first dimension; a vector has rank 1 and is itself.
+    Reads: weights, a singular value decomposition of each. Source: Liu et al. (2025), LIFT, arXiv 2506.00772.
+
+    >>> import torch, selectune as st
+    >>> st.scores.lift(rank=1)(torch.tensor([[3.0, 0.0], [0.0, 2.0]])).round(decimals=4).tolist()
+    [[3.0, 0.0], [0.0, 0.0]]
+    """
+    matrix = weight.reshape(weight.shape[0], -1) if weight.ndim > 1 else weight.reshape(1, -1)
+    if rank >= min(matrix.shape):
+        return weight.abs()
+    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    return ((left[:, :rank] * sizes[:rank]) @ right[:rank]).abs().view(weight.shape)
+
+
 @score(reads="nothing")
 def random(weight: Tensor, generator: Generator) -> Tensor:
     """H ~ U(0, 1), independent of the weight (R-Mask): B entries uniformly, without replacement.

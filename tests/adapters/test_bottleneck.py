@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from selectune.adapters import find, put_on
-from selectune.adapters.bottleneck import NAME, Bottleneck
+from selectune.adapters.own.bottleneck import NAME, Bottleneck
 from selectune.errors import ConfigError
 
-KINDS = ("houlsby", "pfeiffer", "parallel")
+KINDS = ("houlsby", "pfeiffer", "parallel", "series")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,7 +52,7 @@ def test_sizes(name, kind):
     model = make(name)
     adapted = put_on(model, f"{kind}:reduction=4")
     layers = 4 if name in BOTH else 2
-    sites = {"houlsby": 2 * layers + (2 if name in BOTH else 0), "pfeiffer": layers, "parallel": layers}[kind]
+    sites = {"houlsby": 2 * layers + (2 if name in BOTH else 0), **dict.fromkeys(KINDS[1:], layers)}[kind]
     assert adapted.size == sites * (2 * 16 * 4 + 4 + 16)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     norms = {n for n in trainable if NAME not in n}
@@ -98,7 +98,7 @@ def test_where_adapters_sit_in_bert():
             a = a + layer.attention.output.dense.bottleneck(a)
         a = run("attention.output.LayerNorm", a + x)
         h = run("output.dense", F.gelu(run("intermediate.dense", a)))
-        if kind == "houlsby":
+        if kind in ("houlsby", "series"):
             h = h + layer.output.dense.bottleneck(h)
         if kind == "parallel":
             h = h + layer.output.dense.bottleneck(a)

@@ -19,6 +19,7 @@ SMALL = {
     "prefix": ":tokens=4",
     "prompt": ":tokens=4",
     "ptuning": ":tokens=4",
+    "pasta": ":ids=3+4",
 }
 HEAD = ("classifier.weight", "classifier.bias")
 BATCH = {**inputs("bert"), "labels": torch.tensor([0, 1])}

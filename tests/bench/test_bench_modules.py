@@ -73,7 +73,7 @@ def test_names_that_make_no_sense(name, message):
 @pytest.mark.parametrize("adapter", [kind for kind in KINDS if kind != "shira"])
 def test_every_adapter_can_be_planned(adapter):
     """Its size is that of the adapter on a model with weights."""
-    adapted = put_on(prepare(TINY), adapter, record=False, steps=10)
+    adapted = put_on(prepare(TINY), methods.placed(adapter), record=False, steps=10)
     size = sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
     found = plan(TINY, adapter, 100, 10)
     assert found.trained == size

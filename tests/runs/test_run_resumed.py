@@ -148,6 +148,18 @@ def test_ranks_that_move(config, tmp_path):
         run(config, resume=tmp_path / "out/checkpoint-9")
 
 
+@pytest.mark.parametrize("method", ["sora:xi=0.001", "dylora:r=4", "increlora:r=2", "adamix:experts=2,init=zero"])
+def test_adapters_that_do_more_than_a_step(config, tmp_path, method):
+    """Gates that shrink, ranks that are drawn or grow, and sites that are drawn go on as if there had been no stop."""
+    config = dataclasses.replace(config, method=method, budget=None, max_steps=8, save_every=3, eval_every=50)
+    straight = run(config)
+    rest = run(dataclasses.replace(config, out=str(tmp_path / "rest")), resume=tmp_path / "out/checkpoint-3")
+    assert rest.delta.read_bytes() == straight.delta.read_bytes()
+    if method.startswith("increlora"):
+        late = run(dataclasses.replace(config, out=str(tmp_path / "late")), resume=tmp_path / "out/checkpoint-6")
+        assert late.delta.read_bytes() == straight.delta.read_bytes()
+
+
 @pytest.fixture
 def made(config, monkeypatch):
     """A finished run's settings, where neither model nor data can be loaded any more."""

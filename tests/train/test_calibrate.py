@@ -47,12 +47,13 @@ def test_batches_are_scored_one_by_one():
 
 def test_pooled_gradients_are_summed_before_the_score():
     model = net().eval()
-    ours = found(model, st.scores.snip(batches=2))
+    ours, sizes = found(model, st.scores.snip(batches=2)), found(model, st.scores.d3_pooled(exp=0.0, batches=2))
     slow = [torch.zeros_like(p) for p in model.parameters()]
     for batch in BATCHES[:2]:
         for total, g in zip(slow, gradients(model, batch), strict=True):
             total += g
     assert all(torch.equal(a, (g * w).abs()) for a, g, w in zip(ours, slow, model.parameters(), strict=True))
+    assert all(torch.equal(a, g.abs()) for a, g in zip(sizes, slow, strict=True))
 
 
 def test_clipping_is_per_tensor_and_before_the_square():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selectune import bits
 from selectune.train.choose.chooser import Chooser, Selection, seed_of
 from selectune.train.choose.scan import queues, scan, scan_queued
 from selectune.train.optim.contract import NewEntries
@@ -59,6 +60,8 @@ class Growing(Chooser):
         generator = torch.Generator().manual_seed(self._seed_of(step))
         for tensor in self.tensors:
             known = None if scores is None else scores[tensor.index]
+            if self.score.reads is Reads.MATRIX:
+                known = self.score(tensor.weight.detach().to(bits.wide(tensor.weight.dtype)))
             if not scan(collector, self.score, tensor, self._taken(tensor.index), generator=generator, known=known):
                 self.events["nonfinite_selections"] += 1
                 log.warning('Scores of "%s" are not finite; its entries from there on are left out.', tensor.name)

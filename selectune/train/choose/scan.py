@@ -161,8 +161,10 @@ def _cutoff(collector: Collector) -> float:
 
 def check_score(score: Score, tensors: Sequence[ScopedTensor]) -> None:
     """Raises ConfigError if a score breaks its contract, or its (|w| + eps)^exp leaves the range of floats."""
-    gradient = None if score.reads in (Reads.WEIGHT, Reads.NOTHING) else torch.linspace(0.5, 1.5, 64)
-    score(torch.linspace(-1.0, 1.0, 64), gradient, torch.Generator().manual_seed(0))  # a trial on numbers of no model
+    alone = score.reads in (Reads.WEIGHT, Reads.MATRIX, Reads.NOTHING)
+    weight, gradient = torch.linspace(-1.0, 1.0, 64), None if alone else torch.linspace(0.5, 1.5, 64)
+    weight = weight.view(8, 8) if score.reads is Reads.MATRIX else weight
+    score(weight, gradient, torch.Generator().manual_seed(0))  # a trial on numbers of no model
     if score.weighting is not None:
         _check_weighting(score)
     if score.fused != "ratio" or abs(score.parameters["exp"]) <= 8:

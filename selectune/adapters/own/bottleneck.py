@@ -5,6 +5,7 @@ With d the width of the model and r = d / reduction, a site holds 2dr + r + d sc
     houlsby   h <- h + U f(D h)            at the end of attention and of the FFN, before the residual is added
     pfeiffer  h <- h + U f(D LN(h + x))    at the end of the FFN; x is the residual, LN the layer's own norm
     parallel  h <- h + s U f(D x)          around the FFN; x is what goes into it
+    series    h <- h + U f(D h)            at the end of the FFN, before the residual is added
 
 In a model without a norm behind the FFN (pre-LN: LLaMA, GPT-2, T5), pfeiffer reads h + x itself, as AdapterHub does. An
 adapter sits before the sub-layer's dropout; the papers put it behind, which is the same in evaluation.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from selectune.adapters.injected import Injected, Wanted, put_children
 from selectune.adapters.roles import Role, of_kind, width
 from selectune.errors import ConfigError
 
@@ -31,6 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "swish": F.silu, "tanh": torch.tanh
 }  # fmt: skip
 INITS = ("normal", "zero")
+SitesOf = Callable[[Sequence[Role]], "list[Site]"]
 
 
 class Bottleneck(nn.Module):
@@ -60,38 +64,28 @@ class Bottleneck(nn.Module):
         return (self.scale * self.up(hidden)).to(h.dtype)
 
 
-def put_on(model: nn.Module, kind: str, options: Mapping[str, Any], found: Sequence[Role]) -> Callable[[], None]:
-    """Put adapters of a kind on a model; returns a function that takes them off again, without a trace.
+def put_on(sites_of: SitesOf, needs: str, wanted: Wanted) -> Injected:
+    """Puts adapters on a model. Raises ConfigError if the role map lacks the modules that the kind needs."""
+    modules, o = dict(wanted.model.named_modules()), wanted.options
+    sites = {site.where: site for site in found_sites(sites_of, needs, wanted)}
 
-    Raises ConfigError if the role map lacks the modules that the kind needs, or if adapters are there already.
-    """
-    modules = dict(model.named_modules())
-    sites_of, needs = SITES[kind]
-    sites = sites_of(found)
+    def made(like: nn.Module) -> tuple[nn.Module, Tensor]:
+        d = width(like)
+        site = Bottleneck(d, max(1, d // o["reduction"]), o["activation"], o["init"], o["scale"])
+        return site, cast(Tensor, like.weight)
+
+    children = {where: made(modules[site.width_of]) for where, site in sites.items()}
+    hook = lambda where, module, child: sites[where].hook(modules, child)  # noqa: E731
+    return Injected(wanted.model, put_children(wanted.model, NAME, children, hook))
+
+
+def found_sites(sites_of: SitesOf, needs: str, wanted: Wanted) -> list[Site]:
+    """The places of a kind's adapters; raises ConfigError where there are none."""
+    sites = sites_of(wanted.found)
     if not sites:
-        raise ConfigError(
-            f"The role map of {type(model).__name__} names no place for {kind} adapters: it needs {needs}."
-        )
-    for site in sites:
-        if hasattr(modules[site.where], NAME):
-            raise ConfigError(f'"{site.where}" has an adapter already; take it off first.')
-    handles: list[RemovableHandle] = []
-    for site in sites:
-        module, like = modules[site.where], modules[site.width_of]
-        d, weight = width(like), cast(Tensor, like.weight)
-        r = max(1, d // options["reduction"])
-        made = Bottleneck(d, r, options["activation"], options["init"], options["scale"])
-        dtype = torch.promote_types(weight.dtype, torch.float32)  # fp32 on a half model, as peft does
-        module.add_module(NAME, made.to(weight.device, dtype).train(module.training))
-        handles += site.hook(modules, made)
-
-    def remove() -> None:
-        for handle in handles:
-            handle.remove()
-        for site in sites:
-            del modules[site.where]._modules[NAME]
-
-    return remove
+        name = type(wanted.model).__name__
+        raise ConfigError(f"The role map of {name} names no place for {wanted.kind} adapters: it needs {needs}.")
+    return sites
 
 
 @dataclass(frozen=True)
@@ -160,9 +154,11 @@ def _by_layer(found: Sequence[Role], kind: str) -> dict[tuple[str, int], str]:
     return {role.place: role.name for role in of_kind(found, kind)}
 
 
-SITES: dict[str, tuple[Callable[[Sequence[Role]], list[Site]], str]] = {
-    "houlsby": (_houlsby, "attention_output or ffn2"),
-    "pfeiffer": (_pfeiffer, "ffn2 and either ffn_norm or ffn_end"),
-    "parallel": (_parallel_sites, "ffn1 and ffn2"),
-}
-"""{kind: its sites in a model, and the roles that they need}."""
+def _series_sites(found: Sequence[Role]) -> list[Site]:
+    return [Site(role.name, role.name) for role in of_kind(found, "ffn2")]
+
+
+houlsby = partial(put_on, _houlsby, "attention_output or ffn2")
+pfeiffer = partial(put_on, _pfeiffer, "ffn2 and either ffn_norm or ffn_end")
+parallel = partial(put_on, _parallel_sites, "ffn1 and ffn2")
+series = partial(put_on, _series_sites, "ffn2")
