@@ -307,10 +307,10 @@ def test_the_helpers_make_the_good_file():
 @pytest.mark.parametrize(("make", "message"), ROWS.values(), ids=ROWS.keys())
 def test_hostile_file_is_refused(make, message):
     data = make()
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(DeltaFormatError, match=message):
         Delta.from_bytes(data)
-    assert time.perf_counter() - start < 3.0
+    assert time.process_time() - start < 3.0
 
 
 def test_every_single_bit_flip_is_refused(tries):

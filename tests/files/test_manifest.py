@@ -51,6 +51,7 @@ HARMS = {
     "folder": lambda path, rng: (path.unlink(), path.mkdir()),
     "pipe": lambda path, rng: (path.unlink(), os.mkfifo(path)),
     "dangling": lambda path, rng: (path.unlink(), path.symlink_to("nowhere")),
+    "loop": lambda path, rng: (path.unlink(), path.symlink_to(path.name)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -71,6 +72,33 @@ def test_a_folder_that_may_not_be_written(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(RunFolderError, match="cannot be written into: Permission denied"):
         own(tmp_path / "run", "x").__enter__()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    """A run may write there, without the lock; any other fault of the lock is an error."""
+
+    def fails(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", fails)
+    if number == errno.EIO:
+        with pytest.raises(RunFolderError, match="cannot be written into: Input/output error"):
+            own(tmp_path / "run", "x").__enter__()
+    else:
+        with own(tmp_path / "run", "x") as folder:
+            (folder / "kept").write_text("")
+
+
+def test_a_lock_whose_owner_has_written_nothing_readable(tmp_path):
+    import fcntl
+
+    with open(tmp_path / ".selectune.lock", "w") as held:
+        held.write("not json")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunFolderError, match="is in use by another run"):
+            own(tmp_path, "x").__enter__()
 
 
 def test_many_that_want_it_at_once(tmp_path, tries):
