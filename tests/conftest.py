@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import random
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -119,6 +120,26 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def note(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """`note("import took 0.1 s")` appears under "notes" at the end of the run."""
     return lambda text: record_property("note", text)
+
+
+# -- tries: how many cases a test has tried, for RELIABILITY.md
+
+
+@pytest.fixture
+def tries(record_property: Callable[[str, object], None]) -> Callable[[int], None]:
+    """`tries(300)`: this test has tried 300 cases. A test that does not say so counts as one."""
+    return lambda count: record_property("tries", count)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test of hypothesis tries as many cases as its statistics say."""
+    try:
+        return (yield)
+    finally:
+        told = getattr(item, "hypothesis_statistics", "")
+        if passed := sum(map(int, re.findall(r"(\d+) passing", told))):
+            item.user_properties.append(("tries", passed))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 _BERT = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512}
 _LLAMA = {"model_type": "llama", "max_position_embeddings": 8192, "tie_word_embeddings": True}
+_LARGE = {**_LLAMA, "vocab_size": 32000, "max_position_embeddings": 4096, "tie_word_embeddings": False}
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": {
         **_BERT, "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -36,5 +37,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama-1b": {
         **_LLAMA, "vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "intermediate_size": 8192,
+    },
+    # Of a size to be planned. Shapes of Llama 2 (Touvron and others 2023, arXiv 2307.09288).
+    "llama-7b": {
+        **_LARGE, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008,
+    },
+    "llama-70b": {
+        **_LARGE, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "intermediate_size": 28672,
     },
 }  # fmt: skip

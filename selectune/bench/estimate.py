@@ -60,6 +60,10 @@ class Prediction:
     ledger: int  # positions, slots, and copies of base values
     workspace: int
     calibration: int  # beside the weights, while the score is read from data; in place of saved to workspace
+    ranks: int  # processes that train together; the sizes are those of each
+    exchange: int  # what their collectives hold: the bucket of the reduced gradients, and the mean of a dense one
+    sent: int  # by each process, in a step that selects nothing
+    sent_selecting: int  # by each process, in a step that selects by its gradient
     peak: int  # the weights, and the larger of training and calibration
     above_model: int  # peak - weights, which `selectune bench` measures
     delta_bytes: int
@@ -72,6 +76,7 @@ def plan(
     steps: int | None = None,
     optimizer: str = "adamw",
     on: str | None = None,
+    ranks: int = 1,
 ) -> Prediction:
     """Predicts a run of `method` (`id3:every=10`, `lora:r=8`, `full`, `frozen`, ...) on a model's config.
 
@@ -81,9 +86,15 @@ def plan(
 
     A method with a dense phase is predicted in that phase, where its memory is largest.
 
+    `ranks`: processes under DistributedDataParallel. Each sends 2 (n - 1)/n times the bytes of what is averaged, as
+    a ring does (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations"): the
+    gradients of what is trained, and in a selecting step the dense gradient of every tensor in scope, one by one.
+
     Raises ModelError for a config that cannot be found and for a model that cannot run without data, BudgetError,
-    ConfigError for unknown names and for SHiRA, whose mask is made of numbers.
+    ConfigError for unknown names, for SHiRA, whose mask is made of numbers, and for what one process must train.
     """
+    if ranks < 1:
+        raise ConfigError(f"--ranks {ranks}: expected at least 1 process.")
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZERS)}.")
     name = method if on is None else f"{method}+{on}"
@@ -98,7 +109,7 @@ def plan(
         bench = _fitting(bench, config, name)
         with faked(model):
             chosen, found = _method(model, name, count, steps or 1000)
-            return _predicted(bench, config, model, total, base, name, chosen, found, steps, optimizer)
+            return _predicted(bench, config, model, total, base, name, chosen, found, steps, optimizer, ranks)
     except SelectuneError:
         raise
     except Exception as error:
@@ -111,8 +122,12 @@ def plan(
 
 def _predicted(
     bench: Bench, config: Any, model: nn.Module, total: int, weights: int, name: str, chosen: Method | None,
-    found: Found, steps: int | None, optimizer: str,
+    found: Found, steps: int | None, optimizer: str, ranks: int,
 ) -> Prediction:  # fmt: skip
+    if ranks > 1 and chosen is not None and chosen.dense is not None:
+        raise ConfigError(
+            f"--ranks {ranks}: {name} trains every entry for a while, which one process does. Leave it out."
+        )
     schedule = None if chosen is None or chosen.schedule is None else chosen.schedule.resolve(found.eligible)
     count = 0 if schedule is None else resolve_budget(schedule.budget, found.eligible)
     wholly = sum(t.parameter.numel() for t in found.whole)
@@ -135,7 +150,11 @@ def _predicted(
     sampled = count > 0 and not always
     workspace = _turned(model, bench) if sampled else 0
     if selects and chosen is not None:
-        workspace += min(_PIECE, widest) * _SCORING + _rounded(model, bench, chosen, schedule, steps or 1000)
+        workspace += min(_PIECE, widest) * _SCORING
+        workspace += _rounded(model, bench, chosen, schedule, steps or 1000) if ranks == 1 else 0
+    reduced = quiet.values + size(t.parameter for t in found.whole)
+    dense_means = [t.parameter.numel() * wide(t.parameter.dtype).itemsize for t in found.tensors] if selects else []
+    exchange = reduced + max(dense_means, default=0) if ranks > 1 else 0
     room = quiet.peak - quiet.saved - quiet.kept
     gradient = min(room, quiet.gradients)
     itemsize = DTYPES[bench.dtype].itemsize
@@ -147,7 +166,7 @@ def _predicted(
         shipped = size(t.parameter for t in (*found.whole, *found.tensors))
     calibration = _calibration(model, bench, config, chosen, found)
     again = calibration and schedule is not None and not schedule.keeps  # during the run, beside what it holds then
-    above = adapter + max(peak + workspace, calibration + (quiet.kept if again else 0))
+    above = adapter + max(peak + workspace + exchange, calibration + (quiet.kept if again else 0))
     return Prediction(
         method=name,
         parameters=total,
@@ -166,6 +185,10 @@ def _predicted(
         ledger=quiet.kept - quiet.values - quiet.state - quiet.latents,
         workspace=workspace,
         calibration=calibration,
+        ranks=ranks,
+        exchange=exchange,
+        sent=_ring(reduced, ranks),
+        sent_selecting=_ring(reduced + sum(dense_means), ranks),
         peak=weights + above,
         above_model=above,
         delta_bytes=shipped,
@@ -253,6 +276,11 @@ def _turned(model: nn.Module, bench: Bench) -> int:
     widest = max((layer.weight.shape[1] for layer in linears(model).values()), default=0)
     workers = max(1, min(torch.get_num_threads(), DESKS // max(1, widest * PITCH)))
     return 4 * workers * (widest + BAND) * PITCH
+
+
+def _ring(size: int, ranks: int) -> int:
+    """Bytes that each of n processes sends to average so many: 2 (n - 1)/n times as many."""
+    return 2 * (ranks - 1) * size // ranks
 
 
 def updates_of(schedule: Schedule | None, steps: int, dense: int = 0) -> int:

@@ -104,12 +104,15 @@ def planned(found: dict[str, Any]) -> str:
         ("gradient", "dense gradients"), ("values", "offsets"), ("latents", "latents of a dense phase"),
         ("optimizer", "optimizer state"),
         ("ledger", "positions, slots, base values"), ("workspace", "scoring"),
-        ("calibration", "calibration, before training"),
+        ("calibration", "calibration, before training"), ("exchange", "collectives of the processes"),
         ("peak", "peak"), ("above_model", "peak above the model"),
     )  # fmt: skip
     lines = [f"{label:<30} {found[key] / mib:>12,.1f} MiB" for key, label in items]
     lines.append(f"{'delta file':<30} {found['delta_bytes']:>12,} bytes")
     lines.append(f"{'trained scalars':<30} {found['trained']:>12,} of {found['parameters']:,} ({found['density']:.4%})")
+    if found["ranks"] > 1:
+        for key, label in (("sent", "sent by each process a step"), ("sent_selecting", "the same, selecting")):
+            lines.append(f"{label:<30} {found[key] / mib:>12,.1f} MiB")
     if found["updates"] is not None:
         lines.append(f"{'updates of scalars':<30} {found['updates']:>12,} in {found['steps']:,} steps")
         lines.append(

@@ -106,6 +106,24 @@ def test_the_items_come_to_the_peak():
     assert found.optimizer == 8 * found.trained
 
 
+def test_what_several_processes_need_and_send():
+    """What is averaged, times 2 (n - 1)/n is sent. A bucket is held, and the mean of one dense gradient at a time."""
+    one, four = plan(TINY, "id3", 1000, 10), plan(TINY, "id3", 1000, 10, ranks=4)
+    assert (one.ranks, one.exchange, one.sent, one.sent_selecting) == (1, 0, 0, 0)
+    assert four.sent == 2 * 3 * 4 * 1000 // 4
+    assert four.sent_selecting == 2 * 3 * 4 * (1000 + 112_450) // 4
+    assert four.exchange == 4 * 1000 + 4 * 512 * 64  # the offsets' bucket, and the embedding's mean
+    assert four.peak == one.peak - one.workspace + four.workspace + four.exchange
+    once = plan(TINY, "pafi", 1000, 10, ranks=2)
+    assert once.sent == once.sent_selecting == 4 * 1000
+    assert once.exchange == 4 * 1000
+    assert plan(TINY, "full", 0.01, 10, ranks=2).sent == 4 * 112_450
+    with pytest.raises(ConfigError, match="--ranks 2: lt-sft trains every entry for a while"):
+        plan(TINY, "lt-sft", 1000, 10, ranks=2)
+    with pytest.raises(ConfigError, match="--ranks 0"):
+        plan(TINY, "id3", 1000, ranks=0)
+
+
 def test_methods_and_optimizers_differ_as_they_should():
     full, floor = plan(TINY, "full", 0.01, 10), plan(TINY, "frozen", 0.01, 10)
     static, momentum = plan(TINY, "pafi", 0.01, 10), plan(TINY, "pafi", 0.01, 10, "momentum")
@@ -168,6 +186,8 @@ def test_the_command_plans():
     assert value["peak"] > value["weights"]
     text = CliRunner().invoke(app, command)
     assert "1,124 of 112,450" in text.stdout
+    assert "sent by each process" not in text.stdout
+    assert "sent by each process" in CliRunner().invoke(app, [*command, "--ranks", "8"]).stdout
     assert CliRunner().invoke(app, ["plan", "--model", "tiny", "--method", "id4"]).exit_code == 2
 
 

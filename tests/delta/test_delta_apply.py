@@ -25,7 +25,7 @@ class Planted(Exception):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("error", [Planted, MemoryError, KeyboardInterrupt], ids=lambda e: e.__name__)
 @pytest.mark.parametrize("act", ["apply", "revert", "merge"])
-def test_all_or_nothing_at_every_tensor(monkeypatch, act, error, when):
+def test_all_or_nothing_at_every_tensor(monkeypatch, tries, act, error, when):
     model, delta = small()
     if act == "revert":
         delta.apply(model)
@@ -53,6 +53,7 @@ def test_all_or_nothing_at_every_tensor(monkeypatch, act, error, when):
             except error:
                 assert snapshot(model) == before
     assert k == 4
+    tries(k)
     assert snapshot(model) != before
 
 

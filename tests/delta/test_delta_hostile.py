@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 import tracemalloc
@@ -14,6 +15,7 @@ from delta_kit import canonical, close_up, edited, open_up, repacked, sealed, sm
 from selectune.delta import Delta
 from selectune.errors import DeltaFormatError
 
+MUTANTS = int(os.environ.get("MUTANTS", "3000"))  # 20000 in the long form
 MODEL, DELTA = small()
 GOOD = DELTA.to_bytes()
 META, ENTRIES, PAYLOAD = open_up(GOOD)
@@ -305,14 +307,15 @@ def test_the_helpers_make_the_good_file():
 @pytest.mark.parametrize(("make", "message"), ROWS.values(), ids=ROWS.keys())
 def test_hostile_file_is_refused(make, message):
     data = make()
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(DeltaFormatError, match=message):
         Delta.from_bytes(data)
-    assert time.perf_counter() - start < 3.0
+    assert time.process_time() - start < 3.0
 
 
-def test_every_single_bit_flip_is_refused():
+def test_every_single_bit_flip_is_refused(tries):
     data = bytearray(GOOD)
+    tries(8 * len(data))
     for bit in range(8 * len(data)):
         data[bit >> 3] ^= 1 << (bit & 7)
         with pytest.raises(DeltaFormatError):
@@ -321,7 +324,8 @@ def test_every_single_bit_flip_is_refused():
     assert Delta.from_bytes(bytes(data)) == DELTA
 
 
-def test_every_truncation_is_refused():
+def test_every_truncation_is_refused(tries):
+    tries(len(GOOD))
     for length in range(len(GOOD)):
         with pytest.raises(DeltaFormatError):
             Delta.from_bytes(GOOD[:length])
@@ -345,14 +349,15 @@ def _mutated(value, source: random.Random):
     return source.choice(odd)
 
 
-def test_structured_mutants_raise_nothing_else():
+def test_structured_mutants_raise_nothing_else(tries):
     """Sealed again, so they get past the digest; what loads must be a valid delta that says what it says."""
     source = random.Random(3)
-    loaded = 0
-    for _ in range(3000):
+    loaded = tried = 0
+    for _ in range(MUTANTS):
         metadata = _mutated({k: v for k, v in META.items() if k != "digest"}, source)
         if not isinstance(metadata, dict):
             continue
+        tried += 1
         data = close_up(sealed(metadata), ENTRIES, PAYLOAD)
         if source.random() < 0.2:
             header = {"__metadata__": {"selectune": sealed(metadata)}, **ENTRIES}
@@ -363,12 +368,14 @@ def test_structured_mutants_raise_nothing_else():
             continue
         loaded += 1
         assert delta.to_bytes() == data
-    assert loaded < 1500
+    tries(tried)
+    assert loaded < 0.5 * MUTANTS
 
 
-def test_splices_of_two_good_files_are_refused():
+def test_splices_of_two_good_files_are_refused(tries):
     source = random.Random(4)
     other = Delta(DELTA.patches, DELTA.dense, {**DELTA.info, "budget": 5}).to_bytes()
+    tries(1000)
     for _ in range(1000):
         cut, back = source.randrange(len(GOOD)), source.randrange(len(other))
         data = GOOD[:cut] + other[back:]

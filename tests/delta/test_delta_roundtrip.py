@@ -29,6 +29,7 @@ from hypothesis import strategies as some
 from safetensors.torch import load as safetensors_load
 
 from selectune.delta import Delta, Dense, Patch, base_info, diff, load
+from selectune.delta.file.fingerprint import digest_bits
 from selectune.errors import DeltaError, DeltaFormatError, NonFiniteError
 
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (5, 1), (0, 4), (2, 3, 4), (2, 3, 4, 5)]
@@ -293,6 +294,27 @@ BAD_PARTS = {
 def test_parts_that_do_not_fit_are_refused(patches):
     with pytest.raises(DeltaError):
         Delta(patches, [], {"base": base_info(Bag({"w": torch.zeros(4)}))})
+
+
+def _dense(**changes):
+    fields = {"name": "b", "kind": "buffer", "tensor": torch.ones(2), "base_digest": digest_bits(torch.zeros(2))}
+    return Dense(**{**fields, **changes})
+
+
+BAD_DENSE = {
+    "kind unknown": ([], [_dense(kind="module")], "has kind 'module'"),
+    "dtype outside the format": ([], [_dense(tensor=torch.ones(2, dtype=torch.complex128))], "has dtype complex128"),
+    "base of another shape": ([], [_dense(base_tensor=torch.zeros(3))], "base tensor of"),
+    "base of another dtype": ([], [_dense(base_tensor=torch.zeros(2).double())], "base tensor of"),
+    "base of another digest": ([], [_dense(base_tensor=torch.ones(2))], "do not have the digest"),
+    "old values in some": ([_patch()], [_dense(base_tensor=torch.zeros(2))], "all or none"),
+}
+
+
+@pytest.mark.parametrize(("patches", "dense", "message"), BAD_DENSE.values(), ids=BAD_DENSE.keys())
+def test_dense_parts_that_do_not_fit_are_refused(patches, dense, message):
+    with pytest.raises(DeltaError, match=message):
+        Delta(patches, dense, {"base": base_info(Bag({"w": torch.zeros(4)}))})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -119,7 +119,8 @@ CLASSES = {
 
 
 @pytest.mark.parametrize(("make", "message"), CLASSES.values(), ids=CLASSES.keys())
-def test_wrong_base_is_refused(make, message):
+def test_wrong_base_is_refused(make, message, tries):
+    tries(20)
     for i in range(20):
         delta = delta_of(i)
         model = make(delta, i)
@@ -131,7 +132,8 @@ def test_wrong_base_is_refused(make, message):
         assert snapshot(model) == before
 
 
-def test_the_right_base_is_taken():
+def test_the_right_base_is_taken(tries):
+    tries(20)
     for i in range(20):
         model = Tiny()
         before = snapshot(model)
@@ -140,7 +142,8 @@ def test_the_right_base_is_taken():
         assert snapshot(model) == before
 
 
-def test_one_ulp_anywhere_is_seen_by_the_full_check():
+def test_one_ulp_anywhere_is_seen_by_the_full_check(tries):
+    tries(20)
     for i in range(20):
         delta = delta_of(i, full=True, tensors=("layers.0.weight",))
         model = one_ulp(Tiny(), "layers.1.weight", i)

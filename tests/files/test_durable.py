@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 
 import pytest
@@ -46,7 +47,7 @@ class Shim:
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["disk full", "interrupt"]
 )
-def test_failure_at_every_call(tmp_path, monkeypatch, existing, error):
+def test_failure_at_every_call(tmp_path, monkeypatch, tries, existing, error):
     path = tmp_path / "delta.safetensors"
     for k in range(100):
         for file in tmp_path.iterdir():
@@ -72,6 +73,7 @@ def test_failure_at_every_call(tmp_path, monkeypatch, existing, error):
         assert [file.name for file in tmp_path.iterdir()] == ([path.name] if existing or renamed else [])
         if existing or renamed:
             assert path.read_bytes() == (NEW if renamed else OLD)
+    tries(k)
     assert k >= 8
     assert path.read_bytes() == NEW
 
@@ -148,6 +150,41 @@ def test_reading_owns_what_it_read(tmp_path):
     data = read_owned(path)
     path.write_bytes(OLD)
     assert bytes(data) == NEW
+
+
+def test_what_cannot_be_read(tmp_path, monkeypatch):
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "socket"))
+        with pytest.raises(DeltaFormatError, match="not a regular file"):
+            read_owned(tmp_path / "socket")
+    (tmp_path / "x").write_bytes(NEW)
+
+    class Fails:
+        def __getattr__(self, name):
+            def readv(*args):
+                raise OSError(errno.EIO, "Input/output error")
+
+            return readv if name == "readv" else getattr(os, name)
+
+    monkeypatch.setattr(durable, "os", Fails())
+    with pytest.raises(DeltaError, match=r"cannot read .*x: Input/output error"):
+        read_owned(tmp_path / "x")
+
+
+def test_an_interrupt_just_after_the_rename_leaves_the_new_file(tmp_path, monkeypatch):
+    class Late:
+        def __getattr__(self, name):
+            def replace(*args, **where):
+                os.replace(*args, **where)
+                raise KeyboardInterrupt
+
+            return replace if name == "replace" else getattr(os, name)
+
+    monkeypatch.setattr(durable, "os", Late())
+    with pytest.raises(KeyboardInterrupt):
+        write_durably(tmp_path / "x", NEW)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == NEW
 
 
 def test_reading_is_limited_and_checked_by_the_head_first(tmp_path):

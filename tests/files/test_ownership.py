@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -73,7 +74,34 @@ def test_a_folder_that_may_not_be_written(tmp_path):
         own(tmp_path / "run", "x").__enter__()
 
 
-def test_many_that_want_it_at_once(tmp_path):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    """A run may write there, without the lock; any other fault of the lock is an error."""
+
+    def fails(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", fails)
+    if number == errno.EIO:
+        with pytest.raises(RunFolderError, match="cannot be written into: Input/output error"):
+            own(tmp_path / "run", "x").__enter__()
+    else:
+        with own(tmp_path / "run", "x") as folder:
+            (folder / "kept").write_text("")
+
+
+def test_a_lock_whose_owner_has_written_nothing_readable(tmp_path):
+    import fcntl
+
+    with open(tmp_path / ".selectune.lock", "w") as held:
+        held.write("not json")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunFolderError, match="is in use by another run"):
+            own(tmp_path, "x").__enter__()
+
+
+def test_many_that_want_it_at_once(tmp_path, tries):
     """Owners come and go, each removing the lock's file; at no time are there two."""
     code = (
         "import os, sys, time; from selectune.files import own; from selectune.errors import RunFolderError\n"
@@ -89,4 +117,5 @@ def test_many_that_want_it_at_once(tmp_path):
     line = [sys.executable, "-c", code, str(tmp_path)]
     for process in [subprocess.Popen(line) for _ in range(4)]:
         assert process.wait(timeout=120) == 0
+    tries(4 * 25)
     assert [path.name for path in tmp_path.iterdir()] == ["keep"]

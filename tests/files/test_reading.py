@@ -116,7 +116,8 @@ def values_of(value):
         yield value
 
 
-def test_500_mutants_of_a_run(tmp_path):
+def test_500_mutants_of_a_run(tmp_path, tries):
+    tries(500)
     file = tmp_path / "run.json"
     refused = read = 0
     for data in mutants(json.dumps(RUN, indent=1).encode(), 500, seed=1):
@@ -176,10 +177,11 @@ def test_limits(tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_300_mutants_of_lines(tmp_path, packed):
+def test_300_mutants_of_lines(tmp_path, tries, packed):
     """gzip has a checksum, so a flipped bit that it does not report is in its own header, and the rows are the same."""
     file = tmp_path / ("train.jsonl.gz" if packed else "train.jsonl")
     refused = read = 0
+    tries(300)
     for data in mutants(gzip.compress(LINES) if packed else LINES, 300, seed=2):
         file.write_bytes(data)
         try:

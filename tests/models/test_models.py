@@ -140,7 +140,7 @@ def test_damaged_json_of_a_model(tiny, tmp_path, file, name):
     assert "broken" in said or (said == "taken" and file == "tokenizer_config.json"), said
 
 
-def test_100_mutants_of_a_model(tiny, tmp_path):
+def test_100_mutants_of_a_model(tiny, tmp_path, tries):
     """Each is refused with the folder's name, or taken."""
     folder = Path(shutil.copytree(tiny, tmp_path / "broken"))
     draw, refused = random.Random(0), 0
@@ -157,6 +157,7 @@ def test_100_mutants_of_a_model(tiny, tmp_path):
         except ModelError as error:
             refused += str(folder) in str(error) or "broken" in str(error)
         file.write_bytes(whole)
+    tries(100)
     assert refused > 50
     load_model(str(folder), RTE.head, 0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from train_kit import Mixed, bits, changed, mixed_loss, same, tokens
 
 import selectune as st
 
+RUNS = int(os.environ.get("RUNS", "120"))  # 1000 in the long form
 OPTIMIZERS = {
     "AdamW, default decay": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "AdamW, heavy decay, foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5, foreach=True),
@@ -52,7 +55,7 @@ def runs(draw):
     }
 
 
-@settings(max_examples=120)
+@settings(max_examples=RUNS)
 @given(runs())
 def test_budget_and_bits(run):
     """I1-I4, I6, I7, I9: at most B differ, all else keeps its bits, supports grow, detach restores every byte."""
@@ -99,7 +102,7 @@ def test_budget_and_bits(run):
     assert same(bits(model), base)
 
 
-@settings(max_examples=30)
+@settings(max_examples=RUNS // 4)
 @given(some.integers(-20, 20), some.integers(0, 100))
 def test_scaling_the_loss_by_a_power_of_two_selects_the_same(power, seed):
     def support(scale):

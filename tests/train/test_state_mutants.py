@@ -170,7 +170,7 @@ def through_a_file(state, file):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mutants(case, tmp_path, note):
+def test_mutants(case, tmp_path, note, tries):
     how, step = CASES[case]
     straight = Mutable(*how)
     straight.go(0, step)
@@ -222,6 +222,7 @@ def test_mutants(case, tmp_path, note):
             wrong.append(f"{where}: taken, and later {error!r:.150}")
         victim = Mutable(*how)
     note(f"{case}: {counts}")
+    tries(sum(counts.values()))
     assert not wrong, "\n".join(wrong)
     assert counts["refused"] > 0.5 * MUTANTS / len(CASES)
 

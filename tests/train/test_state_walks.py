@@ -53,7 +53,8 @@ def act(run, action, number):
 
 
 @pytest.mark.parametrize("case", MORE)
-def test_every_state_of_a_walk_is_taken(case):
+def test_every_state_of_a_walk_is_taken(case, tries):
+    taken = 0
     for seed in range(WALKS):
         draw = random.Random(f"{case} {seed}")
         run = Run(*MORE[case])
@@ -68,8 +69,10 @@ def test_every_state_of_a_walk_is_taken(case):
             fresh = Run(*MORE[case])
             fresh.tuner.load_state_dict(state)
             same_state(fresh.tuner.state_dict(), state)
+            taken += 1
             fresh.optimizer.load_state_dict(moments)
             if number % 3 == 2:
                 for run_on in (run, fresh):
                     act(run_on, "step", 50 + number)
                 assert same(bits(run.model), bits(fresh.model)), (seed, number, action)
+    tries(taken)

@@ -39,6 +39,7 @@ def plan(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in backward.")] = False,
     optimizer: Annotated[str, typer.Option(help="Optimizer: adamw, adam, sgd or momentum.")] = "adamw",
     device: Annotated[str, typer.Option(help="cpu or cuda: where the run will be. Neither is used here.")] = "cpu",
+    ranks: Annotated[int, typer.Option(help="Processes that train together, each with such a batch.")] = 1,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -51,5 +52,5 @@ def plan(
     with working():
         plugins.add_files(plugin or ())
         bench = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device)
-        found = asdict(predict(bench, method, values.budget_or_adapter(budget), steps, optimizer, on))
+        found = asdict(predict(bench, method, values.budget_or_adapter(budget), steps, optimizer, on, ranks))
     result(as_json, found, planned(found))
