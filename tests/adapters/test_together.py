@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -13,8 +14,13 @@ import selectune as st
 from selectune.adapters import put_on, together
 from selectune.errors import BaseMismatchError, ConfigError
 
+SWITCHES = int(os.environ.get("SWITCHES", 120))
+"""The long form has 1,000."""
 
-@pytest.mark.parametrize(("method", "switches"), [(st.full(), 1000), (st.id3(60, steps=4), 60)], ids=["full", "id3"])
+
+@pytest.mark.parametrize(
+    ("method", "switches"), [(st.full(), SWITCHES), (st.id3(60, steps=4), 60)], ids=["full", "id3"]
+)
 def test_a_thousand_switches_between_seeds(method, switches):
     """Two LoRA deltas of different seeds on one base, trained whole or selected from."""
     pytest.importorskip("peft")
