@@ -17,10 +17,11 @@ export SELECTUNE_DATA := $(abspath $(SELECTUNE_DATA))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lm study-smoke test test-zoo test-torch test-cpus docs lint format lock clean
+.PHONY: help setup demo lm study-smoke test test-zoo test-torch test-cpus reliability reliability-long docs lint \
+	format lock clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 25
 
 setup: $(STAMP) ## make .venv and install everything, pinned
 
@@ -70,6 +71,17 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 NUMBA_CPU_NAME=has
 test-cpus: ## all tests, as processors without AVX and with AVX2 only would round
 	env $(PLAIN) $(MAKE) test
 	env $(AVX2) $(MAKE) test
+
+# Rows that are not measured anew stay: `ONLY=ranks,signals make reliability-long` measures these two promises.
+ONLY ?=
+PROOF = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
+	$(BIN)/python tests/reliability/report.py --workers $(WORKERS) --only "$(ONLY)"
+
+reliability: setup ## try every promise and write RELIABILITY.md; minutes
+	$(PROOF)
+
+reliability-long: setup ## the same with more cases where there are more; an hour or so
+	$(PROOF) --long
 
 # The site can be read without a network. The pages that scripts write are written anew first.
 docs: setup $(DOCS_STAMP) ## build the documentation in site/; fails on a broken link or anything loaded from elsewhere

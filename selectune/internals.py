@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "SCRIPTED", "TorchDispatchMode", "WRAPPING", "after_backward", "averages", "backward_id", "can_share",
     "dispatch_modes", "fake_mode", "fake_of", "fast_int8", "forget", "go_on_compiling", "in_backward", "in_transform",
-    "is_fake",
-    "int8_product", "kept_plain", "never_compiled",
+    "is_fake", "joining", "int8_product", "kept_plain", "never_compiled",
     "outside_transforms", "plain_parameter", "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves",
     "tree_map", "tree_map_only", "versions_kept", "will_reach", "without_dispatch",
 ]  # fmt: skip
@@ -101,6 +100,12 @@ def averages(parameter: torch.Tensor) -> bool | None:
     """Whether the DistributedDataParallel whose forward is running averages this gradient; None if there is none."""
     around = _active_ddp()
     return None if around is None else any(p is parameter for p in around._module_parameters)
+
+
+def joining() -> bool:
+    """Whether the DistributedDataParallel whose forward is running lets ranks run out of batches (its `join`)."""
+    around = _active_ddp()
+    return around is not None and bool(around._join_config.enable)
 
 
 @functools.cache

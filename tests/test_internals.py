@@ -311,7 +311,7 @@ def test_a_wrapper_that_averages_gradients_is_known_while_its_forward_runs(tmp_p
 
     class Inner(nn.Linear):
         def forward(self, x):
-            seen.append((internals.averages(self.weight), internals.averages(late)))
+            seen.append((internals.averages(self.weight), internals.averages(late), internals.joining()))
             return super().forward(x)
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
@@ -320,7 +320,9 @@ def test_a_wrapper_that_averages_gradients_is_known_while_its_forward_runs(tmp_p
         around = nn.parallel.DistributedDataParallel(model)
         model.register_parameter("late", late)
         around(torch.ones(1, 2))
+        with around.join(throw_on_early_termination=True):
+            around(torch.ones(1, 2))
         model(torch.ones(1, 2))
     finally:
         dist.destroy_process_group()
-    assert seen == [(True, False), (None, None)], ON
+    assert seen == [(True, False, False), (True, False, True), (None, None, False)], ON

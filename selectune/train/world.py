@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from selectune import ops
 from selectune.bits import wide
 from selectune.errors import TunerError
-from selectune.internals import averages
+from selectune.internals import averages, joining
 from selectune.seeds import mixed, signed
 from selectune.train.support.ledger import Ledger
 
@@ -112,6 +112,12 @@ class World:
             raise TunerError(
                 "DistributedDataParallel was put around the model before the tuner was attached, so it does not know "
                 "the tuner's offsets and would not average their gradient. Attach first, and wrap the model then."
+            )
+        if joining():
+            raise TunerError(
+                "The model runs inside DistributedDataParallel.join(), where a process may run out of batches. The "
+                "others could not select then, because a selection is by the gradients of all. Give every process as "
+                "many batches, as torch's DistributedSampler, the Trainer and accelerate do, and leave join() out."
             )
         self._covered = averaged is True
         model = self._model()

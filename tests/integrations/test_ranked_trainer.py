@@ -1,4 +1,7 @@
-"""transformers' Trainer in two processes: the delta of one process, and a resumed run with the bits of a whole one."""
+"""transformers' Trainer in two processes: the delta of one process, and a resumed run with the bits of a whole one.
+
+torchrun starts the whole run and accelerate the resumed one, so the two launchers are held against each other.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch_kit import TORCHRUN, accelerated
 
 import selectune as st
 
 SCRIPT = str(Path(__file__).with_name("ranked_trainer.py"))
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def launch(*words: object) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=150, env=env)
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -44,5 +47,5 @@ def test_two_processes_give_the_delta_of_one(two, tmp_path):
 
 def test_a_resumed_run_of_two_processes_has_the_bits_of_a_whole_one(two, tmp_path):
     shutil.copytree(two / "checkpoint-3", tmp_path / "checkpoint-3")
-    launch(*TORCHRUN, SCRIPT, tmp_path, 4, "resume")
+    launch(*accelerated(), SCRIPT, tmp_path, 4, "resume")
     assert (tmp_path / "delta.safetensors").read_bytes() == (two / "delta.safetensors").read_bytes()

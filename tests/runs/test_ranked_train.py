@@ -1,4 +1,7 @@
-"""`selectune train` in two processes by torchrun: one folder, one delta, and a resumed run with the same bits."""
+"""`selectune train` in two processes: one folder, one delta, and a resumed run with the same bits.
+
+torchrun starts the whole run, and accelerate the resumed one.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,22 @@ import subprocess
 import sys
 
 import pytest
+from launch_kit import TORCHRUN, accelerated
 
 import selectune as st
 from selectune.runs.folder import run_folder
 
 pytest_plugins = ("tiny_fixtures",)
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
 
 @pytest.fixture
 def train(tiny, data):
-    def run(out, *more):
-        words = ("-m", "selectune", "train", "--model", tiny, "--task", "glue/rte", "--data", data, "--budget", "60")
+    def run(launcher, out, *more):
+        words = ("train", "--model", tiny, "--task", "glue/rte", "--data", data, "--budget", "60")
         settings = ("--max-steps", 4, "--batch-size", 4, "--lr", "1e-2", "--save-every", 2, "--out", out, "--json")
         done = subprocess.run(
-            [sys.executable, *map(str, (*TORCHRUN, *words, *settings, *more))],
-            capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [sys.executable, *map(str, (*launcher, "-m", "selectune", *words, *settings, *more))],
+            capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout)  # one process talks
@@ -34,13 +36,13 @@ def train(tiny, data):
 
 
 def test_two_processes_train_one_delta(train, tmp_path):
-    whole = train(tmp_path / "whole")
+    whole = train(TORCHRUN, tmp_path / "whole")
     there = sorted(path.name for path in (tmp_path / "whole").iterdir() if not path.name.startswith("."))
     assert there == ["checkpoint-2", "checkpoint-4", "delta.safetensors", "run.json"]
     assert (whole["selected"], whole["steps"], st.load(tmp_path / "whole").selected) == (60, 4, 60)
 
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "half" / "checkpoint-2")
-    resumed = train(tmp_path / "half", "--resume")
+    resumed = train(accelerated(), tmp_path / "half", "--resume")
     assert (resumed["resumed"], resumed["value"]) == (2, whole["value"])
     delta = [(tmp_path / name / "delta.safetensors").read_bytes() for name in ("whole", "half")]
     assert delta[0] == delta[1]

@@ -170,7 +170,7 @@ def test_the_benchmark_data_has_the_published_rows(real_data):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_mutants_of_a_data_file(packed, tmp_path):
+def test_mutants_of_a_data_file(packed, tmp_path, tries):
     """Each is refused with the file's name, or its rows are texts and finite labels of the task."""
     rows = [{"sentence1": f"a {n}", "sentence2": "b", "label": n / 2, "idx": n} for n in range(9)]
     file = tmp_path / "glue/stsb/train.jsonl"
@@ -191,6 +191,7 @@ def test_mutants_of_a_data_file(packed, tmp_path):
         b"}",
         b"true",
     )
+    tries(300)
     for _ in range(300):
         data = bytearray(whole)
         for _ in range(draw.choice((1, 3))):
