@@ -181,6 +181,14 @@ def test_a_cell_whose_process_dies_after_its_results_is_done(asked, tmp_path):
     assert workspace.failures() == []
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process")
+def test_a_cells_memory_is_not_that_of_the_process_which_started_it(tiny, tmp_path):
+    workspace = begin(tmp_path / "s", of_mapping(grid(tiny, tmp_path, methods=["pafi"], seeds=[1]), "grid"))
+    much = bytearray(b"x") * (2 << 30)
+    run_study(workspace, Counting(1))
+    assert workspace.records()[-1].more["peak_bytes"] < len(much)
+
+
 def test_a_method_that_is_renamed_keeps_its_runs_in_one_row(asked, tmp_path):
     run_study(begin(tmp_path / "s", asked), Pretending(1))
     named = begin(tmp_path / "s", dataclasses.replace(asked, methods=({"method": "id3", "name": "ours"},)))
