@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from selectune import plugins
+from selectune.bench.meter import Memory
 from selectune.errors import CheckpointError, ConfigError, SelectuneError, StoppedError
 from selectune.files import checkpoints, read_json, write_durably
 from selectune.models.restore import Source, evaluate_delta
@@ -43,6 +43,7 @@ def main(folder: Path) -> int:
     told = read_json(folder / CELL, error=ConfigError)
     cell = Cell(told["phase"], told["settings"], tuple(told["measure"]), told["name"])
     (folder / ERROR).unlink(missing_ok=True)
+    memory = Memory("cpu")
     stop = Stop()
     _listen(stop)
     try:
@@ -54,7 +55,7 @@ def main(folder: Path) -> int:
         write_durably(folder / ERROR, json.dumps(why).encode())
         return REFUSED
     write_durably(folder / ITEMS, json.dumps(_items(found)).encode())
-    records = [record.as_json() for record in _records(cell, told["key"], found)]
+    records = [record.as_json() for record in _records(cell, told["key"], found, memory.peak())]
     records += [record.as_json() for record in _elsewhere(cell, told["key"], found)]
     write_durably(folder / DONE, json.dumps({"records": records}, allow_nan=False).encode())
     return 0
@@ -72,7 +73,7 @@ def _trained(config: RunConfig, folder: Path, stop: Stop) -> RunResult:
         return run(config, overwrite=True, stop=stop, folder=owned)
 
 
-def _records(cell: Cell, key: str, found: RunResult) -> list[Record]:
+def _records(cell: Cell, key: str, found: RunResult, peak: int) -> list[Record]:
     """The evaluations on the way, and the last one, of the saved delta."""
     shared: dict[str, Any] = {
         "cell": key,
@@ -96,7 +97,7 @@ def _records(cell: Cell, key: str, found: RunResult) -> list[Record]:
         "changed": found.verification.changed,
         "budget": found.budget,
         "seconds": round(found.seconds, 3),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_bytes": peak,
         "delta_bytes": found.delta_bytes,
         "run": found.run,
         "kind": found.kind,

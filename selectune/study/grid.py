@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selectune import spec
+from selectune import plugins, spec
 from selectune.adapters import KINDS
 from selectune.documents import read_document
 from selectune.errors import SelectuneError, StudyError, did_you_mean
@@ -40,6 +40,8 @@ from selectune.study.records import Setting
 LISTS = ("models", "tasks", "methods", "budgets", "on", "seeds", "runs", "measure")
 _GRANTED = tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in ("out", "checkpoint_budgets"))
 _SELECTING = ("include", "exclude", "train_fully")
+_AXES = {"model": "models", "task": "tasks", "train": "tasks", "method": "methods", "budget": "budgets"}
+_AXES |= {"on": "on", "seed": "seeds"}
 _LIMIT = 1 << 20
 
 
@@ -103,6 +105,11 @@ class Grid:
         for name in ("models", "tasks", "methods"):
             if not getattr(self, name):
                 raise StudyError(f"The study {self.name} names no {name}, so it has no cells.")
+        for name, axis in _AXES.items():
+            if name in self.settings:
+                raise StudyError(
+                    f"The study {self.name}: settings has {name}, which is an axis; write it under {axis}."
+                )
         if self.search is not None:
             self._check_search(self.search)
         rows: set[Setting] = set()
@@ -114,21 +121,47 @@ class Grid:
                     "{method: full, name: head only, ...}."
                 )
             rows.add(arm.setting)
+        self._check_measure({setting.task for setting in rows})
         seen: dict[str, str] = {}
         for arm in self.arms:
-            cells = self.cells(arm, None) + (arm.trials(self.search) if self.search else [])
+            runs = self.cells(arm, None)
+            if not runs:
+                raise StudyError(f"The study {self.name} names no seeds, so {arm.setting.method} has no runs.")
+            cells = runs + (arm.trials(self.search) if self.search else [])
             for cell in cells:
                 told = _told(cell)
                 if (other := seen.setdefault(cell.key, told)) is not told:
                     raise StudyError(f"The study {self.name} has a cell twice: {told} is the same run as {other}.")
+            if len({cell.config.seed for cell in runs}) < len(runs):
+                raise StudyError(
+                    f"The study {self.name}: two runs of {arm.setting.method} have one seed, and a table would show "
+                    "one of them only. Give each run a seed of its own."
+                )
+
+    def _check_measure(self, tasks: set[str]) -> None:
+        """Refuses unknown tasks, and those whose results could not be told from others under the same name."""
+        for name in self.measure:
+            plugins.task(name)
+        if self.measure and (len(tasks) > 1 or tasks & set(self.measure)):
+            raise StudyError(
+                f"The study {self.name} measures on {', '.join(self.measure)} what is trained on "
+                f"{'; '.join(sorted(tasks))}. A table names the measured task only, so give a study with measure one "
+                "task, which it does not measure again."
+            )
 
     def _check_search(self, search: Search) -> None:
-        if self.runs:
+        if any(arm.runs for arm in self.arms):
             raise StudyError("Give search, which finds a rate, or runs, which name one for each seed, not both.")
         if shared := set(search.seeds) & set(self.seeds):
             raise StudyError(
                 f"The seeds {', '.join(map(str, sorted(shared)))} are both of the search and of the runs that count; "
                 "the runs need seeds of their own."
+            )
+        if any("hold_out" in arm.settings for arm in self.arms):
+            raise StudyError(
+                "The runs that count are measured on a held-out share of the training rows, and a search would choose "
+                "the rate on the same rows. Give validation rows in place of hold_out, or leave out the search "
+                "(compare: --no-search)."
             )
         counts = {len(arm.rates or search.factors) for arm in self.arms}
         if len(counts) > 1:
@@ -158,11 +191,12 @@ class Grid:
         where = dict(task) if isinstance(task, Mapping) else {"task": task}
         takes = taken(name)
         shared = {key: value for key, value in self.settings.items() if key not in _SELECTING or key in takes}
-        budgets = [own.pop("budget")] if "budget" in own else self.budgets or [None]
-        ons = [under] if plus else [own.pop("on")] if "on" in own else self.on
-        for on in ons if "on" in takes else [None]:
-            for budget in budgets if "budget" in takes else [None]:
-                given = {"model": model, **where, "method": name, "on": on, "budget": budget, **shared, **own}
+        if plus:
+            own["on"] = under
+        for on in self.on if "on" in takes and "on" not in own else [None]:
+            for budget in self.budgets if self.budgets and "budget" in takes and "budget" not in own else [None]:
+                axes = {"model": model, "method": name, "on": on, "budget": budget}
+                given = {**axes, **shared, **where, **own}
                 given = {key: value for key, value in given.items() if value is not None}
                 self._check_names(given)
                 told = None if rates is None else tuple(float(rate) for rate in rates)
@@ -247,7 +281,7 @@ def of_mapping(told: Any, where: str) -> Grid:
         return Grid(**given)
     except StudyError as why:
         raise StudyError(f"{where}: {why}") from why
-    except (SelectuneError, TypeError) as why:
+    except (SelectuneError, TypeError, ValueError, AttributeError) as why:
         raise StudyError(f"{where}: a cell of the study cannot be run: {why}") from why
 
 
@@ -257,9 +291,10 @@ def _search(told: Any, where: str) -> Search:
         raise StudyError(f"{where}: search takes {', '.join(known)}, got {told!r}.")
     given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
     search = Search(**given)
-    positive = search.factors and all(isinstance(f, int | float) and f > 0 for f in search.factors)
+    lists = all(isinstance(value, tuple) for value in (search.factors, search.seeds))
+    positive = lists and search.factors and all(isinstance(f, int | float) and f > 0 for f in search.factors)
     if not positive or not search.seeds or not all(type(seed) is int for seed in search.seeds):
-        raise StudyError(f"{where}: search needs factors above 0 and integer seeds, got {told!r}.")
+        raise StudyError(f"{where}: search needs a list of factors above 0 and one of integer seeds, got {told!r}.")
     return search
 
 

@@ -63,7 +63,22 @@ class Record:
 
     @staticmethod
     def of_json(told: Mapping[str, Any]) -> Record:
-        return Record(**{**told, "setting": Setting(**told["setting"])})
+        """Raises TypeError or KeyError for what is none."""
+        record = Record(**{**told, "setting": Setting(**told["setting"])})
+        for of, types in ((record, _TYPES), (record.setting, dict.fromkeys(("model", "task", "method"), str))):
+            for name, type_ in types.items():
+                if not isinstance(getattr(of, name), type_):
+                    raise TypeError(f"{name} is {getattr(of, name)!r}")
+        return record
+
+
+_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys(("cell", "phase", "metric"), str),
+    **dict.fromkeys(("seed", "step", "steps", "selected", "examples"), int),
+    **dict.fromkeys(("lr", "value"), int | float),
+    **dict.fromkeys(("lowest", "last"), bool),
+    "more": Mapping,
+}
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class _Work:
         for folder, code in ended.items():
             cell = self.running.pop(folder)
             failure = None
-            if code != 0 or not self.workspace.finished(cell):
+            if not self.workspace.finished(cell):  # a process may die after it left its results
                 failure = _failure(cell, folder, code)
                 self.workspace.failed(failure)
                 self.attempts[cell.key] += 1

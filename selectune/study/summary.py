@@ -82,6 +82,8 @@ def export(records: Sequence[Record], path: Path) -> None:
     except ImportError as error:
         raise ConfigError("To export results needs pandas and pyarrow: pip install 'selectune[study]'.") from error
     frame = pandas.json_normalize([record.as_json() for record in records], sep="_")
+    if any(isinstance(record.setting.budget, str) for record in records):  # a column has one type
+        frame["setting_budget"] = [None if b is None else str(b) for b in (r.setting.budget for r in records)]
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "parquet":
         frame.to_parquet(path, index=False)

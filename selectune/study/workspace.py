@@ -9,14 +9,14 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from selectune.errors import StudyError
 from selectune.files import own, read_json, read_lines, write_durably
 from selectune.runs.folder import RESULTS as OF_A_RUN
 from selectune.study.cells import Cell
-from selectune.study.grid import STUDY, Arm, Grid, of_mapping
+from selectune.study.grid import STUDY, Arm, Grid, of_mapping, setting_of
 from selectune.study.records import RESULTS, Record, line_of, read_results
 
 CELLS, FAILURES = "cells", "failures.jsonl"
@@ -61,16 +61,26 @@ class Workspace:
         return self.path / CELLS / key
 
     def records(self) -> list[Record]:
-        """The results of all cells that the grid has, in the order of the file. Others stay in the file only."""
+        """The results of all cells that the grid has, in the order of the file. Others stay in the file only.
+
+        Methods have the names that the grid gives them now.
+        """
         found = read_results(self.path / RESULTS)
-        keys = {cell.key for cell in self.cells(found)}
-        return [record for record in found if record.cell in keys]
+        methods = {cell.key: setting_of(cell).method for cell in self.cells(found)}
+        return [
+            replace(record, setting=replace(record.setting, method=methods[record.cell]))
+            for record in found
+            if record.cell in methods
+        ]
 
     def failures(self) -> list[Failure]:
         """The attempts that failed, in their order."""
         path = self.path / FAILURES
         lines = read_lines(path, error=StudyError) if path.exists() else ()
-        return [Failure(row["cell"], row["kind"], row["why"]) for _, row in lines]
+        try:
+            return [Failure(row["cell"], row["kind"], row["why"]) for _, row in lines]
+        except (TypeError, KeyError) as why:
+            raise StudyError(f"{path} has a line that tells no failed attempt: {why}.") from why
 
     def cells(self, results: Sequence[Record]) -> list[Cell]:
         """All cells that are known by now, in an order whose stop leaves whole tasks and balanced rows of the next one.
@@ -163,7 +173,10 @@ class Workspace:
         if not path.exists():
             return False
         told = read_json(path, limit=_LIMIT, error=StudyError)
-        records = [Record.of_json(row) for row in told["records"]]
+        try:
+            records = [Record.of_json(row) for row in told["records"]]
+        except (TypeError, KeyError) as why:
+            raise StudyError(f"{path} holds no results of a cell: {why}. Delete it to run the cell again.") from why
         _append(self.path / RESULTS, "".join(map(line_of, records)))
         if cell.phase == "search":
             (self.folder(cell.key) / OF_A_RUN[1]).unlink(missing_ok=True)
@@ -178,18 +191,19 @@ class Workspace:
 def begin(path: str | os.PathLike[str], grid: Grid) -> Workspace:
     """A study's folder, new or the same as before. Another grid may take its place if the name is the same.
 
-    Cells that both have are not run again. Raises StudyError for a folder with a study of another name.
+    Cells that both have are not run again. Raises StudyError for a folder with a study of another name, and
+    RunFolderError for one in which a study runs now.
     """
-    folder, told = Path(path), {"name": grid.name, "question": grid.question, "grid": grid.as_json()}
-    if (folder / STUDY).exists():
-        there = Workspace(folder).grid
-        if there.name != grid.name:
-            raise StudyError(f"{folder} holds the study {there.name}, not {grid.name}. Give another folder.")
-    elif folder.exists() and any(entry.name != ".selectune.lock" for entry in folder.iterdir()):
-        raise StudyError(f"{folder} holds other files and no study. Give an empty or a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / STUDY, json.dumps(told, indent=1).encode())
-    return Workspace(folder)
+    told = {"name": grid.name, "question": grid.question, "grid": grid.as_json()}
+    with own(path, secrets.token_hex(8)) as folder:
+        if (folder / STUDY).exists():
+            there = Workspace(folder).grid
+            if there.name != grid.name:
+                raise StudyError(f"{folder} holds the study {there.name}, not {grid.name}. Give another folder.")
+        elif any(entry.name != ".selectune.lock" for entry in folder.iterdir()):
+            raise StudyError(f"{folder} holds other files and no study. Give an empty or a new folder.")
+        write_durably(folder / STUDY, json.dumps(told, indent=1).encode())
+        return Workspace(folder)
 
 
 def _append(path: Path, text: str) -> None:

@@ -36,6 +36,19 @@ def test_a_method_has_a_row_for_each_budget_that_it_takes():
     ]  # fmt: skip
 
 
+def test_what_a_method_names_itself_is_never_left_out():
+    assert arms(methods=["full+lora:r=8", {"method": "bitfit", "on": "lora:r=2"}]) == [
+        ("full", "lora:r=8", None), ("bitfit", "lora:r=2", None),
+    ]  # fmt: skip
+    with pytest.raises(StudyError, match="full' takes no budget"):
+        arms(methods=[{"method": "full", "budget": 100}])
+
+
+def test_a_tasks_own_options_are_before_those_of_all():
+    grid = of_mapping(PLAIN | {"tasks": [{"task": "glue/rte", "max_steps": 7}, "glue/mrpc"], "budgets": ["1k"]}, "x")
+    assert [arm.settings["max_steps"] for arm in grid.arms] == [7, 3]
+
+
 def test_whole_tensors_are_trained_where_a_method_takes_them():
     grid = of_mapping(PLAIN | {"methods": ["id3", "full", "lora:r=2"]}, "x")
     assert [arm.settings.get("train_fully") for arm in grid.arms] == [["classifier.*"]] * 2 + [None] * 2
@@ -101,6 +114,17 @@ def test_the_studies_that_ship_can_be_run(name):
         ({"settings": 3}, "settings must be options"),
         ({"search": {"factors": []}}, "factors above 0"),
         ({"search": {"rates": 3}}, "search takes factors"),
+        ({"settings": {"seed": 9}}, "settings has seed, which is an axis; write it under seeds"),
+        ({"seeds": []}, "names no seeds"),
+        ({"runs": [{"lr": 1e-3}, {"lr": 1e-4}]}, "two runs of id3 have one seed"),
+        ({"measure": ["glue/nope"]}, "glue/nope"),
+        ({"measure": ["glue/mrpc"], "tasks": ["glue/rte", "glue/stsb"]}, "names the measured task only"),
+        ({"measure": ["glue/rte"]}, "names the measured task only"),
+        ({"search": {}, "settings": {"hold_out": 0.2}}, "the rate on the same rows"),
+        ({"search": {}, "methods": [{"method": "id3", "runs": [{"seed": 6}]}]}, "not both"),
+        ({"search": {"factors": 3}}, "a list of factors"),
+        ({"search": {}, "methods": [{"method": "id3", "rates": ["a"]}]}, "cannot be run"),
+        ({"tasks": [3]}, "cannot be run"),
         ({"search": {"seeds": [1]}}, "need seeds of their own"),
         ({"search": {}, "runs": [{"seed": 1}]}, "not both"),
         ({"search": {}, "methods": [{"method": "id3", "rates": [1e-3]}, "pafi"]}, "as many trial rates"),

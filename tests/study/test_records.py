@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 from study_kit import record
 
 from selectune.errors import StudyError
 from selectune.study.cells import Cell
 from selectune.study.records import line_of, of_runs, read_results
+from selectune.study.summary import export
 
 
 def test_lines_are_read_back_once_each(tmp_path):
@@ -27,6 +31,23 @@ def test_a_line_that_was_cut_is_left_out_and_any_other_fault_is_told(tmp_path):
     path.write_text(whole[:40] + "\n" + whole)
     with pytest.raises(StudyError, match="line 1 is no result"):
         read_results(path)
+
+
+@pytest.mark.parametrize("name, value", [("value", "x"), ("cell", []), ("step", None), ("last", "no"), ("more", 3)])
+def test_a_line_with_values_of_other_types_is_no_result(tmp_path, name, value):
+    told = record(1, 0.5).as_json()
+    for wrong in ({**told, name: value}, {**told, "setting": {**told["setting"], "task": []}}):
+        (tmp_path / "r.jsonl").write_text(json.dumps(wrong) + "\n")
+        with pytest.raises(StudyError, match="line 1 is no result"):
+            read_results(tmp_path / "r.jsonl")
+
+
+def test_budgets_of_several_types_are_exported(tmp_path):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed: pip install 'selectune[study]'")
+    found = [record(1, 0.5), record(2, 0.5)]
+    found[1] = dataclasses.replace(found[1], setting=dataclasses.replace(found[1].setting, budget="lora:r=1"))
+    export(found, tmp_path / "r.parquet")
+    assert pandas.read_parquet(tmp_path / "r.parquet")["setting_budget"].tolist() == ["0.0017", "lora:r=1"]
 
 
 def test_the_score_of_a_run_is_its_last_or_its_best():

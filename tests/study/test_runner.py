@@ -19,11 +19,12 @@ from study_kit import grid, rows
 from selectune.errors import RunFolderError, StoppedError, StudyError
 from selectune.files import checkpoints, own
 from selectune.runs.stop import Stop
+from selectune.study.cells import Cell
 from selectune.study.engines import Local
-from selectune.study.grid import of_mapping
-from selectune.study.records import RESULTS, read_results
+from selectune.study.grid import STUDY, of_mapping, setting_of
+from selectune.study.records import RESULTS, Record, read_results
 from selectune.study.runner import run_study
-from selectune.study.workspace import CELL, Workspace, begin
+from selectune.study.workspace import CELL, DONE, Workspace, begin
 
 pytest_plugins = ("tiny_fixtures",)
 KILLS = int(os.environ.get("KILLS", 1))
@@ -158,6 +159,42 @@ def test_a_process_that_dies_is_tried_again(tiny, tmp_path):
     assert [failure.kind for failure in workspace.failures()] == ["signal 9"]
 
 
+class Pretending(Counting):
+    """Writes the results of cells without running them; then their process dies."""
+
+    def start(self, folder: Path) -> None:
+        self.starts.append(folder.name)
+        told = json.loads((folder / CELL).read_text())
+        cell = Cell(told["phase"], told["settings"], tuple(told["measure"]), told["name"])
+        of = (told["key"], cell.phase, setting_of(cell), cell.config.learning_rate, cell.config.seed)
+        record = Record(*of, "accuracy", False, 3, 3, 0.5, 60, 20, True)
+        (folder / DONE).write_text(json.dumps({"records": [record.as_json()]}))
+        self.folder = folder
+
+    def ended(self, seconds: float) -> dict[Path, int]:
+        return {self.folder: -11}
+
+
+def test_a_cell_whose_process_dies_after_its_results_is_done(asked, tmp_path):
+    engine, workspace = Pretending(1), begin(tmp_path / "s", asked)
+    assert run_study(workspace, engine).done == len(set(engine.starts)) == len(engine.starts) == 4
+    assert workspace.failures() == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process")
+def test_a_cells_memory_is_not_that_of_the_process_which_started_it(tiny, tmp_path):
+    workspace = begin(tmp_path / "s", of_mapping(grid(tiny, tmp_path, methods=["pafi"], seeds=[1]), "grid"))
+    much = bytearray(b"x") * (2 << 30)
+    run_study(workspace, Counting(1))
+    assert workspace.records()[-1].more["peak_bytes"] < len(much)
+
+
+def test_a_method_that_is_renamed_keeps_its_runs_in_one_row(asked, tmp_path):
+    run_study(begin(tmp_path / "s", asked), Pretending(1))
+    named = begin(tmp_path / "s", dataclasses.replace(asked, methods=({"method": "id3", "name": "ours"},)))
+    assert [record.setting.method for record in named.records()] == ["ours"] * 4
+
+
 def test_a_stop_leaves_checkpoints_that_the_next_run_goes_on_from(tiny, tmp_path):
     settings = {"max_steps": 4000, "batch_size": 4, "eval_every": 10000, "save_every": 20, "keep": 1}
     asked = of_mapping(grid(tiny, tmp_path, methods=["pafi"], seeds=[1], settings=settings), "grid")
@@ -179,9 +216,15 @@ def test_a_stop_leaves_checkpoints_that_the_next_run_goes_on_from(tiny, tmp_path
     assert json.loads((saved / "trainer_state.json").read_text())["global_step"] == step
 
 
-def test_two_runners_in_one_folder(asked, whole):
-    with own(whole, "other"), pytest.raises(RunFolderError, match="in use"):
-        run_study(begin(whole, asked), Counting(1))
+def test_two_runners_in_one_folder(asked, tmp_path):
+    workspace = begin(tmp_path / "s", asked)
+    told = (tmp_path / "s" / STUDY).read_bytes()
+    with own(tmp_path / "s", "other"):
+        with pytest.raises(RunFolderError, match="in use"):
+            run_study(workspace, Counting(1))
+        with pytest.raises(RunFolderError, match="in use"):
+            begin(tmp_path / "s", dataclasses.replace(asked, seeds=(7,)))
+    assert (tmp_path / "s" / STUDY).read_bytes() == told
 
 
 def test_a_folder_that_is_no_study_is_left_alone(asked, tmp_path):

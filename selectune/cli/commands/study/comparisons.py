@@ -73,13 +73,13 @@ def compare(
     budget: Annotated[
         str, typer.Option("--budget", "-b", help="Scalars: 103k or 0.17%.", rich_help_panel=NEW)
     ] = "0.17%",
-    seeds: Annotated[int, typer.Option(help="Runs of each method.", rich_help_panel=NEW)] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.", rich_help_panel=NEW)] = 3,
     epochs: Annotated[float | None, option("Passes over the data. Default: the task's.", panel=NEW)] = None,
     max_steps: Annotated[int | None, option("Optimizer steps, in place of --epochs.", panel=NEW)] = None,
     search: Annotated[
         bool, typer.Option("--search/--no-search", help="Search each method's rate first.", rich_help_panel=NEW)
     ] = True,
-    workers: Annotated[int, typer.Option(help="Runs at a time.", rich_help_panel=NEW)] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.", rich_help_panel=NEW)] = 1,
     folder: Annotated[
         str | None, option("The study's folder; the same one goes on. Default: studies/compare.", "--folder", panel=NEW)
     ] = None,

@@ -81,7 +81,7 @@ def plan(
     grid: GridFile,
     twin: Twin = False,
     out: Annotated[str | None, option("Take times from the cells that are done in this folder.", "--out", "-o")] = None,
-    workers: Annotated[int, typer.Option(help="Cells at a time.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Say how many cells a grid has, and how long and how much memory they will take."""
