@@ -123,7 +123,7 @@ def test_a_record_of_the_wrong_kind_is_a_sentence(folder, made, change):
     told = {**made[1][0].as_json(), "cell": "another", **change}
     with open(folder / "results.jsonl", "a") as file:
         file.write(json.dumps(told) + "\n")
-    with pytest.raises(StudyError, match=r"results.jsonl: "):
+    with pytest.raises(StudyError, match=r"results.jsonl"):
         gather(folder)
 
 

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from selectune.cli import signals
+from selectune.cli.exits import FAILED
 from selectune.cli.options import Json, option
 from selectune.cli.output import result, stderr, working
 from selectune.errors import ConfigError
@@ -51,7 +52,13 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run the cells of a grid that are not done yet, each in a process of its own."""
-    for name, value, least in (("workers", workers, 1), ("threads", threads or 1, 1), ("retries", retries, 0)):
+    for name, value, least in (
+        ("workers", workers, 1),
+        ("threads", 1 if threads is None else threads, 1),
+        ("retries", retries, 0),
+        ("most", 1 if most is None else most, 1),
+        ("gpus", gpus, 0),
+    ):
         if value < least:
             raise ConfigError(f"--{name} {value}: must be at least {least}.")
     if engine not in ENGINES:
@@ -71,9 +78,11 @@ def run(
         workspace = begin(out, read_grid(grid, twin))
         signals.heed(stop)
         executor = Local(workers, threads) if engine == "local" else Ray(address, workers, threads or 1, gpus)
-        run_study(workspace, executor, retries, _Live(), stop, most)
+        counts = run_study(workspace, executor, retries, _Live(), stop, most)
         found = status(workspace)
     result(as_json, found.as_json(), _told(workspace, found))
+    if counts.failed or (counts.waiting and most is None):
+        raise typer.Exit(FAILED)
 
 
 @app.command("plan")
