@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 
 from selectune.errors import ConfigError, SelectuneError
 from selectune.study.cells import Cell
-from selectune.study.grid import Grid
-from selectune.study.records import Record, of_runs
-from selectune.study.workspace import Workspace, told_of
+from selectune.study.grid import Arm, Grid
+from selectune.study.records import Record, Setting, of_runs
+from selectune.study.workspace import Workspace
 
 FORMATS = ("parquet", "csv", "jsonl")
 
@@ -37,7 +38,7 @@ class Status:
 
 def status(workspace: Workspace) -> Status:
     left, grid = workspace.left(), workspace.grid
-    edges = [f"{told_of(Cell('main', {**arm.settings, 'lr': rate}))}" for arm, rate in workspace.at_the_edge()]
+    edges = [f"{named(arm)} lr {rate:g}" for arm, rate in workspace.at_the_edge()]
     failures = [f"{failure.kind}: {failure.why}" for failure in workspace.failures()]
     return Status(grid.name, grid.question, len(workspace.done()), len(left.ready), left.waiting, failures, edges)
 
@@ -54,6 +55,12 @@ def label(method: str, on: str | None, budget: Any) -> str:
     elif isinstance(budget, int):
         size = f"{budget:,}"
     return method + (f"+{on}" if on else "") + ("" if budget is None else f" {size}")
+
+
+def named(arm: Arm) -> str:
+    """An arm in words: its task, and its method with adapter and budget."""
+    setting = arm.setting
+    return f"{setting.task}  {label(setting.method, setting.on, setting.budget)}"
 
 
 def table(records: Sequence[Record], rule: str = "last") -> tuple[list[str], list[list[str]]]:
@@ -109,13 +116,15 @@ class Forecast:
 
 
 def forecast(grid: Grid, records: Sequence[Record] = ()) -> Forecast:
-    """The cells of a grid, their time by the cells that are done, and their memory by `selectune plan`.
+    """The cells of a grid, the time of those that are left by those that are done, and their memory by `selectune plan`.
 
     A cell that is not done takes as long as the mean of those of the same task and method, else of the same task.
     """
     took: dict[tuple[str, ...], list[float]] = {}
+    done: Counter[Setting] = Counter()
     for record in records:
-        if record.last:
+        if record.last and record.more["seconds"]:  # 0 for another task that the same run was measured on
+            done[record.setting] += 1
             for like in ((record.setting.task, record.setting.method), (record.setting.task,)):
                 took.setdefault(like, []).append(record.more["seconds"])
     trials = sum(len(arm.trials(grid.search)) for arm in grid.arms) if grid.search else 0
@@ -126,11 +135,12 @@ def forecast(grid: Grid, records: Sequence[Record] = ()) -> Forecast:
         runs += len(grid.cells(arm, None))
         like = took.get((arm.setting.task, arm.setting.method)) or took.get((arm.setting.task,))
         known = known and bool(like)
-        total += cells * statistics.fmean(like) if like else 0.0
+        total += max(0, cells - done[arm.setting]) * statistics.fmean(like) if like else 0.0
     peaks = [peak for arm in grid.arms if (peak := _peak(arm.settings)) is not None]
-    measured = sum(record.last for record in records)
-    names = [told_of(Cell("main", arm.settings)) for arm in grid.arms]
-    return Forecast(trials, runs, total if known else None, max(peaks, default=None), measured, names)
+    measured = done.total()
+    return Forecast(
+        trials, runs, total if known else None, max(peaks, default=None), measured, [*map(named, grid.arms)]
+    )
 
 
 def _peak(settings: Any) -> int | None:

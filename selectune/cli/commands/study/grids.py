@@ -192,7 +192,9 @@ def _forecast(found: Forecast, workers: int) -> str:
         lines.append("hours: not known before a cell of each task is done; --out reads the times of those that are")
     else:
         hours = found.seconds / 3600 / workers
-        lines.append(f"about {hours:.1f} hours with --workers {workers}, by {found.measured} cells that are done")
+        lines.append(
+            f"about {hours:.1f} hours are left with --workers {workers}, by {found.measured} cells that are done"
+        )
     if found.peak is not None:
         lines.append(f"{found.peak / 2**20:,.0f} MiB of live tensors in the largest cell, for each worker")
     return "\n".join(lines)
