@@ -116,7 +116,7 @@ class Forecast:
 
 
 def forecast(grid: Grid, records: Sequence[Record] = ()) -> Forecast:
-    """The cells of a grid, the time of those that are left by those that are done, and their memory by `selectune plan`.
+    """The cells of a grid, the time of those that are left, and the memory of the largest by `selectune plan`.
 
     A cell that is not done takes as long as the mean of those of the same task and method, else of the same task.
     """
