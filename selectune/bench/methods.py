@@ -135,7 +135,8 @@ def recipe(name: str, budget: int | float, steps: int, whole: tuple[str, ...] = 
     """The method of `id3:every=10`. The number of examples is chosen here unless the options say it."""
     chosen = named(parts(name)[0])
     takes, known = inspect.signature(chosen.recipe.function).parameters, parameters(chosen.recipe)
-    offered: dict[str, Any] = {option: EXAMPLES for option in ("examples", "batches") if option in known}
+    read = ("examples", "batches") if chosen.name != "static-d3" else ()  # which reads the first step's, unless asked
+    offered: dict[str, Any] = {option: EXAMPLES for option in read if option in known}
     if whole and "train_fully" in takes:
         offered["train_fully"] = whole
     if "temperature" in known and "score" not in known:

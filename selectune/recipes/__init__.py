@@ -45,6 +45,7 @@ class Recipe:
 
 
 _ID3 = "Agarwal et al. 2025, arXiv 2408.14470"
+_CONTROL = "R-Mask baseline in the steps of arXiv 2408.14470"
 _GALLOP = "Choudhary et al. 2025, arXiv 2510.19778"
 _PAFI = "Liao, Meng, Monz 2023, arXiv 2305.16742"
 _FISH = "Sung, Nair, Raffel 2021, arXiv 2111.09839"
@@ -81,8 +82,15 @@ RECIPES: dict[str, Recipe] = {
         Recipe("repeat-d3", repeat_d3, _EVERY, _ID3, _DENSE_STEP, _SPARSE),
         Recipe("static-d3", static_d3, "the gradient of the first step", f"{_ID3}; {_GALLOP}", "one", _SPARSE),
         Recipe("increment-pafi", increment_pafi, "the weights, once", _ID3, "one", _SPARSE),
-        Recipe("increment-random", increment_random, "nothing", "the control for ID3", "one", _SPARSE),
-        Recipe("repeat-random", repeat_random, "nothing", "the control for repeat-D3", "one, each selection", _SPARSE),
+        Recipe("increment-random", increment_random, "nothing", _CONTROL, "one", _SPARSE),
+        Recipe(
+            "repeat-random",
+            repeat_random,
+            "nothing",
+            _CONTROL,
+            "one, each selection",
+            _SPARSE,
+        ),
         Recipe("pafi", pafi, "the weights, once", _PAFI, "one", _SPARSE),
         Recipe("fish", fish, "single-example gradients, before training", _FISH, "one per example", _ONCE),
         Recipe(

@@ -33,10 +33,12 @@ def count(name: str, value: int | None, optional: bool = False) -> int | None:
 
 
 def early(steps: int | None, until: float) -> int | None:
-    """The steps after which a share of all of them has passed; at least 1."""
+    """The steps after which a share of all of them has passed; at least 1. A number that is none is left to others."""
     if isinstance(until, bool) or not isinstance(until, int | float) or not 0 < until <= 1:
         raise ConfigError(f"until={until!r}: must be a share of the steps, above 0 and at most 1.")
-    return None if steps is None else max(1, round(until * steps))
+    if until == 1 or type(steps) is not int or steps < 1:
+        return steps
+    return max(1, round(until * steps))
 
 
 def number(name: str, value: float) -> float:

@@ -168,6 +168,7 @@ def test_every_method_runs_and_its_metric_comes_back(config, tiny, data, method,
     if method in ("bitfit", "full", "xattn", "child-tuning-f"):
         changes["budget"] = None
     little = {"fish": "fish:examples=8", "fish-dip": "fish-dip:examples=4", "movement": "movement:batches=2"}
+    little["speft"] = "speft:batches=2"
     changes["method"] = little.get(method, method)
     if method == "xattn":  # an encoder has no cross-attention
         with pytest.raises(ScopeError, match="no decoder that attends to an encoder"):

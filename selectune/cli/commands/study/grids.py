@@ -128,7 +128,9 @@ def show(folder: Folder, rule: Rule = "last", as_json: Json = False) -> None:
 
 @app.command("export")
 def export(
-    folder: Folder, out: Annotated[str, typer.Option("--out", "-o", help="A .parquet, .csv or .jsonl file.")]
+    folder: Folder,
+    out: Annotated[str, typer.Option("--out", "-o", help="A .parquet, .csv or .jsonl file.")],
+    as_json: Json = False,
 ) -> None:
     """Write all results as one table, a row for each evaluation."""
     from selectune.study.summary import export as write
@@ -136,7 +138,7 @@ def export(
 
     records = Workspace(folder).records()
     write(records, Path(out))
-    result(False, None, f"{len(records):,} results in {out}")
+    result(as_json, {"out": out, "results": len(records)}, f"{len(records):,} results in {out}")
 
 
 def run_cells(grid: Grid, folder: str, workers: int, threads: int | None = None) -> str:
