@@ -106,9 +106,7 @@ def _records(cell: Cell, key: str, found: RunResult, peak: int) -> list[Record]:
         **({"others": dict(found.evaluation.others)} if found.evaluation.others else {}),
         **({"forgetting": retention.forgetting} if retention is not None else {}),
     }
-    last = Record(
-        **shared, step=found.steps, value=found.value, selected=found.selected, last=True, more=more
-    )  # fmt: skip
+    last = Record(**shared, step=found.steps, value=found.value, selected=found.selected, last=True, more=more)
     return [*way, last]
 
 

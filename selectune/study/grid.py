@@ -210,7 +210,7 @@ class Grid:
                 )
 
     def cells(self, arm: Arm, lr: float | None) -> list[Cell]:
-        """The runs of a arm that count. `lr`: the rate that the search found; None for the grid's own."""
+        """The runs of an arm that count. `lr`: the rate that the search found; None for the grid's own."""
         base = Cell("main", arm.settings, arm.measure, arm.name)
         if arm.runs:
             return [base.with_(**run) for run in arm.runs]
@@ -268,9 +268,8 @@ def of_mapping(told: Any, where: str) -> Grid:
         {**m, "budget": _budget(m["budget"], where)} if isinstance(m, Mapping) and "budget" in m else m
         for m in given.get("methods", ())
     )
-    for key in ("seeds",):
-        if not all(type(seed) is int for seed in given.get(key, ())):
-            raise StudyError(f"{where}: {key} must be integers, got {list(given[key])!r}.")
+    if not all(type(seed) is int for seed in given.get("seeds", ())):
+        raise StudyError(f"{where}: seeds must be integers, got {list(given['seeds'])!r}.")
     if given.get("search") is not None:
         given["search"] = _search(given["search"], where)
     if not isinstance(given.setdefault("settings", {}), Mapping):

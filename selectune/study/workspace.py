@@ -131,7 +131,9 @@ class Workspace:
         """What is to do."""
         results, done = read_results(self.path / RESULTS), self.done()
         known = self.cells(results)
-        waiting = sum(len(self.grid.cells(g, None)) for g, rate in self.rates(results) if self.grid.search and not rate)
+        waiting = sum(
+            len(self.grid.cells(arm, None)) for arm, rate in self.rates(results) if self.grid.search and not rate
+        )
         return Left([cell for cell in known if cell.key not in done], waiting)
 
     def at_the_edge(self) -> list[tuple[Arm, float]]:
@@ -161,9 +163,8 @@ class Workspace:
         """The folder of a cell, with the file that says what it is."""
         folder = self.folder(cell.key)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {"save_every": None, **cell.settings, "out": str(folder)}
-        given = {name: value for name, value in settings.items() if value is not None}
-        told = {"key": cell.key, "phase": cell.phase, "settings": given, "measure": cell.measure, "name": cell.name}
+        settings = {**cell.settings, "out": str(folder)}
+        told = {"key": cell.key, "phase": cell.phase, "settings": settings, "measure": cell.measure, "name": cell.name}
         write_durably(folder / CELL, json.dumps(told, indent=1).encode())
         return folder
 
