@@ -11,7 +11,7 @@ import numpy as np
 from selectune.errors import ConfigError, StudyError, did_you_mean
 from selectune.study.comparing import caveats
 from selectune.study.comparing.contrast import Contrast
-from selectune.study.comparing.counted import Runs, counted, label
+from selectune.study.comparing.counted import Runs, counted, label, resolved
 from selectune.study.comparing.standing import Comparison, Standing
 from selectune.study.records import Items, Record, Setting
 from selectune.study.stats import effects, papers
@@ -56,7 +56,7 @@ def compare(
     direction(alternative)
     records = list(records)
     runs = counted(records, rule)
-    wanted = [_named(name, runs) for name in methods] or list(dict.fromkeys(map(label, runs)))
+    wanted = [resolved(name, runs) for name in methods] or list(dict.fromkeys(map(label, runs)))
     reference = _references(against, wanted if methods else [], runs)
     runs = {setting: of for setting, of in runs.items() if label(setting) in (*wanted, reference.get(setting.task))}
     how = Contrast(alpha, alternative, seed, items if rule == "last" else None)
@@ -84,23 +84,10 @@ def compare(
     )
 
 
-def _named(name: str, runs: Iterable[Setting]) -> str:
-    """The method of this name, or the only one whose name without options it is. Raises ConfigError."""
-    known = list(dict.fromkeys(map(label, runs)))
-    found = [name] if name in known else [one for one in known if one.partition(":")[0] == name]
-    if len(found) > 1:
-        raise ConfigError(f"'{name}' names several methods of these results: {', '.join(found)}. Name one in full.")
-    if not found:
-        raise ConfigError(
-            f"These results have no method '{name}'. They have: {', '.join(known)}.{did_you_mean(name, known)}"
-        )
-    return found[0]
-
-
 def _references(against: str, ours: Sequence[str], runs: Mapping[Setting, Runs]) -> dict[str, str]:
     """The reference of each task."""
     if against != BEST:
-        return dict.fromkeys((setting.task for setting in runs), _named(against, runs))
+        return dict.fromkeys((setting.task for setting in runs), resolved(against, runs))
     if not ours:
         raise ConfigError("For a comparison with the best baseline, name the methods that are none (--methods id3).")
     tasks = dict.fromkeys(setting.task for setting in runs if label(setting) in ours)

@@ -59,6 +59,8 @@ def test_scores_and_differences_are_those_of_the_records(made):
     assert "accuracy 0.8" in shown.answer[0]
     assert "(id3)" in shown.answer[1]
     assert "Of 4 differences" in shown.answer[2]
+    assert "with Holm's correction, none can" in shown.answer[2]
+    assert any("So few runs that differ can give no p below 0.25" in note for note in shown.notes)
 
 
 def test_every_run_has_its_id_and_a_command_that_names_its_settings(made):
@@ -75,7 +77,7 @@ def test_a_reference_can_be_chosen_and_an_unknown_one_is_told(made):
     shown = content(gather(made[0]), "id3")
     assert [line.label for line in shown.boards[0].lines if line.reference] == ["id3"]
     assert shown.command.endswith("--against id3")
-    with pytest.raises(ConfigError, match=r"idd3 has no finished run here. Known: full, id3, random. Did you mean id3"):
+    with pytest.raises(ConfigError, match=r"no method 'idd3'. They have: full, id3, random. Did you mean id3"):
         content(gather(made[0]), "idd3")
 
 
@@ -88,7 +90,7 @@ def test_a_cut_line_is_noted_and_a_missing_cell_named(folder):
     assert "The last line of results.jsonl was cut off" in said
     assert "No run is finished of random on trec." in said
     assert "4 cells are not finished" in said
-    assert "from 2 to 3 runs" in said
+    assert "unequal numbers of runs. Missing seeds: " in said
     for write in FORMATS.values():
         assert "random" in write(shown)
 
@@ -197,7 +199,7 @@ def test_the_command_writes_each_format(folder, tmp_path):
     for args, code, why in (
         (["--format", "pdf"], 2, "there is no such format"),
         (["--out", str(tmp_path / "no" / "a.html")], 2, "does not exist"),
-        (["--against", "nothing"], 2, "no finished run"),
+        (["--against", "nothing"], 2, "no method 'nothing'"),
     ):
         refused = call(app, ["report", str(folder), *args])
         assert (refused.exit_code, why in refused.stderr) == (code, True), refused.output

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from selectune.errors import StudyError
+from selectune.errors import ConfigError, StudyError, did_you_mean
 from selectune.study.records import Record, Setting, of_runs
 
 
@@ -77,3 +77,16 @@ def counted(records: Sequence[Record], rule: str) -> dict[Setting, Runs]:
 def run_name(record: Record) -> str:
     """A run as a message names it: method, task, seed."""
     return f"{label(record.setting)} on {record.setting.task}, seed {record.seed}"
+
+
+def resolved(name: str, runs: Iterable[Setting]) -> str:
+    """The method of this name, or the only one whose name without options it is. Raises ConfigError."""
+    known = list(dict.fromkeys(map(label, runs)))
+    found = [name] if name in known else [one for one in known if one.partition(":")[0] == name]
+    if len(found) > 1:
+        raise ConfigError(f"'{name}' names several methods of these results: {', '.join(found)}. Name one in full.")
+    if not found:
+        raise ConfigError(
+            f"These results have no method '{name}'. They have: {', '.join(known)}.{did_you_mean(name, known)}"
+        )
+    return found[0]

@@ -1,7 +1,7 @@
 """The report of a study or of one run: a page that needs nothing else, and its tables for a text.
 
 material   what lies in a folder: results, histories, what is missing
-rough      means and intervals of few runs
+estimates  means, differences and their intervals
 heat       where the selected scalars are, read off deltas
 numbers    how numbers are written
 shown      everything that a report shows, as one value

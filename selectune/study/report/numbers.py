@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selectune.study.report.rough import Summary
+from selectune.study.report.estimates import Estimate
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -37,12 +37,12 @@ def span(low: float, high: float, sign: bool = False) -> str:
     return f"[{write(low)},\N{NO-BREAK SPACE}{write(high)}]"
 
 
-def interval(found: Summary, sign: bool = False) -> str:
-    """The interval of a summary; nothing where a single run has none."""
+def interval(found: Estimate, sign: bool = False) -> str:
+    """The interval of an estimate; nothing where a single run has none."""
     return "" if found.low is None or found.high is None else span(found.low, found.high, sign)
 
 
-def spread(found: Summary) -> str:
+def spread(found: Estimate) -> str:
     """The standard deviation behind a mean; nothing for a single run."""
     return "" if found.sd is None else f" ± {metric(found.sd)}"
 

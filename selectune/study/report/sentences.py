@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from selectune.study.report.estimates import LEVEL, of_rows
 from selectune.study.report.numbers import counted, interval, metric, signed, size, span, spread
-from selectune.study.report.rough import wilson
 
 if TYPE_CHECKING:
     from selectune.study.report.material import Material
@@ -61,7 +61,7 @@ def _best(board: Board, task: str) -> str:
 
 
 def _verdict(shown: Shown) -> str:
-    better = worse = unclear = 0
+    better = worse = unclear = proved = 0
     for board in shown.boards:
         for task, (_, lowest) in board.metrics.items():
             for _, result in board.of(task):
@@ -72,12 +72,14 @@ def _verdict(shown: Shown) -> str:
                 better += below if lowest else above
                 worse += above if lowest else below
                 unclear += not above and not below
+                proved += apart.holm is not None and apart.holm <= 1 - LEVEL
     total = better + worse + unclear
     if not total:
         return "No difference has an interval: that needs two seeds that a method and the reference share."
     return (
         f"Of {counted(total, 'difference')} from the reference, {better} {'is' if better == 1 else 'are'} better and "
-        f"{worse} worse by the whole 95 % interval, and {unclear} cannot be told from 0."
+        f"{worse} worse by the whole 95 % interval, and {unclear} cannot be told from 0; by Wilcoxon's test with "
+        f"Holm's correction, {proved or 'none'} can."
     )
 
 
@@ -88,7 +90,7 @@ def _of_a_run(shown: Shown) -> tuple[str, ...]:
     examples = result.examples
     ends = ""
     if name in SHARES and examples:
-        low, high = wilson(result.score.mean, examples)
+        low, high = of_rows(result.score.mean, examples)
         ends = f", 95 % interval over rows {span(low, high)}"
     first = (
         f"{line.label} reaches {name} {metric(result.score.mean)} on {counted(examples, 'row')} of {result.task}{ends}."
@@ -120,12 +122,9 @@ def notes_of(shown: Shown, material: Material) -> tuple[str, ...]:
     ]
     if missing:
         notes.append(f"No run is finished of {_some(missing)}.")
-    counts = {result.score.runs for _, line in lines for result in line.results.values() if result is not None}
-    if len(counts) > 1:
-        notes.append(f"Methods have from {min(counts)} to {max(counts)} runs; differences are of the seeds they share.")
     notes.append(
         "± is the standard deviation over seeds. Brackets hold 95 % intervals of means by Student's t; differences are "
-        "paired by seed. They are not corrected for the number of comparisons, and do not cover other tasks or models."
+        "paired by seed. Intervals are not corrected for the number of comparisons, and cover no other tasks or models."
     )
     trials: dict[str, set[float]] = defaultdict(set)
     count: dict[str, int] = defaultdict(int)

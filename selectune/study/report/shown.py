@@ -11,11 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from selectune.errors import ConfigError, did_you_mean
+from selectune.study.comparing.counted import label as method_of
+from selectune.study.comparing.counted import resolved
 from selectune.study.records import Record, Setting
+from selectune.study.report.estimates import Estimate, differences, estimate
 from selectune.study.report.heat import HeatMap, heat_map
 from selectune.study.report.material import RUN, Material, number
-from selectune.study.report.rough import Summary, gap, summary
 from selectune.study.report.sentences import answer_of, notes_of
 
 POINTS = 40
@@ -48,12 +49,12 @@ class Result:
     """
 
     task: str
-    score: Summary
-    apart: Summary | None
+    score: Estimate
+    apart: Estimate | None
     costs: Mapping[str, float]
     trained: float
     examples: int
-    forgetting: Summary | None
+    forgetting: Estimate | None
     lines: Mapping[str, tuple[Points, ...]]
     runs: tuple[Seed, ...]
     anchor: str
@@ -101,16 +102,17 @@ class Shown:
 
 
 def content(material: Material, against: str | None = None) -> Shown:
-    """What the report of a study or run shows. `against`: the label or spec of the reference; None: full, or the first.
+    """What the report of a study or run shows. `against`: the method that others are compared with.
 
-    Raises ConfigError for a reference that has no finished run.
+    If it is None: full fine-tuning, or the first method. Raises ConfigError for a reference that has no finished run.
     """
     labels = _labels({record.setting for record in material.runs})
     reference = _reference(labels, against)
+    apart, cautions = ({}, ()) if material.single else differences((*material.records, *material.search), reference)
     by_model: dict[str, list[Record]] = defaultdict(list)
     for record in material.records:
         by_model[record.setting.model].append(record)
-    boards = tuple(_board(material, model, rows, labels, reference) for model, rows in by_model.items())
+    boards = tuple(_board(material, model, rows, labels, reference, apart) for model, rows in by_model.items())
     boards = tuple(board for board in boards if board.lines)
     more = f" --against {shlex.quote(against)}" if against else ""
     versions = next((told for r in material.runs if isinstance(told := r.more.get("versions"), Mapping)), {})
@@ -119,7 +121,9 @@ def content(material: Material, against: str | None = None) -> Shown:
         f"selectune report {shlex.quote(str(material.folder))}{more}", boards, _maps(material, labels), (), (),
         {str(name): str(version) for name, version in versions.items()},
     )  # fmt: skip
-    return dataclasses.replace(shown, answer=answer_of(shown), notes=(*material.notes, *notes_of(shown, material)))
+    return dataclasses.replace(
+        shown, answer=answer_of(shown), notes=(*material.notes, *notes_of(shown, material), *cautions)
+    )
 
 
 def _labels(settings: Iterable[Setting]) -> dict[Setting, str]:
@@ -146,21 +150,20 @@ def size_of(budget: float | str | None) -> str:
     return f"{budget:,}" if isinstance(budget, int) else str(budget or "its own size")
 
 
-def _reference(labels: Mapping[Setting, str], against: str | None) -> str:
-    names = sorted(set(labels.values()))
+def _reference(settings: Iterable[Setting], against: str | None) -> str:
+    names = sorted(set(map(method_of, settings)))
     if against is None:
         return "full" if "full" in names else names[0]
-    fitting = [label for setting, label in labels.items() if against in (label, setting.method)]
-    if not fitting:
-        raise ConfigError(
-            f"The reference {against} has no finished run here. Known: {', '.join(names)}."
-            f"{did_you_mean(against, names)}"
-        )
-    return fitting[0]
+    return resolved(against, settings)
 
 
 def _board(
-    material: Material, model: str, records: Sequence[Record], labels: Mapping[Setting, str], reference: str
+    material: Material,
+    model: str,
+    records: Sequence[Record],
+    labels: Mapping[Setting, str],
+    reference: str,
+    apart: Mapping[Setting, Estimate],
 ) -> Board:
     ended = [record for record in records if record.last]
     metrics = {r.setting.task: (r.metric, r.lowest) for r in ended}
@@ -173,18 +176,14 @@ def _board(
     names = list(dict.fromkeys(label for label, _ in runs))
 
     def result(label: str, task: str) -> Result | None:
-        mine, other = runs.get((label, task)), runs.get((reference, task))
+        mine = runs.get((label, task))
         if mine is None:
             return None
-        apart = gap(_scores(mine), _scores(other)) if other and label != reference else None
         return _result(material, task, mine, apart, way, f"{model} {task} {label}")
 
-    lines = [Line(label, label == reference, {task: result(label, task) for task in metrics}) for label in names]
+    compared = {labels[setting] for setting in labels if method_of(setting) == reference}
+    lines = [Line(label, label in compared, {task: result(label, task) for task in metrics}) for label in names]
     return Board(model, metrics, tuple(sorted(lines, key=lambda line: _rank(line, lines, metrics))))
-
-
-def _scores(runs: Mapping[int, Record]) -> dict[int, float]:
-    return {seed: record.value for seed, record in runs.items()}
 
 
 def _rank(line: Line, lines: Sequence[Line], metrics: Mapping[str, tuple[str, bool]]) -> float:
@@ -206,7 +205,7 @@ def _result(
     material: Material,
     task: str,
     runs: Mapping[int, Record],
-    apart: Summary | None,
+    apart: Mapping[Setting, Estimate],
     way: Mapping[str, Sequence[Record]],
     about: str,
 ) -> Result:
@@ -225,12 +224,12 @@ def _result(
     }
     return Result(
         task,
-        summary([record.value for record in ended]),
-        apart,
+        estimate([record.value for record in ended]),
+        apart.get(ended[0].setting),
         {name: cost for name, cost in costs.items() if cost is not None},
         statistics.fmean(number(r.more, "trained") or r.selected for r in ended),
         ended[0].examples,
-        summary(lost) if lost else None,
+        estimate(lost) if lost else None,
         {what: tuple(thin(line, mean=what == "loss") for line in each) for what, each in lines.items()},
         tuple(_seed(material, record) for record in ended),
         anchor(about),
