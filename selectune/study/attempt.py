@@ -41,7 +41,7 @@ _WITH_ITEMS = ("classification", "choice")
 
 def main(folder: Path) -> int:
     told = read_json(folder / CELL, error=ConfigError)
-    cell = Cell(told["phase"], told["settings"], tuple(told["measure"]), told["name"])
+    cell = Cell(told["phase"], told["settings"], tuple(told["measure"]), told["name"], told["title"])
     (folder / ERROR).unlink(missing_ok=True)
     memory = Memory("cpu")
     stop = Stop()

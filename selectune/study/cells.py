@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ _APART = ("out", "data", "report_to", "save_every", "keep", "full_checkpoints", 
 class Cell:
     """One run of a study. `phase`: one of `PHASES`; `settings`: those of `RunConfig` that are not its defaults.
     `measure`: more tasks that the delta is measured on. `name`: of the method in tables, if it is not its spec.
+    `title`: of the task in tables, if it is not its name or that of its file.
 
     >>> cell = Cell("main", {"model": "demo", "task": "glue/rte", "method": "id3:exp=1", "budget": 1000})
     >>> cell.key == Cell("main", {**cell.settings, "seed": 6, "data": "elsewhere"}).key
@@ -33,6 +36,7 @@ class Cell:
     settings: Mapping[str, Any]
     measure: tuple[str, ...] = ()
     name: str | None = None
+    title: str | None = None
 
     @functools.cached_property
     def config(self) -> RunConfig:
@@ -44,13 +48,31 @@ class Cell:
 
     @functools.cached_property
     def key(self) -> str:
-        """16 hex digits of a hash of everything that changes a number of the run. Equal cells have equal keys."""
+        """16 hex digits of a hash of everything that changes a number of the run, files of rows by what is in them."""
         config = self.config
         told = {**config.as_json(), "method": config.canonical, "lr": config.learning_rate, "phase": self.phase}
         told |= {"measure": self.measure} if self.measure else {}
+        files = (config.train, config.validation, config.retain)
+        told |= {f"bits of {file}": bits for file in files if file and (bits := _bits_of(file))}
         told = {name: value for name, value in sorted(told.items()) if name not in _APART}
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def with_(self, **settings: Any) -> Cell:
         """The cell with other settings."""
         return dataclasses.replace(self, settings={**self.settings, **settings})
+
+
+def _bits_of(path: str) -> str | None:
+    """A hash of a file's bytes; None if there is no such file, as for a data set of the hub."""
+    try:
+        told = os.stat(path)
+        return _hashed(path, told.st_size, told.st_mtime_ns) if stat.S_ISREG(told.st_mode) else None
+    except OSError:
+        return None
+
+
+@functools.lru_cache(maxsize=256)
+def _hashed(path: str, size: int, modified: int) -> str:
+    del size, modified  # they make a changed file another question
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -63,23 +63,28 @@ class Arm:
     """The cells that differ in rate and seed only: one row of a table, on one task."""
 
     settings: Mapping[str, Any]
-    rates: tuple[float, ...] | None = None  # of the search, if the grid names them for this method
+    rates: tuple[float, ...] | None = None  # of the search, if the grid names them for this method; () for no search
     runs: tuple[Mapping[str, Any], ...] = ()  # rates and seeds in pairs
     measure: tuple[str, ...] = ()
     name: str | None = None  # of the method in tables
+    title: str | None = None  # of the task in tables
 
     @functools.cached_property
     def setting(self) -> Setting:
-        return setting_of(Cell("main", self.settings, name=self.name))
+        return setting_of(self.cell("main", self.settings))
+
+    def cell(self, phase: str, settings: Mapping[str, Any]) -> Cell:
+        """A cell of this arm."""
+        return Cell(phase, settings, self.measure if phase == "main" else (), self.name, self.title)
 
     def trials(self, search: Search) -> list[Cell]:
         apart = ("validation", "retain")  # trials are measured on training rows
         settings = {name: value for name, value in self.settings.items() if name not in apart}
-        base = Cell("search", settings, name=self.name)
+        base = self.cell("search", settings)
         if self.rates is not None:
             rates: Sequence[float] = self.rates
         else:
-            own = Cell("main", self.settings).config.learning_rate
+            own = self.cell("main", self.settings).config.learning_rate
             rates = [float(f"{own * factor:.6g}") for factor in search.factors]
         return [base.with_(lr=lr, seed=seed, hold_out=search.hold_out) for lr in rates for seed in search.seeds]
 
@@ -117,8 +122,8 @@ class Grid:
             if arm.setting in rows:
                 raise StudyError(
                     f"The study {self.name} has a cell twice, or two rows of a table under one name: "
-                    f"{arm.setting.method} on {arm.setting.task}. Give one of the methods a name, as in "
-                    "{method: full, name: head only, ...}."
+                    f"{arm.setting.method} on {arm.setting.task}. Give one of the methods or tasks a name, as in "
+                    "{method: full, name: head only, ...} or {train: a/rows.csv, name: a, ...}."
                 )
             rows.add(arm.setting)
         self._check_measure({setting.task for setting in rows})
@@ -127,7 +132,7 @@ class Grid:
             runs = self.cells(arm, None)
             if not runs:
                 raise StudyError(f"The study {self.name} names no seeds, so {arm.setting.method} has no runs.")
-            cells = runs + (arm.trials(self.search) if self.search else [])
+            cells = runs + self.trials(arm)
             for cell in cells:
                 told = _told(cell)
                 if (other := seen.setdefault(cell.key, told)) is not told:
@@ -163,7 +168,7 @@ class Grid:
                 "the rate on the same rows. Give validation rows in place of hold_out, or leave out the search "
                 "(compare: --no-search)."
             )
-        counts = {len(arm.rates or search.factors) for arm in self.arms}
+        counts = {len(search.factors if arm.rates is None else arm.rates) for arm in self.arms} - {0}
         if len(counts) > 1:
             raise StudyError(
                 f"A search is fair with as many trial rates for every method; here are {sorted(counts)} of them."
@@ -186,9 +191,9 @@ class Grid:
         if not name:
             raise StudyError(f"The study {self.name}: {method!r} names no method; write {{method: id3, ...}}.")
         name, plus, under = name.partition("+")
-        called = own.pop("name", None)
-        rates, runs = own.pop("rates", None), own.pop("runs", self.runs)
+        rates, runs = self._rates(name, own), own.pop("runs", self.runs)
         where = dict(task) if isinstance(task, Mapping) else {"task": task}
+        called, title = (self._title(of) for of in (own, where))
         takes = taken(name)
         shared = {key: value for key, value in self.settings.items() if key not in _SELECTING or key in takes}
         if plus:
@@ -199,8 +204,26 @@ class Grid:
                 given = {**axes, **shared, **where, **own}
                 given = {key: value for key, value in given.items() if value is not None}
                 self._check_names(given)
-                told = None if rates is None else tuple(float(rate) for rate in rates)
-                yield Arm(given, told, tuple(runs), self.measure, called)
+                yield Arm(given, rates, tuple(runs), self.measure, called, title)
+
+    def _rates(self, method: str, own: dict[str, Any]) -> tuple[float, ...] | None:
+        """The rates that a method's mapping names for the search: () for `search: false`, None if it names none."""
+        searched, rates = own.pop("search", True), own.pop("rates", None)
+        if not isinstance(searched, bool):
+            raise StudyError(f"The study {self.name}: search of {method} must be true or false, got {searched!r}.")
+        if rates is not None and not (self.search and searched):
+            raise StudyError(
+                f"The study {self.name}: {method} has rates, which are those of a search, and there is none. Give it "
+                "lr, or runs, or the study a search."
+            )
+        return None if searched and rates is None else tuple(float(rate) for rate in rates or ())
+
+    def _title(self, of: dict[str, Any]) -> str | None:
+        """What a mapping calls its method or task in tables."""
+        told = of.pop("name", None)
+        if told is not None and (not isinstance(told, str) or not told.strip()):
+            raise StudyError(f"The study {self.name}: a name in tables must be a text, got {told!r}.")
+        return told
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
         for key in given:
@@ -209,9 +232,13 @@ class Grid:
                     f"The study {self.name}: {key} is no option of a run.{did_you_mean(str(key), _GRANTED)}"
                 )
 
+    def trials(self, arm: Arm) -> list[Cell]:
+        """The trials of an arm's rates; none without a search."""
+        return arm.trials(self.search) if self.search else []
+
     def cells(self, arm: Arm, lr: float | None) -> list[Cell]:
         """The runs of an arm that count. `lr`: the rate that the search found; None for the grid's own."""
-        base = Cell("main", arm.settings, arm.measure, arm.name)
+        base = arm.cell("main", arm.settings)
         if arm.runs:
             return [base.with_(**run) for run in arm.runs]
         return [base.with_(seed=seed, **({} if lr is None else {"lr": lr})) for seed in self.seeds]
@@ -238,7 +265,7 @@ def taken(method: str) -> set[str]:
 def setting_of(cell: Cell) -> Setting:
     """The row of a table that a cell's runs stand in."""
     config = cell.config
-    task = config.task or os.path.basename(str(config.train))
+    task = cell.title or config.task or os.path.basename(str(config.train))
     task += "" if config.train_size is None else f", {config.train_size:,} rows"
     method = config.method if peer(config.method) is not None else config.canonical
     budget = None if peer(config.method) is not None or "budget" not in taken(config.method) else config.budget

@@ -108,9 +108,11 @@ class _Work:
 
     def fill(self, watcher: Watcher | None) -> bool:
         """Starts cells while there is room. False if nothing runs and nothing is left that could."""
-        for cell in self.waiting()[: self.engine.slots - len(self.running)]:
-            if self.most is not None and self.started >= self.most:
+        for cell in self.waiting():
+            if len(self.running) == self.engine.slots:
                 break
+            if self.most is not None and self.started >= self.most and not self.attempts[cell.key]:
+                continue  # another attempt at a cell is no further cell
             folder = self.workspace.prepare(cell)
             self.engine.start(folder)
             self.running[folder] = cell

@@ -127,11 +127,11 @@ def forecast(grid: Grid, records: Sequence[Record] = ()) -> Forecast:
             done[record.setting] += 1
             for like in ((record.setting.task, record.setting.method), (record.setting.task,)):
                 took.setdefault(like, []).append(record.more["seconds"])
-    trials = sum(len(arm.trials(grid.search)) for arm in grid.arms) if grid.search else 0
+    trials = sum(len(grid.trials(arm)) for arm in grid.arms)
     runs = total = 0
     known = True
     for arm in grid.arms:
-        cells = len(grid.cells(arm, None)) + (len(arm.trials(grid.search)) if grid.search else 0)
+        cells = len(grid.cells(arm, None)) + len(grid.trials(arm))
         runs += len(grid.cells(arm, None))
         like = took.get((arm.setting.task, arm.setting.method)) or took.get((arm.setting.task,))
         known = known and bool(like)

@@ -87,13 +87,13 @@ class Workspace:
 
         Task by task, trials come first, and then the runs of one seed after another.
         """
-        search, found = self.grid.search, []
+        found: list[Cell] = []
         tasks: dict[str, list[tuple[Arm, float | None]]] = {}
         for arm, rate in self.rates(results):
             tasks.setdefault(arm.setting.task, []).append((arm, rate))
         for arms in tasks.values():
-            found += [cell for arm, _ in arms for cell in arm.trials(search)] if search is not None else []
-            runs = [self.grid.cells(arm, rate) for arm, rate in arms if search is None or rate]
+            found += [cell for arm, _ in arms for cell in self.grid.trials(arm)]
+            runs = [self.grid.cells(arm, rate) for arm, rate in arms if rate or not self.grid.trials(arm)]
             rounds = max((len(cells) for cells in runs), default=0)
             found += [cells[i] for i in range(rounds) for cells in runs if i < len(cells)]
         return found
@@ -101,22 +101,20 @@ class Workspace:
     def rates(self, results: Sequence[Record]) -> list[tuple[Arm, float | None]]:
         """Each arm with the best rate of its trials: of the highest mean value; None while trials are missing.
 
-        A trial that diverged has no value, and its rate is out.
+        A trial that diverged has no value, and its rate is out. An arm without a search has None too.
         """
-        search = self.grid.search
-        if search is None:
-            return [(arm, None) for arm in self.grid.arms]
         last = {record.cell: record for record in results if record.last and record.phase == "search"}
         diverged = self._diverged()
+        seeds = len(self.grid.search.seeds) if self.grid.search else 0
         found: list[tuple[Arm, float | None]] = []
         for arm in self.grid.arms:
             values: dict[float, list[float]] = {}
-            trials = arm.trials(search)
+            trials = self.grid.trials(arm)
             for cell in trials:
                 if cell.key in last:
                     record = last[cell.key]
                     values.setdefault(record.lr, []).append(-record.value if record.lowest else record.value)
-            whole = {lr: sum(v) / len(v) for lr, v in values.items() if len(v) == len(search.seeds)}
+            whole = {lr: sum(v) / len(v) for lr, v in values.items() if len(v) == seeds}
             missing = any(cell.key not in last and cell.key not in diverged for cell in trials)
             found.append((arm, None if missing or not whole else max(whole, key=lambda lr: (whole[lr], -lr))))
         return found
@@ -132,18 +130,15 @@ class Workspace:
         results, done = read_results(self.path / RESULTS), self.done()
         known = self.cells(results)
         waiting = sum(
-            len(self.grid.cells(arm, None)) for arm, rate in self.rates(results) if self.grid.search and not rate
+            len(self.grid.cells(arm, None)) for arm, rate in self.rates(results) if self.grid.trials(arm) and not rate
         )
         return Left([cell for cell in known if cell.key not in done], waiting)
 
     def at_the_edge(self) -> list[tuple[Arm, float]]:
         """Arms whose best rate is the lowest or the highest that was tried: a better one may lie beyond."""
-        search = self.grid.search
-        if search is None:
-            return []
         found: list[tuple[Arm, float]] = []
         for arm, rate in self.rates(read_results(self.path / RESULTS)):
-            tried = sorted({cell.config.learning_rate for cell in arm.trials(search)})
+            tried = sorted({cell.config.learning_rate for cell in self.grid.trials(arm)})
             if rate is not None and len(tried) > 1 and rate in (tried[0], tried[-1]):
                 found.append((arm, rate))
         return found
@@ -164,7 +159,8 @@ class Workspace:
         folder = self.folder(cell.key)
         folder.mkdir(parents=True, exist_ok=True)
         settings = {**cell.settings, "out": str(folder)}
-        told = {"key": cell.key, "phase": cell.phase, "settings": settings, "measure": cell.measure, "name": cell.name}
+        told = {"key": cell.key, "phase": cell.phase, "settings": settings, "measure": cell.measure}
+        told |= {"name": cell.name, "title": cell.title}
         write_durably(folder / CELL, json.dumps(told, indent=1).encode())
         return folder
 
@@ -234,7 +230,7 @@ def told_of(cell: Cell) -> str:
     'glue/rte id3 1,000 seed 3 lr 0.0005'
     """
     config = cell.config
-    where = config.task or os.path.basename(str(config.train))
+    where = cell.title or config.task or os.path.basename(str(config.train))
     method = config.method + (f"+{config.on}" if config.on else "")
     size = f" {config.budget:,}" if config.budget is not None and not isinstance(config.budget, str) else ""
     return f"{where} {method}{size} seed {config.seed} lr {config.learning_rate:g}"

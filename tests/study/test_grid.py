@@ -74,6 +74,28 @@ def test_a_method_with_settings_of_its_own_has_a_name():
     assert len({grid.cells(arm, None)[0].key for arm in grid.arms}) == 2
 
 
+def test_tasks_of_files_with_one_name_have_names(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.csv").write_text("text,label\nx,1\n")
+    tasks = [
+        {"train": str(tmp_path / of / "rows.csv"), "hold_out": 0.5, "text": ["text"], "label": "label"} for of in "ab"
+    ]
+    with pytest.raises(StudyError, match="Give one of the methods or tasks a name"):
+        of_mapping(PLAIN | {"tasks": tasks}, "x")
+    grid = of_mapping(PLAIN | {"tasks": [tasks[0], {**tasks[1], "name": "other rows"}], "budgets": ["1k"]}, "x")
+    assert [arm.setting.task for arm in grid.arms] == ["rows.csv", "other rows"]
+    assert {cell.title for arm in grid.arms for cell in grid.cells(arm, None)} == {None, "other rows"}
+
+
+def test_a_method_may_stay_out_of_the_search():
+    methods = ["id3", {"method": "random", "budget": 1, "lr": 1e-12, "search": False, "name": "untuned"}]
+    grid = of_mapping(PLAIN | {"methods": methods, "budgets": ["1k"], "search": {"factors": [1, 4]}}, "x")
+    assert [len(grid.trials(arm)) for arm in grid.arms] == [2, 0]
+    (cell,) = grid.cells(grid.arms[1], None)
+    assert cell.config.learning_rate == 1e-12
+
+
 def test_runs_pair_rates_and_seeds_as_the_papers_do():
     runs = [{"lr": lr, "seed": seed} for lr, seed in ((1e-4, 6), (3e-4, 7), (5e-4, 8), (7e-4, 9))]
     grid = of_mapping(PLAIN | {"runs": runs}, "x")
@@ -124,6 +146,9 @@ def test_the_studies_that_ship_can_be_run(name):
         ({"search": {}, "methods": [{"method": "id3", "runs": [{"seed": 6}]}]}, "not both"),
         ({"search": {"factors": 3}}, "a list of factors"),
         ({"search": {}, "methods": [{"method": "id3", "rates": ["a"]}]}, "cannot be run"),
+        ({"methods": [{"method": "id3", "rates": [1e-3]}]}, "rates, which are those of a search"),
+        ({"search": {}, "methods": [{"method": "id3", "search": 3}]}, "true or false"),
+        ({"methods": [{"method": "id3", "name": 3}]}, "must be a text, got 3"),
         ({"tasks": [3]}, "cannot be run"),
         ({"search": {"seeds": [1]}}, "need seeds of their own"),
         ({"search": {}, "runs": [{"seed": 1}]}, "not both"),

@@ -63,3 +63,13 @@ def test_keys_follow_from_what_changes_numbers():
     assert {cell.with_(**change).key for change in same} == {cell.key}
     assert len({cell.key, *(cell.with_(**change).key for change in other)}) == 1 + len(other)
     assert Cell("search", cell.settings).key != cell.key
+
+
+def test_rows_of_ones_own_are_told_by_what_is_in_them(tmp_path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\na,1\nb,0\n")
+    told = {"model": "demo", "budget": 1000, "train": str(rows), "text": ("text",), "label": "label", "hold_out": 0.5}
+    before = Cell("main", told).key
+    assert Cell("main", told).key == before
+    rows.write_text("text,label\na,1\nb,1\n")
+    assert Cell("main", told).key != before

@@ -154,7 +154,7 @@ def test_a_process_that_dies_is_tried_again(tiny, tmp_path):
                 self._running[folder].kill()
 
     engine = Dying(1)
-    assert run_study(workspace, engine).done == 1
+    assert run_study(workspace, engine, most=1).done == 1
     assert len(engine.starts) == 2
     assert [failure.kind for failure in workspace.failures()] == ["signal 9"]
 
@@ -165,7 +165,7 @@ class Pretending(Counting):
     def start(self, folder: Path) -> None:
         self.starts.append(folder.name)
         told = json.loads((folder / CELL).read_text())
-        cell = Cell(told["phase"], told["settings"], tuple(told["measure"]), told["name"])
+        cell = Cell(told["phase"], told["settings"], tuple(told["measure"]), told["name"], told["title"])
         of = (told["key"], cell.phase, setting_of(cell), cell.config.learning_rate, cell.config.seed)
         record = Record(*of, "accuracy", False, 3, 3, 0.5, 60, 20, True)
         (folder / DONE).write_text(json.dumps({"records": [record.as_json()]}))
@@ -283,4 +283,4 @@ def test_ray_gives_the_same_numbers(whole, asked, tmp_path):
     assert len(found) == 4
     assert found.items() < numbers(whole).items()
     told = json.loads(next((tmp_path / "s" / "cells").glob(f"*/{CELL}")).read_text())
-    assert set(told) == {"key", "phase", "settings", "measure", "name"}
+    assert set(told) == {"key", "phase", "settings", "measure", "name", "title"}
