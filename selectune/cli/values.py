@@ -1,4 +1,4 @@
-"""Values of a command line: budgets and dtypes."""
+"""Values of a command line: budgets, patterns and dtypes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ def budget_or_adapter(text: str) -> int | float | str:
     """
     name = text.strip().partition(":")[0]
     return text.strip() if any(name == m["name"] for m in catalogue.methods() if "through" in m) else budget(text)
+
+
+def pattern(text: str | None) -> str | None:
+    """A pattern, in which \\n is a new line, as a shell has no short way to write one.
+
+    >>> pattern(r"{}\\nTopic:")
+    '{}\\nTopic:'
+    """
+    return text and text.replace("\\n", "\n")
 
 
 def dtype(text: str) -> str:

@@ -10,24 +10,32 @@ from selectune.delta import Delta, load
 from selectune.errors import ConfigError, TaskError
 from selectune.files import read_json
 from selectune.models.bases import class_names
-from selectune.models.restore import Source, task_of
+from selectune.models.restore import Source, cloze_of, in_form, task_of
 from selectune.tasks import OWN, OwnRows, Task
 
 RUN = "run.json"
 MAX_RUN = 1 << 26
 
 
-def task_on(name: str | None, path: str | Path | None, rows: OwnRows) -> Task:
+def task_on(
+    name: str | None, path: str | Path | None, rows: OwnRows, pattern: str | None = None, words: tuple[str, ...] = ()
+) -> Task:
     """The task to measure: of this name, or of these rows, or else the one that a delta was trained on.
+
+    `pattern`, `words`: as a cloze; a delta that was trained on one has its own.
 
     `path`: the delta; of its own rows it knows columns, kind and labels, and the run.json beside it says where they
     are. What `rows` leaves out is the delta's. Raises TaskError for recorded rows that are gone or are not the same any
     more, and ConfigError if nothing says what to measure, or two things do.
     """
+    if path is None and pattern is not None:
+        return tasks.as_cloze(task_on(name, None, rows), pattern, words)
+    if pattern is not None or words:
+        raise ConfigError("A pattern and its words are for a base; a delta records those that it was trained with.")
     if name is not None:
         if rows != NONE:
             raise ConfigError(f"The task {name} has its own rows: give a task or rows of your own, not both.")
-        return plugins.task(name)
+        return in_form(plugins.task(name), None if path is None else load(path))
     if path is None:
         if rows.validation is None or not rows.text:
             raise ConfigError(
@@ -47,7 +55,7 @@ def task_on(name: str | None, path: str | Path | None, rows: OwnRows) -> Task:
         return known
     text, label, kind = _columns(rows.text, told, path), rows.label or told["label"], rows.kind or told["kind"]
     if rows.validation is not None:
-        return OwnRows(None, rows.validation, text, label, kind).task(labels_of(delta))
+        return in_form(OwnRows(None, rows.validation, text, label, kind).task(labels_of(delta)), delta)
     before = _run(path)
     if before is None:
         raise ConfigError(
@@ -56,7 +64,7 @@ def task_on(name: str | None, path: str | Path | None, rows: OwnRows) -> Task:
         )
     held = before.hold_out
     again = OwnRows(None if held is None else before.train, before.validation, text, label, kind, held)
-    task = again.task(labels_of(delta))
+    task = in_form(again.task(labels_of(delta)), delta)
     if tasks.load(task, "validation").digest != told["validation"]:
         raise TaskError(
             f"{before.validation or before.train} has other rows than when {path} was measured on it. To measure on "
@@ -73,10 +81,10 @@ def known_task(
     In the last case the classes are those in the model's config. Raises ConfigError if nothing says what it is.
     """
     if name is not None:
-        return plugins.task(name)
+        return in_form(plugins.task(name), delta)
     told = None if delta is None else _record(delta)
     if delta is not None and told is not None:
-        return tasks.bare_task(kind or told["kind"], labels_of(delta), _columns(text, told, path))
+        return in_form(tasks.bare_task(kind or told["kind"], labels_of(delta), _columns(text, told, path)), delta)
     known = None if delta is None else task_of(delta)
     if known is not None:
         return known
@@ -106,7 +114,9 @@ NONE = OwnRows(None, None, (), None)
 
 
 def labels_of(delta: Delta) -> tuple[str, ...]:
-    """The names of the outputs in the delta's record of its model, which leaves out transformers' own."""
+    """The names of the outputs in the delta's record of its model, or of its cloze, without transformers' own."""
+    if (told := cloze_of(delta)) is not None:
+        return tuple(told["labels"])
     model = delta.info.get("model") or {"labels": None, "num_labels": None}
     return tuple(model["labels"] or (f"LABEL_{i}" for i in range(model["num_labels"] or 0)))
 

@@ -12,7 +12,7 @@ import selectune as st
 from selectune import plugins, tasks
 from selectune.adapters import belongs, spec_of
 from selectune.delta import Delta, Report, canonical_name, inventory
-from selectune.errors import BaseMismatchError, ConfigError, DeltaError
+from selectune.errors import BaseMismatchError, ConfigError, DeltaError, TaskError
 from selectune.models.adapted import mergeable, virtual_tokens, with_adapter_of
 from selectune.models.bases import DTYPES, LoadedModel, device, load_model, longest, quiet
 from selectune.models.evaluate import Evaluation, evaluate
@@ -36,7 +36,25 @@ def task_of(delta: Delta) -> Task | None:
     Raises UnknownTaskError for a task that is not known here.
     """
     name = delta.info["method"].get("task")
-    return plugins.task(name) if isinstance(name, str) and name != OWN else None
+    return in_form(plugins.task(name), delta) if isinstance(name, str) and name != OWN else None
+
+
+def in_form(task: Task, delta: Delta | None) -> Task:
+    """The task as a cloze, if the delta was trained on one. Raises TaskError for a record that is none."""
+    told = None if delta is None else cloze_of(delta)
+    return task if told is None else tasks.as_cloze(task, told["pattern"], tuple(told["words"]))
+
+
+def cloze_of(delta: Delta) -> dict[str, Any] | None:
+    """The pattern, words and labels that a delta records, checked, since anybody may have written the file."""
+    told = delta.info["method"].get("cloze")
+    if told is None:
+        return None
+    lists = [told.get(name) for name in ("words", "labels")] if isinstance(told, dict) else [None]
+    texts = all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in lists)
+    if not isinstance(told, dict) or not texts or not isinstance(told.get("pattern"), str):
+        raise TaskError(f"The delta records a cloze without its pattern, words and labels: {told!r:.80}.")
+    return told
 
 
 def load_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool = True) -> LoadedModel:

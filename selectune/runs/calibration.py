@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,11 +24,13 @@ def calibration(
     collate: Callable[[Rows], dict[str, Tensor]],
     batch: int,
     seed: int,
+    own: Callable[..., Tensor] | None = None,
 ) -> dict[str, Any]:
     """The arguments `calibration` and `loss` of `attach` for this score; empty if the score needs none.
 
-    The order of the rows is drawn from the seed and is the same at each reading. Raises CalibrationError if the score
-    needs more examples or mini-batches than the rows give.
+    `own`: the loss of the task's kind, from the model's outputs and the labels; None for the model's loss. The order of
+    the rows is drawn from the seed and is the same at each reading. Raises CalibrationError if the score needs more
+    examples or mini-batches than the rows give.
     """
     if score is None or not score.reads.calibrated:
         return {}
@@ -51,7 +54,9 @@ def calibration(
             made = collate([rows[i] for i in order[start : start + size]])
             yield {key: value.to(where) for key, value in made.items()}
 
-    return {"calibration": batches, "loss": _logits if score.parameters.get("labels") == "model" else loss_of}
+    if score.parameters.get("labels") == "model":
+        return {"calibration": batches, "loss": _logits}
+    return {"calibration": batches, "loss": loss_of if own is None else functools.partial(_own_loss, own)}
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
@@ -67,6 +72,14 @@ def loss_of(model: nn.Module, batch: Mapping[str, Tensor], temperature: float = 
     if labels.is_floating_point():
         return F.mse_loss(logits.squeeze(-1), labels.to(logits))
     return F.cross_entropy(logits, labels)
+
+
+def _own_loss(
+    own: Callable[..., Tensor], model: nn.Module, batch: Mapping[str, Tensor], temperature: float = 1.0
+) -> Tensor:
+    if temperature != 1.0:
+        raise CalibrationError(f"temperature={temperature:g}: only for a model's own loss; this task has its own.")
+    return own(model(**{key: value for key, value in batch.items() if key != "labels"}), batch["labels"])
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from selectune.runs.trackers import check_trackers
 from selectune.schedule import Increment, Quotas
 from selectune.scope import Scope
 from selectune.spec import split
-from selectune.tasks import OwnRows, Task
+from selectune.tasks import OwnRows, Task, as_cloze
 from selectune.tasks.labels import form_of
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -50,7 +50,8 @@ class RunConfig:
     In place of a task, `train` names a file of rows (or a data set of the hub), `text` its columns of text, `label`
     that of the label, and `validation` another file; see `selectune.tasks.OwnRows`. `hold_out`: measure on that share
     of the training rows instead, as a search for a learning rate should. `train_size`: only so many of the training
-    rows, the same for every method and `seed`; see `selectune.tasks.first_rows`.
+    rows, the same for every method and `seed`; see `selectune.tasks.first_rows`. `pattern`, `words`: a task of classes
+    as a cloze, which a language model answers with its own head; see `selectune.tasks.Cloze`.
 
     `checkpoint_budgets`: as the support first reaches each of these numbers of scalars, a delta is saved and measured,
     for methods whose support grows.
@@ -100,6 +101,8 @@ class RunConfig:
     train_size: int | None = None
     train_size_seed: int = 0
     checkpoint_budgets: tuple[int, ...] = ()
+    pattern: str | None = None
+    words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         plugins.add_files(self.plugin)
@@ -143,7 +146,8 @@ class RunConfig:
     @functools.cached_property
     def the_task(self) -> Task:
         """The task of the run. Rows of one's own are read for it, when it is first asked for, and checked."""
-        return plugins.task(self.task) if self.task is not None else self.own.task()
+        task = plugins.task(self.task) if self.task is not None else self.own.task()
+        return task if self.pattern is None else as_cloze(task, self.pattern, self.words)
 
     @property
     def own(self) -> OwnRows:
@@ -237,8 +241,10 @@ def _check_rows(config: RunConfig) -> None:
         raise ConfigError(f"hold_out={config.hold_out!r}: must be a share of the training rows, above 0 and below 1.")
     own = ("validation", "text", "label", "kind")
     given = [name for name in own if getattr(config, name) not in (None, ())]
+    if config.words and config.pattern is None:
+        raise ConfigError("words are those of a pattern, and there is none (command line: --pattern TEXT).")
     if config.task is not None:
-        plugins.task(config.task)
+        _ = config.the_task
         if given:
             raise ConfigError(f"{', '.join(given)}: only for rows of your own (train); {config.task} has its own.")
         return

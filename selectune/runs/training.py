@@ -196,7 +196,8 @@ class _Run:
     def _attach(self, size: int | None) -> Tuner:
         config, model, rows = self.config, self.loaded.model, self.rows["train"]
         method = build_method(config, self.steps, size)
-        read = calibration(model, method.score, rows, self._collate, config.batch_size, config.seed)
+        own = getattr(self.task.kind, "loss", None)
+        read = calibration(model, method.score, rows, self._collate, config.batch_size, config.seed, own)
         return st.attach(model, method, seed=config.seed, accumulation_steps=config.accumulation, **read)
 
     def _train(self) -> list[dict[str, Any]]:
@@ -228,6 +229,7 @@ class _Run:
                 args=arguments_of(config, self.steps),
                 train_dataset=RowDataset(self.rows["train"]),
                 data_collator=self._collate,
+                compute_loss_func=getattr(self.task.kind, "loss", None),
                 callbacks=[keeper, follower, *([] if after is None else [AfterStep(after)])],
                 optimizers=(optimizer_of(config, self.loaded, self.tuner), None),
             )
@@ -293,7 +295,11 @@ class _Run:
         config = self.config
         method: dict[str, Any] = {"task": self.task.name, "max_length": self.max_length}
         if config.train is not None:
-            method["rows"] = config.own.as_json(self.task.kind.name, self.measured_on)
+            kind = self.task.kind.name if config.pattern is None else "classification"
+            method["rows"] = config.own.as_json(kind, self.measured_on)
+        if config.pattern is not None:
+            words, labels = list(config.words), list(self.task.labels)
+            method["cloze"] = {"pattern": config.pattern, "words": words, "labels": labels}
         info: dict[str, dict[str, Any]] = {"method": method}
         if config.dtype is not None:
             method["dtype"] = config.dtype

@@ -36,7 +36,7 @@ ERROR = "error.json"
 STOPPED, REFUSED = 143, 3
 """Exit codes: stopped on request; an error of selectune's own, which the file `ERROR` tells."""
 
-_WITH_ITEMS = ("classification", "choice")
+_WITH_ITEMS = ("classification", "choice", "cloze")
 
 
 def main(folder: Path) -> int:

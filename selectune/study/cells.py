@@ -20,6 +20,9 @@ PHASES = ("search", "main")
 _APART = ("out", "data", "report_to", "save_every", "keep", "full_checkpoints", "plugin")
 """Settings that change no number of a run."""
 
+_LATER = ("pattern", "words")
+"""Settings that runs of earlier versions lack: where they are not set, keys are those of before."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -54,7 +57,8 @@ class Cell:
         told |= {"measure": self.measure} if self.measure else {}
         files = (config.train, config.validation, config.retain)
         told |= {f"bits of {file}": bits for file in files if file and (bits := _bits_of(file))}
-        told = {name: value for name, value in sorted(told.items()) if name not in _APART}
+        unset = (*_APART, *(name for name in _LATER if not told[name]))
+        told = {name: value for name, value in sorted(told.items()) if name not in unset}
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def with_(self, **settings: Any) -> Cell:

@@ -20,6 +20,7 @@ from selectune.tasks.kinds import (
     KINDS,
     Choice,
     Classification,
+    Cloze,
     Completion,
     CompletionLoss,
     Language,
@@ -27,6 +28,7 @@ from selectune.tasks.kinds import (
     Regression,
     Seq2Seq,
     Tagging,
+    as_cloze,
 )
 from selectune.tasks.labels import FORMS
 from selectune.tasks.own import OWN, OwnRows, bare_task, unlabelled
@@ -74,5 +76,5 @@ __all__ = [
     "bare_task", "unlabelled", "read_rows",
     "Task", "TaskKind", "Head", "Hub", "Example", "Features", "ANSWER",
     "Classification", "Multilabel", "Regression", "Tagging", "Completion", "CompletionLoss", "Seq2Seq", "Choice",
-    "Language",
+    "Cloze", "Language", "as_cloze",
 ]  # fmt: skip

@@ -48,6 +48,8 @@ def form_of(kind: str, labels: Sequence[str] = ()) -> Form:
     >>> form_of("tagging", ("B-PER", "O")).metric_name, form_of("tagging", ("NOUN", "O")).metric_name
     ('f1', 'accuracy')
     """
+    if kind == "cloze":  # its rows are those of classes
+        kind = "classification"
     if kind not in FORMS:
         raise ConfigError(f"Unknown kind '{kind}'. Known: {', '.join(FORMS)}.{did_you_mean(kind, FORMS)}")
     form = FORMS[kind]

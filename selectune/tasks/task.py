@@ -43,6 +43,9 @@ class TaskKind(Protocol):
 
     Kinds are values: one kind serves many tasks. `batch`: rows that are predicted at once. The number is fixed, because
     other batches have other padding and give other last bits.
+
+    A kind may have `loss(outputs, labels, num_items_in_batch)`, which takes the place of the model's own loss, as
+    `compute_loss_func` of the Trainer does.
     """
 
     @property

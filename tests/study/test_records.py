@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from study_kit import record
 
 from selectune.errors import StudyError
 from selectune.study.cells import Cell
+from selectune.study.grid import read_grid
 from selectune.study.records import line_of, of_runs, read_results
 from selectune.study.summary import export
 
@@ -73,3 +75,11 @@ def test_rows_of_ones_own_are_told_by_what_is_in_them(tmp_path):
     assert Cell("main", told).key == before
     rows.write_text("text,label\na,1\nb,1\n")
     assert Cell("main", told).key != before
+
+
+def test_results_that_are_committed_belong_to_the_study_that_ships():
+    """A key that changed would run finished cells again."""
+    grid = read_grid("core")
+    keys = {cell.key for arm in grid.arms for cell in grid.trials(arm)}
+    committed = read_results(Path(__file__).parents[2] / "docs/results/core.jsonl")
+    assert {record.cell for record in committed if record.phase == "search"} <= keys

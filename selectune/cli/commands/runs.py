@@ -18,12 +18,14 @@ from selectune.cli.options import (
     Label,
     MaxLength,
     Model,
+    Pattern,
     Plugins,
     Retain,
     Revision,
     Text,
     Trust,
     Validation,
+    Words,
     option,
 )
 from selectune.cli.output import ProgressBar, result, working
@@ -86,6 +88,8 @@ def train(
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
     retain: Retain = None,
+    pattern: Pattern = None,
+    words: Words = None,
     plugin: Plugins = None,
     as_json: Json = False,
     train: Annotated[
@@ -162,6 +166,7 @@ def train(
         train, validation = given["train"], given["validation"]
     given |= {name: path and os.path.expanduser(path) for name, path in (("out", out), ("data", data))}
     given |= {name: path and os.path.expanduser(path) for name, path in (("train", train), ("validation", validation))}
+    given["pattern"] = values.pattern(pattern)
     given["budget"] = None if budget is None else values.budget_or_adapter(budget)
     from selectune.runs.folder import run_folder
     from selectune.runs.stop import Stop
@@ -171,7 +176,7 @@ def train(
         from selectune.runs.config import RunConfig, patterns
         from selectune.runs.training import run
 
-        for name in ("include", "exclude", "train_fully", "text"):
+        for name in ("include", "exclude", "train_fully", "text", "words"):
             given[name] = patterns(given[name])
         given["report_to"] = () if report_to is None or report_to == ["none"] else tuple(report_to)
         given["plugin"] = tuple(plugin or ())
@@ -226,6 +231,8 @@ def evaluate(
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
     retain: Retain = None,
+    pattern: Pattern = None,
+    words: Words = None,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -240,7 +247,8 @@ def evaluate(
         plugins.add_files(plugin or ())
         source = Source(model, revision, dtype, trust_remote_code)
         rows = OwnRows(None, validation and os.path.expanduser(validation), patterns(text), label, kind)
-        found = evaluate_delta(source, delta, task_on(task, delta, rows), data, max_length, seed, retain)
+        asked = task_on(task, delta, rows, values.pattern(pattern), patterns(words))
+        found = evaluate_delta(source, delta, asked, data, max_length, seed, retain)
     told = f"{found.task}: {found.metric} {found.value:.4f} on {found.examples:,} examples"
     result(as_json, found.as_json(), told + _retained(found))
 

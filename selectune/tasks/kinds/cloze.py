@@ -1,0 +1,178 @@
+"""One of several classes, told by a word in a blank, by a language model's own head."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from selectune.errors import ConfigError, TaskError
+from selectune.files.reading import short, some
+from selectune.tasks.kinds.classify import Classification
+from selectune.tasks.task import ANSWER, Example, Features, Head, Task, to_model, token_batch
+
+log = logging.getLogger("selectune")
+
+BLANK = "[MASK]"
+
+
+@dataclass(frozen=True)
+class Cloze(Classification):
+    """A class of several, told by a word in a blank: a pattern makes a text of a row, and each class has a word.
+
+        p(class | row) = exp(z(word of the class)) / sum over classes of exp(z(word)),    z: the logits at the blank
+
+    `pattern`: a text with {} for each text of a row, in their order, and [MASK] for the blank, which a masked language
+    model fills (AutoModelForMaskedLM). Without [MASK] the blank is the word that follows the pattern, by a causal
+    language model (AutoModelForCausalLM). `words`: one for each of the task's labels; each must be one token of the
+    model's vocabulary. No head is drawn, so a base answers before it is trained. The loss is the cross-entropy of p.
+    A row that is too long loses tokens at the end of its longest text, and the log counts such rows.
+
+    Source: Schick, Schütze 2021 (PET), arXiv 2001.07676, equation 1. Their further loss, 1e-4 times that of masked
+    language modelling on unlabelled rows, is left out, and so are their ensembles.
+
+    >>> Cloze(pattern="{} All in all, it was [MASK].", words=("bad", "good")).masked
+    True
+    """
+
+    name: str = "cloze"
+    pattern: str = "{}"
+    words: tuple[str, ...] = ()
+
+    @property
+    def masked(self) -> bool:
+        return BLANK in self.pattern
+
+    def head(self, task: Task) -> Head:
+        return Head("AutoModelForMaskedLM" if self.masked else "AutoModelForCausalLM")
+
+    def fits(self, task: Task, model: Any) -> None:
+        """Raises TaskError for a causal model that cannot give the logits of some places only."""
+        if not self.masked and "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
+            raise TaskError(
+                f"{type(model).__name__} has no logits_to_keep, so the logits of a blank cannot be asked for alone. "
+                f"{task.name} as a cloze needs a causal model that has it."
+            )
+
+    def encode(self, task: Task, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Features]:
+        mask = tokenizer.mask_token if self.masked else None
+        if self.masked and mask is None:
+            raise TaskError(
+                f"The pattern {short(self.pattern)} has {BLANK}, and this model's tokenizer has no mask. Without "
+                f"{BLANK} the word that follows the pattern is asked for, which suits a causal language model."
+            )
+        words = self._tokens_of_words(tokenizer)
+        rows, cut = [], 0
+        for example in examples:
+            if mask is not None and any(mask in text for text in example.texts):
+                raise TaskError(f"A row of {task.name} has {mask} in its own text: {short(' '.join(example.texts))}.")
+            tokens, shortened = self._fitted(tokenizer, example.texts, task, max_length)
+            cut += shortened
+            blank = tokens.index(tokenizer.mask_token_id) if self.masked else len(tokens) - 1
+            rows.append({"input_ids": tokens, "blank": blank, "words": words, ANSWER: example.label})
+        if cut:
+            log.warning("%d of %d rows of %s were cut to max_length=%d tokens.", cut, len(rows), task.name, max_length)
+        return rows
+
+    def collate(self, tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
+        """Labels are (rows, 2 + classes): where the logits of the blank are, the class, and the token of each word.
+
+        Of a causal model, only the logits at the places of blanks are asked for, since a vocabulary is large.
+        """
+        batch = token_batch(tokenizer, [row["input_ids"] for row in rows])
+        places = sorted({row["blank"] for row in rows})
+        if not self.masked:
+            batch["logits_to_keep"] = torch.tensor(places)
+        blanks = [row["blank"] if self.masked else places.index(row["blank"]) for row in rows]
+        labels = [[at, row[ANSWER], *row["words"]] for at, row in zip(blanks, rows, strict=True)]
+        return {**batch, "labels": torch.tensor(labels)}
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The mean cross-entropy over rows, of the whole step if the numbers in all its labels are told."""
+        scores = _at_blanks(outputs.logits, labels)
+        rows = len(labels) if num_items_in_batch is None else num_items_in_batch / labels.shape[1]
+        return F.cross_entropy(scores, labels[:, 1], reduction="sum") / rows
+
+    def predict(self, task: Task, model: Any, tokenizer: Any, rows: Sequence[Features]) -> list[Any]:
+        return self.predicted(self._logits(model, tokenizer, rows))
+
+    def answers(self, task: Task, model: Any, tokenizer: Any, rows: Sequence[Features]) -> list[Any]:
+        return [self.answer(task, row) for row in self.probabilities(self._logits(model, tokenizer, rows)).tolist()]
+
+    def _logits(self, model: Any, tokenizer: Any, rows: Sequence[Features]) -> Tensor:
+        batch = self.collate(tokenizer, rows)
+        logits = model(**to_model(model, batch)).logits
+        return _at_blanks(logits, batch["labels"].to(logits.device)).cpu()
+
+    def _tokens_of_words(self, tokenizer: Any) -> list[int]:
+        """The token of each word. Byte-level vocabularies have the space before a word in its token."""
+        spaced = self.pattern.partition(BLANK)[0].endswith(" ") if self.masked else not self.pattern.endswith("\n")
+        space = " " if spaced else ""
+        found = tokenizer([space + word for word in self.words], add_special_tokens=False)["input_ids"]
+        if several := [word for word, tokens in zip(self.words, found, strict=True) if len(tokens) != 1]:
+            raise TaskError(f"These words are not one token of this model's vocabulary: {some(several)}. Give others.")
+        tokens = [token for (token,) in found]
+        if len(set(tokens)) < len(tokens) or tokenizer.unk_token_id in tokens:
+            raise TaskError(f"The words {some(list(self.words))} are not different tokens of this model's vocabulary.")
+        return tokens
+
+    def _fitted(self, tokenizer: Any, texts: tuple[str, ...], task: Task, room: int) -> tuple[list[int], bool]:
+        """The tokens of a row, and whether its longest texts had to be cut."""
+        left = list(texts)
+        while True:
+            tokens = self._tokens(tokenizer, left)
+            over = len(tokens) - room
+            if over <= 0:
+                return tokens, tuple(left) != texts
+            longest = max(range(len(left)), key=lambda i: len(left[i]))
+            if not left[longest]:
+                raise TaskError(f"max_length={room} leaves {task.name} no place for the pattern {short(self.pattern)}.")
+            size = len("".join(left)) + len(self.pattern)
+            left[longest] = left[longest][: -max(1, over * size // len(tokens))]
+
+    def _tokens(self, tokenizer: Any, texts: Sequence[str]) -> list[int]:
+        pieces = self.pattern.split("{}")
+        if self.masked:
+            pieces = [piece.replace(BLANK, tokenizer.mask_token) for piece in pieces]
+        text = pieces[0] + "".join(text + piece for text, piece in zip(texts, pieces[1:], strict=True))
+        if self.masked:
+            return tokenizer(text, verbose=False)["input_ids"]
+        tokens = tokenizer(text.rstrip(" "), verbose=False)["input_ids"]
+        return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] and len(tokens) > 1 else tokens
+
+
+def as_cloze(task: Task, pattern: str, words: tuple[str, ...]) -> Task:
+    """A task of classes as a cloze. `words`: one for each of its labels, in their order.
+
+    Raises ConfigError for another kind of task, a pattern without a place for each text, and words that do not fit.
+
+    >>> from selectune import tasks
+    >>> tasks.as_cloze(tasks.get("glue/rte"), "{} {} True or False?", ("True", "False")).kind.name
+    'cloze'
+    """
+    if type(task.kind) is not Classification:
+        raise ConfigError(f"A pattern is for a task of one class of several; {task.name} is a {task.kind.name}.")
+    if pattern.count("{}") != len(task.fields) or pattern.count(BLANK) > 1:
+        raise ConfigError(
+            f"The pattern {short(pattern)} must have {{}} for each text of {task.name}, which are "
+            f"{', '.join(task.fields)}, and {BLANK} once at most."
+        )
+    if len(words) != len(task.labels) or len(set(words)) < len(words) or not all(word.strip() for word in words):
+        raise ConfigError(
+            f"A pattern of {task.name} needs a word for each of its labels, all different: {', '.join(task.labels)}. "
+            f"Got {', '.join(words) or 'none'}."
+        )
+    return dataclasses.replace(task, kind=Cloze(pattern=pattern, words=words))
+
+
+def _at_blanks(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logits of the words at each row's blank: (rows, tokens, vocabulary) -> (rows, classes), float32."""
+    blanks = logits[torch.arange(len(labels), device=logits.device), labels[:, 0]]
+    return blanks.gather(1, labels[:, 2:]).float()
