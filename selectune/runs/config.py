@@ -26,6 +26,7 @@ from selectune.tasks import OwnRows, Task, as_cloze
 from selectune.tasks.labels import form_of
 
 SCHEDULES = ("linear", "cosine", "constant")
+OPTIMIZERS = ("adamw", "adamw-entry", "sm3")  # as selectune.runs.trainer makes them
 LEARNING_RATES = {"full": 5e-5, "child-tuning-d": 4e-5, "child-tuning-f": 4e-5, "spiel-ma": 2e-3}
 DENSE_RATES = {"lt-sft": 5e-5, "diff-pruning": 1e-5}  # the papers' rates for dense steps
 LEARNING_RATE = 5e-4
@@ -51,7 +52,8 @@ class RunConfig:
     that of the label, and `validation` another file; see `selectune.tasks.OwnRows`. `hold_out`: measure on that share
     of the training rows instead, as a search for a learning rate should. `train_size`: only so many of the training
     rows, the same for every method and `seed`; see `selectune.tasks.first_rows`. `pattern`, `words`: a task of classes
-    as a cloze, which a language model answers with its own head; see `selectune.tasks.Cloze`.
+    as a cloze, which a language model answers with its own head; see `selectune.tasks.Cloze`. `optimizer`: adamw,
+    adamw-entry (each entry counts its own steps) or sm3; None: the method's.
 
     `checkpoint_budgets`: as the support first reaches each of these numbers of scalars, a delta is saved and measured,
     for methods whose support grows.
@@ -103,6 +105,7 @@ class RunConfig:
     checkpoint_budgets: tuple[int, ...] = ()
     pattern: str | None = None
     words: tuple[str, ...] = ()
+    optimizer: str | None = None
 
     def __post_init__(self) -> None:
         plugins.add_files(self.plugin)
@@ -119,7 +122,8 @@ class RunConfig:
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value < 2**32:
                 raise ConfigError(f"{name}={value!r}: must be an int from 0 to {2**32 - 1}.")
-        for name, known in (("schedule", SCHEDULES), ("dtype", (None, *DTYPES))):
+        optimizers = (None, *OPTIMIZERS)
+        for name, known in (("schedule", SCHEDULES), ("dtype", (None, *DTYPES)), ("optimizer", optimizers)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"Unknown {name} '{getattr(self, name)}'. Known: {', '.join(filter(None, known))}.")
         if self.out is not None and not self.out.strip():

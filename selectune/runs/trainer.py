@@ -38,7 +38,7 @@ def _sm3(groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
     return st.SparseSM3(groups, weight_decay=weight_decay)
 
 
-# names as in selectune.recipes.Recipe.optimizer
+# names as in selectune.recipes.Recipe.optimizer and RunConfig.optimizer
 OPTIMIZERS: Mapping[str, Callable[[Groups, float], torch.optim.Optimizer | None]] = {
     "adamw": _adamw,
     "adamw-entry": _entry,
@@ -99,12 +99,12 @@ class RowDataset(torch.utils.data.Dataset):
 
 
 def optimizer_of(config: RunConfig, loaded: LoadedModel, tuner: Tuner) -> torch.optim.Optimizer | None:
-    """The recipe's optimizer, with parameter groups if the method or the adapter gives tensors their own rate."""
+    """The run's or the recipe's optimizer, with groups if the method or the adapter gives tensors their own rate."""
     spec = None if loaded.adapted is None else loaded.adapted.spec
     if spec is not None and "ratio" in spec.options:
         return two_rates(loaded.model, config.learning_rate, float(spec.options["ratio"]), config.weight_decay)
     recipe = RECIPES.get(config.recipe)
-    make = OPTIMIZERS["adamw" if recipe is None else recipe.optimizer]
+    make = OPTIMIZERS[config.optimizer or ("adamw" if recipe is None else recipe.optimizer)]
     return make(tuner.parameter_groups(config.learning_rate), config.weight_decay)
 
 

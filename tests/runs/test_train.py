@@ -69,6 +69,7 @@ BAD = [
     ({"schedule": "step"}, ConfigError, "Unknown schedule 'step'"),
     ({"dtype": "int8"}, ConfigError, "Unknown dtype"),
     ({"warmup": -1.0}, ConfigError, "warmup"),
+    ({"optimizer": "adam"}, ConfigError, "Unknown optimizer 'adam'. Known: adamw, adamw-entry, sm3"),
     ({"method": "id3:eps=0"}, ConfigError, "eps"),
 ]
 
@@ -153,6 +154,20 @@ def test_the_same_seed_gives_the_same_bytes(config, tmp_path):
     assert first.value == again.value
     other = run(dataclasses.replace(config, out=str(tmp_path / "other"), seed=2))
     assert first.delta.read_bytes() != other.delta.read_bytes()
+
+
+def test_a_run_may_have_another_optimizer(config, tmp_path):
+    """Entries that are selected late start with a whole step only if each counts its own steps."""
+    from selectune.runs.config import OPTIMIZERS
+    from selectune.runs.trainer import OPTIMIZERS as MADE
+
+    assert tuple(MADE) == OPTIMIZERS
+    of = {
+        name: st.load(run(dataclasses.replace(config, optimizer=name, out=str(tmp_path / str(name)))).delta).digest
+        for name in (None, *OPTIMIZERS)
+    }
+    assert of[None] == of["adamw"]
+    assert len(set(of.values())) == 3
 
 
 def test_a_run_learns(config):

@@ -135,6 +135,10 @@ def train(
     ] = False,
     schedule: Annotated[str, option("Learning rate: linear (default), cosine, constant.", panel=LOOP)] = "linear",
     warmup: Annotated[float, typer.Option(help="Warmup steps, or a share below 1.", rich_help_panel=LOOP)] = 0.0,
+    optimizer: Annotated[
+        str | None,
+        option("adamw, adamw-entry (each entry counts its own steps) or sm3. Default: the method's.", panel=LOOP),
+    ] = None,
     weight_decay: Annotated[float, typer.Option(help="Decay towards the base.", rich_help_panel=LOOP)] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.", rich_help_panel=LOOP)] = 1.0,
     eval_every: Annotated[int | None, option("Steps between evaluations. Default: the task's.", panel=LOOP)] = None,
