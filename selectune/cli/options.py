@@ -54,6 +54,9 @@ Words = Annotated[
     list[str] | None,
     option("With --pattern: the word of each class, in the order of the labels, with commas: bad,good.", "--words"),
 ]
+Shots = Annotated[
+    int | None, option("With --pattern: so many training rows and their words stand before every row.", "--shots")
+]
 KindOption = Annotated[
     str | None,
     option(

@@ -42,7 +42,9 @@ def task_of(delta: Delta) -> Task | None:
 def in_form(task: Task, delta: Delta | None) -> Task:
     """The task as a cloze, if the delta was trained on one. Raises TaskError for a record that is none."""
     told = None if delta is None else cloze_of(delta)
-    return task if told is None else tasks.as_cloze(task, told["pattern"], tuple(told["words"]))
+    return (
+        task if told is None else tasks.as_cloze(task, told["pattern"], tuple(told["words"]), told.get("context") or "")
+    )
 
 
 def cloze_of(delta: Delta) -> dict[str, Any] | None:
@@ -52,7 +54,8 @@ def cloze_of(delta: Delta) -> dict[str, Any] | None:
         return None
     lists = [told.get(name) for name in ("words", "labels")] if isinstance(told, dict) else [None]
     texts = all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in lists)
-    if not isinstance(told, dict) or not texts or not isinstance(told.get("pattern"), str):
+    whole = texts and isinstance(told, dict) and isinstance(told.get("context"), str | None)
+    if not whole or not isinstance(told.get("pattern"), str):
         raise TaskError(f"The delta records a cloze without its pattern, words and labels: {told!r:.80}.")
     return told
 

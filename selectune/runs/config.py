@@ -52,7 +52,8 @@ class RunConfig:
     that of the label, and `validation` another file; see `selectune.tasks.OwnRows`. `hold_out`: measure on that share
     of the training rows instead, as a search for a learning rate should. `train_size`: only so many of the training
     rows, the same for every method and `seed`; see `selectune.tasks.first_rows`. `pattern`, `words`: a task of classes
-    as a cloze, which a language model answers with its own head; see `selectune.tasks.Cloze`. `optimizer`: adamw,
+    as a cloze, which a language model answers with its own head; see `selectune.tasks.Cloze`. `shots`: so
+    many training rows with their words stand before every row of a cloze. `optimizer`: adamw,
     adamw-entry (each entry counts its own steps) or sm3; None: the method's.
 
     `checkpoint_budgets`: as the support first reaches each of these numbers of scalars, a delta is saved and measured,
@@ -106,12 +107,13 @@ class RunConfig:
     pattern: str | None = None
     words: tuple[str, ...] = ()
     optimizer: str | None = None
+    shots: int | None = None
 
     def __post_init__(self) -> None:
         plugins.add_files(self.plugin)
         plugins.want_method(self.recipe)
         _check_rows(self)
-        counts = ("max_steps", "max_length", "eval_every", "save_every", "keep", "train_size")
+        counts = ("max_steps", "max_length", "eval_every", "save_every", "keep", "train_size", "shots")
         for name in ("batch_size", "accumulation", *counts):
             _count(name, getattr(self, name), optional=name not in ("batch_size", "accumulation"))
         for name in ("lr", "epochs", "weight_decay", "warmup", "max_grad_norm"):
@@ -245,8 +247,9 @@ def _check_rows(config: RunConfig) -> None:
         raise ConfigError(f"hold_out={config.hold_out!r}: must be a share of the training rows, above 0 and below 1.")
     own = ("validation", "text", "label", "kind")
     given = [name for name in own if getattr(config, name) not in (None, ())]
-    if config.words and config.pattern is None:
-        raise ConfigError("words are those of a pattern, and there is none (command line: --pattern TEXT).")
+    if (config.words or config.shots) and config.pattern is None:
+        what = "words are those" if config.words else "shots need the words"
+        raise ConfigError(f"{what} of a pattern, and there is none (command line: --pattern TEXT).")
     if config.task is not None:
         _ = config.the_task
         if given:

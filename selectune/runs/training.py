@@ -99,6 +99,8 @@ class _Run:
             splits = tasks.splits_of(self.task, config.data, None if config.train is not None else config.hold_out)
         if config.train_size is not None:
             splits["train"] = tasks.first_rows(self.task, splits["train"], config.train_size, config.train_size_seed)
+        if config.shots is not None:
+            self.task = tasks.with_shots(self.task, tasks.first_rows(self.task, splits["train"], config.shots).examples)
         self.measured_on = splits["validation"].digest
         self.origins = {name: f"{split.origin} ({len(split):,} rows)" for name, split in splits.items()}
         text = None if config.retain is None else text_of(config.retain, config.data)
@@ -300,6 +302,8 @@ class _Run:
         if config.pattern is not None:
             words, labels = list(config.words), list(self.task.labels)
             method["cloze"] = {"pattern": config.pattern, "words": words, "labels": labels}
+            if isinstance(self.task.kind, tasks.Cloze) and self.task.kind.context:
+                method["cloze"]["context"] = self.task.kind.context
         info: dict[str, dict[str, Any]] = {"method": method}
         if config.dtype is not None:
             method["dtype"] = config.dtype

@@ -29,6 +29,7 @@ from selectune.tasks.kinds import (
     Seq2Seq,
     Tagging,
     as_cloze,
+    with_shots,
 )
 from selectune.tasks.labels import FORMS
 from selectune.tasks.own import OWN, OwnRows, bare_task, unlabelled
@@ -76,5 +77,5 @@ __all__ = [
     "bare_task", "unlabelled", "read_rows",
     "Task", "TaskKind", "Head", "Hub", "Example", "Features", "ANSWER",
     "Classification", "Multilabel", "Regression", "Tagging", "Completion", "CompletionLoss", "Seq2Seq", "Choice",
-    "Cloze", "Language", "as_cloze",
+    "Cloze", "Language", "as_cloze", "with_shots",
 ]  # fmt: skip

@@ -28,9 +28,17 @@ RTE = tasks.get("glue/rte")
 NEXT, BLANKED, SAID = "the first: {} the second: {} this is", "{} with {} is [MASK] .", ("small", "big")
 
 
+def longer(folder):
+    """A model with room for examples in context."""
+    for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        told = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**told, key: 128}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def causal(tmp_path_factory):
-    return make_llama(tmp_path_factory.mktemp("llama"))
+    return longer(make_llama(tmp_path_factory.mktemp("llama")))
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +54,10 @@ def masked(tmp_path_factory):
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=32,
+        max_position_embeddings=128,
     )  # fmt: skip
     BertForMaskedLM(config).save_pretrained(folder)
-    return folder
+    return longer(folder)
 
 
 @pytest.fixture(params=["causal", "masked"])
@@ -148,6 +156,32 @@ def test_scores_from_data_read_the_loss_of_the_cloze(causal, data, tmp_path):
     assert found.selected == 300
     with pytest.raises(CalibrationError):
         run(RunConfig(**given, method="fish:labels=model,examples=2", max_steps=2, out=str(tmp_path / "b")))
+
+
+def test_examples_in_context_stand_before_every_row(form, data, tmp_path):
+    folder, task, pattern = form
+    first = tasks.load(task, "train", data)
+    shown = tasks.first_rows(task, first, 2).examples
+    loaded = load_model(str(folder), task.head, 0)
+    told = tasks.with_shots(task, shown)
+    texts = loaded.tokenizer.decode(told.encode(loaded.tokenizer, examples(1), 99)[0]["input_ids"])
+    for example in shown:
+        assert example.texts[0].removesuffix(" .") in texts
+    assert texts.count(SAID[0]) + texts.count(SAID[1]) >= 2
+    given = {"model": str(folder), "task": RTE.name, "data": str(data), "pattern": pattern, "words": SAID, "shots": 2}
+    found = run(RunConfig(**given, budget=300, max_steps=2, max_length=96, lr=1e-3, out=str(tmp_path / "out")))
+    recorded = task_of(st.load(found.delta))
+    assert recorded is not None
+    assert recorded.kind == told.kind
+    assert evaluate_delta(Source(str(folder)), found.delta, recorded, str(data)) == found.evaluation
+    base = ("eval", "--model", folder, "--task", RTE.name, "--data", data, "--pattern", pattern, "--words", "small,big",
+            "--max-length", 96, "--shots")  # fmt: skip
+    assert "glue/rte: accuracy" in call(*base, 2).stdout
+    assert "are 48" in call(*base, 49, code=1).stderr
+    with pytest.raises(ConfigError, match=r"have 2\d,\d+ characters"):
+        tasks.with_shots(task, [Example(("a" * 11_000, "b"), 0)] * 2)
+    with pytest.raises(ConfigError, match="shots need the words of a pattern"):
+        RunConfig(model="demo", task=RTE.name, budget=10, shots=2)
 
 
 def test_a_long_row_loses_the_end_of_its_longest_text(form, caplog):

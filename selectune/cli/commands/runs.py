@@ -22,6 +22,7 @@ from selectune.cli.options import (
     Plugins,
     Retain,
     Revision,
+    Shots,
     Text,
     Trust,
     Validation,
@@ -90,6 +91,7 @@ def train(
     retain: Retain = None,
     pattern: Pattern = None,
     words: Words = None,
+    shots: Shots = None,
     plugin: Plugins = None,
     as_json: Json = False,
     train: Annotated[
@@ -237,6 +239,7 @@ def evaluate(
     retain: Retain = None,
     pattern: Pattern = None,
     words: Words = None,
+    shots: Shots = None,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -245,13 +248,17 @@ def evaluate(
     from selectune.models.recorded import task_on
     from selectune.models.restore import Source, evaluate_delta
     from selectune.runs.config import patterns
-    from selectune.tasks import OwnRows
+    from selectune.tasks import OwnRows, first_rows, load, with_shots
 
     with working():
         plugins.add_files(plugin or ())
         source = Source(model, revision, dtype, trust_remote_code)
         rows = OwnRows(None, validation and os.path.expanduser(validation), patterns(text), label, kind)
         asked = task_on(task, delta, rows, values.pattern(pattern), patterns(words))
+        if shots is not None:
+            if delta is not None:
+                raise ConfigError("--shots is for a base; a delta records the examples that it was trained with.")
+            asked = with_shots(asked, first_rows(asked, load(asked, "train", data), shots).examples)
         found = evaluate_delta(source, delta, asked, data, max_length, seed, retain)
     told = f"{found.task}: {found.metric} {found.value:.4f} on {found.examples:,} examples"
     result(as_json, found.as_json(), told + _retained(found))

@@ -13,7 +13,7 @@ seq2seq       a text -> another, by an encoder and a decoder
 
 from selectune.tasks.kinds.choice import Choice
 from selectune.tasks.kinds.classify import Classification, Multilabel, Regression
-from selectune.tasks.kinds.cloze import Cloze, as_cloze
+from selectune.tasks.kinds.cloze import Cloze, as_cloze, with_shots
 from selectune.tasks.kinds.completion import Completion, CompletionLoss
 from selectune.tasks.kinds.generating import Generating, each_reference
 from selectune.tasks.kinds.language import Language
@@ -30,5 +30,5 @@ KINDS: dict[str, TaskKind] = {kind.name: kind for kind in _KINDS}
 
 __all__ = [
     "KINDS", "Choice", "Classification", "Cloze", "Completion", "CompletionLoss", "Generating", "Language",
-    "Multilabel", "Regression", "Seq2Seq", "Tagging", "as_cloze", "each_reference",
+    "Multilabel", "Regression", "Seq2Seq", "Tagging", "as_cloze", "each_reference", "with_shots",
 ]  # fmt: skip

@@ -22,6 +22,9 @@ log = logging.getLogger("selectune")
 
 BLANK = "[MASK]"
 
+LONGEST = 20_000
+"""Characters of the examples in context."""
+
 
 @dataclass(frozen=True)
 class Cloze(Classification):
@@ -33,7 +36,8 @@ class Cloze(Classification):
     model fills (AutoModelForMaskedLM). Without [MASK] the blank is the word that follows the pattern, by a causal
     language model (AutoModelForCausalLM). `words`: one for each of the task's labels; each must be one token of the
     model's vocabulary. No head is drawn, so a base answers before it is trained. The loss is the cross-entropy of p.
-    A row that is too long loses tokens at the end of its longest text, and the log counts such rows.
+    `context`: a text before every row, such as examples with their words (`with_shots`). A row that is too long loses
+    tokens at the end of its longest text, and the log counts such rows.
 
     Source: Schick, Schütze 2021 (PET), arXiv 2001.07676, equation 1. Their further loss, 1e-4 times that of masked
     language modelling on unlabelled rows, is left out, and so are their ensembles.
@@ -45,6 +49,7 @@ class Cloze(Classification):
     name: str = "cloze"
     pattern: str = "{}"
     words: tuple[str, ...] = ()
+    context: str = ""
 
     @property
     def masked(self) -> bool:
@@ -138,18 +143,31 @@ class Cloze(Classification):
             left[longest] = left[longest][: -max(1, over * size // len(tokens))]
 
     def _tokens(self, tokenizer: Any, texts: Sequence[str]) -> list[int]:
-        pieces = self.pattern.split("{}")
-        if self.masked:
-            pieces = [piece.replace(BLANK, tokenizer.mask_token) for piece in pieces]
-        text = pieces[0] + "".join(text + piece for text, piece in zip(texts, pieces[1:], strict=True))
+        text = self.context + self._text(texts, tokenizer.mask_token if self.masked else "")
         if self.masked:
             return tokenizer(text, verbose=False)["input_ids"]
         tokens = tokenizer(text.rstrip(" "), verbose=False)["input_ids"]
         return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] and len(tokens) > 1 else tokens
 
+    def _text(self, texts: Sequence[str], blank: str) -> str:
+        pieces = [piece.replace(BLANK, blank) for piece in self.pattern.split("{}")]
+        return pieces[0] + "".join(text + piece for text, piece in zip(texts, pieces[1:], strict=True))
 
-def as_cloze(task: Task, pattern: str, words: tuple[str, ...]) -> Task:
-    """A task of classes as a cloze. `words`: one for each of its labels, in their order.
+    def answered(self, example: Example) -> str:
+        """A row as a text with the word of its class.
+
+        >>> Cloze(pattern="{} It was", words=("bad", "good")).answered(Example(("No plot.",), 0))
+        'No plot. It was bad'
+        """
+        word = self.words[example.label]
+        if self.masked:
+            return self._text(example.texts, word)
+        text = self._text(example.texts, "").rstrip(" ")
+        return text + (word if text.endswith("\n") else f" {word}")
+
+
+def as_cloze(task: Task, pattern: str, words: tuple[str, ...], context: str = "") -> Task:
+    """A task of classes as a cloze; see `Cloze`. `words`: one for each of its labels, in their order.
 
     Raises ConfigError for another kind of task, a pattern without a place for each text, and words that do not fit.
 
@@ -169,7 +187,24 @@ def as_cloze(task: Task, pattern: str, words: tuple[str, ...]) -> Task:
             f"A pattern of {task.name} needs a word for each of its labels, all different: {', '.join(task.labels)}. "
             f"Got {', '.join(words) or 'none'}."
         )
-    return dataclasses.replace(task, kind=Cloze(pattern=pattern, words=words))
+    return dataclasses.replace(task, kind=Cloze(pattern=pattern, words=words, context=context))
+
+
+def with_shots(task: Task, examples: Sequence[Example]) -> Task:
+    """A cloze with these examples and their words before every row: learning in context, without training.
+
+    Source: Brown et al. 2020, arXiv 2005.14165. Raises ConfigError for another kind of task, and for more than
+    LONGEST characters, which a delta would have to keep.
+    """
+    if not isinstance(task.kind, Cloze):
+        raise ConfigError(f"Examples in context (shots) need a pattern and words; {task.name} is a {task.kind.name}.")
+    context = "".join(f"{task.kind.answered(example)}\n\n" for example in examples)
+    if len(context) > LONGEST:
+        raise ConfigError(
+            f"{len(examples)} examples of {task.name} in context (shots) have {len(context):,} characters, and at most "
+            f"{LONGEST:,} are kept. Give fewer."
+        )
+    return dataclasses.replace(task, kind=dataclasses.replace(task.kind, context=context))
 
 
 def _at_blanks(logits: Tensor, labels: Tensor) -> Tensor:
