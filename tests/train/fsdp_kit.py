@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Net(nn.Module):
         self.head.weight = self.words.weight
         self.one = nn.Linear(WORDS, 1, dtype=wide)
         self.drop, self.repeats = nn.Dropout(drop), repeats
+        self.config = SimpleNamespace(model_type="net")  # so that a delta names the model's class
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.words(ids)

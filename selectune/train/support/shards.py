@@ -127,11 +127,11 @@ class Shards:
             return
         self._group = dist.new_group()  # of our own, so that nothing of ours meets another's collective
         for module in self._units:
-            for held in internals.fsdp_weights(module):
-                if held.used is None:
-                    module.unshard()  # makes the parameter that passes will use
-                self._parts[id(held.parameter)] = Part(held, self._group)
-        self.rest()
+            weights = internals.fsdp_weights(module)
+            if any(held.used is None for held in weights):
+                module.unshard()  # makes the parameters that passes will use
+                module.reshard()
+            self._parts |= {id(held.parameter): Part(held, self._group) for held in weights}
 
     def __bool__(self) -> bool:
         return bool(self._parts)
