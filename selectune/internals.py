@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "SCRIPTED", "TorchDispatchMode", "WRAPPING", "after_backward", "averages", "backward_id", "can_share",
-    "dispatch_modes", "fake_mode", "fake_of", "fast_int8", "forget", "go_on_compiling", "in_backward", "in_transform",
-    "is_fake", "joining", "int8_product", "kept_plain", "never_compiled",
-    "outside_transforms", "plain_parameter", "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves",
-    "tree_map", "tree_map_only", "versions_kept", "will_reach", "without_dispatch",
+    "class_before", "dispatch_modes", "fake_mode", "fake_of", "fast_int8", "forget", "fsdp_modules", "fsdp_syncs",
+    "fsdp_weights", "go_on_compiling", "in_backward", "in_transform", "is_fake", "is_sharded", "joining",
+    "int8_product", "kept_plain", "never_compiled", "outside_transforms", "part_of", "plain_parameter",
+    "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves", "tree_map", "tree_map_only",
+    "versions_kept", "will_reach", "without_dispatch",
 ]  # fmt: skip
 
 
@@ -106,6 +108,76 @@ def joining() -> bool:
     """Whether the DistributedDataParallel whose forward is running lets ranks run out of batches (its `join`)."""
     around = _active_ddp()
     return around is not None and bool(around._join_config.enable)
+
+
+# -- FSDP2 (torch.distributed.fsdp.fully_shard)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which each rank holds a part."""
+    module = sys.modules.get("torch.distributed.tensor")  # not imported, so there are none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def part_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a DTensor that this rank holds: the same memory, whatever FSDP2 has put there."""
+    return cast(Any, tensor)._local_tensor.detach()
+
+
+def fsdp_modules(model: torch.nn.Module) -> list[Any]:
+    """The modules of a model that were given to fully_shard, outermost first."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def _fsdp_groups(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # up to torch 2.12
+
+
+class FsdpWeight:
+    """What FSDP2 keeps of one parameter that it shards."""
+
+    def __init__(self, record: Any) -> None:
+        self._record = record
+
+    @property
+    def parameter(self) -> torch.nn.Parameter:
+        """The sharded parameter, a DTensor, which modules hold between two passes."""
+        return self._record.sharded_param
+
+    @property
+    def used(self) -> torch.nn.Parameter | None:
+        """The whole parameter, which modules hold in a pass. It is made once; between two passes it has no memory."""
+        return getattr(self._record, "_unsharded_param", None)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole parameter has its memory and its numbers now."""
+        return self._record.sharded_state.name == "UNSHARDED"
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the part lies in the CPU's memory while a GPU computes (CPUOffloadPolicy)."""
+        return bool(self._record.offload_to_cpu)
+
+
+def fsdp_weights(module: Any) -> list[FsdpWeight]:
+    """The parameters that fully_shard shards with this module."""
+    return [FsdpWeight(record) for group in _fsdp_groups(module) for record in group.fsdp_params]
+
+
+def fsdp_syncs(module: Any) -> bool:
+    """Whether the next backward pass averages gradients (`set_requires_gradient_sync`)."""
+    return all(group.reduce_grads for group in _fsdp_groups(module))
+
+
+def class_before(module: torch.nn.Module) -> type[torch.nn.Module]:
+    """The class that a module had before fully_shard, which puts one of its own in its place."""
+    own, *kinds = type(module).__mro__
+    return kinds[1] if kinds[0].__name__ == "FSDPModule" else own
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune.errors import ScopeError
-from selectune.internals import without_dispatch
+from selectune.internals import is_sharded, without_dispatch
 
 log = logging.getLogger("selectune")
 OWN = "selectune_"  # prefix of all parameters that a tuner puts on a model
@@ -130,10 +130,19 @@ class ScopedTensor:
         return self.names[0]
 
     @property
+    def used(self) -> nn.Parameter:
+        """The parameter that modules hold while they compute."""
+        return self.parameter
+
+    @property
     def weight(self) -> Tensor:
         """The parameter's numbers, as a plain tensor over the same memory, whose use is not seen by a tuner."""
-        with without_dispatch():
-            return self.parameter.detach()
+        return plain(self.used)
+
+    @property
+    def form(self) -> Tensor:
+        """A tensor of the dtype, and on the device, of the numbers where they are kept."""
+        return self.weight
 
     @property
     def eligible(self) -> int:
@@ -150,6 +159,12 @@ class Found:
     @property
     def eligible(self) -> int:
         return sum(t.eligible for t in self.tensors)
+
+
+def plain(parameter: nn.Parameter) -> Tensor:
+    """A plain tensor over a parameter's memory."""
+    with without_dispatch():
+        return parameter.detach()
 
 
 _HINTS = {
@@ -214,8 +229,8 @@ def _check(tensor: ScopedTensor) -> None:
         why = "it is on the meta device; load its weights first"
     elif parameter.layout.__str__() != "torch.strided":
         why = f"its layout is {parameter.layout}; only strided tensors can be written in place"
-    elif type(parameter) is not nn.Parameter and type(parameter.data) is not Tensor:
-        why = f"it is a {type(parameter.data).__name__}; attach before sharding or quantising"
+    elif type(parameter) is not nn.Parameter and type(parameter.data) is not Tensor and not is_sharded(parameter):
+        why = f"it is a {type(parameter.data).__name__}; attach before quantising"
     elif not parameter.is_leaf:
         why = "it is not a leaf tensor"
     elif parameter.numel() and 0 in [s for s, d in zip(parameter.stride(), parameter.shape, strict=True) if d > 1]:
@@ -248,7 +263,7 @@ def _check_overlap(tensors: Sequence[ScopedTensor]) -> None:
     spans = []
     for tensor in tensors:
         p = tensor.parameter
-        if p.numel():
+        if p.numel() and not is_sharded(p):
             extent = 1 + sum((d - 1) * s for d, s in zip(p.shape, p.stride(), strict=True))
             spans.append((str(p.device), p.data_ptr(), p.data_ptr() + extent * p.element_size(), tensor.name))
     spans.sort()

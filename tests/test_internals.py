@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -326,3 +329,46 @@ def test_a_wrapper_that_averages_gradients_is_known_while_its_forward_runs(tmp_p
     finally:
         dist.destroy_process_group()
     assert seen == [(True, False, False), (True, False, True), (None, None, False)], ON
+
+
+def test_what_fully_shard_keeps_of_a_weight(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        mesh: Any = init_device_mesh("cpu", (1,))
+        model: Any = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        plain = model[1].weight
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        assert internals.fsdp_modules(model) == [model, model[0]], ON
+        assert internals.fsdp_modules(model[1]) == [], ON
+        assert (internals.class_before(model), internals.class_before(model[1])) == (nn.Sequential, nn.Linear), ON
+        weight, bias = internals.fsdp_weights(model[0])
+        part: Any = weight.parameter
+        whole: Any = None
+        assert part is model[0].weight, ON
+        assert bias.parameter is model[0].bias, ON
+        assert (internals.is_sharded(part), internals.is_sharded(plain)) == (True, False), ON
+        assert (weight.used, weight.is_whole, weight.offloaded) == (None, False, False), ON
+        for _ in range(2):
+            model[0].unshard()
+            whole = weight.used if whole is None else whole
+            assert whole is weight.used is model[0].weight, ON
+            assert weight.is_whole, ON
+            model[0].reshard()
+            assert model[0].weight is weight.parameter is part, ON
+            assert not weight.is_whole, ON
+            assert whole.untyped_storage().size() == 0, ON
+        with torch.no_grad():
+            internals.part_of(part).fill_(2.0)
+        seen = []
+        model[0].register_forward_pre_hook(lambda module, args: seen.append(module.weight.detach().clone()))
+        model(torch.ones(1, 2)).sum().backward()
+        assert seen[0].tolist() == [[2.0, 2.0]] * 3, ON
+        assert weight.used is whole, ON
+        assert internals.fsdp_syncs(model[0]), ON
+        model.set_requires_gradient_sync(False)
+        assert not internals.fsdp_syncs(model[0]), ON
+        offloads: Any = fully_shard(nn.Linear(2, 2), mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+        assert all(held.offloaded for held in internals.fsdp_weights(offloads)), ON
+    finally:
+        dist.destroy_process_group()

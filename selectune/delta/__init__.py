@@ -8,7 +8,7 @@ combine/  several deltas together: sums, merges, overlap
 """
 
 from selectune.delta.combine import algebra
-from selectune.delta.delta import DELTA_FILE, Delta, load
+from selectune.delta.delta import DELTA_FILE, Delta, file_of, load
 from selectune.delta.diff import diff
 from selectune.delta.file.adapter_record import AdapterRecord, adapter_of, forget_adapter, is_marked, record_adapter
 from selectune.delta.file.content import versions
@@ -21,6 +21,6 @@ from selectune.delta.live.verify import Report
 
 __all__ = [
     "DELTA_FILE", "AdapterRecord", "Delta", "Dense", "Patch", "Report", "Shelf", "adapter_digest", "adapter_of",
-    "algebra", "base_info", "canonical_name", "diff", "digest_bits", "forget_adapter", "inventory", "is_marked", "load",
-    "model_info", "record_adapter", "structure_digest", "switch", "versions", "weights_digest",
+    "algebra", "base_info", "canonical_name", "diff", "digest_bits", "file_of", "forget_adapter", "inventory",
+    "is_marked", "load", "model_info", "record_adapter", "structure_digest", "switch", "versions", "weights_digest",
 ]  # fmt: skip

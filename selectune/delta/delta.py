@@ -36,9 +36,7 @@ class Delta(Content):
 
         After it returned the file survives a crash; if it raises DeltaError, the earlier file is still there.
         """
-        path = Path(path)
-        if path.suffix != ".safetensors" or path.is_dir():
-            path = path / DELTA_FILE
+        path = file_of(path)
         try:
             make_folder(path.parent)
         except (OSError, ValueError) as error:  # the latter of a NUL, say
@@ -94,6 +92,12 @@ class Delta(Content):
         back.
         """
         return verify(self, model, full=full)
+
+
+def file_of(path: str | os.PathLike[str]) -> Path:
+    """The file that a delta saved to this path is in."""
+    path = Path(path)
+    return path / DELTA_FILE if path.suffix != ".safetensors" or path.is_dir() else path
 
 
 def load(path: str | os.PathLike[str]) -> Delta:

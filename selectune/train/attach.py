@@ -22,6 +22,7 @@ from selectune.train.engine import assemble
 from selectune.train.graph import copies
 from selectune.train.saved import state, to_delta
 from selectune.train.support.proof import Verification, overwritten
+from selectune.train.world import written_by_first
 
 log = logging.getLogger("selectune")
 
@@ -278,10 +279,11 @@ class Tuner:
         bytes a scalar; False none.
         `full`: also store a digest of all base weights, read at the first save, which detects a base that differs
         anywhere.
+        Of a model that FSDP2 shards, all processes save together, and the first of them writes the file.
         Raises ConfigError, NothingTrainedError, NonFiniteError or IntegrityError before a file is touched.
         """
         delta = self.delta(base=base, info=info, old_values=old_values, order=order, allow_empty=allow_empty, full=full)
-        return delta.save(path)
+        return written_by_first(delta.save, path) if self.engine.base.shards else delta.save(path)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from selectune import ops
-from selectune.errors import ConfigError, IntegrityError, some
+from selectune.errors import ConfigError, IntegrityError, TunerError, some
 from selectune.internals import will_reach
 from selectune.scope import VALUES, ScopedTensor
 from selectune.train.engine import Engine
@@ -94,6 +94,11 @@ class _Recorder:
 def check(engine: Engine, batch: Any, loss: Callable[[nn.Module, Any], Tensor] | None) -> Check:
     """See `Tuner.check`."""
     model, tensors, ledger = engine.model, engine.found.tensors, engine.ledger
+    if engine.base.shards:
+        raise TunerError(
+            "check() compares gradients of whole weights, and FSDP2 shards them. Check a copy of the model in one "
+            "process, without fully_shard."
+        )
     if engine.chooser.dense or not tensors:
         return Check(0, ())
     run = partial(_run, loss or _loss_of_model, model, batch)

@@ -23,6 +23,7 @@ from selectune.train.graph import copies
 from selectune.train.step_hooks import StepHooks
 from selectune.train.support.ledger import Ledger
 from selectune.train.support.proof import BaseCopy
+from selectune.train.support.shards import Shards
 from selectune.train.tracker import Tracker
 from selectune.train.world import World, support_digest
 from selectune.types import DropAndGrow, Schedule
@@ -94,19 +95,23 @@ def assemble(
     7 selections that read no gradient             8 unselected entries set to 0, if the method says so
     """
     # 1
-    found = method.scope.find(model)
+    shards = Shards(model)
+    on.callback(shards.rest)
+    found = shards.within(method.scope.find(model))
     schedule = None if method.schedule is None else method.schedule.resolve(found.eligible)
     budget = 0 if schedule is None else int(schedule.budget or 0)
     _check_fill(method, schedule, budget)
     if method.score is not None:
         check_score(method.score, found.tensors)
+    if shards:
+        _refuse_sharded(method)
     if schedule is None and method.dense is None:
         found = Found((), found.whole)
     tensors = found.tensors
     ledger = Ledger(tensors, budget)
     warn_of_zeros(method, tensors, budget)
     # 2, 3
-    base = BaseCopy(model, found)
+    base = BaseCopy(model, found, shards)
     on.enter_context(copies.frozen(model))
     on.callback(copies.sweep, model)  # leaves nothing on the model, wherever attach is interrupted
     # 4
@@ -137,7 +142,7 @@ def assemble(
     on.callback(chooser.leave)
     on.callback(base.restore, model)
     on.callback(ledger.write_base)
-    world = World(model, ledger, lambda: _in_common(method, seed, accumulation_steps, base, tracker))
+    world = World(model, ledger, lambda: _in_common(method, seed, accumulation_steps, base, tracker), shards)
     tracker = Tracker(model, chooser, accumulation_steps, world)
     on.callback(tracker.taps.remove)
     if isinstance(chooser, DenseThenSparse):
@@ -146,6 +151,8 @@ def assemble(
             "gradients, with AdamW two moments of each, and memory that tensors use in turn.", method.name,
             f"{chooser.bytes():,}",
         )  # fmt: skip
+    for tensor in found.whole if shards else ():
+        on.callback(tensor.parameter.register_post_accumulate_grad_hook(world.average).remove)
     hooks = StepHooks(tracker, trained(chooser, found), [t.parameter for t in tensors])
     tracker.keepalive = hooks  # training goes on when only the model is kept
     on.callback(hooks.remove)
@@ -177,6 +184,23 @@ def _in_common(method: Method, seed: int, accumulation_steps: int, base: BaseCop
     weights = {f'weight "{name}"': total for name, total in base.sums.items()}
     whole = {f'weight "{name}"': ops.checksum(tensor) for name, tensor in base.whole.items()}
     return told | weights | whole | {"step": tracker.step, "support": support_digest(tracker.ledger)}
+
+
+def _refuse_sharded(method: Method) -> None:
+    """Raises TunerError for a method that reads or writes whole weights."""
+    score = method.score
+    why = None
+    if method.dense is not None:
+        why = "trains every entry for a while"
+    elif score is not None and (score.reads.calibrated or score.drawn):
+        why = f"reads calibration data for its score '{score.name}'"
+    elif method.fill == "zero":
+        why = "sets the unselected entries to 0"
+    if why is not None:
+        raise TunerError(
+            f"{method.name} {why}, which a tuner does not do on sharded weights. Train without fully_shard, or take "
+            "a method that selects by weights, at random or by the gradients of training."
+        )
 
 
 def _check_fill(method: Method, schedule: Schedule | None, budget: int) -> None:

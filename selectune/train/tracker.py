@@ -228,6 +228,8 @@ class Tracker:
 
     def accumulated(self, offsets: Tensor) -> None:
         """Autograd has added the gradient of a backward pass."""
+        if not self._deferred:
+            self.world.average(offsets)
         self.window.keep_track(offsets.grad)
 
     def _broke_off(self) -> None:

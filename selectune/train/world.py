@@ -14,6 +14,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 
 from selectune import ops
 from selectune.bits import wide
-from selectune.errors import TunerError
-from selectune.internals import averages, joining
+from selectune.delta import file_of
+from selectune.errors import DeltaError, TunerError
+from selectune.internals import averages, fsdp_modules, is_sharded, joining
 from selectune.seeds import mixed, signed
 from selectune.train.support.ledger import Ledger
+from selectune.train.support.shards import Shards
 
 EVERY = 100
 """Steps between two comparisons of the offsets where nothing is selected."""
@@ -57,6 +60,19 @@ def wait() -> None:
         dist.barrier()
 
 
+def written_by_first(write: Callable[[str | Path], Path], path: str | Path) -> Path:
+    """Writes a file in the first process, while the others wait; the file's path. Fails in all of them or in none."""
+    error: Exception | None = None
+    if first():
+        try:
+            write(path)
+        except DeltaError as why:
+            error = why
+    if any_rank(error is not None):
+        raise error or DeltaError(f"The first process could not write {path}; its error says why.")
+    return file_of(path)
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is up in any of the processes, which all ask at the same time."""
     if size() == 1:
@@ -75,12 +91,12 @@ class World:
     `told` gives the digests of what the ranks must have in common as they meet.
     """
 
-    def __init__(self, model: nn.Module, ledger: Ledger, told: Callable[[], Told]) -> None:
-        self._model, self._ledger, self._told = weakref.ref(model), ledger, told
+    def __init__(self, model: nn.Module, ledger: Ledger, told: Callable[[], Told], shards: Shards) -> None:
+        self._model, self._ledger, self._told, self._shards = weakref.ref(model), ledger, told, shards
         self._group: Any = None
         self._held: dict[int, Tensor] = {}  # dense gradients that the ranks did not offer at the same time
         self._looked = False  # at whether the model is sharded
-        self._covered = False  # the model runs inside DistributedDataParallel, which averages gradients
+        self._covered = False  # the gradients are averaged, by DistributedDataParallel or here
 
     @property
     def many(self) -> bool:
@@ -124,15 +140,25 @@ class World:
         if self._looked or model is None:
             return
         self._looked = True
-        sharded = [type(m).__name__ for m in model.modules() if type(m).__name__.startswith("FSDP")]
-        sharded += [n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"]
-        if sharded:
+        if not self._shards and (fsdp_modules(model) or any(is_sharded(p) for p in model.parameters())):
             raise TunerError(
-                f"The model is sharded between the processes ({sharded[0]}), and a tuner trains whole weights. Use "
-                "DistributedDataParallel (torchrun or accelerate without FSDP, DeepSpeed or tensor parallelism)."
+                "The model was sharded between the processes after the tuner was attached, so the tuner holds weights "
+                "that no longer take part. Call fully_shard first, and attach then."
             )
 
-    # -- the gradient that is scored
+    # -- gradients
+
+    def average(self, parameter: Tensor) -> None:
+        """A backward pass has added to the gradient of a parameter that FSDP2 does not know: makes it the mean.
+
+        `set_requires_gradient_sync(False)` puts that off, as DistributedDataParallel's `no_sync` does.
+        """
+        if not self.many or not self._shards or parameter.grad is None:
+            return
+        self._covered = self._shards.averages
+        if self._covered:
+            parameter.grad.div_(dist.get_world_size(self._group))
+            dist.all_reduce(parameter.grad, group=self._group)
 
     def mean(self, gradient: Tensor) -> Tensor:
         """The mean of a tensor over the ranks, in float32 or float64; the tensor itself if there is one process."""
@@ -164,7 +190,9 @@ class World:
         waits = self._gather([index in self._held for index in range(len(tensors))]).any(0).tolist()
         for index in (index for index, waiting in enumerate(waits) if waiting):
             mine = self._held.pop(index, None)
-            yield index, self.mean(torch.zeros_like(tensors[index].weight) if mine is None else mine)
+            form = tensors[index].parameter
+            zeros = torch.zeros(form.shape, dtype=form.dtype, device=form.device)
+            yield index, self.mean(zeros if mine is None else mine)
 
     def watched(self, pieces: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
         """The means of the gradients of watched entries in one backward pass, by tensor."""
@@ -209,10 +237,11 @@ class World:
             try:
                 self.compare("stepping with", {"gradient": 0 if gradient is None else ops.checksum(gradient)})
             except TunerError as error:
-                raise TunerError(
-                    f"{error} Nothing averages the gradients: run the model inside DistributedDataParallel, or "
-                    "all_reduce the gradients of tuner.parameters() before optimizer.step()."
-                ) from error
+                instead = "run the model inside DistributedDataParallel, or all_reduce the gradients of "
+                instead += "tuner.parameters() before optimizer.step()"
+                if self._shards:
+                    instead = "call set_requires_gradient_sync(True) before the last backward pass of a step"
+                raise TunerError(f"{error} Nothing averages the gradients: {instead}.") from error
         if step % EVERY == 0:
             self.compare("training", self._offsets())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from selectune.bits import dtype_name, raw
 from selectune.delta.file.adapter_record import AdapterRecord, adapter_of, is_marked
 from selectune.delta.file.schema import WRAPPERS, canonical_json, canonical_name, sha256
 from selectune.errors import BaseMismatchError, DeltaStateError
+from selectune.internals import is_sharded
 
 OWN = "selectune_"
 """The last component of a parameter that an attached tuner adds begins so; it is no part of the model's structure."""
@@ -49,11 +50,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def inventory(model: nn.Module) -> Inventory:
+def inventory(model: nn.Module, sharded: bool = False) -> Inventory:
     """List a model's parameters and persistent buffers by canonical name; tied tensors are one entry.
 
-    Raises DeltaStateError for tensors without data here (meta, sharded) and BaseMismatchError where two
-    different tensors get the same canonical name.
+    `sharded`: tensors may be sharded; only `digest_bits` reads these. Raises DeltaStateError for tensors without data
+    here (meta, sharded) and BaseMismatchError where two different tensors get the same canonical name.
     """
     groups: dict[Any, list[str]] = {}
     tensors: dict[Any, tuple[str, Tensor]] = {}
@@ -62,7 +63,7 @@ def inventory(model: nn.Module) -> Inventory:
         if name.rpartition(".")[2].startswith(OWN):
             attached = True
             continue
-        _check_tensor(name, tensor)
+        _check_tensor(name, tensor, sharded)
         key = _identity(kind, tensor)
         tensors.setdefault(key, (kind, tensor))
         group = groups.setdefault(key, [])
@@ -99,16 +100,16 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
             yield name, "buffer", buffer
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def _check_tensor(name: str, tensor: Tensor, sharded: bool) -> None:
     if tensor.is_meta:
         raise DeltaStateError(f'"{name}" is on the meta device and has no values; load the model first')
-    if hasattr(tensor, "full_tensor"):
+    if is_sharded(tensor) and not sharded:
         raise DeltaStateError(f'"{name}" is sharded over several ranks; deltas need whole tensors')
 
 
 def _identity(kind: str, tensor: Tensor) -> Any:
     # tied weights may be two Parameters over one memory, so the memory decides, not the object
-    if tensor.numel() == 0 or tensor.layout is not torch.strided:
+    if tensor.numel() == 0 or tensor.layout is not torch.strided or is_sharded(tensor):
         return (kind, id(tensor))
     return (kind, tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
@@ -116,9 +117,13 @@ def _identity(kind: str, tensor: Tensor) -> Any:
 def digest_bits(tensor: Tensor) -> str:
     """16 hex digits of sha256 over dtype, shape and raw little-endian bits: one read of the tensor.
 
+    A sharded tensor is gathered, so all ranks ask together.
+
     >>> digest_bits(torch.tensor([0.0])) == digest_bits(torch.tensor([-0.0]))
     False
     """
+    if is_sharded(tensor):
+        tensor = cast(Any, tensor).full_tensor()
     shape = ",".join(str(size) for size in tensor.shape)
     found = hashlib.sha256(f"{dtype_name(tensor.dtype)}[{shape}]".encode("ascii"))
     found.update(raw(tensor).data)

@@ -24,6 +24,7 @@ from selectune.delta.file.fingerprint import (
 )
 from selectune.delta.file.schema import MAX_LABELS, MODEL_DTYPES, canonical_name
 from selectune.errors import BaseMismatchError
+from selectune.internals import class_before
 
 
 def base_info(
@@ -33,17 +34,18 @@ def base_info(
     seed: int | None = None,
     initialised: Iterable[str] | Mapping[str, str] | None = None,
     full: bool = False,
+    sharded: bool = False,
 ) -> dict[str, Any]:
     """Describe a base model for `info["base"]`; call it while the model holds the base's weights.
 
     `id` and `revision` default to those in the config of a transformers model. `initialised` names the tensors that no
     checkpoint held (a new task head), or maps them to digests that were taken before training; by default these are the
     parameters that `never_loaded` finds. `full` adds the digest of all weights (one read of them). Delta fills in the
-    fingerprint.
+    fingerprint. `sharded`: weights may be sharded, and are gathered one at a time; all ranks call it together.
 
     Raises BaseMismatchError for a name in `initialised` that the model does not have.
     """
-    found = inventory(model)
+    found = inventory(model, sharded)
     if initialised is None:
         initialised = [name for name in never_loaded(found) if not _of_adapter(found, name)]  # it has its own digest
     if not isinstance(initialised, Mapping):
@@ -69,19 +71,19 @@ def base_info(
     }
 
 
-def model_info(model: nn.Module) -> dict[str, Any] | None:
+def model_info(model: nn.Module, sharded: bool = False) -> dict[str, Any] | None:
     """Describe a transformers model for `info["model"]`, so that it can be made again; None for any other model."""
     inner = _inner(model)
     config = getattr(inner, "config", None)
-    if not isinstance(getattr(config, "model_type", None), str) or not type(inner).__name__.isidentifier():
+    if not isinstance(getattr(config, "model_type", None), str) or not class_before(inner).__name__.isidentifier():
         return None
     named = getattr(config, "id2label", None)
     count = len(named) if isinstance(named, Mapping) else None
     problem, padding = getattr(config, "problem_type", None), getattr(config, "pad_token_id", None)
     folder = str(_folder(config) or "")
     return {
-        "architecture": type(inner).__name__,
-        "dtype": _dtype(inventory(model)),
+        "architecture": class_before(inner).__name__,
+        "dtype": _dtype(inventory(model, sharded)),
         "labels": _labels(named, count),
         "num_labels": count,
         "pad_token_id": padding if type(padding) is int else None,

@@ -52,7 +52,7 @@ def refuse_attached(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if VALUES not in module._parameters and _TRAINABLE not in module.__dict__:
             continue
-        if any(isinstance(p, Weight) for p in module.parameters()):
+        if any(isinstance(p, Weight) for p in module.parameters()) or owner_of(module) is not None:
             where = f'The submodule "{name}"' if name else "The model"
             raise AlreadyAttachedError(
                 f"{where} carries a tuner already; call its detach() first: selectune.tuner_of(model).detach()."

@@ -54,13 +54,17 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class Link:
-    """One tensor in one graph: its number, its entries when the graph was made, the listener, and its uses."""
+    """One tensor in one graph: its number, its entries when the graph was made, the listener, and its uses.
+
+    `stay`: from forward to backward all weights are in memory; FSDP2 frees them in between.
+    """
 
     index: int
     page: Page
     listener: Listener
     uses: list[int]  # per tensor: how many gradients are still expected
     split: Any  # the SplitOffsets node of this graph
+    stay: bool = True
 
 
 class SplitOffsets(torch.autograd.Function):
@@ -134,7 +138,7 @@ class SparseLinear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.link, ctx.bias_link, ctx.shape = link, bias_link, x.shape
         ctx.wide = (bias_piece if piece is None else piece).dtype  # type: ignore[union-attr]
-        ctx.source = None if link is None else source(x)
+        ctx.source = None if link is None else source(x, link.stay)
         ctx.save_for_backward(x if link is not None and ctx.source is None else None, weight)
         with torch.autocast(x.device.type, enabled=False):
             return _own(F.linear(x, weight.to(x.dtype), bias))

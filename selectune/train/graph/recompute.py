@@ -33,14 +33,19 @@ OUTPUTS: dict[str, tuple[Callable[[Any], Tensor], tuple[str, ...]]] = {
 }
 
 
-def source(x: Tensor) -> Any | None:
-    """The node that can make `x` again; None if x must be saved.
+_OF_WEIGHTS = ("MulBackward0", "SparseLayerNormBackward")  # what they keep may be a weight
+
+
+def source(x: Tensor, weights_stay: bool = True) -> Any | None:
+    """The node that can make `x` again; None if x must be saved, or if a weight is needed that does not stay in memory.
 
     Tensors that are saved through hooks (checkpointing, offloading) may be read only once. So the answer is None if
     hooks are active now, or were when the node saved its inputs.
     """
     node: Any = x.grad_fn
     if node is None or x._version != 0 or saved_tensors_are_hooked():  # no longer the node's output if changed in place
+        return None
+    if not weights_stay and node.name() in _OF_WEIGHTS:
         return None
     if node.name() not in OUTPUTS or not _kept(node, OUTPUTS[node.name()][1]):
         return None

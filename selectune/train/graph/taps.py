@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from selectune import internals, ops
 from selectune.frames import Call
 from selectune.internals import go_on_compiling, in_backward, never_compiled, stop_compiling
-from selectune.scope import ScopedTensor
+from selectune.scope import ScopedTensor, plain
 from selectune.train.graph import functions, sparse
 from selectune.train.graph.nodes import Link, Listener, Reach, SplitOffsets
 from selectune.train.graph.own_hooks import Own
@@ -78,6 +78,7 @@ class Taps:
         self.skip_unneeded = True  # False under reentrant checkpointing, whose inputs must require gradients
         self._running = _Running()
         self.thread: int | None = None  # the one that trains; other threads may read weights
+        self._stay = all(t.used is t.parameter for t in tensors)  # weights keep their memory between two passes
         self._warned = False  # that compiled code runs uncompiled
         self._graph: list[Use | None] | None = None
         self._making = threading.RLock()
@@ -87,7 +88,7 @@ class Taps:
             self._handles.extend(self._hook(model))
             functions.watch(self)
             for tensor in tensors:
-                follow(tensor.parameter, self, tensor.index)
+                follow(tensor.used, self, tensor.index)
         except BaseException:
             self.remove()
             raise
@@ -97,7 +98,7 @@ class Taps:
             handle.remove()
         functions.unwatch(self)
         for tensor in self.tensors:
-            let_go(tensor.parameter)
+            let_go(tensor.used)
         self.forget()
         ops.release()
 
@@ -189,11 +190,14 @@ class Taps:
             pieces = SplitOffsets.apply(self.offsets, [page for page, _ in pages], self.follower)
         self._spare = pieces[0] if pieces else None
         return [
-            Use(Link(t.index, page, self.follower, self.uses, piece.grad_fn), t.weight, piece, self.beyond_rows)
+            Use(
+                Link(t.index, page, self.follower, self.uses, piece.grad_fn, self._stay),
+                plain(t.used), piece, self.beyond_rows,
+            )
             if needed or not self.skip_unneeded
             else None
             for t, piece, (page, needed) in zip(self.tensors, pieces, pages, strict=True)
-        ]
+        ]  # fmt: skip
 
     # -- forward
 

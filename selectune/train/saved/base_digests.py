@@ -20,8 +20,8 @@ def base_of(
 
     `full` adds a digest of all weights unless the caller gives one: they are read once, at a run's first save.
     """
-    described = dict(given) if given is not None else base_info(model)
-    found = inventory(model)
+    described = dict(given) if given is not None else base_info(model, sharded=True)
+    found = inventory(model, sharded=True)
     rows = [{**row} for row in described.get("initialised") or ()]
     names = [row["name"] for row in rows if row["name"] in found.find]
     entries = found.entries if full and described.get("weights") is None else [found.find[name] for name in names]

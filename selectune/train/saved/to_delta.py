@@ -39,7 +39,7 @@ def delta_of(
         "base": base_of(model, ledger, before, base, full),
     }
     adapter = adapter_of(model)
-    described = {"module": None if adapter is None else adapter.info, "model": model_info(model)}
+    described = {"module": None if adapter is None else adapter.info, "model": model_info(model, sharded=True)}
     info |= {key: value for key, value in described.items() if value is not None}
     info = _with_more({**info, "versions": versions()}, more)
     ranks = _steps(engine) if order is None else _ranks(ledger) if order else {}

@@ -1,6 +1,7 @@
 """What is trained: the support, its offsets and base values, and the proof that nothing else moved.
 
 pages      the entries of one tensor: flat indices, slots, base values
+shards     weights that FSDP2 shards: a rank's part, and whole numbers
 store      where offsets live: in the weights themselves
 ledger     all pages, and the one trainable vector that they share
 positions  rows and columns of the entries, for optimizers that ask

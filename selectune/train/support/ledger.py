@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from selectune.errors import IntegrityError
 from selectune.scope import ScopedTensor
 from selectune.train.support.pages import Page
-from selectune.train.support.store import InPlace
+from selectune.train.support.store import store_of
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Ledger:
     """All pages, and the one trainable vector that they share."""
 
     def __init__(self, tensors: Sequence[ScopedTensor], capacity: int) -> None:
-        self.tensors, self.store = tensors, InPlace(tensors)
-        weights = [t.weight for t in tensors]
-        wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
-        home = weights[0].device if weights else torch.device("cpu")
+        self.tensors, self.store = tensors, store_of(tensors)
+        forms = [t.form for t in tensors]
+        wide = torch.float64 if any(form.dtype == torch.float64 for form in forms) else torch.float32
+        home = forms[0].device if forms else torch.device("cpu")
         self.offsets = nn.Parameter(torch.zeros(capacity, dtype=wide, device=home))
         self.start = torch.zeros(capacity, dtype=wide, device=home)  # the weight of each slot at selection
-        self.dtypes = [w.dtype for w in weights]
-        self.pages = [Page.empty(w, home) for w in weights]
+        self.dtypes = [form.dtype for form in forms]
+        self.pages = [Page.empty(form, home) for form in forms]
         self.free = torch.arange(capacity, device=home)  # unused slots, lowest first
         self.changes = 0  # how often the support has changed
 
@@ -59,14 +59,14 @@ class Ledger:
         home = self.offsets.device
         self.start = self.start.to(home)
         for index, (tensor, page) in enumerate(zip(self.tensors, self.pages, strict=True)):
-            weight = tensor.weight
-            if weight.dtype != self.dtypes[index]:
+            form = tensor.form
+            if form.dtype != self.dtypes[index]:
                 raise IntegrityError(
-                    f'The dtype of "{tensor.name}" changed from {self.dtypes[index]} to {weight.dtype} while a tuner '
+                    f'The dtype of "{tensor.name}" changed from {self.dtypes[index]} to {form.dtype} while a tuner '
                     "is attached, so its base could not be restored. Cast the model before attach."
                 )
-            if page.flat.device != weight.device or page.slot.device != home:
-                self.pages[index] = page.to(weight.device, home)
+            if page.flat.device != form.device or page.slot.device != home:
+                self.pages[index] = page.to(form.device, home)
                 self.changes += 1
         self.free = self.free.to(home)
 

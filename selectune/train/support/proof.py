@@ -13,6 +13,7 @@ from selectune.bits import same_bits
 from selectune.errors import IntegrityError, some
 from selectune.scope import Found, ScopedTensor, is_own
 from selectune.train.support.ledger import Ledger
+from selectune.train.support.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,12 @@ class Verification:
 class BaseCopy:
     """What is needed to find and undo changes: a checksum per frozen tensor, copies of whole tensors and buffers."""
 
-    def __init__(self, model: nn.Module, found: Found) -> None:
+    def __init__(self, model: nn.Module, found: Found, shards: Shards) -> None:
+        self.shards = shards
         self.scoped = {id(t.parameter): t for t in found.tensors}
         self.whole = {t.name: t.weight.clone() for t in found.whole}
         whole = {id(t.parameter) for t in found.whole}
-        self.sums = {n: ops.checksum(p) for n, p in model.named_parameters() if id(p) not in whole}
+        self.sums = shards.checksums({n: p for n, p in model.named_parameters() if id(p) not in whole})
         self.buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         self.filled: dict[str, Tensor] = {}
         self.objects = dict(model.named_parameters(remove_duplicate=False))
@@ -70,6 +72,7 @@ class BaseCopy:
 
     def check(self, model: nn.Module, ledger: Ledger) -> None:
         """Raises IntegrityError if a parameter joined, left or was replaced, or a frozen entry moved."""
+        self.shards.rest()
         now = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not is_own(n)}
         joined, gone = sorted(now.keys() - self.objects.keys()), sorted(self.objects.keys() - now.keys())
         replaced = self.replaced(now)
@@ -100,16 +103,13 @@ class BaseCopy:
     def moved(self, model: nn.Module, ledger: Ledger) -> list[str]:
         """Names of tensors whose untouched entries differ from the base."""
         moved = []
-        for name, before in self.sums.items():
-            if name in self.whole:
-                continue
-            parameter = self.objects[name]
-            tensor = self.scoped.get(id(parameter))
-            now = ops.checksum(parameter.detach())
+        names = [name for name in self.sums if name not in self.whole]
+        for name, now in self.shards.checksums({name: self.objects[name] for name in names}).items():
+            tensor = self.scoped.get(id(self.objects[name]))
             if tensor is not None:
                 flat, base = ledger.pages[tensor.index].touched()
                 now += ops.checksum(base, flat) - ops.checksum(ledger.store.read(tensor.index, flat), flat)
-            if (now - before) % (1 << 64):
+            if (now - self.sums[name]) % (1 << 64):
                 moved.append(name)
         return moved
 

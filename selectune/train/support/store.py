@@ -1,6 +1,7 @@
 """Where offsets live. Entries of weights in scope are read, compared and written through a store only.
 
-In place: a selected entry of the weight is cast(start + offset) itself, and its base value is in the ledger.
+In place: a selected entry of the weight is cast(start + offset) itself, and its base value is in the ledger. Of a
+sharded weight each rank writes what lies in its part.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from selectune import ops
 from selectune.scope import ScopedTensor
 from selectune.train.support.pages import Page
+from selectune.train.support.shards import ShardedTensor
 
 
 class InPlace:
@@ -54,3 +56,28 @@ class InPlace:
         copy = self.tensors[index].weight.clone()
         ops.scatter_entries(copy, *page.touched())
         return copy
+
+
+class InShards(InPlace):
+    """Offsets in weights of which some are sharded. What is read, all ranks read together."""
+
+    def read(self, index: int, flat: Tensor) -> Tensor:
+        tensor = self.tensors[index]
+        return tensor.part.read(flat) if isinstance(tensor, ShardedTensor) else super().read(index, flat)
+
+    def write(self, index: int, flat: Tensor, values: Tensor) -> None:
+        tensor = self.tensors[index]
+        if isinstance(tensor, ShardedTensor):
+            tensor.part.write(flat, values)
+        else:
+            super().write(index, flat, values)
+
+    def write_slots(self, pages: Sequence[Page], values: Tensor) -> None:
+        for tensor, page in zip(self.tensors, pages, strict=True):
+            if page.flat.numel():
+                self.write(tensor.index, page.flat, values[page.slot].to(page.flat.device))
+
+
+def store_of(tensors: Sequence[ScopedTensor]) -> InPlace:
+    """Where the offsets of these tensors live."""
+    return InShards(tensors) if any(isinstance(tensor, ShardedTensor) for tensor in tensors) else InPlace(tensors)
