@@ -55,6 +55,11 @@ def calibration(
             yield {key: value.to(where) for key, value in made.items()}
 
     if score.parameters.get("labels") == "model":
+        if _several(model):
+            raise CalibrationError(
+                'labels="model" weights one class of several by its probability, and rows of this task have any number '
+                'of labels. Use labels="data".'
+            )
         return {"calibration": batches, "loss": _logits}
     return {"calibration": batches, "loss": loss_of if own is None else functools.partial(_own_loss, own)}
 
@@ -69,9 +74,16 @@ def loss_of(model: nn.Module, batch: Mapping[str, Tensor], temperature: float = 
             f"A temperature needs logits of shape (batch, classes), and this model gives {tuple(logits.shape)}. "
             "With temperature=1 the model's own loss is used."
         )
+    if _several(model):
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits))
     if labels.is_floating_point():
         return F.mse_loss(logits.squeeze(-1), labels.to(logits))
     return F.cross_entropy(logits, labels)
+
+
+def _several(model: Any) -> bool:
+    """Whether a row has any number of labels."""
+    return getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
 
 
 def _own_loss(

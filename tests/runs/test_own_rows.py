@@ -7,12 +7,16 @@ import json
 import random
 
 import pytest
+import torch
 from tiny_kit import sentence, write_rows
 
 import selectune as st
-from selectune.errors import ConfigError, TaskError
+from selectune import tasks
+from selectune.errors import CalibrationError, ConfigError, TaskError
+from selectune.models.bases import load_model
 from selectune.models.recorded import NONE, task_on
 from selectune.models.restore import Source, evaluate_delta, verify_delta
+from selectune.runs.calibration import loss_of
 from selectune.runs.config import RunConfig
 from selectune.runs.resume import settings_of
 from selectune.runs.training import run
@@ -59,6 +63,23 @@ def test_every_kind_trains_verifies_and_reproduces_its_number(config, tiny, file
     recorded = st.load(delta).info["model"]
     assert recorded["problem_type"] == ("multi_label_classification" if kind == "multilabel" else None)
     assert recorded["labels"] == (None if kind == "regression" else list(task_on(None, delta, moved).labels))
+
+
+def test_scores_from_data_know_rows_with_any_number_of_labels(config, tiny):
+    """A softmax over labels that do not exclude each other is no probability, and a temperature divides logits."""
+    several = dataclasses.replace(config, label="multilabel")
+    with pytest.raises(CalibrationError, match="rows of this task have any number of labels"):
+        run(dataclasses.replace(several, method="fish:labels=model,examples=4"))
+    loaded = load_model(str(tiny), several.the_task.head, 1)
+    rows = several.the_task.encode(loaded.tokenizer, tasks.load(several.the_task, "train").examples[:4], 32)
+    batch = several.the_task.kind.collate(loaded.tokenizer, rows)
+    loaded.model.eval()
+    with torch.no_grad():
+        outputs = loaded.model(**batch)
+        assert loss_of(loaded.model, batch, 1.0 + 1e-7).item() == pytest.approx(outputs.loss.item(), abs=1e-6)
+        p = torch.sigmoid(outputs.logits.double() / 200)
+    wanted = -(batch["labels"] * p.log() + (1 - batch["labels"]) * (1 - p).log()).mean()
+    assert loss_of(loaded.model, batch, 200.0).item() == pytest.approx(wanted.item(), abs=1e-6)
 
 
 def test_a_held_out_share_and_few_rows(config, tiny):
