@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import selectune as st
 from selectune.cli.app import app
 from selectune.delta import Delta
 from selectune.errors import ConfigError, DeltaError, DeltaFormatError, HubError
+from selectune.models.evaluate import Evaluation
 from selectune.models.recorded import run_of
 
 hf: Any = pytest.importorskip("huggingface_hub", reason="pip install 'selectune[hub]' is needed")
@@ -258,6 +260,12 @@ def test_the_command_in_the_card_is_that_of_the_run(tmp_path: Path):
     (tmp_path / "run.json").write_text(json.dumps({**told, "config": {**config, "train": "/home/me/rows.csv"}}))
     assert run_of(tmp_path)[1] == []
     assert run_of(tmp_path / "elsewhere") == ({}, [])
+
+
+def test_an_evaluation_names_the_commit_of_its_delta():
+    found = Evaluation("glue/rte", "accuracy", 0.5, 2)
+    assert "delta" not in found.as_json()
+    assert replace(found, delta=f"org/name@{COMMIT}").as_json()["delta"] == f"org/name@{COMMIT}"
 
 
 def test_without_the_package_it_is_named(monkeypatch):
