@@ -20,6 +20,7 @@ SelectuneError
 │   ├── BaseMismatchError    the model is not the base of the delta
 │   ├── DeltaStateError      applied twice, reverted out of order, applied under a tuner
 │   │   └── DeltaTimeoutError other threads used the model longer than the timeout          (also TimeoutError)
+│   ├── HubError             the Hugging Face hub does not give or take a delta
 │   └── NonFiniteError       NaN or infinity among the trained values
 ├── ModelError               a model that cannot be found or loaded
 ├── PluginError              a plug-in that raised, or offers something that cannot be taken
@@ -115,6 +116,10 @@ class DeltaStateError(DeltaError):
 
 class DeltaTimeoutError(DeltaStateError, TimeoutError):
     """Other threads used the model for longer than the timeout that was given."""
+
+
+class HubError(DeltaError):
+    """The Hugging Face hub does not give or take a delta, or cannot be reached."""
 
 
 class NonFiniteError(DeltaError):

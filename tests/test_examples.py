@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEEDS = {"trainer": "transformers", "trl_sft": "trl"}
+NEEDS = {"trainer": "transformers", "trl_sft": "trl", "grpo": "trl"}
 LINES = 50
 
 
@@ -64,12 +64,19 @@ def policy_sync(text: str) -> None:
     assert float(found[2]) > 2 * float(found[1])
 
 
+def grpo(text: str) -> None:
+    assert "the server has the trainer's bits: True" in text
+    sent = re.search(r"scalars sent: \[(\d+), (\d+), (\d+)\]", text)
+    assert sent is not None
+    assert 0 < int(sent[1]) < int(sent[2]) < int(sent[3]) <= 200
+
+
 def own_score(text: str) -> None:
     losses = {name: float(loss) for name, loss in re.findall(r"^(\w+) +selected 60 of 60, loss (\S+)$", text, re.M)}
     assert losses["taylor"] < losses["random"]
 
 
-CHECKS = {check.__name__: check for check in (own_loop, trainer, trl_sft, combine_deltas, own_score, policy_sync)}
+CHECKS = {check.__name__: check for check in (own_loop, trainer, trl_sft, combine_deltas, own_score, policy_sync, grpo)}
 
 
 def test_every_example_has_a_check():

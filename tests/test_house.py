@@ -31,7 +31,7 @@ WITHIN = {
         ("saved", "check"),
         ("attach",),
     ),
-    "delta": (("file",), ("live",), ("delta",), ("diff", "combine")),
+    "delta": (("file",), ("live", "card"), ("hub",), ("delta",), ("diff", "combine")),
 }
 
 

@@ -2,6 +2,8 @@
 
 delta     `Delta`, the value that users hold; `load`
 diff      the delta between any two models of one structure
+hub       deltas on the Hugging Face hub: pushed, and fetched at a commit
+card      the model card of a delta there
 file/     the file: bytes in, checked parts out
 live/     deltas on a live model: apply, revert, switch, verify
 combine/  several deltas together: sums, merges, overlap

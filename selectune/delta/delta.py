@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import nn
 
+from selectune.delta import hub
 from selectune.delta.file import format as layout
 from selectune.delta.file.content import Content
 from selectune.delta.live import apply as live
 from selectune.delta.live.verify import Report, verify
-from selectune.errors import DeltaError, DeltaFormatError
+from selectune.errors import ConfigError, DeltaError, DeltaFormatError
 from selectune.files import make_folder, read_owned, write_durably
 
-DELTA_FILE = "delta.safetensors"
+DELTA_FILE = hub.FILE
 """Name of the delta's file in a directory."""
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".distcp"}
@@ -30,6 +32,13 @@ class Delta(Content):
     Raises DeltaError for parts that do not fit each other, NonFiniteError for NaN or infinity among the
     values, DeltaFormatError for an `info` outside the schema (docs/delta-format.md).
     """
+
+    _origin: str | None = None
+
+    @property
+    def origin(self) -> str | None:
+        """The repository and commit that the delta was loaded from, `org/name@commit`; None if not from the hub."""
+        return self._origin
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file durably: `path` itself if it ends in .safetensors, else `path`/delta.safetensors.
@@ -93,6 +102,32 @@ class Delta(Content):
         """
         return verify(self, model, full=full)
 
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        message: str | None = None,
+        license: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        commands: Sequence[str] = (),
+        dry_run: bool = False,
+    ) -> hub.Upload:
+        """Write the delta and a model card into the repository `org/name` of the Hugging Face hub, in one commit.
+
+        The repository is made if it is missing; `private` says how, and by default the hub does. A branch `revision` is
+        made too. A README.md that is there is replaced by the card, which is made from the delta's record, `license`,
+        `metrics` and the `commands` of the run. `dry_run` returns what would be sent, and sends nothing. `token`: by
+        default the one of `hf auth login` or HF_TOKEN.
+
+        Raises ConfigError for a name that is not `org/name`, HubError if the hub refuses or cannot be reached.
+        """
+        return hub.push(
+            self, repo, private, revision, token, message, license, metrics, commands, dry_run
+        )  # fmt: skip
+
 
 def file_of(path: str | os.PathLike[str]) -> Path:
     """The file that a delta saved to this path is in."""
@@ -100,13 +135,22 @@ def file_of(path: str | os.PathLike[str]) -> Path:
     return path / DELTA_FILE if path.suffix != ".safetensors" or path.is_dir() else path
 
 
-def load(path: str | os.PathLike[str]) -> Delta:
-    """Read a delta from its file, or from a directory that holds delta.safetensors.
+def load(path: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Delta:
+    """Read a delta from its file, from a directory that holds delta.safetensors, or from the Hugging Face hub.
 
-    The file is read once into memory; nothing in it is run and no other file is opened. Raises DeltaError if
-    there is none, DeltaFormatError if it is anything but an intact delta.
+    A text `org/name` or `org/name@revision` that is no file or folder here is a repository on the hub. `revision`: a
+    branch, tag or commit of it; `Delta.origin` says which commit it was. The file is read once into memory and its
+    digests are compared; nothing in it is run and no other file is opened.
+
+    Raises DeltaError if there is none, HubError if the hub does not give it, DeltaFormatError if it is anything but an
+    intact delta.
     """
-    path = Path(path)
+    given, path, origin = path, Path(path), None
+    if hub.is_repo(given) and not path.exists():
+        path = hub.fetched(str(given), revision, token)
+        origin = f"{str(given).partition('@')[0]}@{path.parent.name}"
+    elif revision is not None:
+        raise ConfigError(f"revision={revision} is for deltas on the hub, written org/name; {given} is none.")
     if path.is_dir():
         if not (path / DELTA_FILE).exists():
             raise DeltaError(f"{path} holds no {DELTA_FILE}; expected a directory that selectune saved a delta to")
@@ -114,8 +158,12 @@ def load(path: str | os.PathLike[str]) -> Delta:
     if path.suffix in _PICKLES:
         raise DeltaFormatError(f"{path} is a pickle by its name; selectune never opens those. Expected *.safetensors")
     try:
-        return Delta.from_bytes(read_owned(path, head=(layout.HEAD, layout.check_head)))
+        delta = Delta.from_bytes(read_owned(path, head=(layout.HEAD, layout.check_head)))
     except DeltaFormatError as error:
-        if str(path) in str(error):
+        where = f"{path}: " if str(path) not in str(error) else ""
+        again = "" if origin is None else ". It came from the hub: remove this file and load it again"
+        if not where and not again:
             raise
-        raise DeltaFormatError(f"{path}: {error}") from error
+        raise DeltaFormatError(f"{where}{error}{again}") from error
+    delta._origin = origin
+    return delta

@@ -48,7 +48,7 @@ def export(
     if served is not None and (kind != "vllm" or served not in DTYPES):
         raise ConfigError(f"served={served} is for kind vllm, and one of {', '.join(DTYPES)}; got kind {kind}.")
     delta = load(path)
-    if "module" in delta.info and kind not in WHOLE:
+    if "module" in delta.info and kind not in (*WHOLE, "peft"):
         raise ConfigError(
             f"The delta was trained on {delta.info['module']['kind']}, which {kind} does not hold beside it. "
             f"Export it as {' or '.join(WHOLE)}, which fold it into the weights."

@@ -1,4 +1,4 @@
-"""An adapter that stock peft loads: Super-Tuning padded with zeros, whole modules, or rows of trainable tokens.
+"""An adapter that stock peft loads: LoRA as it was trained, Super-Tuning with zeros, whole modules, or rows of tokens.
 
 Super-Tuning of peft (2026, arXiv 2607.09287) adds values to entries of linear weights, equally many for a share of each
 layer. Here the share is that of the densest layer; the other layers are padded with additions of 0.
@@ -6,6 +6,7 @@ layer. Here the share is that of the densest layer; the other layers are padded 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from selectune.adapters import belongs
 from selectune.bits import int_view
 from selectune.delta import Delta
 from selectune.errors import ConfigError, ModelError, some
@@ -23,6 +25,8 @@ from selectune.models.bases import LoadedModel
 from selectune.models.restore import Source, apply_to
 
 PREFIX = "base_model.model."
+LIKE_LORA = ("lora", "loraplus", "dora", "ia3")
+"""Adapters of peft that are exported as what they are."""
 
 
 @dataclass
@@ -41,16 +45,13 @@ def to_peft(delta: Delta, loaded: LoadedModel, source: Source, folder: Path, dty
     and `largest_error` is the largest difference. Raises ConfigError for what no one adapter of peft holds.
     """
     peft = _peft()
-    if "module" in delta.info:
-        raise ConfigError(
-            f"The delta was trained on {delta.info['module']['kind']}, and its entries lie in that adapter; peft would "
-            "need both. Export it with: selectune export merged"
-        )
     model = loaded.model
-    split = _split(delta, model)
+    split = _Split() if "module" in delta.info else _split(delta, model)
     apply_to(delta, loaded)
     common = {"base_model_name_or_path": source.model, "revision": loaded.revision, "inference_mode": True}
-    if split.rows and not split.linear and not split.whole:
+    if "module" in delta.info:
+        config, tensors, told = _adapter(peft, delta, model, common)
+    elif split.rows and not split.linear and not split.whole:
         config, tensors, told = _tokens(peft, model, split.rows, common)
     else:
         config, tensors, told = _supertuning(peft, model, split, common)
@@ -116,6 +117,29 @@ def _tokens(peft: Any, model: nn.Module, rows: dict[str, Tensor], common: dict[s
         tied = [n for n, module in modules.items() if getattr(module, "weight", None) is weight]
         tensors |= {f"{PREFIX}{n}.trainable_tokens_delta": weight.detach()[indices].clone() for n in tied}
     return config, tensors, {"rows": len(indices), "inexact": 0, "largest_error": 0.0}
+
+
+def _adapter(peft: Any, delta: Delta, model: nn.Module, common: dict[str, Any]) -> tuple[Any, dict, dict]:
+    """An adapter of peft that the model carries, with the delta's values: exact. What is beside it is saved whole."""
+    kind = delta.info["module"]["kind"]
+    if kind not in LIKE_LORA:
+        raise ConfigError(
+            f"The delta was trained on {kind}; export peft takes adapters of the kinds {', '.join(LIKE_LORA)}. Export "
+            "it with: selectune export merged, if it is a change of weights"
+        )
+    modules: dict[str, Any] = dict(model.named_modules())
+    beside = {part.name.rpartition(".")[0] for part in delta.parts if not belongs(kind, part.name)}
+    if inside := sorted(name for name in beside if "base_layer" in name.split(".") or not name):
+        raise ConfigError(
+            f"{some(inside)}: trained beside the {kind} that lies on it, which no adapter of peft holds. Export it "
+            "with: selectune export merged"
+        )
+    whole = sorted(_with_namesakes(beside, modules))
+    config = dataclasses.replace(modules[""].peft_config["default"], modules_to_save=whole or None, **common)
+    found = peft.get_peft_model_state_dict(model)
+    found |= {f"{name}.{leaf}": tensor for name in whole for leaf, tensor in modules[name].state_dict().items()}
+    tensors = {f"{PREFIX}{name}": tensor.detach().clone().contiguous() for name, tensor in found.items()}
+    return config, tensors, {"whole": whole, "inexact": 0, "largest_error": 0.0}
 
 
 def _supertuning(peft: Any, model: nn.Module, split: _Split, common: dict[str, Any]) -> tuple[Any, dict, dict]:

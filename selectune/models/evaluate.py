@@ -35,7 +35,8 @@ class Retention:
 class Evaluation:
     """The value of a task's metric over a number of examples, and further metrics by name, if the task has them.
 
-    `retention`: what the model lost on another text, if that was asked for. `predictions`, `answers`: of every row, in
+    `retention`: what the model lost on another text, if that was asked for. `delta`: the repository and commit of a
+    delta from the hub. `predictions`, `answers`: of every row, in
     the order of the rows, as the metric takes them.
     """
 
@@ -45,12 +46,14 @@ class Evaluation:
     examples: int
     others: Mapping[str, float] = field(default_factory=dict)
     retention: Retention | None = None
+    delta: str | None = None
     predictions: Sequence[Any] = field(default=(), repr=False, compare=False)
     answers: Sequence[Any] = field(default=(), repr=False, compare=False)
 
     def as_json(self) -> dict[str, Any]:
         told = {"task": self.task, "metric": self.metric, "value": self.value, "examples": self.examples}
         told |= {"others": dict(self.others)} if self.others else {}
+        told |= {"delta": self.delta} if self.delta else {}
         return told | ({"retention": self.retention.as_json()} if self.retention else {})
 
 
@@ -93,4 +96,4 @@ def evaluate(
         answers = [row[ANSWER] for row in rows]
         scores = task.scores(predictions, answers)
     value = scores.pop(task.metric_name)
-    return Evaluation(task.name, task.metric_name, value, len(rows), scores, None, predictions, answers)
+    return Evaluation(task.name, task.metric_name, value, len(rows), scores, predictions=predictions, answers=answers)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from selectune import plugins, tasks
-from selectune.delta import Delta, load
+from selectune.delta import DELTA_FILE, Delta, load
 from selectune.errors import ConfigError, TaskError
 from selectune.files import read_json
 from selectune.models.bases import class_names
@@ -15,6 +16,10 @@ from selectune.tasks import OWN, OwnRows, Task
 
 RUN = "run.json"
 MAX_RUN = 1 << 26
+_SETTINGS = (
+    "task", "method", "on", "budget", "lr", "epochs", "max_steps", "batch_size", "accumulation", "max_length", "seed",
+    "warmup", "schedule", "weight_decay", "max_grad_norm", "dtype",
+)  # fmt: skip
 
 
 def task_on(
@@ -152,3 +157,24 @@ def _run(path: str | Path) -> OwnRows | None:
         return None
     held = config.get("hold_out")
     return OwnRows(told[0], told[1], (), None, None, held if isinstance(held, float) else None)
+
+
+def run_of(path: str | Path) -> tuple[dict[str, float], list[str]]:
+    """The metrics of the run whose delta this is, by name, and the command that makes it again; empty where unknown.
+
+    Folders and files of this machine are left out, and so is the command of a run that needs them.
+    """
+    path = Path(path)
+    place = path.with_name(RUN) if path.name == DELTA_FILE and path.is_file() else path / RUN
+    found = read_json(place, limit=MAX_RUN, error=TaskError) if place.is_file() else None
+    if not isinstance(found, dict) or not isinstance(config := found.get("config"), dict):
+        return {}, []
+    task, base = found.get("task"), (found.get("model") or {}).get("id")
+    values = {found.get("metric"): found.get("value"), **(found.get("others") or {})}
+    metrics = {f"{name} on {task}": float(value) for name, value in values.items() if isinstance(value, int | float)}
+    if config.get("train") or config.get("plugin") or config.get("data") or not isinstance(base, str):
+        return metrics, []
+    named = {name: config[name] for name in _SETTINGS if config.get(name) not in (None, False)}
+    patterns = [(name, value) for name in ("include", "exclude", "train_fully") for value in config.get(name) or ()]
+    words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in [*named.items(), *patterns]]
+    return metrics, [f"selectune train --model {shlex.quote(base)} {' '.join(words)} --out RUN"]

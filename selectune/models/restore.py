@@ -179,6 +179,7 @@ def evaluate_delta(
 
     loaded, length = ready(source, delta, task, max_length, seed, look)
     found = evaluate(loaded.model, loaded.tokenizer, task, task.encode(loaded.tokenizer, split.examples, length))
+    found = replace(found, delta=None if delta is None else delta.origin)
     for held, before in measured:
         found = replace(found, retention=held.retention(before, held.loss(loaded.model)))
     return found

@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 from interop_kit import load, logits, make_llama, train
+from tiny_kit import make_model
 from torch import nn
 
 import selectune as st
-from selectune.adapters import put_on
+from selectune.adapters import parse, put_on
+from selectune.delta import Delta
 from selectune.errors import ConfigError, DeltaError, DeltaFormatError, NothingTrainedError
 from selectune.interop import bridges
+from selectune.models.adapted import method_of, with_adapter
+from selectune.models.bases import load_model
 from selectune.models.restore import Source
+from selectune.tasks import Head
 
 peft = pytest.importorskip("peft")
 # of trainable tokens on a tied embedding; peft ties the rows all the same
@@ -95,9 +100,50 @@ def test_a_delta_on_an_adapter_is_refused(llama, tmp_path):
     model = load(llama)
     adapted = put_on(model, "lora:r=2", seed=0)
     train(adapted.model, st.random(budget=30)).save(tmp_path / "run")
-    for kind in ("peft", "vllm", "safetensors-diff"):
+    for kind in ("vllm", "safetensors-diff"):
         with pytest.raises(ConfigError, match=f"trained on lora, which {kind} does not hold"):
             bridges.export(kind, Source(str(llama)), tmp_path / "run", tmp_path / "out")
+
+
+def test_an_adapter_that_peft_does_not_have_is_refused(llama, tmp_path):
+    adapted = put_on(load(llama), "pfeiffer:reduction=4", seed=0)
+    train(adapted.model, st.random(budget=30)).save(tmp_path / "run")
+    with pytest.raises(ConfigError, match="trained on pfeiffer; export peft takes adapters of the kinds lora"):
+        bridges.export("peft", Source(str(llama)), tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("spec", ["lora:r=2", "dora:r=2", "ia3"])
+@pytest.mark.parametrize("budget", [30, None], ids=["30 of it", "all of it"])
+def test_stock_peft_loads_the_adapter_of_a_delta(spec, budget, llama, tmp_path):
+    model = load(llama)
+    base = logits(model)
+    adapted = put_on(model, spec, seed=0)
+    method = method_of(adapted.spec) if budget is None else st.random(budget=budget)
+    train(adapted.model, method).save(tmp_path / "run")
+    told = bridges.export("peft", Source(str(llama)), tmp_path / "run", tmp_path / "out")
+    found = peft.PeftModel.from_pretrained(load(llama), tmp_path / "out")
+    with st.load(tmp_path / "run").applied(adapted.model):
+        wanted = logits(adapted.model)
+    assert (logits(found) - wanted).abs().max() <= 1e-5
+    assert (wanted - base).abs().max() > 1e-3
+    assert told["peft_type"] == ("IA3" if spec == "ia3" else "LORA")
+
+
+def test_a_head_beside_an_adapter_is_saved_as_a_module(tmp_path):
+    base = make_model(tmp_path / "base")
+    loaded = load_model(str(base), Head("BertForSequenceClassification", 3), 0)
+    adapted = with_adapter(loaded, parse("lora:r=2"), 0, None)
+    head = st.Scope(include=["*lora_*"], train_fully=["*classifier*"])
+    delta = train(adapted.model, st.random(budget=30, scope=head))
+    info = delta.info
+    Delta(delta.patches, delta.dense, {**info, "base": {**info["base"], "seed": 0}}).save(tmp_path / "run")
+    told = bridges.export("peft", Source(str(base)), tmp_path / "run", tmp_path / "out")
+    assert told["whole"] == ["classifier"]
+    plain = load_model(str(base), Head("BertForSequenceClassification", 3), 1).model  # another head, which is replaced
+    found = peft.PeftModel.from_pretrained(plain, tmp_path / "out")
+    with delta.applied(adapted.model):
+        assert (logits(found) - logits(adapted.model)).abs().max() <= 1e-5
 
 
 def peft_saved(base: Path, folder: Path, config: Any) -> Any:

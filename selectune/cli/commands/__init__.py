@@ -3,7 +3,7 @@
 runs        train, eval
 predict     predict, generate
 deltas      verify, delta show, diff, apply
-export      export, delta import
+export      export, delta import, push
 arithmetic  delta add, scale, cut, ties, dare, overlap
 lists       tasks, methods
 demo        demo

@@ -13,7 +13,7 @@ from selectune import plugins
 from selectune.cli.exits import FAILED, WRONG
 from selectune.cli.options import DeltaPath, Dtype, Json, Model, OfTask, Plugins, Revision, Trust
 from selectune.cli.output import fail, result, working
-from selectune.errors import ConfigError, DeltaError, IntegrityError, ModelError, TaskError
+from selectune.errors import ConfigError, DeltaError, HubError, IntegrityError, ModelError, TaskError
 
 if TYPE_CHECKING:
     from selectune.delta import Delta
@@ -38,23 +38,24 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Prove that a model is a delta's base and that the delta keeps its budget: apply it, compare bits, revert."""
+    from selectune.delta.hub import is_repo
     from selectune.models.restore import Source, verify_delta
 
     try:
         with working():
-            if not Path(delta).exists():
+            if not Path(delta).exists() and not is_repo(delta):
                 raise ConfigError(f"There is no delta at {delta}: no such file or folder.")
             plugins.add_files(plugin or ())
             source = Source(model, revision, dtype, trust_remote_code)
             report = verify_delta(source, delta, None if task is None else plugins.task(task))
+    except (HubError, ModelError, TaskError) as error:
+        fail(error, WRONG, as_json)
+        raise typer.Exit(WRONG) from None
     except (DeltaError, IntegrityError) as error:
         fail(error, FAILED, as_json=False)
         if as_json:
             result(True, {"ok": False, "problem": str(error)}, "")
         raise typer.Exit(FAILED) from None
-    except (ModelError, TaskError) as error:
-        fail(error, WRONG, as_json)
-        raise typer.Exit(WRONG) from None
     budget = "" if report.budget is None else f" of a budget of {report.budget:,}"
     dense = f", {report.dense:,} in whole tensors" if report.dense else ""
     text = (
