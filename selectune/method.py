@@ -16,6 +16,7 @@ from selectune.errors import ConfigError
 from selectune.phases import DensePhase
 from selectune.scope import Scope, patterns
 from selectune.select import GlobalTopK
+from selectune.structure import Structure
 from selectune.types import Allocating, DropAndGrow, Phased, Reads, Schedule, Score, Select
 
 Patterns = str | Sequence[str]
@@ -23,12 +24,13 @@ Patterns = str | Sequence[str]
 
 @dataclass(frozen=True)
 class Method:
-    """scope x score x select x schedule.
+    """scope x structure x score x select x schedule.
 
     Without a score nothing is selected, and the scope must train some tensors whole (`full`). A score
     that reads data takes it through `attach(..., calibration=batches, loss=callable)`. `dense`: what is
     trained at the schedule's dense steps, after which the score reads the change; without a schedule
     every step is dense.
+    `structure`: what is selected as one unit, by default an entry (`selectune.structure`).
     `fill`: the value of unselected entries in scope while the tuner is on, "keep" for the base's or "zero".
     Zero needs the complete selection at `attach`, and a copy of the scope's weights.
 
@@ -45,6 +47,7 @@ class Method:
     name: str = "custom"
     dense: DensePhase | None = None
     fill: str = "keep"
+    structure: Structure = Structure()
 
     def __post_init__(self) -> None:
         if not isinstance(self.scope, Scope):
@@ -71,6 +74,7 @@ class Method:
             raise ConfigError("A method without a score trains nothing unless its scope has train_fully patterns.")
         self._check_dense()
         self._check_drop_and_grow()
+        self._check_structure()
 
     def _check_dense(self) -> None:
         if self.dense is not None and not isinstance(self.dense, DensePhase):
@@ -107,6 +111,28 @@ class Method:
         if self.fill != "keep":
             raise ConfigError(f'A schedule that drops and grows resets dropped entries; got fill="{self.fill}".')
 
+    def _check_structure(self) -> None:
+        if not isinstance(self.structure, Structure):
+            raise ConfigError(
+                f"structure must be a selectune.structure.Structure, got {type(self.structure).__name__}."
+            )
+        if self.structure.plain or self.score is None:
+            return
+        units = ", ".join(sorted(set(self.structure.all_units)))
+        if self.score.reads in (Reads.GRADIENT, Reads.CHANGE, Reads.FACTORS) or isinstance(self.schedule, DropAndGrow):
+            raise ConfigError(
+                f"Whole units ({units}) are chosen before a step, by the weights, at random or from calibration data; "
+                f"the score '{self.score.name}' reads {self.score.reads}, the schedule is "
+                f"{type(self.schedule).__name__}. A score such as d3_pooled reads gradients before training."
+            )
+        if not isinstance(self.select, GlobalTopK | Allocating):
+            raise ConfigError(
+                f"Whole units ({units}) are taken by GlobalTopK or a selection that divides its quota, such as "
+                f"PerTensor(); got {type(self.select).__name__}."
+            )
+        if "subnet" in self.structure.all_units and not isinstance(self.select, Allocating):
+            raise ConfigError("Every tensor has one subnet, so select= must divide the budget, as PerTensor() does.")
+
     def describe(self) -> dict[str, Any]:
         """The method as plain JSON values, as recorded in a delta."""
         dense = {} if self.dense is None else {"dense": {"name": type(self.dense).__name__, **_fields(self.dense)}}
@@ -120,6 +146,7 @@ class Method:
             },
             **dense,
             **({"fill": self.fill} if self.fill != "keep" else {}),
+            **({} if self.structure.plain else {"structure": _fields(self.structure)}),
         }  # fmt: skip
 
 
@@ -132,6 +159,7 @@ def compose(
     select: Select | None = None,
     dense: DensePhase | None = None,
     fill: str = "keep",
+    structure: Structure | None = None,
 ) -> Method:
     """A method whose scope is a Scope or patterns; `train_fully` adds to the scope's own."""
     if isinstance(scope, Scope):
@@ -139,7 +167,7 @@ def compose(
             scope = dataclasses.replace(scope, train_fully=(*scope.train_fully, *patterns(train_fully)))
     else:
         scope = Scope(include=scope, train_fully=train_fully)
-    return Method(scope, score, select or GlobalTopK(), schedule, name, dense, fill)
+    return Method(scope, score, select or GlobalTopK(), schedule, name, dense, fill, structure or Structure())
 
 
 def _score(score: Score) -> dict[str, Any]:

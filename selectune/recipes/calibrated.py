@@ -10,6 +10,7 @@ from selectune.method import Method, Patterns, compose
 from selectune.recipes.parameters import count, number
 from selectune.schedule import Budget, OneShot
 from selectune.scope import Scope
+from selectune.select import PerTensor
 
 
 def fish(
@@ -120,6 +121,29 @@ def speft(
     """
     score = scores.d3_pooled(exp=0.0, batches=count("batches", batches, optional=True))
     return compose("speft", score, OneShot(budget), scope, train_fully)
+
+
+def gem(
+    budget: Budget = 0.001,
+    batches: int | None = 64,
+    eps: float = 1e-8,
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
+) -> Method:
+    """GEM: of each tensor the entries with the largest |g| / |w|, more where its values have more entropy, once.
+
+    A tensor gets a part of the budget in proportion to its size times the entropy of a histogram of its values
+    (`PerTensor("entropy")`); a tensor of one value gets none. We know the paper's abstract: the ratio, a number for
+    each layer that follows the entropy of its values, and 0.1 % of the weights. The histogram, the factor of size,
+    tensors in place of layers, eps, and g as the gradient of 64 mini-batches together are ours.
+    Source: Kang, Kim, Avestimehr, Lee (2025), GEM, arXiv 2508.16191.
+
+    >>> import selectune as st
+    >>> st.gem(budget=1000).select
+    PerTensor(quota='entropy')
+    """
+    score = scores.d3_pooled(exp=1.0, eps=number("eps", eps), batches=count("batches", batches, optional=True))
+    return compose("gem", score, OneShot(budget), scope, train_fully, PerTensor("entropy"))
 
 
 def grasp(
