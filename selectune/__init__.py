@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # for readers, pyright and IDEs; `__getattr__` finds the same
         repeat_d3,
         repeat_random,
         rigl,
+        rosa,
         s2ft,
         smt,
         snip,
@@ -62,8 +63,8 @@ __all__ = [
     "attach", "bitfit", "child_tuning_d", "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "fish_dip",
     "full", "gallop", "gem", "grasp", "id3", "increment_pafi", "increment_random", "lift", "load", "load_model",
     "losia", "lt_sft", "magnitude", "movement", "paca", "pafi", "random", "repeat_d3", "repeat_random", "rigl",
-    "s2ft", "score", "scores", "smt", "snip", "sparse_adapter", "sparse_evolution", "speft", "spiel_ag", "spiel_ma",
-    "static_d3", "strip", "switch", "sync", "synflow", "tuner_of", "xattn",
+    "rosa", "s2ft", "score", "scores", "smt", "snip", "sparse_adapter", "sparse_evolution", "speft", "spiel_ag",
+    "spiel_ma", "static_d3", "strip", "switch", "sync", "synflow", "tuner_of", "xattn",
 ]  # fmt: skip
 
 _HOMES = ("delta", "method", "recipes", "scope", "train", "types")  # where public names are looked for, in this order

@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from selectune.errors import ConfigError
+from selectune.errors import BudgetError, ConfigError
 from selectune.phases import DensePhase
-from selectune.scope import Scope, patterns
+from selectune.schedule import resolve_budget
+from selectune.scope import Found, Scope, patterns
 from selectune.select import GlobalTopK
 from selectune.structure import Structure
 from selectune.types import Allocating, DropAndGrow, Phased, Reads, Schedule, Score, Select
@@ -31,6 +32,7 @@ class Method:
     trained at the schedule's dense steps, after which the score reads the change; without a schedule
     every step is dense.
     `structure`: what is selected as one unit, by default an entry (`selectune.structure`).
+    `counted`: patterns of whole tensors that count in the budget, so that fewer entries are selected.
     `fill`: the value of unselected entries in scope while the tuner is on, "keep" for the base's or "zero".
     Zero needs the complete selection at `attach`, and a copy of the scope's weights.
 
@@ -48,8 +50,10 @@ class Method:
     dense: DensePhase | None = None
     fill: str = "keep"
     structure: Structure = Structure()
+    counted: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "counted", patterns(self.counted))
         if not isinstance(self.scope, Scope):
             raise ConfigError(f"scope must be a selectune.Scope, got {type(self.scope).__name__}.")
         if self.score is not None and not isinstance(self.score, Score):
@@ -133,6 +137,23 @@ class Method:
         if "subnet" in self.structure.all_units and not isinstance(self.select, Allocating):
             raise ConfigError("Every tensor has one subnet, so select= must divide the budget, as PerTensor() does.")
 
+    def resolve(self, found: Found) -> Schedule | None:
+        """The schedule with its budget as the number of entries to select among the tensors found.
+
+        Whole tensors that are `counted` are taken off it first. A density is of what is selected from and what is
+        counted together. Raises BudgetError if nothing is left to select.
+        """
+        if self.schedule is None or not self.counted:
+            return None if self.schedule is None else self.schedule.resolve(found.eligible)
+        whole = sum(t.parameter.numel() for t in found.whole if t.matches(self.counted))
+        budget = resolve_budget(self.schedule.budget, found.eligible + whole)
+        if budget <= whole:
+            raise BudgetError(
+                f"The budget of {budget:,} scalars covers the {whole:,} of {', '.join(self.counted)} too, which are "
+                "trained whole, so none is left to select. Give more, or make these smaller (a lower rank)."
+            )
+        return dataclasses.replace(cast(Any, self.schedule), budget=budget - whole).resolve(found.eligible)
+
     def describe(self) -> dict[str, Any]:
         """The method as plain JSON values, as recorded in a delta."""
         dense = {} if self.dense is None else {"dense": {"name": type(self.dense).__name__, **_fields(self.dense)}}
@@ -146,6 +167,7 @@ class Method:
             },
             **dense,
             **({"fill": self.fill} if self.fill != "keep" else {}),
+            **({"counted": list(self.counted)} if self.counted else {}),
             **({} if self.structure.plain else {"structure": _fields(self.structure)}),
         }  # fmt: skip
 
@@ -160,6 +182,7 @@ def compose(
     dense: DensePhase | None = None,
     fill: str = "keep",
     structure: Structure | None = None,
+    counted: Patterns = (),
 ) -> Method:
     """A method whose scope is a Scope or patterns; `train_fully` adds to the scope's own."""
     if isinstance(scope, Scope):
@@ -167,7 +190,9 @@ def compose(
             scope = dataclasses.replace(scope, train_fully=(*scope.train_fully, *patterns(train_fully)))
     else:
         scope = Scope(include=scope, train_fully=train_fully)
-    return Method(scope, score, select or GlobalTopK(), schedule, name, dense, fill, structure or Structure())
+    return Method(
+        scope, score, select or GlobalTopK(), schedule, name, dense, fill, structure or Structure(), patterns(counted)
+    )
 
 
 def _score(score: Score) -> dict[str, Any]:

@@ -24,6 +24,7 @@ VALUES = OWN + "values"  # the name of the trainable vector on an attached model
 BIASES = "*bias"  # names whose last component is `bias` or ends in `_bias`
 CROSS_ATTENTION = "@cross_attention"  # a decoder's attention to the encoder, and the layer norm of that block
 LINEAR = "@linear"  # the weights of linear layers, whatever their names
+LORA = "*lora_*"  # the tensors of peft's LoRA and its kin
 VALUE, OUTPUT, UP, DOWN = "@value", "@attention_output", "@ffn_up", "@ffn_down"
 COUPLED = "@coupled"  # all four: what makes and what reads the heads of attention and the channels of an FFN
 
@@ -198,6 +199,7 @@ class Found:
 _HINTS = {
     BIASES: "This model has no bias vectors, so BitFit has nothing to train. ",
     CROSS_ATTENTION: "This model has no decoder that attends to an encoder, as T5, BART and Marian have. ",
+    LORA: "Put LoRA on the model first: put_on(model, 'lora:r=8', freeze=False), on the command line --on lora:r=8. ",
     COUPLED: 'Its blocks are of no family that is known here; give the names of their linear layers, or "@linear". ',
 }
 

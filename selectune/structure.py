@@ -20,9 +20,9 @@ UNITS = {
     "entry": "a single entry",
     "row": "a row: what one output is made from",
     "column": "a column: what one input is used for",
-    "block": "a square block of `size` by `size` entries; those at the edges are smaller",
-    "head-rows": "the `size` rows that make one attention head",
-    "head-columns": "the `size` columns that read one attention head",
+    "block": "a square block; those at the edges are smaller",
+    "head-rows": "the rows that make one attention head",
+    "head-columns": "the columns that read one attention head",
     "subnet": "some rows by some columns of a matrix, one such part of each",
 }
 BLOCK = 256  # the side of a block, unless said otherwise

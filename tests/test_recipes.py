@@ -49,6 +49,7 @@ ROWS = {
     "snip": Row(st.snip(60, batches=2), 60, 60),
     "speft": Row(st.speft(60, batches=2), 60, 60),
     "gem": Row(st.gem(60, batches=2), 60, 60),
+    "rosa": Row(st.rosa(76, batches=2, adapter="norm.*"), 60, 60, dense=16),
     "grasp": Row(st.grasp(60, batches=2), 60, 60),
     "synflow": Row(st.synflow(60), 60, 60),
     "sparse-adapter": Row(st.sparse_adapter(60), 60, 60),

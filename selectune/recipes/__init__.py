@@ -24,6 +24,7 @@ from selectune.recipes.calibrated import (
     gem,
     grasp,
     movement,
+    rosa,
     snip,
     sparse_adapter,
     speft,
@@ -49,6 +50,7 @@ class Recipe:
     passes: str  # cost of choosing: passes over the weights beyond those of frozen training
     bytes: str  # memory beside the model, fp32 with AdamW
     optimizer: str = "adamw"  # what a run from the command line trains with (selectune.runs.trainer)
+    beside: bool = False  # it trains the base beside an adapter, which is not frozen then
 
     @property
     def summary(self) -> str:
@@ -83,6 +85,7 @@ _S2FT = "Yang et al. 2024, arXiv 2412.06289"
 _SMT = "He et al. 2024, arXiv 2405.15525"
 _PACA = "Woo et al. 2025, arXiv 2503.01905"
 _LOSIA = "Wang et al. 2025, arXiv 2507.04487"
+_ROSA = "Nikdan et al. 2024, arXiv 2401.04679"
 _SPIEL = "Ansell et al. 2024, arXiv 2401.16405"
 _RIGL = "Evci et al. 2020, arXiv 1911.11134"
 _SET = "Mocanu et al. 2018, arXiv 1707.04780"
@@ -125,6 +128,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("snip", snip, _BEFORE, _SNIP, "one per mini-batch", _ONCE),
         Recipe("speft", speft, _BEFORE, _SPEFT, "one per mini-batch", _ONCE),
         Recipe("gem", gem, _BEFORE, _GEM, "one per mini-batch, and one", _ONCE),
+        Recipe("rosa", rosa, _BEFORE, _ROSA, "one per mini-batch", f"{_ONCE}; LoRA's", beside=True),
         Recipe("grasp", grasp, "Hessian-gradient products, before training", _GRASP, "three per mini-batch", _DOUBLE),
         Recipe(
             "synflow", synflow, "the flow of ones, before training", _SYNFLOW, "one", f"{_SPARSE}; 5 per weight, once"
@@ -182,6 +186,6 @@ RECIPES: dict[str, Recipe] = {
 __all__ = [
     "RECIPES", "Recipe", "bitfit", "child_tuning_d", "child_tuning_f", "diff_pruning", "fish", "fish_dip", "full",
     "gallop", "gem", "grasp", "id3", "increment_pafi", "increment_random", "losia", "lt_sft", "magnitude", "movement",
-    "paca", "pafi", "random", "repeat_d3", "repeat_random", "rigl", "s2ft", "smt", "snip", "sparse_adapter",
+    "paca", "pafi", "random", "repeat_d3", "repeat_random", "rigl", "rosa", "s2ft", "smt", "snip", "sparse_adapter",
     "sparse_evolution", "spiel_ag", "spiel_ma", "static_d3", "synflow", "xattn",
 ]  # fmt: skip

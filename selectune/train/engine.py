@@ -95,7 +95,7 @@ def assemble(
     """
     # 1
     found = method.scope.find(model)
-    schedule = None if method.schedule is None else method.schedule.resolve(found.eligible)
+    schedule = method.resolve(found)
     budget = 0 if schedule is None else int(schedule.budget or 0)
     _check_fill(method, schedule, budget)
     _check_units(method, schedule, budget)
