@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import selectune as st
+from selectune.quota import QUOTAS
 from selectune.recipes import RECIPES, Recipe
+from selectune.select import PerTensor
+from selectune.structure import UNITS
 
 PAGE = Path(__file__).with_name("methods.md")
 DENSE = "none: whole tensors are trained"  # what stands in place of a formula
@@ -77,6 +80,11 @@ def when(method: st.Method) -> str:
     return _first(type(method.schedule)) + (f" By default `every={every}`." if every != 1 else "")
 
 
+def units(method: st.Method) -> str:
+    """What is selected as one."""
+    return "; ".join(UNITS[name] for name in dict.fromkeys(method.structure.all_units))
+
+
 def briefly(method: st.Method) -> str:
     return "-" if method.schedule is None else SHORT[type(method.schedule).__name__]
 
@@ -108,6 +116,12 @@ def section(recipe: Recipe) -> str:
     rows = {
         "formula": _cell(formula(method)),
         "chosen": _cell(when(method)),
+        **({} if method.structure.plain else {"one unit": units(method)}),
+        **(
+            {"division": "among tensors, " + _small(_first(QUOTAS[method.select.quota]))}
+            if isinstance(method.select, PerTensor)
+            else {}
+        ),
         "reads": recipe.reads,
         "passes over the weights": recipe.passes,
         "memory": recipe.bytes,
@@ -132,6 +146,10 @@ def written() -> str:
         f"| [{r.name}](#{r.name}) | {_cell(formula(made(r)))} | {briefly(made(r))} | {source(r)} |" for r in recipes
     ]
     return HEAD + "\n".join(rows) + "\n" + SHARED + "\n" + "\n\n".join(map(section, recipes)) + "\n"
+
+
+def _small(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 def _first(documented: Any) -> str:

@@ -23,19 +23,25 @@ if TYPE_CHECKING:  # for readers, pyright and IDEs; `__getattr__` finds the same
         fish_dip,
         full,
         gallop,
+        gem,
         grasp,
         id3,
         increment_pafi,
         increment_random,
         lift,
+        losia,
         lt_sft,
         magnitude,
         movement,
+        paca,
         pafi,
         random,
         repeat_d3,
         repeat_random,
         rigl,
+        rosa,
+        s2ft,
+        smt,
         snip,
         sparse_adapter,
         sparse_evolution,
@@ -55,15 +61,24 @@ __version__ = "0.1.0"
 __all__ = [
     "Delta", "Method", "Scope", "Score", "Shelf", "SparseAdamW", "SparseSM3", "Tuner", "Verification", "algebra",
     "attach", "bitfit", "child_tuning_d", "child_tuning_f", "diff", "diff_pruning", "errors", "fish", "fish_dip",
-    "full", "gallop", "grasp", "id3", "increment_pafi", "increment_random", "lift", "load", "load_model",
-    "lt_sft", "magnitude", "movement", "pafi", "random", "repeat_d3", "repeat_random", "rigl", "score", "scores",
-    "snip", "sparse_adapter", "sparse_evolution", "speft", "spiel_ag", "spiel_ma", "static_d3", "strip", "switch",
-    "sync", "synflow", "tuner_of", "xattn",
+    "full", "gallop", "gem", "grasp", "id3", "increment_pafi", "increment_random", "lift", "load", "load_model",
+    "losia", "lt_sft", "magnitude", "movement", "paca", "pafi", "random", "repeat_d3", "repeat_random", "rigl",
+    "rosa", "s2ft", "score", "scores", "smt", "snip", "sparse_adapter", "sparse_evolution", "speft", "spiel_ag",
+    "spiel_ma", "static_d3", "strip", "switch", "sync", "synflow", "tuner_of", "xattn",
 ]  # fmt: skip
 
 _HOMES = ("delta", "method", "recipes", "scope", "train", "types")  # where public names are looked for, in this order
 _ABOVE = {"load_model": "models.load", "sync": "interop"}  # what is made of the core, and lives above it
-_MODULES = (*_HOMES, "errors", "ops", "phases", "schedule", "scores", "select")  # what `import selectune` gives too
+_MODULES = (
+    *_HOMES,
+    "errors",
+    "ops",
+    "phases",
+    "schedule",
+    "scores",
+    "select",
+    "structure",
+)  # what `import selectune` gives too
 
 
 def __getattr__(name: str) -> Any:

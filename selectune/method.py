@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from selectune.errors import ConfigError
+from selectune.errors import BudgetError, ConfigError
 from selectune.phases import DensePhase
-from selectune.scope import Scope, patterns
+from selectune.schedule import resolve_budget
+from selectune.scope import Found, Scope, patterns
 from selectune.select import GlobalTopK
+from selectune.structure import Structure
 from selectune.types import Allocating, DropAndGrow, Phased, Reads, Schedule, Score, Select
 
 Patterns = str | Sequence[str]
@@ -23,12 +25,14 @@ Patterns = str | Sequence[str]
 
 @dataclass(frozen=True)
 class Method:
-    """scope x score x select x schedule.
+    """scope x structure x score x select x schedule.
 
     Without a score nothing is selected, and the scope must train some tensors whole (`full`). A score
     that reads data takes it through `attach(..., calibration=batches, loss=callable)`. `dense`: what is
     trained at the schedule's dense steps, after which the score reads the change; without a schedule
     every step is dense.
+    `structure`: what is selected as one unit, by default an entry (`selectune.structure`).
+    `counted`: patterns of whole tensors that count in the budget, so that fewer entries are selected.
     `fill`: the value of unselected entries in scope while the tuner is on, "keep" for the base's or "zero".
     Zero needs the complete selection at `attach`, and a copy of the scope's weights.
 
@@ -45,8 +49,11 @@ class Method:
     name: str = "custom"
     dense: DensePhase | None = None
     fill: str = "keep"
+    structure: Structure = Structure()
+    counted: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "counted", patterns(self.counted))
         if not isinstance(self.scope, Scope):
             raise ConfigError(f"scope must be a selectune.Scope, got {type(self.scope).__name__}.")
         if self.score is not None and not isinstance(self.score, Score):
@@ -71,6 +78,7 @@ class Method:
             raise ConfigError("A method without a score trains nothing unless its scope has train_fully patterns.")
         self._check_dense()
         self._check_drop_and_grow()
+        self._check_structure()
 
     def _check_dense(self) -> None:
         if self.dense is not None and not isinstance(self.dense, DensePhase):
@@ -107,6 +115,45 @@ class Method:
         if self.fill != "keep":
             raise ConfigError(f'A schedule that drops and grows resets dropped entries; got fill="{self.fill}".')
 
+    def _check_structure(self) -> None:
+        if not isinstance(self.structure, Structure):
+            raise ConfigError(
+                f"structure must be a selectune.structure.Structure, got {type(self.structure).__name__}."
+            )
+        if self.structure.plain or self.score is None:
+            return
+        units = ", ".join(sorted(set(self.structure.all_units)))
+        if self.score.reads in (Reads.GRADIENT, Reads.CHANGE, Reads.FACTORS) or isinstance(self.schedule, DropAndGrow):
+            raise ConfigError(
+                f"Whole units ({units}) are chosen before a step, by the weights, at random or from calibration data; "
+                f"the score '{self.score.name}' reads {self.score.reads}, the schedule is "
+                f"{type(self.schedule).__name__}. A score such as d3_pooled reads gradients before training."
+            )
+        if not isinstance(self.select, GlobalTopK | Allocating):
+            raise ConfigError(
+                f"Whole units ({units}) are taken by GlobalTopK or a selection that divides its quota, such as "
+                f"PerTensor(); got {type(self.select).__name__}."
+            )
+        if "subnet" in self.structure.all_units and not isinstance(self.select, Allocating):
+            raise ConfigError("Every tensor has one subnet, so select= must divide the budget, as PerTensor() does.")
+
+    def resolve(self, found: Found) -> Schedule | None:
+        """The schedule with its budget as the number of entries to select among the tensors found.
+
+        Whole tensors that are `counted` are taken off it first. A density is of what is selected from and what is
+        counted together. Raises BudgetError if nothing is left to select.
+        """
+        if self.schedule is None or not self.counted:
+            return None if self.schedule is None else self.schedule.resolve(found.eligible)
+        whole = sum(t.parameter.numel() for t in found.whole if t.matches(self.counted))
+        budget = resolve_budget(self.schedule.budget, found.eligible + whole)
+        if budget <= whole:
+            raise BudgetError(
+                f"The budget of {budget:,} scalars covers the {whole:,} of {', '.join(self.counted)} too, which are "
+                "trained whole, so none is left to select. Give more, or make these smaller (a lower rank)."
+            )
+        return dataclasses.replace(cast(Any, self.schedule), budget=budget - whole).resolve(found.eligible)
+
     def describe(self) -> dict[str, Any]:
         """The method as plain JSON values, as recorded in a delta."""
         dense = {} if self.dense is None else {"dense": {"name": type(self.dense).__name__, **_fields(self.dense)}}
@@ -120,6 +167,8 @@ class Method:
             },
             **dense,
             **({"fill": self.fill} if self.fill != "keep" else {}),
+            **({"counted": list(self.counted)} if self.counted else {}),
+            **({} if self.structure.plain else {"structure": _fields(self.structure)}),
         }  # fmt: skip
 
 
@@ -132,6 +181,8 @@ def compose(
     select: Select | None = None,
     dense: DensePhase | None = None,
     fill: str = "keep",
+    structure: Structure | None = None,
+    counted: Patterns = (),
 ) -> Method:
     """A method whose scope is a Scope or patterns; `train_fully` adds to the scope's own."""
     if isinstance(scope, Scope):
@@ -139,7 +190,9 @@ def compose(
             scope = dataclasses.replace(scope, train_fully=(*scope.train_fully, *patterns(train_fully)))
     else:
         scope = Scope(include=scope, train_fully=train_fully)
-    return Method(scope, score, select or GlobalTopK(), schedule, name, dense, fill)
+    return Method(
+        scope, score, select or GlobalTopK(), schedule, name, dense, fill, structure or Structure(), patterns(counted)
+    )
 
 
 def _score(score: Score) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,10 @@ OWN = "selectune_"  # prefix of all parameters that a tuner puts on a model
 VALUES = OWN + "values"  # the name of the trainable vector on an attached model
 BIASES = "*bias"  # names whose last component is `bias` or ends in `_bias`
 CROSS_ATTENTION = "@cross_attention"  # a decoder's attention to the encoder, and the layer norm of that block
+LINEAR = "@linear"  # the weights of linear layers, whatever their names
+LORA = "*lora_*"  # the tensors of peft's LoRA and its kin
+VALUE, OUTPUT, UP, DOWN = "@value", "@attention_output", "@ffn_up", "@ffn_down"
+COUPLED = "@coupled"  # all four: what makes and what reads the heads of attention and the channels of an FFN
 
 ROLES = {
     CROSS_ATTENTION: (
@@ -31,7 +35,24 @@ ROLES = {
         "*.cross_attn.*", "*.cross_attn_layer_norm.*",  # ProphetNet
         "*.crossattention.*", "*.ln_cross_attn.*",  # BERT and GPT-2 as decoders
     ),
+    LINEAR: (),  # found by the kind of module
+    VALUE: (  # Llama and BART; DistilBERT; BERT; DeBERTa-v2; T5
+        "*.v_proj.weight", "*.v_lin.weight", "*.self.value.weight", "*.value_proj.weight", "*Attention.v.weight",
+    ),
+    OUTPUT: (
+        "*.o_proj.weight", "*attn.out_proj.weight", "*.out_lin.weight", "*.attention.output.dense.weight",
+        "*Attention.o.weight", "*.attn.c_proj.weight",  # GPT-2
+    ),
+    UP: (
+        "*.up_proj.weight", "*.fc1.weight", "*.lin1.weight", "*.intermediate.dense.weight",
+        "*.DenseReluDense.wi.weight", "*.DenseReluDense.wi_1.weight", "*.c_fc.weight",
+    ),
+    DOWN: (
+        "*.down_proj.weight", "*.fc2.weight", "*.lin2.weight", "*[0-9].output.dense.weight",
+        "*.DenseReluDense.wo.weight", "*.mlp.c_proj.weight",
+    ),
 }  # fmt: skip
+ROLES[COUPLED] = tuple(itertools.chain(*(ROLES[role] for role in (VALUE, OUTPUT, UP, DOWN))))
 
 
 def is_own(name: str) -> bool:
@@ -77,19 +98,21 @@ class Scope:
         `loaded=False`: the model has shapes and no weights yet, so nothing is asked about its memory.
         """
         names = _names(model)
+        linear = _linear(model)
         whole: list[ScopedTensor] = []
         scoped: list[ScopedTensor] = []
         matched: set[str] = set()
         for parameter, aliases in names:
-            matched |= {p for p in (*self.include, *self.exclude, *self.train_fully) if _matches(aliases, (p,))}
+            matched |= {p for p in (*self.include, *self.exclude, *self.train_fully) if _matches(aliases, (p,), linear)}
             if not parameter.requires_grad or not parameter.is_floating_point():
                 continue
-            if not self.include and _matches(aliases, self.exclude):
+            if not self.include and _matches(aliases, self.exclude, linear):
                 continue
-            if _matches(aliases, self.train_fully):
+            if _matches(aliases, self.train_fully, linear):
                 whole.append(ScopedTensor(len(whole), aliases, parameter))
-            elif _matches(aliases, self.include) and not _matches(aliases, self.exclude):
-                scoped.append(ScopedTensor(len(scoped), aliases, parameter, _padding(model, parameter, aliases)))
+            elif _matches(aliases, self.include, linear) and not _matches(aliases, self.exclude, linear):
+                padding, turned = _padding(model, parameter, aliases), _turned(model, aliases)
+                scoped.append(ScopedTensor(len(scoped), aliases, parameter, padding, turned))
         for pattern in (*self.include, *self.train_fully):
             if pattern not in matched:
                 hint = _HINTS.get(pattern, "")
@@ -124,6 +147,7 @@ class ScopedTensor:
     names: tuple[str, ...]
     parameter: nn.Parameter
     padding: range = range(0)  # flat entries of an embedding's padding row: never selected
+    transposed: bool = False  # it is stored as (inputs, outputs)
 
     @property
     def name(self) -> str:
@@ -148,6 +172,26 @@ class ScopedTensor:
     def eligible(self) -> int:
         return self.parameter.numel() - len(self.padding)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the tensor as a matrix: outputs and inputs of a linear layer."""
+        size, first = self.parameter.numel(), self.parameter.shape[0] if self.parameter.ndim else 1
+        rows, columns = first, size // max(1, first)
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """Numbers in the tensor's shape, as its matrix of rows and columns."""
+        rows, columns = self.shape
+        return stored.reshape(columns, rows).T if self.transposed else stored.reshape(rows, columns)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Numbers of a matrix of rows and columns, in the tensor's shape."""
+        return (matrix.T if self.transposed else matrix).reshape(self.parameter.shape)
+
+    def matches(self, wanted: Sequence[str]) -> bool:
+        """Whether one of its names fits one of the patterns."""
+        return _matches(self.names, wanted)
+
 
 @dataclass(frozen=True)
 class Found:
@@ -170,6 +214,8 @@ def plain(parameter: nn.Parameter) -> Tensor:
 _HINTS = {
     BIASES: "This model has no bias vectors, so BitFit has nothing to train. ",
     CROSS_ATTENTION: "This model has no decoder that attends to an encoder, as T5, BART and Marian have. ",
+    LORA: "Put LoRA on the model first: put_on(model, 'lora:r=8', freeze=False), on the command line --on lora:r=8. ",
+    COUPLED: 'Its blocks are of no family that is known here; give the names of their linear layers, or "@linear". ',
 }
 
 
@@ -182,9 +228,27 @@ def _names(model: nn.Module) -> list[tuple[nn.Parameter, tuple[str, ...]]]:
     return [(parameters[key], tuple(aliases)) for key, aliases in names.items()]
 
 
-def _matches(names: Sequence[str], wanted: Sequence[str]) -> bool:
+def _matches(names: Sequence[str], wanted: Sequence[str], linear: Set[str] = frozenset()) -> bool:
     plain = [one for pattern in wanted for one in ROLES.get(pattern, (pattern,))]
+    if LINEAR in wanted and not linear.isdisjoint(names):
+        return True
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in plain)
+
+
+def _linear(model: nn.Module) -> set[str]:
+    """Names of the weights of linear layers."""
+    found = model.named_modules(remove_duplicate=False)
+    return {f"{name}.weight".lstrip(".") for name, module in found if isinstance(module, nn.Linear) or _conv1d(module)}
+
+
+def _conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a linear layer that stores the transpose."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _turned(model: nn.Module, names: Sequence[str]) -> bool:
+    owner, _, last = names[0].rpartition(".")
+    return last == "weight" and _conv1d(model.get_submodule(owner))
 
 
 def _some(names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]) -> str:

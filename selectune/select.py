@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selectune.errors import BudgetError, ConfigError
+from selectune.errors import ConfigError
+from selectune.quota import QUOTAS, divided
 from selectune.seeds import STEP, finish, signed
 
 Rows = tuple[Tensor, Tensor, Tensor]  # scores, positions in the total order, carried numbers
@@ -46,27 +47,29 @@ class GlobalTopK:
 
 @dataclass(frozen=True)
 class PerTensor:
-    """The best entries of each tensor; the quota is divided in proportion to size, and ties go by flat index.
+    """The best entries of each tensor; ties go by flat index.
 
-    k_j = q n_j / N is rounded down, and the remaining entries go to the largest remainders, the earlier
-    tensor first: exactly q in all. (SpIEL's code only rounds down, so it stays below its budget.)
+    `quota` says how the budget is divided (`selectune.quota`): in proportion to "size", or to the "entropy" of a
+    tensor's values times its size. (SpIEL's code rounds all parts down, so it stays below its budget.)
 
     >>> from selectune.select import PerTensor
     >>> PerTensor().allocate(10, [100, 50, 50, 3])
     [5, 3, 2, 0]
     """
 
-    def allocate(self, total: int, sizes: Sequence[int]) -> list[int]:
+    quota: str = "size"
+
+    def __post_init__(self) -> None:
+        if self.quota not in QUOTAS:
+            raise ConfigError(f"Unknown quota {self.quota!r}. Known: {', '.join(QUOTAS)}.")
+
+    def shares(self, weights: Sequence[Tensor]) -> list[int] | None:
+        """What each tensor's part is in proportion to; None: its size."""
+        return QUOTAS[self.quota](weights)
+
+    def allocate(self, total: int, sizes: Sequence[int], shares: Sequence[int] | None = None) -> list[int]:
         """How many entries each tensor gets: at most its size, and `total` in all."""
-        whole = sum(sizes)
-        if total > whole:
-            raise BudgetError(f"{total:,} entries cannot be divided among tensors of {whole:,}.")
-        shares = [divmod(total * size, whole or 1) for size in sizes]
-        counts = [share for share, _ in shares]
-        order = sorted(range(len(sizes)), key=lambda j: (-shares[j][1], j))
-        for j in order[: total - sum(counts)]:
-            counts[j] += 1
-        return counts
+        return divided(total, sizes, shares)
 
     def collector(self, quota: int, sizes: Sequence[int], seed: int) -> PerTensorCollector:
         return self.per_tensor(self.allocate(min(quota, sum(sizes)), sizes), sizes, seed)

@@ -209,7 +209,11 @@ class Select(Protocol):
 class Allocating(Select, Protocol):
     """A selection that divides its quota among the tensors in advance."""
 
-    def allocate(self, total: int, sizes: Sequence[int]) -> list[int]:
+    def shares(self, weights: Sequence[Tensor]) -> list[int] | None:
+        """What each tensor's part of the quota is in proportion to, read from the base once; None: its size."""
+        ...
+
+    def allocate(self, total: int, sizes: Sequence[int], shares: Sequence[int] | None = None) -> list[int]:
         """How many entries each tensor gets: at most its size, and `total` in all."""
         ...
 

@@ -48,6 +48,8 @@ ROWS = {
     "magnitude": Row(st.magnitude(60), 60, 60),
     "snip": Row(st.snip(60, batches=2), 60, 60),
     "speft": Row(st.speft(60, batches=2), 60, 60),
+    "gem": Row(st.gem(60, batches=2), 60, 60),
+    "rosa": Row(st.rosa(76, batches=2, adapter="norm.*"), 60, 60, dense=16),
     "grasp": Row(st.grasp(60, batches=2), 60, 60),
     "synflow": Row(st.synflow(60), 60, 60),
     "sparse-adapter": Row(st.sparse_adapter(60), 60, 60),
@@ -56,6 +58,10 @@ ROWS = {
     "spiel-ma": Row(st.spiel_ma(60, 6, every=3, window=1), 60, 60, optimizer=st.SparseSM3),
     "rigl": Row(st.rigl(60, 6, every=2), 60, 60),
     "set": Row(st.sparse_evolution(60, 6, every=2), 60, 60),
+    "s2ft": Row(st.s2ft(60, head=4, scope="@linear"), 60, 60),
+    "smt": Row(st.smt(60, block=4, batches=2), 60, 60),
+    "paca": Row(st.paca(60), 60, 60),
+    "losia": Row(st.losia(60, batches=2), 60, 60),
     "bitfit": Row(st.bitfit(), 59, 59),
     "random": Row(st.random(60), 60, 60),
     "xattn": Row(st.xattn(scope="attention.*"), 0, 0, dense=288),
@@ -92,6 +98,7 @@ VARIANTS = {
     "sparse-adapter, flow": Row(st.sparse_adapter(60, "synflow", scope="*weight"), 60, 60),
     "sparse-adapter, weights": Row(st.sparse_adapter(60, "magnitude", scope=["attention.*", "linear.*"]), 60, 60),
     "sparse-adapter, chance": Row(st.sparse_adapter(0.05, "random", train_fully="norm.*"), 78, 78, dense=16),
+    "losia, again every 2 steps": Row(st.losia(60, 6, batches=2, every=2), 60, 60, grows=False),
     "id3 without the embedding": Row(st.id3(60, 6, scope=st.Scope(exclude="embed.*")), 0, 60),
 }
 every_row = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in (ROWS | VARIANTS).items()])

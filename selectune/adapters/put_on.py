@@ -92,6 +92,7 @@ def put_on(
     steps: int | None = None,
     names: Sequence[str] | None = None,
     record: bool = True,
+    freeze: bool = True,
 ) -> Adapted:
     """Put an adapter on a model and freeze the rest, so that `attach` finds the adapter only.
 
@@ -101,6 +102,7 @@ def put_on(
     see `roles.find`. `steps`: optimizer steps of the run, during which AdaLoRA moves its ranks; None: the ranks stay.
     `names`: linear layers in place of those that the option `targets` selects. It costs the adapter's memory and,
     unless `record` is False, one read of it; without that record a delta does not know its adapter.
+    `freeze=False`: what was trainable stays so, for a method that trains entries of the base beside the adapter.
 
     Raises ConfigError for unknown kinds, options, parameters and architectures, and for a model that carries an
     adapter; ModelError if peft is needed and missing. The model is unchanged then.
@@ -144,8 +146,8 @@ def put_on(
     trained = [parameters[name] for name in keep if name in parameters]
     if chosen.options.get("norms"):
         trained += [p for name in peers.norms(model) for p in model.get_submodule(name).parameters(recurse=False)]
-    for parameter in before:
-        parameter.requires_grad_(False)
+    for parameter, trainable in before.items():
+        parameter.requires_grad_(trainable and not freeze)
     for parameter in trained:
         parameter.requires_grad_(True)
     if record and not next(model.parameters()).is_meta:

@@ -20,6 +20,7 @@ from selectune.method import Method
 from selectune.models.adapted import peer, virtual_tokens
 from selectune.ops import bounds
 from selectune.ops.cpu.kernels import DESKS
+from selectune.recipes import RECIPES
 from selectune.runs.calibration import calibration as data_of
 from selectune.schedule import resolve_budget
 from selectune.scope import Found, Scope
@@ -128,7 +129,7 @@ def _predicted(
         raise ConfigError(
             f"--ranks {ranks}: {name} trains every entry for a while, which one process does. Leave it out."
         )
-    schedule = None if chosen is None or chosen.schedule is None else chosen.schedule.resolve(found.eligible)
+    schedule = None if chosen is None else chosen.resolve(found)
     count = 0 if schedule is None else resolve_budget(schedule.budget, found.eligible)
     wholly = sum(t.parameter.numel() for t in found.whole)
     dense = None if chosen is None else chosen.dense
@@ -213,7 +214,9 @@ def _adapted(model: nn.Module, name: str, steps: int | None) -> nn.Module:
             f"--method {name}: peft makes the mask of SHiRA out of numbers, and a plan has none. It trains r (m + n) "
             "scalars of each matrix (m, n); `selectune bench` measures it."
         )
-    return put_on(model, methods.placed(adapter or name), record=False, steps=None if adapter else steps).model
+    freeze = not (methods.is_ours(name) and RECIPES[methods.base_of(name)].beside)
+    spec = methods.placed(adapter or name)
+    return put_on(model, spec, record=False, steps=None if adapter else steps, freeze=freeze).model
 
 
 def _fitting(bench: Bench, config: Any, name: str) -> Bench:

@@ -146,7 +146,8 @@ def recipe(name: str, budget: int | float, steps: int, whole: tuple[str, ...] = 
 
 def ours(name: str, model: nn.Module, given: Conditions) -> Ready:
     method, on = recipe(name, given.budget, given.steps, given.whole), parts(name)[1]
-    adapted = put_on(model, placed(on), given.seed) if on else None
+    freeze = not RECIPES[base_of(name)].beside
+    adapted = put_on(model, placed(on), given.seed, freeze=freeze) if on else None
     model = adapted.model if adapted else model
     rows = [row for batch in given.batches for row in rows_of(batch)]
     length, batch = rows[0]["input_ids"].shape, len(given.batches[0]["input_ids"])

@@ -40,14 +40,18 @@ def method_of(spec: Spec) -> Method:
     return Method(Scope(include=(), train_fully=("*",)), name=spec.kind)
 
 
-def with_adapter(loaded: LoadedModel, spec: Spec, seed: int, steps: int | None, texts: int = 1) -> LoadedModel:
+def with_adapter(
+    loaded: LoadedModel, spec: Spec, seed: int, steps: int | None, texts: int = 1, freeze: bool = True
+) -> LoadedModel:
     """The loaded model with an adapter on it. Everything else is frozen, except tensors that no checkpoint held.
+
+    `freeze=False`: nothing is frozen, for a method that trains entries of the base beside the adapter.
 
     `steps`: those of the run, for ranks that move during it; None under a selection, because nothing else may then
     write the selected entries. `texts`: how many a row has, 1 or 2, for adapters of special tokens.
     """
     chosen = for_tokenizer(spec, loaded.tokenizer, texts)
-    return _with(loaded, put_on(loaded.model, chosen, seed, keep=loaded.initialised, steps=steps))
+    return _with(loaded, put_on(loaded.model, chosen, seed, keep=loaded.initialised, steps=steps, freeze=freeze))
 
 
 def with_adapter_of(loaded: LoadedModel, delta: Delta) -> LoadedModel:

@@ -6,6 +6,7 @@ static      once, from the weights or the first gradient
 calibrated  once, from data at fixed weights
 drop_grow   drop and grow: RigL, SET, SpIEL
 phased      when a dense phase ends: LT-SFT, diff pruning
+structured  whole rows, columns, blocks, heads, subnets: S2FT, SMT, PaCA, LoSiA
 whole       whole tensors: full fine-tuning and relatives
 named       recipes by name, with options: `id3:exp=1,every=10`
 parameters  checks that recipes share
@@ -17,12 +18,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from selectune.method import Method
-from selectune.recipes.calibrated import child_tuning_d, fish, grasp, movement, snip, sparse_adapter, speft, synflow
+from selectune.recipes.calibrated import (
+    child_tuning_d,
+    fish,
+    gem,
+    grasp,
+    movement,
+    rosa,
+    snip,
+    sparse_adapter,
+    speft,
+    synflow,
+)
 from selectune.recipes.drop_grow import rigl, sparse_evolution, spiel_ag, spiel_ma
 from selectune.recipes.increment import id3, increment_pafi, increment_random
 from selectune.recipes.phased import diff_pruning, lt_sft
 from selectune.recipes.repeat import fish_dip, lift, repeat_d3, repeat_random
 from selectune.recipes.static import bitfit, gallop, magnitude, pafi, random, static_d3
+from selectune.recipes.structured import losia, paca, s2ft, smt
 from selectune.recipes.whole import child_tuning_f, full, xattn
 
 
@@ -37,6 +50,7 @@ class Recipe:
     passes: str  # cost of choosing: passes over the weights beyond those of frozen training
     bytes: str  # memory beside the model, fp32 with AdamW
     optimizer: str = "adamw"  # what a run from the command line trains with (selectune.runs.trainer)
+    beside: bool = False  # it trains the base beside an adapter, which is not frozen then
 
     @property
     def summary(self) -> str:
@@ -48,6 +62,7 @@ _ID3 = "Agarwal et al. 2025, arXiv 2408.14470"
 _CONTROL = "R-Mask baseline in the steps of arXiv 2408.14470"
 _GALLOP = "Choudhary et al. 2025, arXiv 2510.19778"
 _PAFI = "Liao, Meng, Monz 2023, arXiv 2305.16742"
+_GEM = "Kang et al. 2025, arXiv 2508.16191"
 _FISH = "Sung, Nair, Raffel 2021, arXiv 2111.09839"
 _BITFIT = "Ben Zaken, Goldberg, Ravfogel 2022, arXiv 2106.10199"
 _LIFT = "Liu et al. 2025, arXiv 2506.00772"
@@ -66,6 +81,11 @@ _BEFORE = "mini-batch gradients, before training"
 _LT_SFT = "Ansell et al. 2022, arXiv 2110.07560"
 _DIFF = "Guo, Rush, Kim 2021, arXiv 2012.07463"
 _CHANGE = "the change by dense training, once per round"
+_S2FT = "Yang et al. 2024, arXiv 2412.06289"
+_SMT = "He et al. 2024, arXiv 2405.15525"
+_PACA = "Woo et al. 2025, arXiv 2503.01905"
+_LOSIA = "Wang et al. 2025, arXiv 2507.04487"
+_ROSA = "Nikdan et al. 2024, arXiv 2401.04679"
 _SPIEL = "Ansell et al. 2024, arXiv 2401.16405"
 _RIGL = "Evci et al. 2020, arXiv 1911.11134"
 _SET = "Mocanu et al. 2018, arXiv 1707.04780"
@@ -107,6 +127,8 @@ RECIPES: dict[str, Recipe] = {
         Recipe("magnitude", magnitude, "the weights, once", _MAGNITUDE, "one", _SPARSE),
         Recipe("snip", snip, _BEFORE, _SNIP, "one per mini-batch", _ONCE),
         Recipe("speft", speft, _BEFORE, _SPEFT, "one per mini-batch", _ONCE),
+        Recipe("gem", gem, _BEFORE, _GEM, "one per mini-batch, and one", _ONCE),
+        Recipe("rosa", rosa, _BEFORE, _ROSA, "one per mini-batch", f"{_ONCE}; LoRA's", beside=True),
         Recipe("grasp", grasp, "Hessian-gradient products, before training", _GRASP, "three per mini-batch", _DOUBLE),
         Recipe(
             "synflow", synflow, "the flow of ones, before training", _SYNFLOW, "one", f"{_SPARSE}; 5 per weight, once"
@@ -140,6 +162,10 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe("rigl", rigl, _EVERY, _RIGL, _DENSE_STEP, _SPARSE, "adamw-entry"),
         Recipe("set", sparse_evolution, "nothing", _SET, "one, each selecting step", _SPARSE, "adamw-entry"),
+        Recipe("s2ft", s2ft, "names; chance", _S2FT, "none", _SPARSE),
+        Recipe("smt", smt, _BEFORE, _SMT, "one per mini-batch", _ONCE),
+        Recipe("paca", paca, "nothing", _PACA, "none", _SPARSE),
+        Recipe("losia", losia, _BEFORE, _LOSIA, "one per mini-batch", _ONCE),
         Recipe("bitfit", bitfit, "names", _BITFIT, "none", _SPARSE),
         Recipe("random", random, "nothing", "R-Mask baseline of arXiv 2111.09839 and 2408.14470", "one", _SPARSE),
         Recipe("xattn", xattn, "names", _XATTN, "none", "16 per weight of the blocks"),
@@ -159,7 +185,7 @@ RECIPES: dict[str, Recipe] = {
 
 __all__ = [
     "RECIPES", "Recipe", "bitfit", "child_tuning_d", "child_tuning_f", "diff_pruning", "fish", "fish_dip", "full",
-    "gallop", "grasp", "id3", "increment_pafi", "increment_random", "lt_sft", "magnitude", "movement", "pafi",
-    "random", "repeat_d3", "repeat_random", "rigl", "snip", "sparse_adapter", "sparse_evolution", "spiel_ag",
-    "spiel_ma", "static_d3", "synflow", "xattn",
+    "gallop", "gem", "grasp", "id3", "increment_pafi", "increment_random", "losia", "lt_sft", "magnitude", "movement",
+    "paca", "pafi", "random", "repeat_d3", "repeat_random", "rigl", "rosa", "s2ft", "smt", "snip", "sparse_adapter",
+    "sparse_evolution", "spiel_ag", "spiel_ma", "static_d3", "synflow", "xattn",
 ]  # fmt: skip

@@ -9,7 +9,8 @@ from selectune.errors import ConfigError
 from selectune.method import Method, Patterns, compose
 from selectune.recipes.parameters import count, number
 from selectune.schedule import Budget, OneShot
-from selectune.scope import Scope
+from selectune.scope import LINEAR, LORA, Scope, patterns
+from selectune.select import PerTensor
 
 
 def fish(
@@ -120,6 +121,53 @@ def speft(
     """
     score = scores.d3_pooled(exp=0.0, batches=count("batches", batches, optional=True))
     return compose("speft", score, OneShot(budget), scope, train_fully)
+
+
+def gem(
+    budget: Budget = 0.001,
+    batches: int | None = 64,
+    eps: float = 1e-8,
+    scope: Scope | Patterns = ("*",),
+    train_fully: Patterns = (),
+) -> Method:
+    """GEM: of each tensor the entries with the largest |g| / |w|, more where its values have more entropy, once.
+
+    A tensor gets a part of the budget in proportion to its size times the entropy of a histogram of its values
+    (`PerTensor("entropy")`); a tensor of one value gets none. We know the paper's abstract: the ratio, a number for
+    each layer that follows the entropy of its values, and 0.1 % of the weights. The histogram, the factor of size,
+    tensors in place of layers, eps, and g as the gradient of 64 mini-batches together are ours.
+    Source: Kang, Kim, Avestimehr, Lee (2025), GEM, arXiv 2508.16191.
+
+    >>> import selectune as st
+    >>> st.gem(budget=1000).select
+    PerTensor(quota='entropy')
+    """
+    score = scores.d3_pooled(exp=1.0, eps=number("eps", eps), batches=count("batches", batches, optional=True))
+    return compose("gem", score, OneShot(budget), scope, train_fully, PerTensor("entropy"))
+
+
+def rosa(
+    budget: Budget,
+    batches: int | None = 1,
+    adapter: str = LORA,
+    scope: Scope | Patterns = (LINEAR,),
+    train_fully: Patterns = (),
+) -> Method:
+    """RoSA: LoRA, and of each linear layer of the base the entries with the largest mean g^2, in one budget.
+
+    It is attached to a model with LoRA on it whose base is not frozen: `put_on(model, "lora:r=8", freeze=False)`, or
+    --on lora:r=8. LoRA's tensors, those that match `adapter`, are trained whole. They count in the budget, and the rest
+    of it is selected in the base, by matrix, in proportion to its size. g are the gradients of `batches` mini-batches
+    before training, not clipped; the released code trains LoRA alone for 64 steps first, and gives it a learning rate of its own.
+    Source: Nikdan, Tabesh, Crnčević, Alistarh (2024), RoSA, arXiv 2401.04679, and its released code.
+
+    >>> import selectune as st
+    >>> st.rosa(budget=100_000).counted
+    ('*lora_*',)
+    """
+    score = scores.fisher_batches(batches=count("batches", batches, optional=True), clip=None, train_mode=False)
+    whole = (adapter, *patterns(train_fully))
+    return compose("rosa", score, OneShot(budget), scope, whole, PerTensor(), counted=adapter)
 
 
 def grasp(

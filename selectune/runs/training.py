@@ -25,6 +25,7 @@ from selectune.models.adapted import size_of, virtual_tokens, with_adapter
 from selectune.models.bases import device, load_model, longest, quiet
 from selectune.models.evaluate import Evaluation, evaluate
 from selectune.models.retention import HeldOut, held_out, text_of
+from selectune.recipes import RECIPES
 from selectune.runs.calibration import calibration
 from selectune.runs.config import RunConfig, build_method
 from selectune.runs.folder import RUN_FILE, RunFolder, run_folder
@@ -124,7 +125,8 @@ class _Run:
         size = None if named is None else size_of(loaded, named, config.seed, texts)
         if config.adapter is not None:
             steps = self.steps if config.on is None else None
-            loaded = with_adapter(loaded, config.adapter, config.seed, steps, texts)
+            freeze = config.on is None or not RECIPES[config.recipe].beside
+            loaded = with_adapter(loaded, config.adapter, config.seed, steps, texts, freeze)
         self.loaded = loaded
         if checkpoint is not None:
             folder.id = checkpoint.run

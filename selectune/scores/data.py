@@ -77,6 +77,23 @@ def movement(weight: Tensor, gradient: Tensor, batches: int | None = 64) -> Tens
     return -(gradient * weight)
 
 
+@score(reads="batches")
+def sensitivity(weight: Tensor, gradient: Tensor, batches: int | None = 16) -> Tensor:
+    """S = sum over mini-batches of |g w - (g w)^2 / 2|: what the loss changes by without the weight, to second order.
+
+    The curvature is taken to be g^2. Reads: one gradient per mini-batch; uses one float per entry in scope.
+    Source: Wang et al. (2025), LoSiA, arXiv 2507.04487, whose released code weighs a moving average of it by another
+    of its deviations.
+
+    >>> import torch, selectune as st
+    >>> st.scores.sensitivity()(torch.tensor([2.0, 1.0]), torch.tensor([1.0, -1.0])).tolist()
+    [0.0, 1.5]
+    """
+    del batches
+    change = gradient * weight
+    return (change - 0.5 * change.square()).abs()
+
+
 @score(reads="pooled")
 def snip(weight: Tensor, gradient: Tensor, batches: int | None = 1) -> Tensor:
     """S = |g w|, g the gradient summed over mini-batches: how much the loss changes without the weight.

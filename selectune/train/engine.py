@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -98,9 +98,10 @@ def assemble(
     shards = Shards(model)
     on.callback(shards.rest)
     found = shards.within(method.scope.find(model))
-    schedule = None if method.schedule is None else method.schedule.resolve(found.eligible)
+    schedule = method.resolve(found)
     budget = 0 if schedule is None else int(schedule.budget or 0)
     _check_fill(method, schedule, budget)
+    _check_units(method, schedule, budget)
     if method.score is not None:
         check_score(method.score, found.tensors)
     if shards:
@@ -131,7 +132,7 @@ def assemble(
         on.callback(carrier._parameters.pop, VALUES, None)
         carrier.register_parameter(VALUES, ledger.offsets)
     # 6
-    run = (method, schedule, ledger, seed, rescore)
+    run = (replace(method, structure=method.structure.sized(model)), schedule, ledger, seed, rescore)
     chooser: Chooser
     if method.dense is not None and tensors:
         chooser = DenseThenSparse(*run, kind=method.dense, found=found, base=base, carrier=carrier)
@@ -211,4 +212,12 @@ def _check_fill(method: Method, schedule: Schedule | None, budget: int) -> None:
         raise ConfigError(
             'fill="zero" needs the whole budget selected at attach, as OneShot does; '
             f"{type(schedule).__name__} selects {at_once} of {budget} then."
+        )
+
+
+def _check_units(method: Method, schedule: Schedule | None, budget: int) -> None:
+    if not method.structure.plain and schedule is not None and schedule.target(0) != budget:
+        raise ConfigError(
+            f"Whole units are chosen all at once, as OneShot and Repeat do; {type(schedule).__name__} selects "
+            f"{schedule.target(0)} of {budget} scalars at the first step."
         )

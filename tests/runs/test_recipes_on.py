@@ -6,8 +6,9 @@ import inspect
 
 import pytest
 
+import selectune as st
 from selectune import tasks
-from selectune.errors import CalibrationError, ConfigError
+from selectune.errors import CalibrationError, ConfigError, NothingTrainedError
 from selectune.models.restore import Source, evaluate_delta, verify_delta
 from selectune.recipes import RECIPES
 from selectune.runs.config import RunConfig
@@ -18,7 +19,8 @@ pytest_plugins = ("tiny_fixtures",)
 LITTLE = {"examples": 4, "batches": 2}  # of what a recipe reads before training, where it can be told
 
 
-PRODUCTS = ("snip", "synflow", "movement")  # of weight and gradient: of LoRA's A and its B = 0 they are all 0
+NONE = ("xattn", "s2ft", "rosa")  # an encoder has no cross-attention, adapters have no heads, and 60 is less than LoRA
+PRODUCTS = ("snip", "synflow", "movement", "losia")  # of weight and gradient: of LoRA's A and its B = 0 they are all 0
 
 
 @pytest.mark.parametrize("on", ["lora:r=4", "lora:r=4,init=normal", "pfeiffer:reduction=8"])
@@ -35,8 +37,12 @@ def test_a_recipe_on_a_module(tiny, data, tmp_path, method, on):
         out=str(tmp_path / "out"), seed=1, train_fully=("classifier.*",) if "train_fully" in takes else (),
         budget=budget,
     )  # fmt: skip
-    if method == "xattn" or (method == "bitfit" and on.startswith("lora")):
-        with pytest.raises(ConfigError):  # an encoder has no cross-attention, LoRA has no biases
+    if method in NONE or (method == "bitfit" and on.startswith("lora")):
+        with pytest.raises(ConfigError):  # LoRA has no biases
+            run(config)
+        return
+    if method == "gem" and on == "lora:r=4":  # B = 0 has no entropy, so all is selected in A, whose gradient is 0
+        with pytest.raises(NothingTrainedError):
             run(config)
         return
     if method in PRODUCTS and on == "lora:r=4":
@@ -49,3 +55,22 @@ def test_a_recipe_on_a_module(tiny, data, tmp_path, method, on):
     assert report.ok, report.problem
     if budget:
         assert 0 < result.selected <= 60
+
+
+def test_rosa_trains_lora_and_entries_of_the_base_in_one_budget(tiny, data, tmp_path):
+    pytest.importorskip("peft")
+    config = RunConfig(
+        model=str(tiny), task="glue/rte", method="rosa:batches=2", on="lora:r=1", max_steps=4, lr=5e-3, data=str(data),
+        out=str(tmp_path / "out"), seed=1, train_fully=("classifier.*",), budget=3000,
+    )  # fmt: skip
+    result = run(config)
+    delta = st.load(result.delta)
+    assert delta.info["method"]["counted"] == ["*lora_*"]
+    lora = sum(d.tensor.numel() for d in delta.dense if "lora_" in d.name)
+    head = sum(d.tensor.numel() for d in delta.dense if "lora_" not in d.name)
+    assert result.selected == result.budget == 3000 - lora > 0 < lora
+    assert result.trained == 3000 + head
+    assert all("lora_" not in patch.name for patch in delta.patches)
+    assert sum(patch.indices.numel() for patch in delta.patches) == result.selected
+    assert evaluate_delta(Source(str(tiny)), result.delta, tasks.get("glue/rte"), str(data)) == result.evaluation
+    assert verify_delta(Source(str(tiny)), result.delta).ok

@@ -102,7 +102,8 @@ def test_a_loss_between_two_logs(config, tmp_path, stop_at):
 
 
 ON = [
-    *({"method": name} for name in RECIPES if name != "xattn"),
+    *({"method": name} for name in RECIPES if name not in ("xattn", "rosa")),
+    {"method": "rosa", "on": "lora:r=1", "budget": 3000},
     {"method": "id3", "group_by_length": True, "accumulation": 2, "max_steps": 6},
     {"method": "id3", "on": "lora:r=4,dropout=0.1"},
     {"method": "pafi", "on": "pfeiffer:reduction=8"},

@@ -183,10 +183,14 @@ def test_every_method_runs_and_its_metric_comes_back(config, tiny, data, method,
     if method in ("bitfit", "full", "xattn", "child-tuning-f"):
         changes["budget"] = None
     little = {"fish": "fish:examples=8", "fish-dip": "fish-dip:examples=4", "movement": "movement:batches=2"}
-    little["speft"] = "speft:batches=2"
+    little |= {name: f"{name}:batches=2" for name in ("speft", "gem", "smt", "losia")}
     changes["method"] = little.get(method, method)
     if method == "xattn":  # an encoder has no cross-attention
         with pytest.raises(ScopeError, match="no decoder that attends to an encoder"):
+            run(dataclasses.replace(config, **changes))
+        return
+    if method == "rosa":
+        with pytest.raises(ScopeError, match="Put LoRA on the model first"):
             run(dataclasses.replace(config, **changes))
         return
     result = run(dataclasses.replace(config, **changes))

@@ -4,6 +4,7 @@ chooser      the contract of choosers, and what they share
 growing      the support only grows (`Growing`), or is chosen again each time (`Afresh`)
 dropping     drop and grow: the least moved entries make room for better ones
 scan         offers the scores of a tensor to a collector, piece by piece
+units        whole rows, columns, blocks, heads or subnets in place of entries
 products     a linear weight's gradient as its factors: bounds, then canonical scores
 calibrate    reads scores from data at fixed weights
 still        keeps a model unchanged while such scores are read

@@ -54,6 +54,8 @@ class Chooser:
         self.rescore = rescore  # gives calibrated scores at the present weights
         self.tensors, self.score = ledger.tensors, method.score or constant()
         self.sizes = [tensor.parameter.numel() for tensor in self.tensors]
+        select = method.select
+        self.shares = select.shares([t.weight for t in self.tensors]) if isinstance(select, Allocating) else None
         self.products = Products(self.score)
         self.clock = Clock()
         self.events: Counter[str] = Counter()
@@ -159,15 +161,22 @@ class Chooser:
 
     def collector(self, quota: int) -> Collector:
         """A collector of `quota` entries; one that allocates completes every tensor's share of the support."""
+        select, counts = self.method.select, self.allocated(quota)
+        if counts is None or not isinstance(select, Allocating):
+            return select.collector(quota, self.sizes, self.seed)
+        return select.per_tensor(counts, self.sizes, self.seed)
+
+    def allocated(self, quota: int) -> list[int] | None:
+        """How many of `quota` further entries each tensor gets; None if the selection does not say so in advance."""
         select = self.method.select
         if not isinstance(select, Allocating):
-            return select.collector(quota, self.sizes, self.seed)
+            return None
         held = [0 if self._taken(t.index) is None else self.ledger.pages[t.index].flat.numel() for t in self.tensors]
-        shares = select.allocate(sum(held) + quota, [t.eligible for t in self.tensors])
+        shares = select.allocate(sum(held) + quota, [t.eligible for t in self.tensors], self.shares)
         counts = [max(0, share - has) for share, has in zip(shares, held, strict=True)]
         for j in reversed(range(len(counts))):  # shares may shrink by one where others grow
             counts[j] -= min(counts[j], max(0, sum(counts) - quota))
-        return select.per_tensor(counts, self.sizes, self.seed)
+        return counts
 
     def _taken(self, index: int) -> Tensor | None:
         """Flat indices (ascending) of a tensor that may not be chosen."""

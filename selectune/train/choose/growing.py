@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from selectune import bits
+from selectune.scope import ScopedTensor
 from selectune.train.choose.chooser import Chooser, Selection, seed_of
 from selectune.train.choose.scan import queues, scan, scan_queued
+from selectune.train.choose.units import rank_units
 from selectune.train.optim.contract import NewEntries
 from selectune.types import Queueing, Reads
 
@@ -56,16 +58,39 @@ class Growing(Chooser):
     def _rank(self, step: int, quota: int, scores: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if scores is None and self.rescore is not None:
             scores = self.rescore()
-        collector = self.collector(quota)
         generator = torch.Generator().manual_seed(self._seed_of(step))
+        if not self.method.structure.plain:
+            return self._rank_units(quota, scores, generator)
+        collector = self.collector(quota)
         for tensor in self.tensors:
             known = None if scores is None else scores[tensor.index]
             if self.score.reads is Reads.MATRIX:
-                known = self.score(tensor.weight.detach().to(bits.wide(tensor.weight.dtype)))
+                known = self.score(_wide(tensor))
             if not scan(collector, self.score, tensor, self._taken(tensor.index), generator=generator, known=known):
                 self.events["nonfinite_selections"] += 1
                 log.warning('Scores of "%s" are not finite; its entries from there on are left out.', tensor.name)
         tensors, flat, _ = collector.close()
+        if scores is not None:
+            self._report_zeros(tensors, flat, scores)
+        return tensors, flat
+
+    def _rank_units(
+        self, quota: int, scores: Sequence[Tensor] | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        def scored(tensor: ScopedTensor) -> Tensor:
+            if scores is not None:
+                return scores[tensor.index]
+            weight = _wide(tensor)
+            whole = self.score.reads is Reads.MATRIX
+            return self.score(weight if whole else weight.reshape(-1), None, generator).view(weight.shape)
+
+        counts = self.allocated(quota)
+        tensors, flat, broken = rank_units(
+            self.method.structure, self.score, self.tensors, scored, generator, quota, counts
+        )
+        for name in broken:
+            self.events["nonfinite_selections"] += 1
+            log.warning('Scores of "%s" are not finite; the tensor is left out.', name)
         if scores is not None:
             self._report_zeros(tensors, flat, scores)
         return tensors, flat
@@ -153,6 +178,10 @@ class Growing(Chooser):
             self.events.update(events)
             return order
         return self._order
+
+
+def _wide(tensor: ScopedTensor) -> Tensor:
+    return tensor.weight.detach().to(bits.wide(tensor.weight.dtype))
 
 
 class Afresh(Growing):
