@@ -145,6 +145,11 @@ class Method:
         """
         if self.schedule is None or not self.counted:
             return None if self.schedule is None else self.schedule.resolve(found.eligible)
+        if not found.tensors:
+            raise BudgetError(
+                f"Nothing can be selected beside {', '.join(self.counted)}: every other tensor in scope is frozen. "
+                "put_on(model, ..., freeze=False) puts an adapter on and leaves the base trainable."
+            )
         whole = sum(t.parameter.numel() for t in found.whole if t.matches(self.counted))
         budget = resolve_budget(self.schedule.budget, found.eligible + whole)
         if budget <= whole:

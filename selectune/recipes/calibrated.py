@@ -158,7 +158,7 @@ def rosa(
     It is attached to a model with LoRA on it whose base is not frozen: `put_on(model, "lora:r=8", freeze=False)`, or
     --on lora:r=8. LoRA's tensors, those that match `adapter`, are trained whole. They count in the budget, and the rest
     of it is selected in the base, by matrix, in proportion to its size. g are the gradients of `batches` mini-batches
-    before training, not clipped; the released code trains LoRA alone for 64 steps first, and gives it a learning rate of its own.
+    before training, not clipped. The released code trains LoRA alone for 64 steps first, at a rate of its own.
     Source: Nikdan, Tabesh, Crnčević, Alistarh (2024), RoSA, arXiv 2401.04679, and its released code.
 
     >>> import selectune as st

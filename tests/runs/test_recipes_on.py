@@ -8,7 +8,7 @@ import pytest
 
 import selectune as st
 from selectune import tasks
-from selectune.errors import CalibrationError, ConfigError, NothingTrainedError
+from selectune.errors import CalibrationError, ConfigError
 from selectune.models.restore import Source, evaluate_delta, verify_delta
 from selectune.recipes import RECIPES
 from selectune.runs.config import RunConfig
@@ -39,10 +39,6 @@ def test_a_recipe_on_a_module(tiny, data, tmp_path, method, on):
     )  # fmt: skip
     if method in NONE or (method == "bitfit" and on.startswith("lora")):
         with pytest.raises(ConfigError):  # LoRA has no biases
-            run(config)
-        return
-    if method == "gem" and on == "lora:r=4":  # B = 0 has no entropy, so all is selected in A, whose gradient is 0
-        with pytest.raises(NothingTrainedError):
             run(config)
         return
     if method in PRODUCTS and on == "lora:r=4":
