@@ -79,7 +79,7 @@ def sharded(model: Any, setting: str = "", **more: Any) -> Any:
     more["reshard_after_forward"] = "keeps whole weights" not in setting
     if "whole head" in setting:
         more["ignored_params"] = set(model.one.parameters())
-    for part in (model.into, model.norm, model.up):
+    for part in (model.into, model.norm):
         fully_shard(part, mesh=mesh, **more)
     return fully_shard(model, mesh=mesh, **more)
 
@@ -109,8 +109,9 @@ class Run:
 
     def take(self, *steps: int) -> Run:
         for step in steps:
-            for one in range(self.passes):
-                with self.unsynced() if one + 1 < self.passes else contextlib.nullcontext():
+            passes = 1 if "short" in self.setting and step + 1 == STEPS else self.passes
+            for one in range(passes):
+                with self.unsynced() if one + 1 < passes else contextlib.nullcontext():
                     ranks = (0, 1) if self.way == "one" else (self.rank,)
                     (sum(self.loss(10 * step + one, rank) for rank in ranks) / len(ranks)).backward()
             if "clip" in self.setting:

@@ -229,7 +229,7 @@ def everything(rank: int) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[list[Any]]:
-    found = in_ranks(2, everything, seconds=300)
+    found = in_ranks(2, everything, seconds=900)
     for answers in found:
         assert isinstance(answers, list), answers
     return found
