@@ -22,7 +22,7 @@ lookup = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: n for n, w in enum
 lookup.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
 special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=lookup, padding_side="left", **special)
-shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+shape: dict = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 torch.manual_seed(0)
 model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(WORDS), **shape))
 server, sent = st.sync.Replica(copy.deepcopy(model)), []

@@ -57,12 +57,13 @@ def mergekit(delta: Delta, loaded: LoadedModel, source: Source, folder: Path, dt
         )
     told = merged(delta, loaded, source, folder)
     kept = str(loaded.model.dtype).removeprefix("torch.")
+    wide = "float64" if kept == "float64" else "float32"  # half precision would round the difference
     where = str(Path(place.location).resolve()) if place.local else place.location
     (folder / RECIPE).write_text(
         "# mergekit-yaml mergekit.yml OUT, run in this folder. At weight 1 the result is this model.\n"
         f"merge_method: task_arithmetic\nbase_model: {json.dumps(where)}\n"
         'models:\n  - model: "."\n    parameters:\n      weight: 1.0\n'
-        f"dtype: {kept}\n",
+        f"dtype: {wide}\nout_dtype: {kept}\n",
         encoding="utf-8",
     )
     return {**told, "recipe": RECIPE}

@@ -23,10 +23,12 @@ def load_model(
 ) -> nn.Module:
     """The trained model: the delta's base as `from_pretrained` gives it, with its head, and the delta applied.
 
-    The model is in eval mode, on the CPU; `selectune.load(path).revert(model)` reverts the delta. `base`: a folder, a
-    hub id, 'demo' or 'smollm'; by default the place that the delta records. The bits are compared with the base's:
-    where the delta writes, or everywhere if the delta carries the digest of all weights. A delta names a class of
-    transformers and weights, never code; the base's own code runs only with `trust_remote_code`.
+    The model is in eval mode, on the CPU; `selectune.load(path).revert(model)` reverts the delta. `path`: a file, a
+    folder, or `org/name@revision` on the hub, as `selectune.load` takes it. `base`: a folder, a hub id, 'demo' or
+    'smollm'; by default the place that the delta records; `revision` is that of the base. The bits
+    are compared with the base's: where the delta writes, or everywhere if the delta carries the digest of all weights.
+    A delta names a class of transformers and weights, never code; the base's own code runs only with
+    `trust_remote_code`.
 
     Raises DeltaError for a file that is not a delta, ModelError for a base that cannot be found or loaded,
     BaseMismatchError for another base, UnknownTaskError if only an unknown task says which head the delta needs.
