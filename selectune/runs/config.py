@@ -14,6 +14,7 @@ from typing import Any
 from selectune import plugins
 from selectune.adapters import KINDS, Spec, parse
 from selectune.errors import ConfigError
+from selectune.integrations.quantise import QUANTISED
 from selectune.method import Method
 from selectune.models.adapted import method_of, peer, spec_of
 from selectune.models.bases import DTYPES
@@ -52,6 +53,9 @@ class RunConfig:
     of the training rows instead, as a search for a learning rate should. `train_size`: only so many of the training
     rows, the same for every method and `seed`; see `selectune.tasks.first_rows`.
 
+    `quantise`: `int8` or `nf4`: the base's linear layers are quantised after loading and stay so, to the bit, and the
+    offsets lie beside them; see docs/how-to/quantised.md.
+
     `checkpoint_budgets`: as the support first reaches each of these numbers of scalars, a delta is saved and measured,
     for methods whose support grows.
 
@@ -82,6 +86,7 @@ class RunConfig:
     data: str | None = None
     revision: str | None = None
     dtype: str | None = None
+    quantise: str | None = None
     trust_remote_code: bool = False
     warmup: float = 0.0
     schedule: str = "linear"
@@ -116,7 +121,7 @@ class RunConfig:
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value < 2**32:
                 raise ConfigError(f"{name}={value!r}: must be an int from 0 to {2**32 - 1}.")
-        for name, known in (("schedule", SCHEDULES), ("dtype", (None, *DTYPES))):
+        for name, known in (("schedule", SCHEDULES), ("dtype", (None, *DTYPES)), ("quantise", (None, *QUANTISED))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"Unknown {name} '{getattr(self, name)}'. Known: {', '.join(filter(None, known))}.")
         if self.out is not None and not self.out.strip():

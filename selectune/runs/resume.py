@@ -38,7 +38,7 @@ _FREE = (
     "plugin",
 )  # fmt: skip
 
-_LATER = ("text", "label", "kind", "hold_out", "train_size", "train_size_seed", "checkpoint_budgets")
+_LATER = ("text", "label", "kind", "hold_out", "train_size", "train_size_seed", "checkpoint_budgets", "quantise")
 """Settings that older checkpoints lack; a run that does not use them has none either."""
 
 

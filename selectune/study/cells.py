@@ -18,6 +18,9 @@ PHASES = ("search", "main")
 _APART = ("out", "data", "report_to", "save_every", "keep", "full_checkpoints", "plugin")
 """Settings that change no number of a run."""
 
+_LATER = ("quantise",)
+"""Settings that cells of earlier studies lack; a cell that does not use them has its old key."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -48,7 +51,7 @@ class Cell:
         config = self.config
         told = {**config.as_json(), "method": config.canonical, "lr": config.learning_rate, "phase": self.phase}
         told |= {"measure": self.measure} if self.measure else {}
-        told = {name: value for name, value in sorted(told.items()) if name not in _APART}
+        told = {n: v for n, v in sorted(told.items()) if n not in _APART and (n not in _LATER or v is not None)}
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def with_(self, **settings: Any) -> Cell:

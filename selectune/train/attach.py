@@ -190,7 +190,7 @@ class Tuner:
         p = P_j / sum P, and P_j is the selected share of tensor j. NaN if nothing is selected.
         """
         pages = zip(self.engine.found.tensors, self.engine.ledger.pages, strict=True)
-        shares = [page.flat.numel() / max(1, tensor.parameter.numel()) for tensor, page in pages]
+        shares = [page.flat.numel() / max(1, tensor.form.numel()) for tensor, page in pages]
         if not (whole := math.fsum(shares)):
             return math.nan
         nats = -math.fsum(share / whole * math.log(share / whole) for share in shares if share)

@@ -98,6 +98,7 @@ def assemble(
     schedule = None if method.schedule is None else method.schedule.resolve(found.eligible)
     budget = 0 if schedule is None else int(schedule.budget or 0)
     _check_fill(method, schedule, budget)
+    _check_quantised(method, found)
     if method.score is not None:
         check_score(method.score, found.tensors)
     if schedule is None and method.dense is None:
@@ -177,6 +178,24 @@ def _in_common(method: Method, seed: int, accumulation_steps: int, base: BaseCop
     weights = {f'weight "{name}"': total for name, total in base.sums.items()}
     whole = {f'weight "{name}"': ops.checksum(tensor) for name, tensor in base.whole.items()}
     return told | weights | whole | {"step": tracker.step, "support": support_digest(tracker.ledger)}
+
+
+def _check_quantised(method: Method, found: Found) -> None:
+    """Refuses what a quantised weight cannot do: its numbers do not move, and no gradient of all of them is kept."""
+    if not (name := next((t.name for t in found.tensors if t.quantised is not None), None)):
+        return
+    why = None
+    if method.fill == "zero":
+        why = 'fill="zero" sets the entries outside the support to 0'
+    elif method.dense is not None:
+        why = f"{method.name} trains every entry for a while"
+    elif method.score is not None and method.score.reads.calibrated:
+        why = f"the score '{method.score.name}' sums gradients of every entry over data before training"
+    if why:
+        raise ConfigError(
+            f'{why}, and the bits of a quantised weight such as "{name}" stay as they are. Take a method that selects '
+            "by the gradient of a step, by the weights or at random, or a base in full precision."
+        )
 
 
 def _check_fill(method: Method, schedule: Schedule | None, budget: int) -> None:

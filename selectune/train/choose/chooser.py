@@ -53,7 +53,7 @@ class Chooser:
         self.method, self.schedule, self.ledger, self.seed = method, schedule, ledger, seed
         self.rescore = rescore  # gives calibrated scores at the present weights
         self.tensors, self.score = ledger.tensors, method.score or constant()
-        self.sizes = [tensor.weight.numel() for tensor in self.tensors]
+        self.sizes = [tensor.form.numel() for tensor in self.tensors]
         self.products = Products(self.score)
         self.clock = Clock()
         self.events: Counter[str] = Counter()

@@ -61,7 +61,8 @@ class Growing(Chooser):
         for tensor in self.tensors:
             known = None if scores is None else scores[tensor.index]
             if self.score.reads is Reads.MATRIX:
-                known = self.score(tensor.weight.detach().to(bits.wide(tensor.weight.dtype)))
+                weight = tensor.weight
+                known = self.score(weight.to(bits.wide(weight.dtype)))
             if not scan(collector, self.score, tensor, self._taken(tensor.index), generator=generator, known=known):
                 self.events["nonfinite_selections"] += 1
                 log.warning('Scores of "%s" are not finite; its entries from there on are left out.', tensor.name)

@@ -77,7 +77,7 @@ def scan(
 
 def queues(tensor: ScopedTensor, collector: Collector) -> bool:
     """Whether the tensor is on a GPU and the collector can take its scores without making the host wait."""
-    return tensor.weight.device.type == "cuda" and isinstance(collector, Queueing)
+    return tensor.form.device.type == "cuda" and isinstance(collector, Queueing)
 
 
 def scan_queued(
@@ -210,7 +210,7 @@ def warn_of_zeros(method: Method, tensors: Sequence[ScopedTensor], budget: int) 
     if score is None or score.reads is not Reads.WEIGHT or getattr(method.select, "tie", "") != "order":
         return
     zero_wins = bool(torch.diff(score(torch.tensor([0.0, 1.0]))) < 0)
-    weights = [t.weight.reshape(-1) for t in tensors] if zero_wins else []
+    weights = (t.weight.reshape(-1) for t in tensors if zero_wins)
     zeros = sum(ops.small_filter(w, 0.0)[0].numel() for w in weights if _has_zeros(w))
     if zeros > budget:
         log.warning(
@@ -234,7 +234,7 @@ def _flat(tensor: Tensor | None, rows: Tensor | None = None) -> Any:
 
 def barred_entries(tensor: ScopedTensor, taken: Tensor | None, rows: Tensor | None = None) -> Tensor:
     """Positions that may not be chosen, ascending: in the tensor, or in the block of rows."""
-    weight = tensor.weight
+    weight = tensor.form
     parts = [torch.arange(tensor.padding.start, tensor.padding.stop, device=weight.device)]
     if taken is not None:
         parts.append(taken)

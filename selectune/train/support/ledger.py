@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from selectune.errors import IntegrityError
 from selectune.scope import ScopedTensor
 from selectune.train.support.pages import Page
-from selectune.train.support.store import InPlace
+from selectune.train.support.store import store_of
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Ledger:
     """All pages, and the one trainable vector that they share."""
 
     def __init__(self, tensors: Sequence[ScopedTensor], capacity: int) -> None:
-        self.tensors, self.store = tensors, InPlace(tensors)
-        weights = [t.weight for t in tensors]
+        self.tensors, self.store = tensors, store_of(tensors)
+        weights = [t.form for t in tensors]
         wide = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
         home = weights[0].device if weights else torch.device("cpu")
         self.offsets = nn.Parameter(torch.zeros(capacity, dtype=wide, device=home))
         self.start = torch.zeros(capacity, dtype=wide, device=home)  # the weight of each slot at selection
         self.dtypes = [w.dtype for w in weights]
-        self.pages = [Page.empty(w, home) for w in weights]
+        self.pages = [Page.empty(w.dtype, w.device, home) for w in weights]
         self.free = torch.arange(capacity, device=home)  # unused slots, lowest first
         self.changes = 0  # how often the support has changed
 
@@ -59,7 +59,7 @@ class Ledger:
         home = self.offsets.device
         self.start = self.start.to(home)
         for index, (tensor, page) in enumerate(zip(self.tensors, self.pages, strict=True)):
-            weight = tensor.weight
+            weight = tensor.form
             if weight.dtype != self.dtypes[index]:
                 raise IntegrityError(
                     f'The dtype of "{tensor.name}" changed from {self.dtypes[index]} to {weight.dtype} while a tuner '

@@ -37,9 +37,9 @@ class Page(Spots):
         self.retired, self.retired_base = retired, retired_base
 
     @staticmethod
-    def empty(weight: Tensor, home: torch.device) -> Page:
-        none = torch.empty(0, dtype=torch.int64, device=weight.device)
-        return Page(none, none.to(home), weight.new_empty(0), none, weight.new_empty(0))
+    def empty(dtype: torch.dtype, device: torch.device, home: torch.device) -> Page:
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        return Page(none, none.to(home), none.to(dtype), none, none.to(dtype))
 
     def to(self, device: torch.device, home: torch.device) -> Page:
         on_device = (part.to(device) for part in (self.flat, self.base, self.retired, self.retired_base))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selectune import ops
 from selectune.bits import same_bits
 from selectune.errors import IntegrityError, some
+from selectune.quantised import quantised_weights
 from selectune.scope import Found, ScopedTensor, is_own
 from selectune.train.support.ledger import Ledger
 
@@ -35,11 +36,21 @@ class BaseCopy:
         self.scoped = {id(t.parameter): t for t in found.tensors}
         self.whole = {t.name: t.weight.clone() for t in found.whole}
         whole = {id(t.parameter) for t in found.whole}
-        self.sums = {n: ops.checksum(p) for n, p in model.named_parameters() if id(p) not in whole}
+        self.quantised = quantised_weights(model)
+        self.sums = {n: self._sum(p) for n, p in model.named_parameters() if id(p) not in whole}
         self.buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         self.filled: dict[str, Tensor] = {}
         self.objects = dict(model.named_parameters(remove_duplicate=False))
         self.digests: dict[str, str] = {}  # of the base's tensors, computed on request
+
+    def _sum(self, parameter: nn.Parameter) -> int:
+        """The checksum of a frozen tensor: of all that a quantised weight stores."""
+        quantised = self.quantised.get(id(parameter))
+        if quantised is None:
+            return ops.checksum(parameter.detach())
+        return sum(
+            ops.checksum(part) * (2 * at + 1) for at, (_, part) in enumerate(sorted(quantised.stored.parts.items()))
+        )
 
     @torch.no_grad()
     def zero_unselected(self, model: nn.Module, ledger: Ledger) -> None:
@@ -105,8 +116,8 @@ class BaseCopy:
                 continue
             parameter = self.objects[name]
             tensor = self.scoped.get(id(parameter))
-            now = ops.checksum(parameter.detach())
-            if tensor is not None:
+            now = self._sum(parameter)
+            if tensor is not None and tensor.quantised is None:
                 flat, base = ledger.pages[tensor.index].touched()
                 now += ops.checksum(base, flat) - ops.checksum(ledger.store.read(tensor.index, flat), flat)
             if (now - before) % (1 << 64):
