@@ -24,6 +24,8 @@ from selectune.integrations.quantise import QUANTISED, quantise
 from selectune.models.bases import load_model, quiet
 
 MIB = 1 << 20
+LETTERS = 60_000  # of each text that are read
+BLOCKS = 4  # that are measured
 
 
 def main() -> int:
@@ -45,7 +47,8 @@ def main() -> int:
     before = memory.now()
     task = tasks.get(options.task)
     loaded = load_model(options.model, task.head, 0, dtype=options.dtype)
-    rows = {split: tasks.load(task, split, None).examples[:40] for split in ("train", "validation")}
+    texts = {split: tasks.load(task, split, None).examples[0].texts[0][:LETTERS] for split in ("train", "validation")}
+    rows = {split: [tasks.Example((text,), None)] for split, text in texts.items()}
     with quiet():
         coded = {name: task.encode(loaded.tokenizer, part, options.length) for name, part in rows.items()}
     blocks = {name: [torch.tensor([row["input_ids"]]) for row in part] for name, part in coded.items()}
@@ -54,7 +57,7 @@ def main() -> int:
         quantise(model, options.quantise)
     del loaded
     held = memory.now() - before
-    start = loss_on(model, blocks["validation"][:8])
+    start = loss_on(model, blocks["validation"][:BLOCKS])
     memory.reset()
     began = time.perf_counter()
     scope = st.Scope(exclude=options.exclude or ())
@@ -73,7 +76,7 @@ def main() -> int:
         "batch": options.batch, "length": options.length, "exclude": options.exclude,
         "base_mib": round(held / MIB), "peak_mib": round(peak / MIB), "process_mib": round((peak + before) / MIB),
         "seconds": round(seconds, 1), "loss_before": round(start, 4),
-        "loss_after": round(loss_on(model, blocks["validation"][:8]), 4), "unmoved": tuner.verify() is not None,
+        "loss_after": round(loss_on(model, blocks["validation"][:BLOCKS]), 4), "unmoved": tuner.verify() is not None,
     }  # fmt: skip
     sys.stdout.write(json.dumps(told) + "\n")
     return 0

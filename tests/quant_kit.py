@@ -109,7 +109,7 @@ def base(kind: str, seed: int = 0) -> Any:
     return model
 
 
-def dequantised(model: nn.Sequential) -> nn.Sequential:
+def dequantised(model: Any) -> nn.Sequential:
     """The same model in float32."""
     plain = net()
     with torch.no_grad():

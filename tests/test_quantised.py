@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import selectune as st
 from selectune import train as train_room
-from selectune.errors import ConfigError, DeltaError, ScopeError
-from selectune.quantised import quantised_weights
+from selectune.beside import side_of
+from selectune.errors import BaseMismatchError, ConfigError, DeltaError, ScopeError
+from selectune.quantised import Quantised, quantised_weights
 
 METHODS: dict[str, Callable[[], st.Method]] = {
     "id3": lambda: st.id3(budget=60, steps=6),
@@ -131,9 +132,28 @@ def test_a_shelf_switches_between_deltas_beside_one_base():
         shelf.switch(name)
         assert torch.equal(logits(model), plain if name is None else made[name][1])
         assert shelf.active == name
-    model[0].weight.data[0, 0] ^= 1
     for patch in made["a"][0].patches:
         assert patch.beside == patch.name.endswith(("0.weight", "3.weight"))
+
+
+def test_a_prepared_switch_sees_values_of_others_beside_the_weight(monkeypatch):
+    """The second time round, no digest of a base is taken; a stray value still sends the switch the careful way."""
+    deltas = {n: train(base("own"), m)[0].delta() for n, m in (("a", st.random(budget=60)), ("b", st.pafi(budget=90)))}
+    model = base("own")
+    shelf = st.Shelf(model, deltas)
+    for name in ("a", "b", None):
+        shelf.switch(name)
+    taken: list[Any] = []
+    monkeypatch.setattr(Quantised, "digest", lambda self: taken.append(self) or "0" * 16)
+    for name in ("a", "b", "a"):
+        shelf.switch(name)
+    assert not taken
+    flat = deltas["b"].support["0.weight"]
+    stray = flat[~torch.isin(flat, deltas["a"].support["0.weight"])][:1]
+    side_of(quantised_weights(model)[id(model[0].weight)]).scatter(stray, torch.ones(1))
+    with pytest.raises(BaseMismatchError):
+        shelf.switch("b")
+    assert taken
 
 
 def test_stacked_deltas_come_off_in_turn():
