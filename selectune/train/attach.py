@@ -321,7 +321,10 @@ class Tuner:
         self.engine.tracker.weights_changed()
 
     def __repr__(self) -> str:
-        total = sum(p.numel() for p in {id(p): p for p in self.engine.base.objects.values()}.values())
+        packed = self.engine.base.quantised
+        total = sum(
+            packed.get(key, p).numel() for key, p in {id(p): p for p in self.engine.base.objects.values()}.items()
+        )
         share = f"{self.trained:,} of {total:,} scalars ({100 * self.trained / max(1, total):.2f} %)"
         return f"Tuner({self.method.name}, selected {self.selected:,} of {self.budget:,}, step {self.step}; {share})"
 
