@@ -48,6 +48,9 @@ Most recipes share four parameters. `budget` is a count of scalars (an int) or a
 the number of optimizer steps of the run. `scope` says which parameters may be selected, by patterns or as an
 `st.Scope`. `train_fully` names parameters that are trained as a whole, outside the budget. Memory is in bytes, beside
 the model, for float32 and AdamW.
+
+On a base in 8 or 4 bits the offsets lie beside the weights, and what the lecture calls qID3, qPaFi and qSpIEL is `id3`,
+`pafi` and `spiel_ag` or `spiel_ma` on such a base: [Train beside a quantised base](how-to/quantised.md).
 """
 
 

@@ -5,6 +5,8 @@ All of them use an integer view, so that -0.0, NaN payloads and every dtype stay
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -90,13 +92,26 @@ def scatter_entries(tensor: Tensor, flat: Tensor, values: Tensor) -> None:
         tensor.index_put_(torch.unravel_index(flat, tensor.shape), values.to(tensor.dtype))
 
 
-def gather(tensor: Tensor, indices: Tensor) -> Tensor:
+class Scattered(Protocol):
+    """What stands for a tensor of zeros but for some entries, as values beside a quantised weight do."""
+
+    def gather(self, flat: Tensor) -> Tensor: ...
+
+    def scatter(self, flat: Tensor, values: Tensor) -> None: ...
+
+
+def gather(tensor: Tensor | Scattered, indices: Tensor) -> Tensor:
     """Copy the entries at flat row-major `indices` `(n,)` to the CPU, in the tensor's dtype `(n,)`."""
+    if not isinstance(tensor, Tensor):
+        return tensor.gather(indices).cpu()
     return gather_entries(int_view(tensor), indices.to(tensor.device)).cpu().view(tensor.dtype)
 
 
-def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
+def scatter(tensor: Tensor | Scattered, indices: Tensor, values: Tensor) -> None:
     """Write `values` `(n,)`, bit by bit, at flat row-major `indices` `(n,)`, whatever the strides."""
+    if not isinstance(tensor, Tensor):
+        tensor.scatter(indices, values)
+        return
     plain = tensor.dim() == 1 and tensor.dtype in _PLAIN and tensor.dtype == values.dtype
     if plain and tensor.device == indices.device == values.device:  # as a prepared switch calls it: half the time
         tensor.index_copy_(0, indices, values)

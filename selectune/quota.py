@@ -7,7 +7,7 @@ entropy  in proportion to that number times the entropy of the tensor's values
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -79,12 +79,12 @@ def entropy(values: Tensor) -> float:
     return -math.fsum(p * math.log(p) for p in shares)
 
 
-def by_size(weights: Sequence[Tensor]) -> None:
+def by_size(weights: Iterable[Tensor]) -> None:
     """In proportion to the number of entries."""
     del weights
 
 
-def by_entropy(weights: Sequence[Tensor]) -> list[int]:
+def by_entropy(weights: Iterable[Tensor]) -> list[int]:
     """In proportion to n H, a tensor's number of entries times the entropy of its values; none for a constant.
 
     The idea is from Kang et al. (2025), GEM, arXiv 2508.16191; the histogram and the factor n are ours.
@@ -96,4 +96,4 @@ def by_entropy(weights: Sequence[Tensor]) -> list[int]:
     return [round(weight.numel() * entropy(weight) * _UNIT) for weight in weights]
 
 
-QUOTAS: dict[str, Callable[[Sequence[Tensor]], list[int] | None]] = {"size": by_size, "entropy": by_entropy}
+QUOTAS: dict[str, Callable[[Iterable[Tensor]], list[int] | None]] = {"size": by_size, "entropy": by_entropy}

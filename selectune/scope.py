@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import logging
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from selectune.errors import ScopeError
 from selectune.internals import is_sharded, without_dispatch
+from selectune.quantised import Quantised, quantised_weights
 
 log = logging.getLogger("selectune")
 OWN = "selectune_"  # prefix of all parameters that a tuner puts on a model
@@ -70,8 +71,9 @@ class Scope:
     """Patterns of tensors that entries are selected from, and of tensors trained whole, outside the budget.
 
     Only floating tensors with requires_grad=True are eligible, so frozen tensors stay out (to train LoRA
-    or adapter tensors, freeze the rest, as peft does). Tied tensors count once, under their first name; a
-    pattern may match any of their names.
+    or adapter tensors, freeze the rest, as peft does). A quantised weight of linear layers has no such mark: it is
+    eligible unless the model has a frozen floating tensor, since then its base is frozen. Tied tensors count once,
+    under their first name; a pattern may match any of their names.
 
     >>> import torch, selectune as st
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
@@ -97,22 +99,31 @@ class Scope:
 
         `loaded=False`: the model has shapes and no weights yet, so nothing is asked about its memory.
         """
-        names = _names(model)
+        names, packed = _names(model), quantised_weights(model)
         linear = _linear(model)
+        frozen = any(p.is_floating_point() and not p.requires_grad for p, _ in names if id(p) not in packed)
         whole: list[ScopedTensor] = []
         scoped: list[ScopedTensor] = []
         matched: set[str] = set()
         for parameter, aliases in names:
             matched |= {p for p in (*self.include, *self.exclude, *self.train_fully) if _matches(aliases, (p,), linear)}
-            if not parameter.requires_grad or not parameter.is_floating_point():
+            quantised = packed.get(id(parameter))
+            if quantised is not None and (frozen or not quantised.linear):
+                continue
+            if quantised is None and not (parameter.requires_grad and parameter.is_floating_point()):
                 continue
             if not self.include and _matches(aliases, self.exclude, linear):
                 continue
             if _matches(aliases, self.train_fully, linear):
+                if quantised is not None:
+                    raise ScopeError(
+                        f'The weight "{aliases[0]}" is quantised, so it cannot be trained whole: offsets of single '
+                        "entries lie beside it. Take it out of train_fully=."
+                    )
                 whole.append(ScopedTensor(len(whole), aliases, parameter))
             elif _matches(aliases, self.include, linear) and not _matches(aliases, self.exclude, linear):
                 padding, turned = _padding(model, parameter, aliases), _turned(model, aliases)
-                scoped.append(ScopedTensor(len(scoped), aliases, parameter, padding, turned))
+                scoped.append(ScopedTensor(len(scoped), aliases, parameter, padding, turned, quantised))
         for pattern in (*self.include, *self.train_fully):
             if pattern not in matched:
                 hint = _HINTS.get(pattern, "")
@@ -123,19 +134,20 @@ class Scope:
         for pattern in self.exclude:
             if pattern not in matched:
                 log.warning("exclude: '%s' matches no parameter, so it excludes nothing.", pattern)
-        _warn_of_left_out(model, names)
+        _warn_of_left_out(model, names, packed, frozen)
         if not scoped and not whole:
             raise ScopeError(
                 f"The scope include={list(self.include)}, exclude={list(self.exclude)} leaves no trainable floating "
                 f"tensor of {type(model).__name__}; parameters with requires_grad=False do not count. "
                 f"Its parameters are named like: {_some(names)}."
             )
-        for tensor in (*scoped, *whole) if loaded else ():
+        plain = [tensor for tensor in (*scoped, *whole) if tensor.quantised is None]
+        for tensor in plain if loaded else ():
             _check(tensor)
         for tensor in scoped:
             _check_owners(model, tensor)
         if loaded:
-            _check_overlap([*scoped, *whole])
+            _check_overlap(plain)
         return Found(tuple(scoped), tuple(whole))
 
 
@@ -148,6 +160,7 @@ class ScopedTensor:
     parameter: nn.Parameter
     padding: range = range(0)  # flat entries of an embedding's padding row: never selected
     transposed: bool = False  # it is stored as (inputs, outputs)
+    quantised: Quantised | None = None  # how its numbers are stored, if offsets lie beside it
 
     @property
     def name(self) -> str:
@@ -160,22 +173,25 @@ class ScopedTensor:
 
     @property
     def weight(self) -> Tensor:
-        """The parameter's numbers, as a plain tensor over the same memory, whose use is not seen by a tuner."""
-        return plain(self.used)
+        """The parameter's numbers, as a plain tensor over the same memory, whose use is not seen by a tuner.
+
+        Those of a quantised weight are made anew every time.
+        """
+        return plain(self.used) if self.quantised is None else self.quantised.now()
 
     @property
-    def form(self) -> Tensor:
-        """A tensor of the dtype, and on the device, of the numbers where they are kept."""
-        return self.weight
+    def form(self) -> nn.Parameter | Quantised:
+        """Shape, size, device, and the dtype of what is trained, without reading a number."""
+        return self.parameter if self.quantised is None else self.quantised
 
     @property
     def eligible(self) -> int:
-        return self.parameter.numel() - len(self.padding)
+        return self.form.numel() - len(self.padding)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the tensor as a matrix: outputs and inputs of a linear layer."""
-        size, first = self.parameter.numel(), self.parameter.shape[0] if self.parameter.ndim else 1
+        size, first = self.form.numel(), self.form.shape[0] if self.form.ndim else 1
         rows, columns = first, size // max(1, first)
         return (columns, rows) if self.transposed else (rows, columns)
 
@@ -186,7 +202,7 @@ class ScopedTensor:
 
     def stored(self, matrix: Tensor) -> Tensor:
         """Numbers of a matrix of rows and columns, in the tensor's shape."""
-        return (matrix.T if self.transposed else matrix).reshape(self.parameter.shape)
+        return (matrix.T if self.transposed else matrix).reshape(self.form.shape)
 
     def matches(self, wanted: Sequence[str]) -> bool:
         """Whether one of its names fits one of the patterns."""
@@ -256,7 +272,12 @@ def _some(names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]) -> str:
     return ", ".join(shown) + (f" ... ({len(names)} in all)" if len(names) > 6 else "") or "(none)"
 
 
-def _warn_of_left_out(model: nn.Module, names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]) -> None:
+def _warn_of_left_out(
+    model: nn.Module,
+    names: Sequence[tuple[nn.Parameter, tuple[str, ...]]],
+    packed: Mapping[int, Quantised],
+    frozen: bool,
+) -> None:
     """Warns of complex parameters and quantised layers, which cannot be selected from."""
     odd = [aliases[0] for parameter, aliases in names if parameter.requires_grad and parameter.is_complex()]
     if odd:
@@ -264,11 +285,21 @@ def _warn_of_left_out(model: nn.Module, names: Sequence[tuple[nn.Parameter, tupl
             "%d complex parameters are left out of the selection and frozen (%s): only real floating tensors are "
             "selected from.", len(odd), ", ".join(odd[:3]),
         )  # fmt: skip
-    packed = [name for name, module in model.named_modules() if type(module).__module__.startswith(_QUANTISED)]
-    if packed:
+    scopable = {id(p) for p, _ in names if (q := packed.get(id(p))) is not None and q.linear}
+    left = [
+        name for name, module in model.named_modules()
+        if (type(module).__module__.startswith(_QUANTISED) or any(id(p) in packed for p in module._parameters.values()))
+        and not any(id(p) in scopable for p in module._parameters.values())
+    ]  # fmt: skip
+    if left:
         log.warning(
             "%d quantised layers are left out of the selection and frozen (%s): their weights are no floating "
-            "tensors.", len(packed), ", ".join(packed[:3]),
+            "tensors.", len(left), ", ".join(left[:3]),
+        )  # fmt: skip
+    if frozen and scopable:
+        log.warning(
+            "%d quantised weights are left out of the selection, since floating parameters of the model are frozen: "
+            "take those out of the scope by name instead (Scope(exclude=...)).", len(scopable),
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ fastest on a CPU. `queue` reads no number, so on a GPU the host does not wait: a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +63,7 @@ class PerTensor:
         if self.quota not in QUOTAS:
             raise ConfigError(f"Unknown quota {self.quota!r}. Known: {', '.join(QUOTAS)}.")
 
-    def shares(self, weights: Sequence[Tensor]) -> list[int] | None:
+    def shares(self, weights: Iterable[Tensor]) -> list[int] | None:
         """What each tensor's part is in proportion to; None: its size."""
         return QUOTAS[self.quota](weights)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
@@ -209,7 +209,7 @@ class Select(Protocol):
 class Allocating(Select, Protocol):
     """A selection that divides its quota among the tensors in advance."""
 
-    def shares(self, weights: Sequence[Tensor]) -> list[int] | None:
+    def shares(self, weights: Iterable[Tensor]) -> list[int] | None:
         """What each tensor's part of the quota is in proportion to, read from the base once; None: its size."""
         ...
 

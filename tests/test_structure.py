@@ -29,11 +29,13 @@ ORDER = (
     ("spec",),
     ("internals", "frames"),
     ("seeds", "bits"),
+    ("quantised",),
     ("types", "quota"),
     ("scope", "schedule", "select", "structure", "scores", "phases"),
     ("method",),
     ("recipes",),
     ("ops",),
+    ("beside",),
     ("delta",),
     ("train",),
     ("selectune",),  # the package's own __init__: public names of everything above

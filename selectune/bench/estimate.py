@@ -16,6 +16,7 @@ from selectune.bench.trace import Storages, faked, known, size, trace
 from selectune.bench.workload import DTYPES, Bench, batches, config_of, prepare
 from selectune.bits import wide
 from selectune.errors import ConfigError, ModelError, SelectuneError
+from selectune.integrations.quantise import QUANTISED, bytes_saved
 from selectune.method import Method
 from selectune.models.adapted import peer, virtual_tokens
 from selectune.ops import bounds
@@ -78,6 +79,7 @@ def plan(
     optimizer: str = "adamw",
     on: str | None = None,
     ranks: int = 1,
+    quantise: str | None = None,
 ) -> Prediction:
     """Predicts a run of `method` (`id3:every=10`, `lora:r=8`, `full`, `frozen`, ...) on a model's config.
 
@@ -91,11 +93,15 @@ def plan(
     a ring does (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations"): the
     gradients of what is trained, and in a selecting step the dense gradient of every tensor in scope, one by one.
 
+    `quantise`: `int8` or `nf4`, the form that the base is kept in. A step dequantises one weight at a time.
+
     Raises ModelError for a config that cannot be found and for a model that cannot run without data, BudgetError,
     ConfigError for unknown names, for SHiRA, whose mask is made of numbers, and for what one process must train.
     """
     if ranks < 1:
         raise ConfigError(f"--ranks {ranks}: expected at least 1 process.")
+    if quantise not in (None, *QUANTISED):
+        raise ConfigError(f"--quantise {quantise}: unknown. Known: {', '.join(QUANTISED)}.")
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZERS)}.")
     name = method if on is None else f"{method}+{on}"
@@ -106,11 +112,13 @@ def plan(
         total = sum(p.numel() for p in model.parameters())
         count = _size_of(model, budget) if isinstance(budget, str) else budget
         base = size(model.parameters())
+        saved = 0 if quantise is None else bytes_saved(model, quantise)
         model = _adapted(model, name, steps)
         bench = _fitting(bench, config, name)
         with faked(model):
             chosen, found = _method(model, name, count, steps or 1000)
-            return _predicted(bench, config, model, total, base, name, chosen, found, steps, optimizer, ranks)
+            told = _predicted(bench, config, model, total, base, name, chosen, found, steps, optimizer, ranks)
+            return told if quantise is None else _quantised(told, model, saved)
     except SelectuneError:
         raise
     except Exception as error:
@@ -194,6 +202,15 @@ def _predicted(
         above_model=above,
         delta_bytes=shipped,
     )
+
+
+def _quantised(told: Prediction, model: nn.Module, saved: int) -> Prediction:
+    """With so many bytes less of weights, and room for the largest one in full, as layers and scores need it."""
+    room = max((layer.weight.nbytes for layer in linears(model).values()), default=0)
+    return replace(
+        told, weights=told.weights - saved, workspace=told.workspace + room, peak=told.peak + room - saved,
+        above_model=told.above_model + room,
+    )  # fmt: skip
 
 
 def _size_of(model: nn.Module, adapter: str) -> int:

@@ -32,6 +32,13 @@ def diff(base_model: nn.Module, tuned_model: nn.Module, *, old_values: bool = Fa
     patches, dense = [], []
     for entry in tuned.entries:
         old, new = base.find[entry.name].tensor, entry.tensor
+        if entry.quantised is not None:
+            if entry.digest() != base.find[entry.name].digest():
+                raise BaseMismatchError(
+                    f'"{entry.name}" is quantised and differs between the two models; a delta holds no stored bits of '
+                    "a quantised weight. Save the delta of the run instead (tuner.save)."
+                )
+            continue
         if entry.kind == "buffer":
             if not same_bits(old, new):
                 dense.append(Dense.make(entry.name, "buffer", new, old, old_values=old_values))

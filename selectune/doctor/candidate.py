@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import selectune as st
-from selectune import ops
+from selectune.delta import inventory
 from selectune.doctor.checks import attempt
 from selectune.errors import SelectuneError
 from selectune.models.bases import load_model
@@ -27,15 +27,16 @@ def look(name: str) -> dict[str, Any]:
 
 def inspect(model: nn.Module) -> dict[str, Any]:
     """The same for a model in memory. Its bits do not change."""
-    out = left_out(model)
     found, problem = attempt(lambda: st.Scope().find(model))
     scoped = () if found is None else found.tensors
+    out = left_out(model, {id(tensor.parameter) for tensor in scoped if tensor.quantised is not None})
     said = None
     if problem is None:
         said, problem = attempt(lambda: attached(model, sum(t.eligible for t in scoped)))
     dtypes: Counter[str] = Counter()
     for tensor in scoped:
-        dtypes[str(tensor.parameter.dtype).removeprefix("torch.")] += tensor.parameter.numel()
+        form = str(tensor.form.dtype).removeprefix("torch.") if tensor.quantised is None else "quantised"
+        dtypes[form] += tensor.form.numel()
     tied = {tensor.name: list(tensor.names[1:]) for tensor in scoped if len(tensor.names) > 1}
     shares = ", ".join(f"{count:,} {dtype}" for dtype, count in dtypes.items())
     reasons = Counter(out.values())
@@ -44,7 +45,7 @@ def inspect(model: nn.Module) -> dict[str, Any]:
         "in_scope": {
             "summary": f"{len(scoped)} tensors: {shares}" if scoped else "nothing",
             "dtypes": dict(dtypes),
-            "tensors": {t.name: {"shape": list(t.parameter.shape), "padding": len(t.padding)} for t in scoped},
+            "tensors": {t.name: {"shape": list(t.form.shape), "padding": len(t.padding)} for t in scoped},
         },
         "tied": {"summary": _some(f"{first} = {' = '.join(more)}" for first, more in tied.items()) or "none", **tied},
         "left_out": {
@@ -59,9 +60,10 @@ def inspect(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def left_out(model: nn.Module) -> dict[str, str]:
-    """The parameters that no selection would choose from, each with a short reason."""
-    return {name: why for name, tensor in model.named_parameters() if (why := _why_not(tensor))}
+def left_out(model: nn.Module, quantised: set[int]) -> dict[str, str]:
+    """The parameters that no selection would choose from, each with a short reason. `quantised`: ids in scope."""
+    named = ((name, tensor) for name, tensor in model.named_parameters() if id(tensor) not in quantised)
+    return {name: why for name, tensor in named if (why := _why_not(tensor))}
 
 
 def _why_not(tensor: Tensor) -> str | None:
@@ -107,8 +109,8 @@ def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def _checksums(model: nn.Module) -> dict[str, int]:
-    return {name: ops.checksum(tensor.detach()) for name, tensor in model.state_dict().items()}
+def _checksums(model: nn.Module) -> dict[str, str]:
+    return {entry.name: entry.digest() for entry in inventory(model).entries}
 
 
 def _some(names: Iterable[str]) -> str:

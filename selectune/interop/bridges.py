@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selectune.bits import int_view, same_bits
 from selectune.delta import Delta, Dense, Patch, inventory, load, model_info
+from selectune.delta.file.content import refuse_beside
 from selectune.errors import ConfigError, DeltaError, NothingTrainedError, did_you_mean
 from selectune.files import staged
 from selectune.interop.from_peft import read_peft
@@ -48,6 +49,7 @@ def export(
     if served is not None and (kind != "vllm" or served not in DTYPES):
         raise ConfigError(f"served={served} is for kind vllm, and one of {', '.join(DTYPES)}; got kind {kind}.")
     delta = load(path)
+    refuse_beside(delta, "exported")
     if "module" in delta.info and kind not in (*WHOLE, "peft"):
         raise ConfigError(
             f"The delta was trained on {delta.info['module']['kind']}, which {kind} does not hold beside it. "

@@ -99,6 +99,8 @@ class PatchStream:
 
     def __init__(self, tuner: Tuner, names: Mapping[str, str] | None = None, dtype: torch.dtype | None = None) -> None:
         engine = tuner.engine
+        if any(t.quantised is not None for t in engine.found.tensors):
+            raise ConfigError("The offsets lie beside quantised weights, and a patch replaces values, so none is sent.")
         if adapter_of(tuner.model) is not None or tuner.method.fill != "keep":
             raise ConfigError(
                 f"{tuner.method.name} on this model changes more than selected entries of the base's own tensors, so a "

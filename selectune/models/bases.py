@@ -16,6 +16,7 @@ from torch import nn
 from selectune.adapters import Adapted
 from selectune.delta import base_info
 from selectune.errors import ConfigError, ModelError, SelectuneError
+from selectune.integrations.quantise import quantise
 from selectune.models.wheels import WHEELS, dequantising, forget_blocks, located
 from selectune.tasks import Head
 
@@ -105,6 +106,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     tokenizer: bool = True,
+    quantised: str | None = None,
 ) -> LoadedModel:
     """Loads a model with this head, in eval mode on the CPU, and its tokenizer if `tokenizer` is True.
 
@@ -112,7 +114,9 @@ def load_model(
     in another shape (a task's head), are drawn from `seed`: the same call gives the same model.
     A hub branch is resolved to its commit. With `dtype` None the checkpoint's dtype is kept; GGUF becomes float32.
 
-    Raises ModelError for a model that cannot be found or loaded, ConfigError for an unknown dtype.
+    `quantised`: the linear layers are quantised once all is loaded (`selectune.integrations.quantise`).
+
+    Raises ModelError for a model that cannot be found or loaded, ConfigError for an unknown dtype or quantisation.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:
@@ -120,7 +124,10 @@ def load_model(
         dtype = DTYPES[dtype]
     place = resolve(name, revision)
     with quiet(), _explaining(place):
-        return _load(place, head, seed, dtype, trust_remote_code, tokenizer)
+        loaded = _load(place, head, seed, dtype, trust_remote_code, tokenizer)
+    if quantised is not None:
+        quantise(loaded.model, quantised, loaded.initialised)
+    return loaded
 
 
 @contextlib.contextmanager

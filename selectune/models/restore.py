@@ -12,6 +12,7 @@ import selectune as st
 from selectune import plugins, tasks
 from selectune.adapters import belongs, spec_of
 from selectune.delta import Delta, Report, canonical_name, inventory
+from selectune.delta.file.content import refuse_beside
 from selectune.errors import BaseMismatchError, ConfigError, DeltaError, TaskError
 from selectune.models.adapted import mergeable, virtual_tokens, with_adapter_of
 from selectune.models.bases import DTYPES, LoadedModel, device, load_model, longest, quiet
@@ -89,6 +90,7 @@ def _bare_base(source: Source, delta: Delta, task: Task | None, tokenizer: bool 
         dtype,
         source.trust_remote_code,
         tokenizer,
+        delta.info["method"].get("quantise"),
     )
 
 
@@ -206,6 +208,7 @@ def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | 
     """
     _check_out(Path(out), source.model)
     delta = st.load(path)
+    refuse_beside(delta, "merged into its base")
     mergeable(delta)
     loaded = load_base(source, delta, task or task_of(delta))
     with _of_known_task(delta):

@@ -7,6 +7,7 @@
     scatter_many         the same for all weights of a model at once
     adamw_step           one AdamW step over the vector, in one pass
     sampled_rows         the embedding gradient at the support only
+    sparse_product       the product with a sparse matrix, beside a quantised weight
     sampled_sum          the gradient of a bias at its support only
     gather_entries       read flat entries of a tensor of any strides
     scatter_entries      write flat entries in place, whatever the strides
@@ -44,6 +45,7 @@ from selectune.ops.reference import (
     row_sums,
     sampled_rows,
     sampled_sum,
+    sparse_product,
     weight_gradient,
 )
 from selectune.ops.scratch import release
@@ -51,5 +53,5 @@ from selectune.ops.scratch import release
 __all__ = [
     "adamw_step", "bits", "checksum", "describe", "explain", "gather_entries", "into_scratch",
     "release", "row_sums", "sampled_matmul", "sampled_rows", "sampled_sum", "scatter_entries",
-    "scatter_many", "scatter_values", "score_filter", "small_filter", "uniform", "weight_gradient",
+    "scatter_many", "scatter_values", "score_filter", "small_filter", "sparse_product", "uniform", "weight_gradient",
 ]  # fmt: skip

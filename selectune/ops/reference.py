@@ -18,6 +18,7 @@ _CHUNK = 1 << 24  # scalars of a gathered product held at once
 
 _PIECE = 1 << 20  # scalars scored at once
 _SUMMED = 1 << 20  # scalars summed at once
+_ONE_BY_ONE = 64  # how many entries of a dense product cost as much as one of a sparse product
 
 
 def checksum(tensor: Tensor, at: Tensor | None = None) -> int:
@@ -51,6 +52,30 @@ def sampled_matmul(
         product = dy[:, rows[part]].to(out.dtype) * x[:, cols[part]].to(out.dtype)
         torch.sum(product, 0, out=out[part])
     return out
+
+
+def sparse_product(
+    x: Tensor,  # (t, i)
+    rows: Tensor,  # (k,) int64 into the outputs
+    cols: Tensor,  # (k,) int64 into i
+    values: Tensor,  # (k,); no two are of one row and column
+    width: int,  # o
+) -> Tensor:  # (t, o) float32, or float64 for float64 x
+    """x S^T of a sparse matrix S (o, i): y[t, r] = sum of values_k x[t, cols_k] over the entries k of row r.
+
+    Few entries are added one by one, in their order; many, and any on a GPU, are one dense product.
+    """
+    x = x.to(wide(x.dtype))
+    if x.device.type != "cpu" or rows.numel() * _ONE_BY_ONE > width * x.shape[1]:
+        dense = x.new_zeros(width, x.shape[1])
+        dense[rows, cols] = values.to(x)
+        return x @ dense.mT
+    turned, out = x.mT.contiguous(), x.new_zeros(width, x.shape[0])
+    step = max(1, _CHUNK // max(1, x.shape[0]))
+    for start in range(0, rows.numel(), step):
+        part = slice(start, start + step)
+        out.index_add_(0, rows[part], turned[cols[part]].mul_(values[part, None].to(x)))
+    return out.mT
 
 
 def score(

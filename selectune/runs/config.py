@@ -14,6 +14,7 @@ from typing import Any
 from selectune import plugins
 from selectune.adapters import KINDS, Spec, parse
 from selectune.errors import ConfigError
+from selectune.integrations.quantise import QUANTISED
 from selectune.method import Method
 from selectune.models.adapted import method_of, peer, spec_of
 from selectune.models.bases import DTYPES
@@ -56,6 +57,9 @@ class RunConfig:
     many training rows with their words stand before every row of a cloze. `optimizer`: adamw,
     adamw-entry (each entry counts its own steps) or sm3; None: the method's.
 
+    `quantise`: `int8` or `nf4`: the base's linear layers are quantised after loading and stay so, to the bit, and the
+    offsets lie beside them; see docs/how-to/quantised.md.
+
     `checkpoint_budgets`: as the support first reaches each of these numbers of scalars, a delta is saved and measured,
     for methods whose support grows.
 
@@ -86,6 +90,7 @@ class RunConfig:
     data: str | None = None
     revision: str | None = None
     dtype: str | None = None
+    quantise: str | None = None
     trust_remote_code: bool = False
     warmup: float = 0.0
     schedule: str = "linear"
@@ -124,8 +129,8 @@ class RunConfig:
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value < 2**32:
                 raise ConfigError(f"{name}={value!r}: must be an int from 0 to {2**32 - 1}.")
-        optimizers = (None, *OPTIMIZERS)
-        for name, known in (("schedule", SCHEDULES), ("dtype", (None, *DTYPES)), ("optimizer", optimizers)):
+        choices = {"schedule": SCHEDULES, "dtype": (None, *DTYPES), "optimizer": (None, *OPTIMIZERS)}
+        for name, known in {**choices, "quantise": (None, *QUANTISED)}.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"Unknown {name} '{getattr(self, name)}'. Known: {', '.join(filter(None, known))}.")
         if self.out is not None and not self.out.strip():

@@ -40,7 +40,7 @@ _FREE = (
 
 _LATER = (
     "text", "label", "kind", "hold_out", "train_size", "train_size_seed", "checkpoint_budgets", "pattern", "words",
-    "optimizer", "shots",
+    "optimizer", "shots", "quantise",
 )  # fmt: skip
 """Settings that older checkpoints lack; a run that does not use them has none either."""
 

@@ -107,8 +107,9 @@ class _Run:
         text = None if config.retain is None else text_of(config.retain, config.data)
         self.held_out: HeldOut | None = None
         loaded = load_model(
-            config.model, self.task.head, config.seed, config.revision, config.dtype, config.trust_remote_code
-        )
+            config.model, self.task.head, config.seed, config.revision, config.dtype, config.trust_remote_code,
+            quantised=config.quantise,
+        )  # fmt: skip
         self.task.fits(loaded.model)
         if text is not None:
             options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -309,6 +310,8 @@ class _Run:
         info: dict[str, dict[str, Any]] = {"method": method}
         if config.dtype is not None:
             method["dtype"] = config.dtype
+        if config.quantise is not None:
+            method["quantise"] = config.quantise
         if config.adapter is not None and KINDS[config.adapter.kind].peft:
             info["versions"] = {"peft": metadata.version("peft")}
         verification = self.tuner.verify()

@@ -20,7 +20,7 @@ PHASES = ("search", "main")
 _APART = ("out", "data", "report_to", "save_every", "keep", "full_checkpoints", "plugin")
 """Settings that change no number of a run."""
 
-_LATER = ("pattern", "words", "optimizer", "shots")
+_LATER = ("pattern", "words", "optimizer", "shots", "quantise")
 """Settings that runs of earlier versions lack: where they are not set, keys are those of before."""
 
 

@@ -191,7 +191,7 @@ class Tuner:
         p = P_j / sum P, and P_j is the selected share of tensor j. NaN if nothing is selected.
         """
         pages = zip(self.engine.found.tensors, self.engine.ledger.pages, strict=True)
-        shares = [page.flat.numel() / max(1, tensor.parameter.numel()) for tensor, page in pages]
+        shares = [page.flat.numel() / max(1, tensor.form.numel()) for tensor, page in pages]
         if not (whole := math.fsum(shares)):
             return math.nan
         nats = -math.fsum(share / whole * math.log(share / whole) for share in shares if share)
@@ -323,7 +323,10 @@ class Tuner:
         self.engine.tracker.weights_changed()
 
     def __repr__(self) -> str:
-        total = sum(p.numel() for p in {id(p): p for p in self.engine.base.objects.values()}.values())
+        packed = self.engine.base.quantised
+        total = sum(
+            packed.get(key, p).numel() for key, p in {id(p): p for p in self.engine.base.objects.values()}.items()
+        )
         share = f"{self.trained:,} of {total:,} scalars ({100 * self.trained / max(1, total):.2f} %)"
         return f"Tuner({self.method.name}, selected {self.selected:,} of {self.budget:,}, step {self.step}; {share})"
 

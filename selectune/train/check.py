@@ -43,7 +43,7 @@ class Projected:
         self.sums, self.squares = [0.0] * len(tensors), [0.0] * len(tensors)
 
     def add(self, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
-        weight = self.tensors[index].parameter
+        weight = self.tensors[index].form
         draw = torch.rand(weight.shape, generator=torch.Generator().manual_seed(index)).to(weight.device) - 0.5
         if rows is not None:
             draw = draw[rows]
@@ -93,12 +93,13 @@ class _Recorder:
 
 def check(engine: Engine, batch: Any, loss: Callable[[nn.Module, Any], Tensor] | None) -> Check:
     """See `Tuner.check`."""
-    model, tensors, ledger = engine.model, engine.found.tensors, engine.ledger
+    model, ledger = engine.model, engine.ledger
     if engine.base.shards:
         raise TunerError(
             "check() compares gradients of whole weights, and FSDP2 shards them. Check a copy of the model in one "
             "process, without fully_shard."
         )
+    tensors = _compared(engine)
     if engine.chooser.dense or not tensors:
         return Check(0, ())
     run = partial(_run, loss or _loss_of_model, model, batch)
@@ -107,9 +108,10 @@ def check(engine: Engine, batch: Any, loss: Callable[[nn.Module, Any], Tensor] |
     dense, sampled = (_followed(engine, dense, run) for dense in (True, False))
     whole = sum(plain.squares) ** 0.5
     wrong, nothing = [], []
-    for tensor, page in zip(tensors, ledger.pages, strict=True):
+    for tensor in tensors:
+        page = ledger.pages[tensor.index]
         index, norm = tensor.index, plain.squares[tensor.index] ** 0.5
-        limit = TOLERANCES.get(tensor.parameter.dtype, 0.1) * norm + NOTHING * whole
+        limit = TOLERANCES.get(tensor.form.dtype, 0.1) * norm + NOTHING * whole
         if norm == 0:
             nothing.append(tensor.name)
         apart = abs(plain.sums[index] - dense.seen.sums[index])
@@ -159,8 +161,8 @@ def _followed(engine: Engine, dense: bool, run: Callable[[], None]) -> _Recorder
 
 def _plain(engine: Engine, run: Callable[[], None]) -> tuple[Projected, Tensor]:
     """One pass without the tuner: projections, and the gradient at the support (B,)."""
-    tensors, ledger, taps = engine.found.tensors, engine.ledger, engine.tracker.taps
-    seen, support = Projected(tensors), torch.zeros_like(ledger.offsets)
+    tensors, ledger, taps = _compared(engine), engine.ledger, engine.tracker.taps
+    seen, support = Projected(ledger.tensors), torch.zeros_like(ledger.offsets)
     carrier = next(m for m in engine.model.modules() if VALUES in m._parameters)
 
     def hook_of(tensor: ScopedTensor) -> Callable[[Tensor], None]:
@@ -192,6 +194,11 @@ def _plain(engine: Engine, run: Callable[[], None]) -> tuple[Projected, Tensor]:
                 follow(tensor.parameter, taps, tensor.index)
             carrier._parameters[VALUES] = vector
     return seen, support
+
+
+def _compared(engine: Engine) -> list[ScopedTensor]:
+    """Quantised weights are left out: plain autograd has no gradient of them."""
+    return [tensor for tensor in engine.found.tensors if tensor.quantised is None]
 
 
 @contextmanager

@@ -102,6 +102,7 @@ def assemble(
     budget = 0 if schedule is None else int(schedule.budget or 0)
     _check_fill(method, schedule, budget)
     _check_units(method, schedule, budget)
+    _check_quantised(method, found)
     if method.score is not None:
         check_score(method.score, found.tensors)
     if shards:
@@ -201,6 +202,24 @@ def _refuse_sharded(method: Method) -> None:
         raise TunerError(
             f"{method.name} {why}, which a tuner does not do on sharded weights. Train without fully_shard, or take "
             "a method that selects by weights, at random or by the gradients of training."
+        )
+
+
+def _check_quantised(method: Method, found: Found) -> None:
+    """Refuses what a quantised weight cannot do: its numbers do not move, and no gradient of all of them is kept."""
+    if not (name := next((t.name for t in found.tensors if t.quantised is not None), None)):
+        return
+    why = None
+    if method.fill == "zero":
+        why = 'fill="zero" sets the entries outside the support to 0'
+    elif method.dense is not None:
+        why = f"{method.name} trains every entry for a while"
+    elif method.score is not None and method.score.reads.calibrated:
+        why = f"the score '{method.score.name}' sums gradients of every entry over data before training"
+    if why:
+        raise ConfigError(
+            f'{why}, and the bits of a quantised weight such as "{name}" stay as they are. Take a method that selects '
+            "by the gradient of a step, by the weights or at random, or a base in full precision."
         )
 
 

@@ -55,7 +55,7 @@ class Window:
 
     def add(self, tensor: ScopedTensor, gradient: Tensor, rows: Tensor | None) -> None:
         """Adds a dense gradient, or the given rows of one, to the sum of a tensor."""
-        dtype, total = wide(tensor.parameter.dtype), self.sums.get(tensor.index)
+        dtype, total = wide(tensor.form.dtype), self.sums.get(tensor.index)
         if total is None:
             dense = gradient.to(dtype, copy=True) if rows is None else scattered(gradient.to(dtype), rows, tensor)
             self.sums[tensor.index] = dense
@@ -96,7 +96,7 @@ class Window:
 
 def scattered(block: Tensor, rows: Tensor, tensor: ScopedTensor) -> Tensor:
     """The dense gradient of a tensor out of the rows that are not 0."""
-    dense = block.new_zeros(tensor.parameter.shape)
+    dense = block.new_zeros(tensor.form.shape)
     return dense.index_copy_(0, rows, block)
 
 

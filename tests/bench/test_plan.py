@@ -288,3 +288,13 @@ def test_a_scope_of_what_is_not_loaded():
     assert Scope(exclude="*.bias").find(model, loaded=False).eligible == 24
     with pytest.raises(ScopeError, match="meta device"):
         Scope().find(model)
+
+
+def test_a_quantised_base_is_smaller_and_a_step_reads_one_weight_in_full():
+    full, eight, four = (plan(TINY, "id3", 100, 10, quantise=kind) for kind in (None, "int8", "nf4"))
+    assert full.weights > eight.weights > four.weights
+    assert eight.above_model - full.above_model == four.above_model - full.above_model > 0
+    assert full.peak - full.above_model == full.weights
+    assert four.peak - four.above_model == four.weights
+    with pytest.raises(ConfigError, match="--quantise int3"):
+        plan(TINY, "id3", 100, 10, quantise="int3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -202,3 +203,21 @@ def stream_of(data: bytes, key: str) -> bytes:
     _, entries, payload = open_up(data)
     begin, end = entries[key]["data_offsets"]
     return payload[begin:end]
+
+
+def mutated(value: Any, source: random.Random) -> Any:
+    """A copy of some JSON with one node, or one key, replaced by something odd."""
+    odd = [None, True, -1, 0, 1, 2**31, 2**63, 1e300, 0.5, "", "F64", "x" * 600, [], [[]], {}, {"a": 1}, [0] * 20]
+    if isinstance(value, dict) and value and source.random() < 0.8:
+        key = source.choice(sorted(value))
+        if source.random() < 0.15:
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, key: mutated(value[key], source)}
+    if isinstance(value, list) and value and source.random() < 0.85:
+        at = source.randrange(len(value))
+        if source.random() < 0.15:
+            return value[:at] + value[at + source.randrange(2) :] + value[at : at + 1]
+        return [*value[:at], mutated(value[at], source), *value[at + 1 :]]
+    if type(value) is int and source.random() < 0.5:
+        return value + source.choice([-1, 1])
+    return source.choice(odd)

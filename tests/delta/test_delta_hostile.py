@@ -10,7 +10,7 @@ import tracemalloc
 
 import pytest
 import torch
-from delta_kit import canonical, close_up, edited, open_up, repacked, sealed, small, stream_of
+from delta_kit import canonical, close_up, edited, mutated, open_up, repacked, sealed, small, stream_of
 
 from selectune.delta import Delta
 from selectune.errors import DeltaFormatError
@@ -165,7 +165,9 @@ ROWS = {
     ),
     "digest of the metadata no hex": (text_of(lambda t: t.replace(META["digest"], "Z" * 64)), "hex"),
     "format of another name": (lambda: edited(GOOD, lambda m: m.update(format="x")), "not a delta"),
-    "later version": (lambda: edited(GOOD, lambda m: m.update(version=2)), "format version 2; this"),
+    "later version": (lambda: edited(GOOD, lambda m: m.update(version=3)), "format version 3; this"),
+    "version 2 without offsets beside": (lambda: edited(GOOD, lambda m: m.update(version=2)), "missing: beside"),
+    "version 1 with offsets beside": (lambda: edited(GOOD, lambda m: m.update(beside=["w"])), "unknown: 'beside'"),
     "version true": (lambda: edited(GOOD, lambda m: m.update(version=True)), "format version True"),
     "version 1.0": (lambda: edited(GOOD, lambda m: m.update(version=1.0)), "format version 1.0"),
     "unknown key": (lambda: edited(GOOD, lambda m: m.update(extra=1)), "unknown: 'extra'"),
@@ -331,37 +333,19 @@ def test_every_truncation_is_refused(tries):
             Delta.from_bytes(GOOD[:length])
 
 
-def _mutated(value, source: random.Random):
-    """A copy of some JSON with one node, or one key, replaced by something odd."""
-    odd = [None, True, -1, 0, 1, 2**31, 2**63, 1e300, 0.5, "", "F64", "x" * 600, [], [[]], {}, {"a": 1}, [0] * 20]
-    if isinstance(value, dict) and value and source.random() < 0.8:
-        key = source.choice(sorted(value))
-        if source.random() < 0.15:
-            return {k: v for k, v in value.items() if k != key}
-        return {**value, key: _mutated(value[key], source)}
-    if isinstance(value, list) and value and source.random() < 0.85:
-        at = source.randrange(len(value))
-        if source.random() < 0.15:
-            return value[:at] + value[at + source.randrange(2) :] + value[at : at + 1]
-        return [*value[:at], _mutated(value[at], source), *value[at + 1 :]]
-    if type(value) is int and source.random() < 0.5:
-        return value + source.choice([-1, 1])
-    return source.choice(odd)
-
-
 def test_structured_mutants_raise_nothing_else(tries):
     """Sealed again, so they get past the digest; what loads must be a valid delta that says what it says."""
     source = random.Random(3)
     loaded = tried = 0
     for _ in range(MUTANTS):
-        metadata = _mutated({k: v for k, v in META.items() if k != "digest"}, source)
+        metadata = mutated({k: v for k, v in META.items() if k != "digest"}, source)
         if not isinstance(metadata, dict):
             continue
         tried += 1
         data = close_up(sealed(metadata), ENTRIES, PAYLOAD)
         if source.random() < 0.2:
             header = {"__metadata__": {"selectune": sealed(metadata)}, **ENTRIES}
-            data = header_of(json.dumps(_mutated(header, source), separators=(",", ":")).encode(), PAYLOAD)
+            data = header_of(json.dumps(mutated(header, source), separators=(",", ":")).encode(), PAYLOAD)
         try:
             delta = Delta.from_bytes(data)
         except DeltaFormatError:

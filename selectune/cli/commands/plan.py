@@ -40,6 +40,9 @@ def plan(
     optimizer: Annotated[str, typer.Option(help="Optimizer: adamw, adam, sgd or momentum.")] = "adamw",
     device: Annotated[str, typer.Option(help="cpu or cuda: where the run will be. Neither is used here.")] = "cpu",
     ranks: Annotated[int, typer.Option(help="Processes that train together, each with such a batch.")] = 1,
+    quantise: Annotated[
+        str | None, typer.Option(help="The base in 8 or 4 bits: int8 or nf4.", show_default=False)
+    ] = None,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -52,5 +55,5 @@ def plan(
     with working():
         plugins.add_files(plugin or ())
         bench = Bench(model, batch, length, values.dtype(dtype), autocast, checkpointing, device)
-        found = asdict(predict(bench, method, values.budget_or_adapter(budget), steps, optimizer, on, ranks))
+        found = asdict(predict(bench, method, values.budget_or_adapter(budget), steps, optimizer, on, ranks, quantise))
     result(as_json, found, planned(found))

@@ -87,6 +87,9 @@ def train(
     data: Data = None,
     revision: Revision = None,
     dtype: Dtype = None,
+    quantise: Annotated[
+        str | None, option("Quantise the base, and train beside it: int8 (torchao) or nf4 (bitsandbytes).")
+    ] = None,
     trust_remote_code: Trust = False,
     retain: Retain = None,
     pattern: Pattern = None,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from selectune import bits
 from selectune.bits import dtype_name, int_view
 from selectune.delta.delta import Delta
+from selectune.delta.file.content import refuse_beside
 from selectune.delta.file.fingerprint import Inventory, unwrapped
 from selectune.delta.file.parts import Dense, Part, Patch
 from selectune.delta.live import door
@@ -77,6 +78,8 @@ def align(deltas: Sequence[Delta], base: nn.Module | None = None) -> list[Rows]:
     The base's values are those of `base` (without the deltas applied to it), or the old values that the deltas carry.
     Raises BaseMismatchError for deltas of different bases or shapes, DeltaError where the base is unknown.
     """
+    for delta in deltas:
+        refuse_beside(delta, "summed, merged or compared entry by entry")
     if base is None:
         return _align(deltas, None)
     with door.beside(door.claim_of(unwrapped(base)), "reading the base of a sum of deltas"):

@@ -18,7 +18,7 @@ from selectune.delta.file import parts
 from selectune.delta.file.fingerprint import delta_fingerprint, digest_bits
 from selectune.delta.file.parts import Dense, Part, Patch
 from selectune.delta.file.schema import canonical_json, check_info, parse_json
-from selectune.errors import DeltaFormatError
+from selectune.errors import DeltaError, DeltaFormatError
 
 
 class Content:
@@ -89,6 +89,11 @@ class Content:
         return bool(self.parts) and all(part.old is not None for part in self.parts)
 
     @property
+    def beside(self) -> bool:
+        """Whether some of its values are offsets beside quantised weights, which never move."""
+        return any(patch.beside for patch in self._patches)
+
+    @property
     def nbytes(self) -> int:
         """Size of the file in bytes."""
         return len(self.to_bytes()) if self._nbytes is None else self._nbytes
@@ -99,8 +104,8 @@ class Content:
         if self._digest is None:
             found = hashlib.sha256()
             for patch in self._patches:
-                zeroed = ["zeroed"] if patch.zeroed else []
-                found.update(canonical_json([patch.name, *patch.shape, patch.indices.numel(), *zeroed]).encode())
+                kind = ["zeroed"] * patch.zeroed + ["beside"] * patch.beside
+                found.update(canonical_json([patch.name, *patch.shape, patch.indices.numel(), *kind]).encode())
                 found.update(raw(patch.indices).data)
                 found.update(digest_bits(patch.values).encode())
             for entry in self._dense:
@@ -125,6 +130,15 @@ class Content:
         total = sum(math.prod(patch.shape) for patch in self._patches)
         share = f": {self.selected / total:.2%} of their {total:,}" if total else ""
         return f"<{type(self).__name__} {self.label} in {len(self._patches)} tensors{share}>"
+
+
+def refuse_beside(delta: Content, what: str) -> None:
+    """Raises DeltaError if the delta has offsets beside quantised weights, which cannot be `what`."""
+    if delta.beside:
+        raise DeltaError(
+            f"{delta.label} was trained beside quantised weights, whose bits stay as they are, so it cannot be {what}. "
+            "Keep it beside its base (apply, Shelf), or train on the base in full precision."
+        )
 
 
 def versions() -> dict[str, str]:

@@ -10,11 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from selectune.beside import side_of
 from selectune.bits import dtype_name, raw
 from selectune.delta.file.adapter_record import AdapterRecord, adapter_of, is_marked
 from selectune.delta.file.schema import WRAPPERS, canonical_json, canonical_name, sha256
 from selectune.errors import BaseMismatchError, DeltaStateError
 from selectune.internals import is_sharded
+from selectune.quantised import Quantised, quantised_weights
 
 OWN = "selectune_"
 """The last component of a parameter that an attached tuner adds begins so; it is no part of the model's structure."""
@@ -26,8 +28,22 @@ class Entry:
 
     name: str
     kind: str  # "parameter" or "buffer"
-    tensor: Tensor
+    tensor: Tensor  # of a quantised weight, the values beside it (`SideValues`), which are 0 in the base
     names: tuple[str, ...]  # every canonical name of the tensor: more than one where weights are tied
+    quantised: Quantised | None = None
+
+    @property
+    def form(self) -> str:
+        """The dtype, or the kind of quantisation with its settings."""
+        return dtype_name(self.tensor.dtype) if self.quantised is None else self.quantised.stored.kind
+
+    def digest(self) -> str:
+        """16 hex digits over all bits: those stored for a quantised weight, and any values beside it."""
+        if self.quantised is None:
+            return digest_bits(self.tensor)
+        flat, values = side_of(self.quantised).held
+        beside = f"{digest_bits(flat)}{digest_bits(values)}" if flat.numel() else ""
+        return sha256(self.quantised.digest() + beside)[:16] if beside else self.quantised.digest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +72,7 @@ def inventory(model: nn.Module, sharded: bool = False) -> Inventory:
     `sharded`: tensors may be sharded; only `digest_bits` reads these. Raises DeltaStateError for tensors without data
     here (meta, sharded) and BaseMismatchError where two different tensors get the same canonical name.
     """
+    packed = quantised_weights(model)
     groups: dict[Any, list[str]] = {}
     tensors: dict[Any, tuple[str, Tensor]] = {}
     attached = False
@@ -72,7 +89,10 @@ def inventory(model: nn.Module, sharded: bool = False) -> Inventory:
     entries, find = [], {}
     for key, names in groups.items():
         kind, tensor = tensors[key]
-        entry = Entry(names[0], kind, tensor, tuple(names))
+        quantised = packed.get(id(tensor))
+        if quantised is not None:
+            tensor = cast(Tensor, side_of(quantised))
+        entry = Entry(names[0], kind, tensor, tuple(names), quantised)
         entries.append(entry)
         for name in names:
             if name in find:
@@ -109,7 +129,7 @@ def _check_tensor(name: str, tensor: Tensor, sharded: bool) -> None:
 
 def _identity(kind: str, tensor: Tensor) -> Any:
     # tied weights may be two Parameters over one memory, so the memory decides, not the object
-    if tensor.numel() == 0 or tensor.layout is not torch.strided or is_sharded(tensor):
+    if tensor.numel() == 0 or tensor.layout is not torch.strided or is_sharded(tensor) or tensor.data_ptr() == 0:
         return (kind, id(tensor))
     return (kind, tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
@@ -138,8 +158,7 @@ def structure_digest(model: nn.Module) -> str:
 def structure_of(found: Inventory) -> str:
     """`structure_digest` of a model whose tensors are listed already."""
     rows = [
-        [name, entry.kind, list(entry.tensor.shape), dtype_name(entry.tensor.dtype), min(entry.names)]
-        for name, entry in found.find.items()
+        [name, entry.kind, list(entry.tensor.shape), entry.form, min(entry.names)] for name, entry in found.find.items()
     ]
     return sha256(canonical_json(sorted(rows, key=lambda row: row[0])))
 
@@ -154,17 +173,15 @@ def weights_of(found: Inventory, without: Iterable[str] = ()) -> str:
     return all_digests(found, _digests(found), without)
 
 
-def adapter_digest(
-    found: Inventory, markers: Iterable[str], value: Callable[[Entry], Tensor] = lambda entry: entry.tensor
-) -> str:
+def adapter_digest(found: Inventory, markers: Iterable[str], digest: Callable[[Entry], str] = Entry.digest) -> str:
     """sha256 over names and bits of an adapter's tensors: one read of them."""
     markers = set(markers)
-    rows = [[name, digest_bits(value(entry))] for name, entry in found.find.items() if is_marked(name, markers)]
+    rows = [[name, digest(entry)] for name, entry in found.find.items() if is_marked(name, markers)]
     return sha256(canonical_json(sorted(rows)))
 
 
 def _digests(found: Inventory) -> dict[str, str]:
-    return {entry.name: digest_bits(entry.tensor) for entry in found.entries}
+    return {entry.name: entry.digest() for entry in found.entries}
 
 
 def all_digests(found: Inventory, digests: Mapping[str, str], without: Iterable[str] = ()) -> str:
@@ -188,7 +205,7 @@ def never_loaded(found: Inventory) -> list[str]:
 
     The list is empty if no parameter has the mark: transformers did not load the model, or it is a copy without marks.
     """
-    parameters = [entry for entry in found.entries if entry.kind == "parameter"]
+    parameters = [entry for entry in found.entries if entry.kind == "parameter" and entry.quantised is None]
     fresh = [entry.name for entry in parameters if not getattr(entry.tensor, "_is_hf_initialized", False)]
     return fresh if len(fresh) < len(parameters) else []
 

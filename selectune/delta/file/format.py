@@ -21,7 +21,8 @@ from selectune.delta.file.schema import canonical_json, check_hex, check_int, ch
 from selectune.errors import DeltaError, DeltaFormatError
 
 FORMAT = "selectune-delta"
-VERSION = 1
+VERSION, BESIDE = 1, 2
+"""Versions of the format; the second is that of files with offsets beside quantised weights, and of no others."""
 MAX_TENSORS = 65_536
 MAX_DIMS = 16
 HEAD = 8 + MAX_HEADER
@@ -46,9 +47,10 @@ def encode(patches: Sequence[Patch], dense: Sequence[Dense], info: dict[str, Any
     schema.check_info(info, sum(patch.indices.numel() for patch in patches))
     words = [encode_gaps(patch.indices.numpy()) for patch in patches]
     payload = _payload(patches, dense, words)
+    beside = [p.name for p in patches if p.beside]
     metadata: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": BESIDE if beside else VERSION,
         "patches": [
             [p.name, list(p.shape), dtype_name(p.dtype), p.indices.numel(), len(w), p.base_digest]
             for p, w in zip(patches, words, strict=True)
@@ -59,6 +61,8 @@ def encode(patches: Sequence[Patch], dense: Sequence[Dense], info: dict[str, Any
     }
     if any(p.zeroed for p in patches):
         metadata["zeroed"] = [p.name for p in patches if p.zeroed]
+    if beside:
+        metadata["beside"] = beside
     metadata["digest"] = sha256(canonical_json(metadata))
     streams = _streams(metadata)
     head = pack(canonical_json(metadata), streams)
@@ -89,10 +93,11 @@ def _streams(metadata: dict[str, Any]) -> list[ByteStream]:
     """The streams that checked metadata announces, in the file's order."""
     digests = metadata["digests"]
     counts, olds = Counter[str](), Counter[str]()
-    zeroed = set(metadata.get("zeroed", ()))
+    zeroed, beside = set(metadata.get("zeroed", ())), set(metadata.get("beside", ()))
     for name, shape, dtype, count, _, _ in metadata["patches"]:
         counts[dtype] += count
-        olds[dtype] += math.prod(shape) if name in zeroed else count
+        if name not in beside:
+            olds[dtype] += math.prod(shape) if name in zeroed else count
     found = []
     if counts:
         found.append(ByteStream("indices", "U16", (sum(row[4] for row in metadata["patches"]),)))
@@ -167,12 +172,12 @@ def _read_metadata(text: str) -> dict[str, Any]:
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise DeltaFormatError(f'the file is not a delta: its metadata does not say format "{FORMAT}"')
     version = metadata.get("version")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in (VERSION, BESIDE):
         raise DeltaFormatError(
-            f"the delta has format version {ascii(version)[:40]}; this selectune reads version {VERSION}. "
-            f"A newer selectune may have written it"
+            f"the delta has format version {ascii(version)[:40]}; this selectune reads versions {VERSION} and "
+            f"{BESIDE}. A newer selectune may have written it"
         )
-    check_keys(metadata, _KEYS, "the delta's metadata", {"zeroed"})
+    check_keys(metadata, _KEYS | ({"beside"} if version == BESIDE else set()), "the delta's metadata", {"zeroed"})
     if sum(len(metadata[key]) for key in ("patches", "dense") if isinstance(metadata[key], list)) > MAX_TENSORS:
         raise DeltaFormatError(f"the delta names more than {MAX_TENSORS} tensors")
     check_hex(metadata["digest"], 64, "the metadata's digest")
@@ -195,11 +200,11 @@ def _check_rows(metadata: dict[str, Any]) -> None:
         rows = metadata[what]
         if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != width for row in rows):
             raise DeltaFormatError(f"the delta's {what} must be a list of rows of {width}")
-    zeroed = _check_zeroed(metadata)
+    zeroed, beside = _check_named(metadata, "zeroed"), _check_named(metadata, "beside")
     for name, shape, dtype, count, words, base in metadata["patches"]:
         check_name(name)
         numel = _check_shape(name, shape)
-        _check_among(dtype, tuple(FLOATS), f'patch "{name}" has dtype')
+        _check_among(dtype, ("F32",) if name in beside else tuple(FLOATS), f'patch "{name}" has dtype')
         check_int(count, f'the count of "{name}"', 0 if name in zeroed else 1, numel)
         check_int(words, f'the words of "{name}"', count, count + numel // 0xFFFF if count else 0)
         check_hex(base, 16, f'the base digest of "{name}"')
@@ -216,16 +221,16 @@ def _check_among(value: Any, allowed: tuple[str, ...], what: str) -> None:
         raise DeltaFormatError(f"{what} {ascii(value)[:40]}; allowed: {', '.join(allowed)}")
 
 
-def _check_zeroed(metadata: dict[str, Any]) -> set[str]:
-    """The names of the patches whose unlisted entries are 0, in the order of the patches; none if the key is absent."""
-    if "zeroed" not in metadata:
+def _check_named(metadata: dict[str, Any], key: str) -> set[str]:
+    """The names of the patches that `zeroed` or `beside` lists, in the order of the patches; none if it is absent."""
+    if key not in metadata:
         return set()
-    names = metadata["zeroed"]
+    names = metadata[key]
     if not isinstance(names, list) or not names or any(not isinstance(name, str) for name in names):
-        raise DeltaFormatError("the delta's zeroed must be a list of names; the key is absent where there are none")
+        raise DeltaFormatError(f"the delta's {key} must be a list of names; the key is absent where there are none")
     known = set(names)
     if [row[0] for row in metadata["patches"] if isinstance(row[0], str) and row[0] in known] != names:
-        raise DeltaFormatError("the delta's zeroed must name some of its patches, each once, in their order")
+        raise DeltaFormatError(f"the delta's {key} must name some of its patches, each once, in their order")
     return known
 
 
@@ -274,7 +279,7 @@ def _read_patches(metadata: dict[str, Any], payload: dict[str, memoryview]) -> l
         done[key] += count
         return slice(done[key] - count, done[key])
 
-    zeroed = set(metadata.get("zeroed", ()))
+    zeroed, beside = set(metadata.get("zeroed", ())), set(metadata.get("beside", ()))
     patches = []
     for name, shape, dtype, count, length, base in metadata["patches"]:
         numel, values, old = math.prod(shape), f"values.{dtype}", f"old.{dtype}"
@@ -287,9 +292,10 @@ def _read_patches(metadata: dict[str, Any], payload: dict[str, memoryview]) -> l
                 torch.from_numpy(indices),
                 flat[values][take(values, count)],
                 base,
-                flat[old][take(old, numel if name in zeroed else count)] if old in flat else None,
+                None if old not in flat or name in beside else flat[old][take(old, numel if name in zeroed else count)],
                 flat["order"][take("order", count)] if "order" in flat else None,
                 name in zeroed,
+                name in beside,
             )
         )
     return patches

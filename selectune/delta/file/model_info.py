@@ -15,7 +15,6 @@ from torch import nn
 
 from selectune.delta.file.fingerprint import (
     Inventory,
-    digest_bits,
     inventory,
     never_loaded,
     structure_of,
@@ -56,7 +55,7 @@ def base_info(
                 f'"{unknown[0]}" is named as initialised, but the model has no such tensor; '
                 f"it has {len(found.find)}, from {', '.join(list(found.find)[:3]) or 'none'}"
             )
-        initialised = {name: digest_bits(found.find[name].tensor) for name in names}
+        initialised = {name: found.find[name].digest() for name in names}
     rows = [{"name": canonical_name(name), "digest": digest} for name, digest in initialised.items()]
     if id is None and revision is None:
         id, revision = _origin(model)
@@ -140,7 +139,7 @@ def _dtype(found: Inventory) -> str | None:
     """The dtype of most of the model's parameters, leaving out those of an adapter on it."""
     counts = Counter[torch.dtype]()
     for entry in found.entries:
-        if entry.kind == "parameter" and not _of_adapter(found, entry.name):
+        if entry.kind == "parameter" and entry.quantised is None and not _of_adapter(found, entry.name):
             counts[entry.tensor.dtype] += entry.tensor.numel()
     name = str(counts.most_common(1)[0][0]).removeprefix("torch.") if counts else ""
     return name if name in MODEL_DTYPES else None

@@ -32,6 +32,7 @@ class Patch:
     base_values: Tensor | None = None  # (n,) in `dtype`: the base's values, where they are kept
     order: Tensor | None = None  # (n,) int32: rank in the order of selection over the whole delta; ranks may be equal
     zeroed: bool = False  # unlisted entries are 0; base digest and base values (numel,) are of the whole tensor
+    beside: bool = False  # values are offsets beside a quantised weight, whose stored bits have the base digest
 
     @property
     def numel(self) -> int:
@@ -54,7 +55,9 @@ class Patch:
 
     @property
     def old(self) -> Tensor | None:
-        """The base's values at `where`, if the patch carries them."""
+        """The base's values at `where`, if the patch carries them; beside a quantised weight they are 0."""
+        if self.beside:
+            return torch.zeros_like(self.values)
         return self.base_values.view(self.shape) if self.zeroed and self.base_values is not None else self.base_values
 
     @classmethod
@@ -144,6 +147,12 @@ def _check_patch(patch: Patch) -> None:
         raise DeltaError(
             f'the indices of "{name}" must be int64 (n,); got {patch.indices.dtype} {tuple(patch.indices.shape)}'
         )
+    odd = patch.dtype != torch.float32 or len(patch.shape) != 2 or patch.zeroed or patch.base_values is not None
+    if patch.beside and odd:
+        raise DeltaError(
+            f'the offsets beside "{name}" must be float32 beside a matrix, without old values and not zeroed; got '
+            f"{dtype_name(patch.dtype)} of shape {patch.shape}"
+        )
     covered = patch.numel if patch.zeroed else n
     for what, part, size in (("values", patch.values, n), ("base values", patch.base_values, covered)):
         if part is not None and (part.dtype != patch.dtype or part.shape != (size,)):
@@ -160,7 +169,7 @@ def _check_patch(patch: Patch) -> None:
         raise DeltaError(f'the indices of "{name}" must increase strictly; some repeat or decrease')
     if patch.order is not None and (patch.order.shape != (n,) or (n and int(patch.order.min()) < 0)):
         raise DeltaError(f'order of "{name}" must hold {n} ranks of at least 0; got {tuple(patch.order.shape)}')
-    _check_values(name, patch.values, patch.old, patch.base_digest)
+    _check_values(name, patch.values, None if patch.beside else patch.old, patch.base_digest)
 
 
 def _check_dense(dense: Dense) -> None:
@@ -202,7 +211,8 @@ def check_parts(patches: Sequence[Patch], dense: Sequence[Dense]) -> None:
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})[0]
         raise DeltaError(f'"{twice}" occurs twice in the delta; each tensor is recorded once')
-    if len({part.old is None for part in parts}) > 1:
+    replacing = [part for part in parts if isinstance(part, Dense) or not part.beside]
+    if len({part.old is None for part in replacing}) > 1:
         raise DeltaError("some parts of the delta carry old values and some do not; expected all or none")
     if len({patch.order is None for patch in patches}) > 1:
         raise DeltaError("some patches carry their order of selection and some do not; expected all or none")

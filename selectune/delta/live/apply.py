@@ -9,7 +9,7 @@ from threading import get_ident
 from torch import nn
 
 from selectune.bits import same_bits
-from selectune.delta.file.content import Content
+from selectune.delta.file.content import Content, refuse_beside
 from selectune.delta.file.fingerprint import Inventory
 from selectune.delta.live.base_check import check_base, check_structure, check_weights
 from selectune.delta.live.door import Claim
@@ -97,6 +97,7 @@ def _revert_merged(delta: Content, found: Inventory) -> None:
 
 def merge(delta: Content, model: nn.Module) -> None:
     """See `Delta.merge`."""
+    refuse_beside(delta, "merged into its base")
     with exclusive(model, "merge"):
         layers = stack_of(model)
         if [layer.digest for layer in layers] == [delta.digest]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from selectune import bits
 from selectune.bits import dtype_name, same_bits
 from selectune.delta.file.content import Content
 from selectune.delta.file.fingerprint import (
+    Entry,
     Inventory,
     adapter_digest,
     digest_bits,
@@ -14,6 +16,7 @@ from selectune.delta.file.fingerprint import (
     never_loaded,
     structure_of,
 )
+from selectune.delta.file.parts import Patch
 from selectune.delta.live.layers import Layer, base_at
 from selectune.errors import BaseMismatchError, DeltaStateError
 from selectune.files.reading import some
@@ -36,7 +39,11 @@ def check_structure(delta: Content, found: Inventory) -> None:
                     "a first dimension that differs alone often means a resized vocabulary or another "
                     "number of labels: resize the model as the base was"
                 )
-        if entry.tensor.dtype != part.dtype:
+        if isinstance(part, Patch) and part.beside != (entry.quantised is not None):
+            now, then = ("", "not ") if entry.quantised is not None else ("not ", "")
+            problems.append(f'"{part.name}" is {now}quantised here, and {then}quantised in the base')
+            hints.append("quantise the model as the base was: the delta's values were trained on those bits")
+        elif entry.tensor.dtype != part.dtype:
             now, then = dtype_name(entry.tensor.dtype), dtype_name(part.dtype)
             problems.append(f'"{part.name}" has dtype {now}, expected {then}')
             hints.append("load the model in the dtype that the base had: a delta holds the bits of that dtype")
@@ -75,7 +82,12 @@ def check_base(delta: Content, found: Inventory, under: Sequence[Layer] = (), wh
         entry = found.find[part.name]
         if part.where is None and (entry.name in replaced or fresh.get(part.name) == part.base_digest):
             continue  # it may hold anything, or `drawn` has compared it
-        if digest_bits(base_at(entry, part.where, under)) != part.base_digest:
+        if isinstance(part, Patch) and part.beside:
+            if entry.quantised is None or entry.quantised.digest() != part.base_digest:
+                problems.append(f'"{part.name}" is stored in other bits')
+            elif bool(bits.int_view(base_at(entry, part.where, under)).any()):
+                problems.append(f'"{part.name}" has values beside it already')
+        elif digest_bits(base_at(entry, part.where, under)) != part.base_digest:
             places = "" if part.where is None else f" at the {part.where.numel()} trained places"
             problems.append(f'"{part.name}" differs{places}')
             names.add(entry.name)
@@ -106,16 +118,21 @@ def drawn(
         entry = found.find.get(name)
         if entry is None:
             problems.append(f'"{name}" is missing')
-        elif digest_bits(base_at(entry, None, under)) != digest:
+        elif _whole(entry, under) != digest:
             problems.append(f'"{name}" was initialised otherwise')
     if adapter is None:
         return problems, []
     on = found.adapter
     if on is None:
         return problems, [f"no adapter is on record for the model, but the delta was trained with {adapter['kind']}"]
-    if adapter_digest(found, on.markers, lambda entry: base_at(entry, None, under)) == adapter["digest"]:
+    if adapter_digest(found, on.markers, lambda entry: _whole(entry, under)) == adapter["digest"]:
         return problems, []
     return problems, [f"the {on.kind} on the model was initialised otherwise"]
+
+
+def _whole(entry: Entry, under: Sequence[Layer]) -> str:
+    """The digest of a tensor as it is without the layers `under`."""
+    return entry.digest() if entry.quantised is not None else digest_bits(base_at(entry, None, under))
 
 
 def _replaced(delta: Content, found: Inventory) -> set[str]:

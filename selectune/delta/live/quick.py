@@ -115,12 +115,12 @@ class SwitchPlan:
                 if other is None or not bool(_among(group.keys[(now != group.old)], other.keys)[1].all()):
                     return False
         covered = {} if under is None else under.layer.olds
-        return all(write.name in covered or same_bits(write.now, write.old) for write in self.rest)
+        return all(_is_base(write, covered.get(write.name)) for write in self.rest)
 
     def _agrees(self, other: SwitchPlan) -> bool:
         """Whether two deltas have the same base in every common place, and write no tensor in different ways."""
         ways = {put.name: key for key, group in other.groups.items() for put in group.puts}
-        ways |= {write.name: write.indices is None for write in other.rest}
+        ways |= {write.name: "beside" if beside(write) else write.indices is None for write in other.rest}
         for key, group in self.groups.items():
             if any(ways.get(put.name, key) != key for put in group.puts):
                 return False
@@ -129,11 +129,25 @@ class SwitchPlan:
                 if not torch.equal(other.groups[key].old[at[hit]], group.old[hit]):
                     return False
         for write in self.rest:
-            if write.name in ways:
+            if write.name in ways and not (beside(write) and ways[write.name] == "beside"):
                 whole = write.indices is None and ways[write.name] is True
                 if not whole or not same_bits(other.layer.olds[write.name][1], write.old):
                     return False
         return True
+
+
+def beside(write: Write) -> bool:
+    """Whether it writes beside a quantised weight, where the base of every delta is 0."""
+    return not isinstance(write.tensor, Tensor)
+
+
+def _is_base(write: Write, covered: tuple[Tensor | None, Tensor] | None) -> bool:
+    """Whether the model without the values that another delta covers is the base where this one writes."""
+    if covered is None:
+        return same_bits(write.now, write.old)
+    if not beside(write) or covered[0] is None or write.indices is None:
+        return True
+    return not bool(bits.int_view(write.now)[torch.isin(write.indices, covered[0], invert=True)].any())
 
 
 def _among(keys: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

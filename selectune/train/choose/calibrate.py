@@ -66,7 +66,7 @@ def calibrate(
             stack.enter_context(drawn(tensors, score.drawn, seed))
         if not score.reads.calibrated:  # reads weights or nothing; some weights are drawn
             generator = torch.Generator().manual_seed(seed)
-            return [score(_weight(t).reshape(-1), None, generator).reshape(t.parameter.shape) for t in tensors]
+            return [score(_weight(t).reshape(-1), None, generator).reshape(t.form.shape) for t in tensors]
         reading = _Reading(score, tensors, batches, loss)
         if score.reads is Reads.FLOW:
             stack.enter_context(absolute(model))
@@ -261,4 +261,4 @@ def _weight(tensor: ScopedTensor) -> Tensor:
 
 
 def _wide(tensor: ScopedTensor) -> torch.dtype:
-    return bits.wide(tensor.parameter.dtype)
+    return bits.wide(tensor.form.dtype)

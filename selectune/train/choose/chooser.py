@@ -53,9 +53,9 @@ class Chooser:
         self.method, self.schedule, self.ledger, self.seed = method, schedule, ledger, seed
         self.rescore = rescore  # gives calibrated scores at the present weights
         self.tensors, self.score = ledger.tensors, method.score or constant()
-        self.sizes = [tensor.parameter.numel() for tensor in self.tensors]
+        self.sizes = [tensor.form.numel() for tensor in self.tensors]
         select = method.select
-        self.shares = select.shares([t.weight for t in self.tensors]) if isinstance(select, Allocating) else None
+        self.shares = select.shares(t.weight for t in self.tensors) if isinstance(select, Allocating) else None
         self.products = Products(self.score)
         self.clock = Clock()
         self.events: Counter[str] = Counter()

@@ -108,7 +108,7 @@ class Dropping(Chooser):
             if page.watched is None:
                 continue
             flat, total = page.watched.flat, total.to(page.flat.device)
-            scores = self._eligible(self.score(self.ledger.store.read(index, flat).to(total.dtype), total))
+            scores = self._eligible(self.score(self.ledger.store.numbers(index, flat).to(total.dtype), total))
             if scores is None:
                 self._broken.append(tensor.name)
                 continue
@@ -121,8 +121,8 @@ class Dropping(Chooser):
 
     def _scan_factors(self, collector: Collector, index: int, taken: Tensor, rows: Tensor, columns: Tensor) -> bool:
         """Scores a tensor by its rows' and columns' numbers, some rows at a time; False if a score is not finite."""
-        device, padding = self.tensors[index].parameter.device, self.tensors[index].padding
-        forms = [matrix(t.parameter) for t in self.tensors]
+        device, padding = self.tensors[index].form.device, self.tensors[index].padding
+        forms = [matrix(t.form) for t in self.tensors]
         height, width = forms[index]
         above, left = (sum(form[side] for form in forms[:index]) for side in (0, 1))
         r, c = rows[above : above + height].to(device), columns[left : left + width].to(device)
@@ -208,7 +208,7 @@ class Dropping(Chooser):
         for index in torch.unique(tensors).tolist():
             mine = tensors == index
             watched, order = torch.sort(flat[mine])
-            self.ledger.watch(index, watched.to(self.tensors[index].parameter.device))
+            self.ledger.watch(index, watched.to(self.tensors[index].form.device))
             self._pending[index] = gradients[mine][order].to(self.ledger.offsets)
 
     def add_watched(self, pieces: Mapping[int, Tensor]) -> None:

@@ -75,7 +75,7 @@ def canonical(quota: int, tensor: ScopedTensor, dy: Tensor, x: Tensor) -> bool:
     Products of float32 must be of float32: torch.set_float32_matmul_precision may allow coarser ones, which no bound
     here covers.
     """
-    weight = tensor.weight
+    weight = tensor.form
     return (
         0 < quota <= min(CANONICAL, weight.numel())
         and dy.dtype == x.dtype == weight.dtype == torch.float32
@@ -98,7 +98,7 @@ class _Search:
     ) -> None:
         self.collector, self.score, self.weighting, self.factors = collector, score, weighting, factors
         self.tensor, self.taken, self.barred = tensor, taken, barred_entries(tensor, taken)
-        self.weight = tensor.weight
+        self.weight = tensor.weight.to(tensor.form.dtype)  # as it is, unless it is quantised
         self.whole: Tensor | None = None  # the dense gradient, if it was formed
         self.candidates: int | None = None
 

@@ -240,7 +240,7 @@ def barred_entries(tensor: ScopedTensor, taken: Tensor | None, rows: Tensor | No
     barred = parts[0] if taken is None else torch.sort(torch.cat(parts)).values
     if rows is None or barred.numel() == 0 or rows.numel() == 0:
         return barred if rows is None else barred[:0]
-    width = tensor.parameter.shape[-1]
+    width = tensor.form.shape[-1]
     at = torch.searchsorted(rows, barred // width).clamp_(max=rows.numel() - 1)
     known = rows[at] == barred // width
     return at[known] * width + barred[known] % width

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from selectune import bits, ops
+from selectune.beside import product, with_product
 from selectune.internals import saved_tensors_are_hooked
 from selectune.train.graph.recompute import forget, rebuilt, source
 from selectune.train.support.pages import Page, Spots
@@ -168,6 +169,37 @@ class SparseLinear(torch.autograd.Function):
                     (flat_dy, flat_x),
                 ).to(ctx.wide)
         return dx, piece, None, None, dbias, bias_piece, None
+
+
+class SparseBeside(torch.autograd.Function):
+    """y + x S^T: what a layer with a quantised weight gives, and the offsets S beside it.
+
+    The gradient of S is that of the weight, dy^T x, at its support only, or dense on a selecting step.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, piece: Tensor, rows: Tensor, cols: Tensor, values: Tensor, link: Link
+    ) -> Tensor:
+        ctx.link, ctx.wide, ctx.shape, ctx.source = link, piece.dtype, x.shape, source(x)
+        ctx.save_for_backward(x if ctx.source is None else None, rows, cols, values)
+        return with_product(output, x, rows, cols, values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, rows, cols, values = ctx.saved_tensors
+        with torch.autocast(dy.device.type, enabled=False):
+            dx = product(dy, cols, rows, values, ctx.shape[-1]).to(dy.dtype) if ctx.needs_input_grad[1] else None
+            x = rebuilt(ctx.source) if x is None else x
+            flat_dy, flat_x = _rows(dy), _rows(x)
+            piece = _at_support(
+                ctx.link,
+                lambda spots: ops.sampled_matmul(flat_dy, flat_x, *spots.coordinates(flat_x.shape[-1])),
+                lambda: ops.weight_gradient(flat_dy, flat_x),
+                (flat_dy, flat_x),
+            ).to(ctx.wide)
+        return dy, dx, piece, None, None, None, None
 
 
 class SparseLayerNorm(torch.autograd.Function):

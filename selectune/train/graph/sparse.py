@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selectune.beside import SideValues
 from selectune.internals import in_transform
-from selectune.train.graph.nodes import Link, SparseEmbedding, SparseLayerNorm, SparseLinear
-from selectune.train.graph.weights import SPARSE, Use, Weight, tapped, use_of
+from selectune.train.graph.nodes import Link, SparseBeside, SparseEmbedding, SparseLayerNorm, SparseLinear
+from selectune.train.graph.weights import SPARSE, Place, Use, Weight, tapped, use_of
 
 
 def _instead_of(function: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -82,6 +83,23 @@ def embedding(
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     use.count(rows=padding >= 0)
     return SparseEmbedding.apply(input, use.piece.to(input.device), use.weight, padding, use.link)
+
+
+def beside(side: SideValues, place: Place) -> Callable[[Tensor, Tensor], Tensor]:
+    """The node of a quantised weight: (input, output of its layer) -> output with the values beside it."""
+
+    def node(x: Tensor, output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            place.user.used_without_gradients()
+            return side.added(x, output)
+        use = place.user.use(place.index)
+        if use is None or in_transform():
+            return side.added(x, output)
+        x = x.to(output.dtype)
+        piece, link = _counted(use, x)
+        return SparseBeside.apply(output, x, piece, *side.coordinates(x.device), link)
+
+    return node
 
 
 def _trains(part: Tensor | None) -> bool:

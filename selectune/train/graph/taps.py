@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from selectune import internals, ops
+from selectune.beside import side_of
 from selectune.frames import Call
 from selectune.internals import go_on_compiling, in_backward, never_compiled, stop_compiling
 from selectune.scope import ScopedTensor, plain
 from selectune.train.graph import functions, sparse
 from selectune.train.graph.nodes import Link, Listener, Reach, SplitOffsets
 from selectune.train.graph.own_hooks import Own
-from selectune.train.graph.weights import Use, follow, let_go
+from selectune.train.graph.weights import Place, Use, follow, let_go
 from selectune.train.support.pages import Page
 
 log = logging.getLogger("selectune")
@@ -88,7 +89,7 @@ class Taps:
             self._handles.extend(self._hook(model))
             functions.watch(self)
             for tensor in tensors:
-                follow(tensor.used, self, tensor.index)
+                self._follow(tensor)
         except BaseException:
             self.remove()
             raise
@@ -98,9 +99,22 @@ class Taps:
             handle.remove()
         functions.unwatch(self)
         for tensor in self.tensors:
-            let_go(tensor.used)
+            self._let_go(tensor)
         self.forget()
         ops.release()
+
+    def _follow(self, tensor: ScopedTensor) -> None:
+        if tensor.quantised is None:
+            follow(tensor.used, self, tensor.index)
+        else:
+            side = side_of(tensor.quantised)
+            side.follow(sparse.beside(side, Place(self, tensor.index, type(tensor.parameter))))
+
+    def _let_go(self, tensor: ScopedTensor) -> None:
+        if tensor.quantised is None:
+            let_go(tensor.used)
+        else:
+            side_of(tensor.quantised).follow(None)
 
     def forget(self) -> None:
         """Drops the present graph, and what is known of the coming backward pass."""
@@ -261,3 +275,8 @@ class Taps:
         if spare is None:
             return None
         return internals.tree_map_only(Tensor, lambda t: Reach.apply(t, spare) if t.is_floating_point() else t, output)
+
+
+def _weight(tensor: ScopedTensor) -> Tensor:
+    """The numbers that a use of the weight computes with; what is stored, if the layer of a quantised weight does."""
+    return tensor.weight if tensor.quantised is None else tensor.parameter

@@ -28,7 +28,7 @@ def base_of(
     missing = [entry for entry in entries if entry.name not in before.digests]
     if missing:
         value = _values(ledger, before, found.find)
-        before.digests |= {entry.name: digest_bits(value(entry)) for entry in missing}
+        before.digests |= {e.name: e.quantised.digest() if e.quantised else digest_bits(value(e)) for e in missing}
     for row in rows:
         if row["name"] in found.find:
             row["digest"] = before.digests[found.find[row["name"]].name]

@@ -119,7 +119,7 @@ def _expected(engine: Engine) -> dict[str, Any]:
     offsets, index = engine.ledger.offsets, torch.int64
     expected: dict[str, Any] = {"offsets": offsets, "start": offsets, "free": index}
     for tensor in engine.ledger.tensors:
-        weight = tensor.parameter.dtype
+        weight = tensor.form.dtype
         for part, form in zip((*PAGE, "retired_now"), (index, index, weight, index, weight, weight), strict=True):
             expected[f"page.{tensor.index}.{part}"] = form
     expected |= {f"whole.{t.name}": t.parameter for t in engine.found.whole}
@@ -135,7 +135,7 @@ def _present(key: str, tensor: Any, form: Any) -> None:
 
 def _page(tensor: ScopedTensor, tensors: Mapping[str, Tensor]) -> None:
     flat, slot, base, retired, retired_base = (tensors[f"page.{tensor.index}.{part}"] for part in PAGE)
-    now, size = tensors[f"page.{tensor.index}.retired_now"], tensor.parameter.numel()
+    now, size = tensors[f"page.{tensor.index}.retired_now"], tensor.form.numel()
     for where in (flat, retired):
         inside = not where.numel() or (int(where.min()) >= 0 and int(where.max()) < size)
         need(inside, f'The state\'s indices of "{tensor.name}" leave the tensor.')
@@ -197,7 +197,7 @@ def _bases(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
     for tensor in engine.ledger.tensors:
         flat, _, base, retired, retired_base = (tensors[f"page.{tensor.index}.{part}"] for part in PAGE)
         where, theirs = torch.cat((flat, retired)), torch.cat((base, retired_base))
-        mine = _base_at(engine, tensor, where.to(tensor.parameter.device)).to(theirs.device)
+        mine = _base_at(engine, tensor, where.to(tensor.form.device)).to(theirs.device)
         if not bits.same_bits(mine, theirs):
             moved.append(tensor.name)
     if moved:

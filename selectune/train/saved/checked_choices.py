@@ -132,7 +132,7 @@ def _order(engine: Engine, info: Mapping[str, Any], tensors: Mapping[str, Tensor
     if schedule is None or not ordered or not isinstance(chooser, Growing):
         raise ConfigError("The state has a queue of entries to select, and this method has none.")
     which, flat = (part.cpu() for part in order)
-    sizes = torch.tensor([t.parameter.numel() for t in engine.ledger.tensors])
+    sizes = torch.tensor([t.form.numel() for t in engine.ledger.tensors])
     fits_scope = which.shape == flat.shape and not bool(((which < 0) | (which >= len(sizes))).any())
     need(
         fits_scope and not bool(((flat < 0) | (flat >= sizes[which])).any()),
@@ -177,7 +177,7 @@ def _window(chooser: Dropping, info: Mapping[str, Any]) -> None:
     window, step, schedule = info["chooser"]["window"], info["step"], chooser.schedule
     steps, watched, wide = window["steps"], window["watched"], chooser.ledger.offsets.dtype
     need(0 <= steps <= step, f"The state's window has been open for {steps} steps, which cannot be at step {step}.")
-    sizes = {str(tensor.index): tensor.parameter.numel() for tensor in chooser.tensors}
+    sizes = {str(tensor.index): tensor.form.numel() for tensor in chooser.tensors}
     need(watched.keys() <= sizes.keys(), f"The state's watched entries are of tensors {sorted(watched)!r:.80}.")
     need(
         fits(watched, dict.fromkeys(watched, torch.int64))

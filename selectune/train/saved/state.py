@@ -156,7 +156,7 @@ def load_into(engine: Engine, state: Mapping[str, Any]) -> None:
     ledger.write_base()
     for tensor in ledger.tensors:
         flat, slot, base, *retired = (own(tensors[f"page.{tensor.index}.{part}"]) for part in PAGE)
-        page = Page(flat, slot, base, retired[0], retired[1]).to(tensor.parameter.device, ledger.offsets.device)
+        page = Page(flat, slot, base, retired[0], retired[1]).to(tensor.form.device, ledger.offsets.device)
         ledger.pages[tensor.index] = page
         ledger.store.write(tensor.index, page.retired, tensors[f"page.{tensor.index}.retired_now"])
     ledger.changes += 1  # copies made of the pages are stale

@@ -112,17 +112,19 @@ def _steps(engine: Engine) -> dict[int, Tensor]:
 
 def _patch(tensor: ScopedTensor, ledger: Ledger, old_values: bool, rank: Tensor | None, filled: Tensor | None) -> Patch:
     flat, base = ledger.pages[tensor.index].touched()
+    quantised = tensor.quantised
     base = base if filled is None else filled
     return Patch(
         name=tensor.name,
-        shape=tuple(tensor.parameter.shape),
-        dtype=tensor.parameter.dtype,
+        shape=tuple(tensor.form.shape),
+        dtype=tensor.form.dtype,
         indices=flat.cpu(),
         values=ledger.store.read(tensor.index, flat).cpu(),
-        base_digest=digest_bits(base.cpu()),
-        base_values=base.cpu().reshape(-1) if old_values else None,
+        base_digest=digest_bits(base.cpu()) if quantised is None else quantised.digest(),
+        base_values=base.cpu().reshape(-1) if old_values and quantised is None else None,
         order=None if rank is None else rank.to(torch.int32),
         zeroed=filled is not None,
+        beside=quantised is not None,
     )
 
 

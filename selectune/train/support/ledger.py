@@ -42,7 +42,7 @@ class Ledger:
         self.offsets = nn.Parameter(torch.zeros(capacity, dtype=wide, device=home))
         self.start = torch.zeros(capacity, dtype=wide, device=home)  # the weight of each slot at selection
         self.dtypes = [form.dtype for form in forms]
-        self.pages = [Page.empty(form, home) for form in forms]
+        self.pages = [Page.empty(form.dtype, form.device, home) for form in forms]
         self.free = torch.arange(capacity, device=home)  # unused slots, lowest first
         self.changes = 0  # how often the support has changed
 

@@ -37,11 +37,9 @@ class Page(Spots):
         self.retired, self.retired_base = retired, retired_base
 
     @staticmethod
-    def empty(form: Tensor, home: torch.device) -> Page:
-        """A page of a tensor of this dtype, on this device."""
-        none = torch.empty(0, dtype=torch.int64, device=form.device)
-        base = torch.empty(0, dtype=form.dtype, device=form.device)
-        return Page(none, none.to(home), base, none, base)
+    def empty(dtype: torch.dtype, device: torch.device, home: torch.device) -> Page:
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        return Page(none, none.to(home), none.to(dtype), none, none.to(dtype))
 
     def to(self, device: torch.device, home: torch.device) -> Page:
         on_device = (part.to(device) for part in (self.flat, self.base, self.retired, self.retired_base))

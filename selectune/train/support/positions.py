@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from selectune.quantised import Quantised
 from selectune.train.support.ledger import Ledger
 from selectune.train.support.pages import Page
 
@@ -19,7 +20,7 @@ class LedgerPositions:
     @property
     def shape(self) -> tuple[int, int]:
         """The numbers of rows and of columns; one more of each for free slots."""
-        forms = [matrix(t.parameter) for t in self._ledger.tensors]
+        forms = [matrix(t.form) for t in self._ledger.tensors]
         return 1 + sum(rows for rows, _ in forms), 1 + sum(columns for _, columns in forms)
 
     @property
@@ -34,13 +35,13 @@ class LedgerPositions:
         ledger, start = self._ledger, 0
         found = ledger.free.new_full(ledger.offsets.shape, self.shape[side] - 1)
         for tensor, page in zip(ledger.tensors, self._pages, strict=True):
-            form = matrix(tensor.parameter)
+            form = matrix(tensor.form)
             found[page.slot] = start + place(page, form[1]).to(found)
             start += form[side]
         return found
 
 
-def matrix(weight: Tensor) -> tuple[int, int]:
+def matrix(weight: Tensor | Quantised) -> tuple[int, int]:
     """Rows and columns of a tensor seen as a matrix: its first dimension by the others; a vector is one row."""
     rows = weight.shape[0] if weight.ndim > 1 else 1
     return rows, weight.numel() // max(1, rows)

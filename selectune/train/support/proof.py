@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selectune import ops
 from selectune.bits import same_bits
 from selectune.errors import IntegrityError, some
+from selectune.quantised import quantised_weights
 from selectune.scope import Found, ScopedTensor, is_own
 from selectune.train.support.ledger import Ledger
 from selectune.train.support.shards import Shards
@@ -37,11 +38,22 @@ class BaseCopy:
         self.scoped = {id(t.parameter): t for t in found.tensors}
         self.whole = {t.name: t.weight.clone() for t in found.whole}
         whole = {id(t.parameter) for t in found.whole}
-        self.sums = shards.checksums({n: p for n, p in model.named_parameters() if id(p) not in whole})
+        self.quantised = quantised_weights(model)
+        self.sums = self._sums({n: p for n, p in model.named_parameters() if id(p) not in whole})
         self.buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         self.filled: dict[str, Tensor] = {}
         self.objects = dict(model.named_parameters(remove_duplicate=False))
         self.digests: dict[str, str] = {}  # of the base's tensors, computed on request
+
+    def _sums(self, named: Mapping[str, nn.Parameter]) -> dict[str, int]:
+        """Checksums of frozen tensors: of all that is stored of a quantised one, and of the whole of a sharded one."""
+        plain = {name: parameter for name, parameter in named.items() if id(parameter) not in self.quantised}
+        sums = self.shards.checksums(plain)
+        return {name: sums[name] if name in sums else self._packed(parameter) for name, parameter in named.items()}
+
+    def _packed(self, parameter: nn.Parameter) -> int:
+        parts = sorted(self.quantised[id(parameter)].stored.parts.items())
+        return sum(ops.checksum(part) * (2 * at + 1) for at, (_, part) in enumerate(parts))
 
     @torch.no_grad()
     def zero_unselected(self, model: nn.Module, ledger: Ledger) -> None:
@@ -104,9 +116,9 @@ class BaseCopy:
         """Names of tensors whose untouched entries differ from the base."""
         moved = []
         names = [name for name in self.sums if name not in self.whole]
-        for name, now in self.shards.checksums({name: self.objects[name] for name in names}).items():
+        for name, now in self._sums({name: self.objects[name] for name in names}).items():
             tensor = self.scoped.get(id(self.objects[name]))
-            if tensor is not None:
+            if tensor is not None and tensor.quantised is None:
                 flat, base = ledger.pages[tensor.index].touched()
                 now += ops.checksum(base, flat) - ops.checksum(ledger.store.read(tensor.index, flat), flat)
             if (now - self.sums[name]) % (1 << 64):

@@ -160,7 +160,7 @@ class Shards:
         part = self._parts.get(id(tensor.parameter))
         if part is None:
             return tensor
-        return ShardedTensor(tensor.index, tensor.names, tensor.parameter, tensor.padding, part=part)
+        return ShardedTensor(tensor.index, tensor.names, tensor.parameter, tensor.padding, tensor.transposed, part=part)
 
     def checksums(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         """`ops.checksum` of whole tensors, by name."""

@@ -1,0 +1,96 @@
+"""Runs on quantised bases: the option, the record in the delta, and the base that is quantised again from it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from quant_kit import Rows8
+from torch import nn
+
+import selectune as st
+from selectune.errors import ConfigError, DeltaError
+from selectune.integrations.quantise import QUANTISED, bytes_saved, quantise
+from selectune.models.recorded import NONE, task_on
+from selectune.models.restore import Source, evaluate_delta, merge_delta, verify_delta
+from selectune.runs.config import RunConfig
+from selectune.runs.resume import settings_of
+from selectune.runs.training import run
+from selectune.study.cells import Cell
+
+pytest_plugins = ("tiny_fixtures",)
+
+
+@pytest.fixture
+def config(tiny, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(QUANTISED, "own", lambda: Rows8)
+    return RunConfig(
+        model=str(tiny), task="glue/rte", budget=200, max_steps=4, batch_size=8, lr=5e-3, data=str(data),
+        out=str(tmp_path / "out"), seed=1, quantise="own", save_every=2,
+    )  # fmt: skip
+
+
+def test_a_run_is_found_again_on_the_base_that_is_quantised_anew(config, tiny, tmp_path):
+    found = run(config)
+    delta, source = st.load(found.delta), Source(str(tiny))
+    assert delta.beside
+    assert delta.info["method"]["quantise"] == "own"
+    assert verify_delta(source, found.delta).ok
+    assert evaluate_delta(source, found.delta, task_on(None, found.delta, NONE), config.data) == found.evaluation
+    model = st.load_model(found.delta)
+    kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+    assert kinds == {Rows8, nn.Linear}  # the head that is drawn for the task stays as it is
+    with pytest.raises(DeltaError, match="beside quantised weights"):
+        merge_delta(source, found.delta, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_resumed_run_has_the_bytes_of_one_without_a_stop(config, tmp_path):
+    whole = run(config)
+    part = dataclasses.replace(config, out=str(tmp_path / "part"))
+    run(part)
+    (tmp_path / "part" / "delta.safetensors").unlink()
+    again = run(part, resume=tmp_path / "part" / "checkpoint-2")
+    assert again.delta.read_bytes() == whole.delta.read_bytes()
+
+
+def test_runs_without_it_keep_their_records_and_keys(config):
+    plain = dataclasses.replace(config, quantise=None)
+    assert "quantise" not in settings_of(plain)
+    assert settings_of(config)["quantise"] == "own"
+    settings = {"model": "demo", "task": "glue/rte", "budget": 1000}
+    assert Cell("main", settings).key != Cell("main", {**settings, "quantise": "own"}).key
+    with pytest.raises(ConfigError, match="Unknown quantise 'int3'"):
+        dataclasses.replace(config, quantise="int3")
+
+
+def test_only_linear_layers_with_weights_of_their_own_are_quantised(monkeypatch):
+    monkeypatch.setitem(QUANTISED, "own", lambda: Rows8)
+    model = nn.Sequential(nn.Embedding(6, 8), nn.Linear(8, 8), nn.Linear(8, 6, bias=False), nn.Linear(8, 3))
+    model[2].weight = model[0].weight
+    assert quantise(model, "own", keep=["3.weight"]) == 1
+    assert [type(layer) for layer in model] == [nn.Embedding, Rows8, nn.Linear, nn.Linear]
+    with pytest.raises(ConfigError, match="Unknown quantisation"):
+        quantise(model, "int3")
+    assert bytes_saved(nn.Sequential(nn.Linear(64, 64)), "int8") == 4 * 64 * 64 - 64 * 64 - 4 * 64
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_the_kinds_of_the_libraries(kind):
+    pytest.importorskip({"int8": "torchao", "nf4": "bitsandbytes"}[kind], reason="the extra quant is not installed")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64)).eval()
+    x, before = torch.randn(5, 64), sum(p.nbytes for p in model.parameters())
+    wanted = model(x)
+    assert quantise(model, kind) == 2
+    weights = st.Scope(exclude="*bias").find(model).tensors
+    stored = sum(tensor.quantised.nbytes for tensor in weights if tensor.quantised is not None)
+    assert stored < before / (3.9 if kind == "int8" else 7)
+    assert model[0].bias.requires_grad
+    with torch.no_grad():
+        assert float((model(x) - wanted).norm() / wanted.norm()) < (0.02 if kind == "int8" else 0.2)
+    tuner = st.attach(model, st.id3(budget=50, steps=2))
+    model(x).sum().backward()
+    assert tuner.verify().selected == 25
+    tuner.detach()
