@@ -28,7 +28,11 @@ from selectune.tasks.labels import form_of
 
 SCHEDULES = ("linear", "cosine", "constant")
 OPTIMIZERS = ("adamw", "adamw-entry", "sm3")  # as selectune.runs.trainer makes them
-LEARNING_RATES = {"full": 5e-5, "child-tuning-d": 4e-5, "child-tuning-f": 4e-5, "spiel-ma": 2e-3}
+LEARNING_RATES = {
+    "full": 5e-5, "child-tuning-d": 4e-5, "child-tuning-f": 4e-5, "spiel-ma": 2e-3, "bitfit": 2e-3,
+    # entries that no gradient has chosen need long steps (docs/results/core.md)
+    **dict.fromkeys(("random", "increment-random", "repeat-random", "pafi", "increment-pafi", "paca"), 8e-3),
+}  # fmt: skip
 DENSE_RATES = {"lt-sft": 5e-5, "diff-pruning": 1e-5}  # the papers' rates for dense steps
 LEARNING_RATE = 5e-4
 _MANY = 1 << 30  # in place of a number of steps that is not known yet
@@ -40,9 +44,9 @@ class RunConfig:
 
     `method`: a recipe with its options, `id3:exp=1,every=10`, or an adapter that is trained in full, `lora:r=16`. `on`:
     an adapter under a recipe, `pfeiffer`. `budget`: a count (int), a density (float below 1), or an adapter with as
-    many scalars, `lora:r=2`. `lr` None: 5e-5 for `full`, 4e-5 for Child-Tuning, an adapter's own in
-    `selectune.adapters.KINDS`, 5e-4 for the others. `epochs`, `eval_every`, `max_length` None: the papers' values for
-    the task. `seed` draws the head, the data order, dropout and the method's choices. `batch_size` rows make one
+    many scalars, `lora:r=2`. `lr` None: 5e-5 for `full`, 4e-5 for Child-Tuning, 2e-3 for BitFit and SpIEL-MA, 8e-3
+    where no gradient chooses (random, PaFi, PaCA), an adapter's own in `selectune.adapters.KINDS`, 5e-4 for the
+    others. `epochs`, `eval_every`, `max_length` None: the papers' values for the task. `seed` draws the head, the data order, dropout and the method's choices. `batch_size` rows make one
     backward pass and `accumulation` passes make one step. `save_every`: steps between checkpoints; the newest `keep`
     remain (None: all), and they hold the model only with `full_checkpoints`. `group_by_length` batches rows of similar
     length, which saves padding (half the tokens on STS-B) and changes the order. `report_to`: trackers of transformers
