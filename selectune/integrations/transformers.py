@@ -97,7 +97,13 @@ class SelectuneCallback(TrainerCallback):
         return self._tuner if isinstance(self._tuner, Tuner) else self._tuner()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps weights out of the attached model until training starts."""
+        """Keeps weights out of the attached model until training starts. Raises ConfigError for `fsdp=`."""
+        if getattr(args, "fsdp", None):
+            raise ConfigError(
+                f"TrainingArguments(fsdp={args.fsdp!r}) shards the model after the tuner was attached, and a tuner is "
+                "attached to a model that is sharded already. Leave fsdp= out, so that the Trainer takes "
+                "DistributedDataParallel, or write a loop of your own: fully_shard, then attach (docs/scale.md)."
+            )
         self._go_first()
         self._release()
         for _, variables in methods_of(Trainer):

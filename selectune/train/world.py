@@ -140,7 +140,8 @@ class World:
         if self._looked or model is None:
             return
         self._looked = True
-        if not self._shards and (fsdp_modules(model) or any(is_sharded(p) for p in model.parameters())):
+        split = any(is_sharded(p) or hasattr(p, "ds_id") for p in model.parameters())  # the latter by DeepSpeed
+        if not self._shards and (split or fsdp_modules(model)):
             raise TunerError(
                 "The model was sharded between the processes after the tuner was attached, so the tuner holds weights "
                 "that no longer take part. Call fully_shard first, and attach then."

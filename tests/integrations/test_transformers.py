@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,12 @@ def test_checkpoints_of_a_dense_phase_are_dense(loaded, rows, tmp_path, tiny, ma
     assert sum(s.numel() for s in moments) == 2 * 60
     tuner.detach()
     assert weights_digest(loaded.model) == base
+
+
+def test_a_trainer_that_shards_is_refused():
+    tuner = st.attach(torch.nn.Linear(8, 4), st.id3(budget=6, steps=STEPS))
+    with pytest.raises(ConfigError, match=r"fsdp=True\) shards the model after.*fully_shard, then"):
+        SelectuneCallback(tuner).on_init_end(SimpleNamespace(fsdp=True), None, None)
 
 
 def test_another_model_is_refused(loaded, rows, tmp_path, tiny):
