@@ -40,7 +40,7 @@ def quantise(model: nn.Module, kind: str, keep: Iterable[str] = ()) -> int:
 def bytes_saved(model: nn.Module, kind: str) -> int:
     """By how many bytes `quantise` makes a model smaller. Reads no weight."""
     weights = [getattr(parent, name).weight for parent, name in _places(model, ())]
-    return sum(w.nbytes - (w.numel() + 4 * w.shape[0] if kind == "int8" else w.numel() * 33 // 64) for w in weights)
+    return sum(w.nbytes - (w.numel() + 5 * w.shape[0] if kind == "int8" else w.numel() * 33 // 64) for w in weights)
 
 
 def _places(model: nn.Module, keep: Iterable[str]) -> list[tuple[nn.Module, str]]:
@@ -77,6 +77,7 @@ def _nf4() -> Callable[[nn.Linear], nn.Module]:
         )
         new.weight = modules.Params4bit(weight, requires_grad=False, quant_type="nf4", module=new).to(weight.device)
         new.bias, new.training = layer.bias, layer.training
+        new.support_avx512bf16_for_cpu = False  # in eval mode it would store the weight anew and round its scales
         return new
 
     return made
