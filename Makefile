@@ -106,7 +106,7 @@ format: setup ## sort imports, format
 lock: ## resolve requirements/lock.txt and docs.txt anew from pyproject.toml
 	$(BIN)/python -m pip install -qq pip-tools==7.6.2
 	$(BIN)/pip-compile --quiet --extra hf --extra generation --extra trl --extra lightning --extra bench \
-		--extra plot --extra study --extra ray --extra dev -c requirements/torch.txt \
+		--extra plot --extra study --extra ray --extra quant --extra dev -c requirements/torch.txt \
 		--unsafe-package torch --generate-hashes --strip-extras --annotation-style line --no-header \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
 		--output-file requirements/lock.txt pyproject.toml
