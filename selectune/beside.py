@@ -20,8 +20,8 @@ from selectune.bits import int_view
 from selectune.internals import never_compiled
 from selectune.quantised import BESIDE, Quantised
 
-Node = Callable[[Tensor, Tensor], Tensor]
-"""(input, output of the layer as it is) -> output with the values, as an attached tuner computes it."""
+Node = Callable[[Tensor, Tensor, nn.Module], Tensor]
+"""(input, output of the layer as it is, layer) -> output with the values, as an attached tuner computes it."""
 
 
 class SideValues:
@@ -95,7 +95,7 @@ class SideValues:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         x = args[0] if args else kwargs["input"]
         if self.node is not None:
-            return self.node(x, output)
+            return self.node(x, output, module)
         return self.added(x, output) if self.held[0].numel() else None
 
     def added(self, x: Tensor, output: Tensor) -> Tensor:

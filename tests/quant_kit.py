@@ -71,7 +71,9 @@ def _bitsandbytes(bits: int) -> Callable[[nn.Module], None]:
         def packed(linear: nn.Linear) -> nn.Module:
             shape = linear.in_features, linear.out_features
             options: dict[str, Any] = {"compute_dtype": torch.float32} if bits == 4 else {"has_fp16_weights": False}
-            made = (library.nn.Linear4bit if bits == 4 else library.nn.Linear8bitLt)(*shape, **options)
+            made = (library.nn.Linear4bit if bits == 4 else library.nn.Linear8bitLt)(
+                *shape, bias=linear.bias is not None, **options
+            )
             made.load_state_dict(linear.state_dict())
             return made.to("cpu")
 
@@ -99,7 +101,7 @@ EXACT = [kind for kind in QUANTISE if kind != "llm-int8"]  # layers that multipl
 
 def net(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.LayerNorm(48), nn.Linear(48, 16))
+    return nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.LayerNorm(48), nn.Linear(48, 16, bias=False))
 
 
 def base(kind: str, seed: int = 0) -> Any:
@@ -117,7 +119,8 @@ def dequantised(model: Any) -> nn.Sequential:
             if isinstance(mine, nn.Linear):
                 weight = quantised.quantised_weights(theirs)[id(theirs.weight)]
                 mine.weight.copy_(weight.dequantise())
-                mine.bias.copy_(theirs.bias)
+                if mine.bias is not None:
+                    mine.bias.copy_(theirs.bias)
             else:
                 mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
     return plain

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from selectune import bits, ops
 from selectune.beside import product, with_product
 from selectune.internals import saved_tensors_are_hooked
+from selectune.quantised import Quantised
 from selectune.train.graph.recompute import forget, rebuilt, source
 from selectune.train.support.pages import Page, Spots
 
@@ -174,13 +175,16 @@ class SparseLinear(torch.autograd.Function):
 class SparseBeside(torch.autograd.Function):
     """y + x S^T: what a layer with a quantised weight gives, and the offsets S beside it.
 
-    The gradient of S is that of the weight, dy^T x, at its support only, or dense on a selecting step.
+    The gradient of S is that of the weight, dy^T x, at its support only, or dense on a selecting step. With `weight`
+    the gradient of x includes the layer's, dy dequantised(W), and y gets none.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, x: Tensor, piece: Tensor, rows: Tensor, cols: Tensor, values: Tensor, link: Link
-    ) -> Tensor:
+        ctx: Any, output: Tensor, x: Tensor, piece: Tensor, rows: Tensor, cols: Tensor, values: Tensor, link: Link,
+        weight: Quantised | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.weight = weight
         ctx.link, ctx.wide, ctx.shape, ctx.source = link, piece.dtype, x.shape, source(x)
         ctx.save_for_backward(x if ctx.source is None else None, rows, cols, values)
         return with_product(output, x, rows, cols, values)
@@ -191,6 +195,8 @@ class SparseBeside(torch.autograd.Function):
         x, rows, cols, values = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
             dx = product(dy, cols, rows, values, ctx.shape[-1]).to(dy.dtype) if ctx.needs_input_grad[1] else None
+            if dx is not None and ctx.weight is not None:
+                dx += (_rows(dy) @ ctx.weight.dequantise().to(dy.dtype)).view(ctx.shape)
             x = rebuilt(ctx.source) if x is None else x
             flat_dy, flat_x = _rows(dy), _rows(x)
             piece = _at_support(
@@ -199,7 +205,7 @@ class SparseBeside(torch.autograd.Function):
                 lambda: ops.weight_gradient(flat_dy, flat_x),
                 (flat_dy, flat_x),
             ).to(ctx.wide)
-        return dy, dx, piece, None, None, None, None
+        return None if ctx.weight is not None else dy, dx, piece, None, None, None, None, None
 
 
 class SparseLayerNorm(torch.autograd.Function):

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selectune.beside import SideValues
+from selectune.beside import Node, SideValues
 from selectune.internals import in_transform
+from selectune.quantised import Quantised
 from selectune.train.graph.nodes import Link, SparseBeside, SparseEmbedding, SparseLayerNorm, SparseLinear
 from selectune.train.graph.weights import SPARSE, Place, Use, Weight, tapped, use_of
 
@@ -85,10 +86,13 @@ def embedding(
     return SparseEmbedding.apply(input, use.piece.to(input.device), use.weight, padding, use.link)
 
 
-def beside(side: SideValues, place: Place) -> Callable[[Tensor, Tensor], Tensor]:
-    """The node of a quantised weight: (input, output of its layer) -> output with the values beside it."""
+def beside(side: SideValues, weight: Quantised, place: Place) -> Node:
+    """The node of a quantised weight: (input, output of its layer, layer) -> output with the values beside it.
 
-    def node(x: Tensor, output: Tensor) -> Tensor:
+    Without a bias the library's part of the graph is dropped, since some keep the dequantised weight until backward.
+    """
+
+    def node(x: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
         if not torch.is_grad_enabled():
             place.user.used_without_gradients()
             return side.added(x, output)
@@ -97,7 +101,9 @@ def beside(side: SideValues, place: Place) -> Callable[[Tensor, Tensor], Tensor]
             return side.added(x, output)
         x = x.to(output.dtype)
         piece, link = _counted(use, x)
-        return SparseBeside.apply(output, x, piece, *side.coordinates(x.device), link)
+        alone = getattr(layer, "bias", None) is None
+        mine = (output.detach(), weight) if alone else (output, None)
+        return SparseBeside.apply(mine[0], x, piece, *side.coordinates(x.device), link, mine[1])
 
     return node
 

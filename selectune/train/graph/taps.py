@@ -108,7 +108,7 @@ class Taps:
             follow(tensor.used, self, tensor.index)
         else:
             side = side_of(tensor.quantised)
-            side.follow(sparse.beside(side, Place(self, tensor.index, type(tensor.parameter))))
+            side.follow(sparse.beside(side, tensor.quantised, Place(self, tensor.index, type(tensor.parameter))))
 
     def _let_go(self, tensor: ScopedTensor) -> None:
         if tensor.quantised is None:
