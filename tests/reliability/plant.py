@@ -139,8 +139,8 @@ BUGS = {
     15: Bug(
         "the old values are not compared with their digest",
         "selectune.delta.live.base_check:check_base",
-        "!= part.base_digest:",
-        "!= part.base_digest and False:",
+        "under)) != part.base_digest:",
+        "under)) != part.base_digest and False:",
         "tests/delta/test_delta_wrong_base.py::test_wrong_base_is_refused[1 ulp in a selected weight]",
     ),
     16: Bug(
