@@ -17,9 +17,12 @@ from selectune.tasks import OWN, OwnRows, Task
 RUN = "run.json"
 MAX_RUN = 1 << 26
 _SETTINGS = (
-    "task", "method", "on", "budget", "lr", "epochs", "max_steps", "batch_size", "accumulation", "max_length", "seed",
-    "warmup", "schedule", "weight_decay", "max_grad_norm", "dtype",
+    "revision", "task", "pattern", "shots", "method", "on", "budget", "lr", "optimizer", "epochs", "max_steps",
+    "batch_size", "accumulation", "max_length", "seed", "warmup", "schedule", "weight_decay", "max_grad_norm",
+    "hold_out", "train_size", "train_size_seed", "dtype", "quantise",
 )  # fmt: skip
+_LISTS = ("words", "include", "exclude", "train_fully")
+_FLAGS = ("group_by_length", "trust_remote_code")
 
 
 def task_on(
@@ -174,7 +177,8 @@ def run_of(path: str | Path) -> tuple[dict[str, float], list[str]]:
     metrics = {f"{name} on {task}": float(value) for name, value in values.items() if isinstance(value, int | float)}
     if config.get("train") or config.get("plugin") or config.get("data") or not isinstance(base, str):
         return metrics, []
-    named = {name: config[name] for name in _SETTINGS if config.get(name) not in (None, False)}
-    patterns = [(name, value) for name in ("include", "exclude", "train_fully") for value in config.get(name) or ()]
-    words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in [*named.items(), *patterns]]
+    named = [(name, config[name]) for name in _SETTINGS if config.get(name) is not None]
+    named += [(name, value) for name in _LISTS for value in config.get(name) or ()]
+    words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in named]
+    words += [f"--{name.replace('_', '-')}" for name in _FLAGS if config.get(name)]
     return metrics, [f"selectune train --model {shlex.quote(base)} {' '.join(words)} --out RUN"]

@@ -17,9 +17,10 @@ from typing import Any
 
 from selectune import plugins
 from selectune.bench.meter import Memory
+from selectune.delta import load
 from selectune.errors import CheckpointError, ConfigError, SelectuneError, StoppedError
 from selectune.files import checkpoints, read_json, write_durably
-from selectune.models.restore import Source, evaluate_delta
+from selectune.models.restore import Source, evaluate_delta, in_form
 from selectune.runs.config import RunConfig
 from selectune.runs.folder import run_folder
 from selectune.runs.result import RunResult
@@ -115,7 +116,7 @@ def _elsewhere(cell: Cell, key: str, found: RunResult) -> list[Record]:
     config, records = cell.config, []
     source = Source(config.model, config.revision, config.dtype, config.trust_remote_code)
     for name in cell.measure:
-        task = plugins.task(name)
+        task = in_form(plugins.task(name), load(found.delta))
         there = evaluate_delta(source, found.delta, task, config.data, config.max_length, config.seed, None)
         setting = dataclasses.replace(setting_of(cell), task=name)
         records.append(

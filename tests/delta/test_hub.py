@@ -26,6 +26,7 @@ from selectune.delta import Delta
 from selectune.errors import ConfigError, DeltaError, DeltaFormatError, HubError
 from selectune.models.evaluate import Evaluation
 from selectune.models.recorded import run_of
+from selectune.runs.config import RunConfig
 
 hf: Any = pytest.importorskip("huggingface_hub", reason="pip install 'selectune[hub]' is needed")
 constants: Any = import_module("huggingface_hub.constants")
@@ -257,6 +258,16 @@ def test_the_command_in_the_card_is_that_of_the_run(tmp_path: Path):
     given = {name: value for name, value in context.params.items() if name in config and value is not None}
     assert given.items() >= {**{k: config[k] for k in ("task", "method", "max_steps", "include", "seed")},
                              "budget": "500", "model": "demo"}.items()  # fmt: skip
+    whole = RunConfig(
+        model="demo", task="glue/rte", budget=500, seed=0, max_grad_norm=0.0, pattern="{} {} is", words=("yes", "no"),
+        shots=2, optimizer="sm3", quantise="nf4", train_size=50, hold_out=0.1, group_by_length=True, revision="v1",
+    )  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps({**told, "config": whole.as_json()}))
+    words = shlex.split(run_of(tmp_path)[1][0])
+    again = get_command(app).commands["train"].make_context("train", words[2:]).params  # pyright: ignore
+    wanted = {name: value for name, value in whole.as_json().items() if value is not None and name not in ("budget",)}
+    assert {name: again[name] for name in wanted if again[name]} == {n: v for n, v in wanted.items() if v}
+    assert (again["seed"], again["max_grad_norm"]) == (0, 0.0)
     (tmp_path / "run.json").write_text(json.dumps({**told, "config": {**config, "train": "/home/me/rows.csv"}}))
     assert run_of(tmp_path)[1] == []
     assert run_of(tmp_path / "elsewhere") == ({}, [])

@@ -20,6 +20,8 @@ from selectune.models.bases import load_model
 from selectune.models.restore import Source, evaluate_delta, task_of, verify_delta
 from selectune.runs.config import RunConfig
 from selectune.runs.training import run
+from selectune.study import attempt
+from selectune.study.workspace import CELL, DONE
 from selectune.tasks import Cloze, Example
 
 pytest_plugins = ("tiny_fixtures",)
@@ -184,6 +186,19 @@ def test_examples_in_context_stand_before_every_row(form, data, tmp_path):
         RunConfig(model="demo", task=RTE.name, budget=10, shots=2)
 
 
+def test_a_study_measures_a_cloze_on_a_further_task(causal, data, tmp_path, monkeypatch):
+    rows = [{"sentence1": "a dog", "sentence2": "the cat", "label": i % 2, "idx": i} for i in range(4)]
+    write_rows(data / "glue/mrpc/validation.jsonl", rows)
+    settings = {"model": str(causal), "task": RTE.name, "budget": 50, "max_steps": 1, "pattern": NEXT, "words": SAID,
+                "data": str(data), "out": str(tmp_path)}  # fmt: skip
+    told = {"phase": "main", "settings": settings, "measure": ["glue/mrpc"], "name": None, "title": None, "key": "k"}
+    (tmp_path / CELL).write_text(json.dumps(told))
+    monkeypatch.setattr(attempt, "_listen", lambda stop: None)
+    assert attempt.main(tmp_path) == 0, (tmp_path / attempt.ERROR).read_text()
+    last = json.loads((tmp_path / DONE).read_text())["records"][-1]
+    assert (last["setting"]["task"], last["examples"]) == ("glue/mrpc", 4)
+
+
 def test_a_long_row_loses_the_end_of_its_longest_text(form, caplog):
     folder, task, _ = form
     tokenizer = load_model(str(folder), task.head, 0).tokenizer
@@ -224,6 +239,12 @@ def test_words_and_models_that_do_not_fit_are_told(causal, masked):
         task.encode(tokenizer, examples(), 32)
     with pytest.raises(TaskError, match="in its own text"):
         task.encode(load_model(str(masked), task.head, 0).tokenizer, [Example(("a [MASK]", "b"), 0)], 32)
+    shown = tasks.with_shots(task, [Example(("a [MASK]", "b"), 0)])
+    with pytest.raises(TaskError, match="in its own text"):
+        shown.encode(load_model(str(masked), task.head, 0).tokenizer, examples(), 64)
+    tokenizer.mask_token = "<mask>"
+    with pytest.raises(TaskError, match=r"Write \[MASK\]"):
+        tasks.as_cloze(RTE, "{} {} is <mask>", SAID).encode(tokenizer, examples(), 32)
     with pytest.raises(ConfigError, match="glue/stsb is a regression"):
         tasks.as_cloze(tasks.get("glue/stsb"), "{} {}", SAID)
     with pytest.raises(ConfigError, match="words are those of a pattern"):

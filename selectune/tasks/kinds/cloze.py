@@ -73,10 +73,15 @@ class Cloze(Classification):
                 f"The pattern {short(self.pattern)} has {BLANK}, and this model's tokenizer has no mask. Without "
                 f"{BLANK} the word that follows the pattern is asked for, which suits a causal language model."
             )
+        if not self.masked and tokenizer.mask_token is not None and tokenizer.mask_token in self.pattern:
+            raise TaskError(
+                f"The pattern {short(self.pattern)} has {tokenizer.mask_token}, which this model's tokenizer calls its "
+                f"mask. Write {BLANK} for the blank."
+            )
         words = self._tokens_of_words(tokenizer)
         rows, cut = [], 0
         for example in examples:
-            if mask is not None and any(mask in text for text in example.texts):
+            if mask is not None and any(mask in text for text in (self.context, *example.texts)):
                 raise TaskError(f"A row of {task.name} has {mask} in its own text: {short(' '.join(example.texts))}.")
             tokens, shortened = self._fitted(tokenizer, example.texts, task, max_length)
             cut += shortened
