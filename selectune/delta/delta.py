@@ -138,14 +138,21 @@ def file_of(path: str | os.PathLike[str]) -> Path:
 def load(path: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Delta:
     """Read a delta from its file, from a directory that holds delta.safetensors, or from the Hugging Face hub.
 
-    A text `org/name` or `org/name@revision` that is no file or folder here is a repository on the hub. `revision`: a
-    branch, tag or commit of it; `Delta.origin` says which commit it was. The file is read once into memory and its
-    digests are compared; nothing in it is run and no other file is opened.
+    A text `org/name` or `org/name@revision` that is no file or folder here is a repository on the hub; if there is a
+    folder `org` here, only with a revision. `revision`: a branch, tag or commit of it; `Delta.origin` says which commit
+    it was. The file is read once into memory and its digests are compared; nothing in it is run and no other file is
+    opened.
 
     Raises DeltaError if there is none, HubError if the hub does not give it, DeltaFormatError if it is anything but an
     intact delta.
     """
     given, path, origin = path, Path(path), None
+    named = revision is not None or "@" in str(given)
+    if hub.is_repo(given) and not path.exists() and path.parent.is_dir() and not named:
+        raise DeltaError(
+            f"{path} does not exist, though its folder {path.parent} does. If it names a repository of the hub, add a "
+            f"revision: {given}@main."
+        )
     if hub.is_repo(given) and not path.exists():
         path = hub.fetched(str(given), revision, token)
         origin = f"{str(given).partition('@')[0]}@{path.parent.name}"

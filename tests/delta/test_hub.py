@@ -127,6 +127,8 @@ def test_what_lies_here_is_taken_and_the_hub_is_not_asked(hub: Hub):
             st.load(missing)
     with pytest.raises(ConfigError, match="revision=v1 is for deltas on the hub"):
         st.load("org/name", revision="v1")
+    with pytest.raises(DeltaError, match=r"org/typo does not exist, though its folder org does.*org/typo@main"):
+        st.load("org/typo")
     assert not hub.requests
 
 

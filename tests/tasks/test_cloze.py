@@ -237,6 +237,9 @@ def test_words_and_models_that_do_not_fit_are_told(causal, masked):
     tokenizer = load_model(str(causal), tasks.as_cloze(RTE, NEXT, SAID).head, 0).tokenizer
     with pytest.raises(TaskError, match="tokenizer has no mask"):
         task.encode(tokenizer, examples(), 32)
+    backwards = tasks.as_cloze(RTE, NEXT, SAID)
+    with pytest.raises(TaskError, match="BertLMHeadModel reads what follows a word"):
+        backwards.fits(load_model(str(masked), backwards.head, 0).model)
     with pytest.raises(TaskError, match="in its own text"):
         task.encode(load_model(str(masked), task.head, 0).tokenizer, [Example(("a [MASK]", "b"), 0)], 32)
     shown = tasks.with_shots(task, [Example(("a [MASK]", "b"), 0)])

@@ -59,11 +59,18 @@ class Cloze(Classification):
         return Head("AutoModelForMaskedLM" if self.masked else "AutoModelForCausalLM")
 
     def fits(self, task: Task, model: Any) -> None:
-        """Raises TaskError for a causal model that cannot give the logits of some places only."""
-        if not self.masked and "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
+        """Raises TaskError for a model that is not causal, or cannot give the logits of some places only."""
+        if self.masked:
+            return
+        if "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
             raise TaskError(
                 f"{type(model).__name__} has no logits_to_keep, so the logits of a blank cannot be asked for alone. "
                 f"{task.name} as a cloze needs a causal model that has it."
+            )
+        if _looks_ahead(model):
+            raise TaskError(
+                f"{type(model).__name__} reads what follows a word, so it is no causal language model. Give the "
+                f"pattern a blank for it: {BLANK}."
             )
 
     def encode(self, task: Task, tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Features]:
@@ -210,6 +217,19 @@ def with_shots(task: Task, examples: Sequence[Example]) -> Task:
             f"{LONGEST:,} are kept. Give fewer."
         )
     return dataclasses.replace(task, kind=dataclasses.replace(task.kind, context=context))
+
+
+@torch.no_grad()
+def _looks_ahead(model: Any) -> bool:
+    """Whether the first token's logits depend on the last token."""
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    try:
+        first = model(input_ids=ids).logits[:, 0]
+    finally:
+        model.train(training)
+    return bool((first[0] - first[1]).abs().max() > 8 * torch.finfo(first.dtype).eps * first.abs().max())
 
 
 def _at_blanks(logits: Tensor, labels: Tensor) -> Tensor:
