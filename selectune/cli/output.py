@@ -88,7 +88,7 @@ def working() -> Iterator[None]:
 
 def log_to_stderr(verbose: bool) -> None:
     """Sends selectune's log to stderr: warnings, and with `verbose` also information."""
-    for chatty in ("torch.utils._pytree", "torchao", "bitsandbytes"):  # as peft imports them, used or not
+    for chatty in ("torch.utils", "torchao", "bitsandbytes"):  # as peft imports them, used or not
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     logger = logging.getLogger("selectune")
     for old in [h for h in logger.handlers if isinstance(h, _Handler)]:

@@ -9,10 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from selectune.runs.stop import Stop
+
+AGAIN = 0.05
+"""Seconds until a signal is sent again whose exception Python ignored, as it does in a finalizer."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -33,6 +37,7 @@ class _State:
     received: int | None = None
     raised: StoppedBySignal | None = None
     stop: Stop | None = None  # of the run, if one is going on
+    hook: Any = sys.__unraisablehook__
 
 
 _state = _State()
@@ -43,6 +48,8 @@ def watch() -> None:
     _state.received = _state.stop = _state.raised = None
     for number in SIGNALS:
         signal.signal(number, _received)
+    if sys.unraisablehook is not _ignored:
+        _state.hook, sys.unraisablehook = sys.unraisablehook, _ignored
 
 
 def heed(stop: Stop) -> None:
@@ -71,6 +78,17 @@ def _received(number: int, frame: Any) -> None:
         raise _state.raised
     stop.ask(number)
     _say(f"{_NAMES[number]}: finishing the step, then saving a checkpoint; a second one stops at once.")
+
+
+def _ignored(told: Any) -> None:
+    """An exception was raised where none can leave; that of a signal is to be raised a moment later."""
+    if _state.received is None or told.exc_value is not _state.raised:
+        _state.hook(told)
+        return
+    again = threading.Timer(AGAIN, os.kill, (os.getpid(), _state.received))
+    again.daemon = True
+    _state.received = _state.raised = None
+    again.start()
 
 
 def _say(text: str) -> None:

@@ -77,6 +77,30 @@ def test_a_run_is_resumable_or_says_why(command, tmp_path, straight, trial):
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp") or path.name == ".selectune.lock"]
 
 
+IN_A_FINALIZER = """
+import signal, time
+from selectune.cli import signals
+signals.watch()
+class Dying:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+try:
+    Dying()
+    time.sleep(20)
+except signals.StoppedBySignal as stopped:
+    print("stopped by", stopped.signal)
+"""
+
+
+def test_a_signal_in_a_finalizer_stops_a_moment_later():
+    """Python ignores exceptions there, and would print a traceback and go on."""
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_FINALIZER], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == f"stopped by {signal.SIGINT.value}\n"
+    assert done.stderr == ""
+
+
 def test_the_second_stops_at_once(tiny, data, tmp_path):
     """The first waits for a step that never ends; the second does not."""
     code = (

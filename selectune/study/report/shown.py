@@ -106,7 +106,7 @@ def content(material: Material, against: str | None = None) -> Shown:
 
     If it is None: full fine-tuning, or the first method. Raises ConfigError for a reference that has no finished run.
     """
-    labels = _labels({record.setting for record in material.runs})
+    labels = _labels(dict.fromkeys(record.setting for record in material.runs))
     reference = _reference(labels, against)
     apart, cautions = ({}, ()) if material.single else differences((*material.records, *material.search), reference)
     by_model: dict[str, list[Record]] = defaultdict(list)
