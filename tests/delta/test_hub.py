@@ -1,5 +1,6 @@
 """Deltas on the hub, against a stand-in of its API: pushed and loaded bit for bit, and every refusal is a sentence."""
 
+# ruff: noqa: E402  (what follows needs packages that the core is tested without)
 from __future__ import annotations
 
 import json
@@ -16,6 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+
+hf: Any = pytest.importorskip("huggingface_hub", reason="pip install 'selectune[hub]' is needed")
+pytest.importorskip("typer", reason="the command line's package, which the core is tested without, is needed")
+
 from cli_kit import call
 from hub_kit import TOKEN, Hub, Repo, stand_in
 from typer.main import get_command
@@ -28,7 +33,6 @@ from selectune.models.evaluate import Evaluation
 from selectune.models.recorded import run_of
 from selectune.runs.config import RunConfig
 
-hf: Any = pytest.importorskip("huggingface_hub", reason="pip install 'selectune[hub]' is needed")
 constants: Any = import_module("huggingface_hub.constants")
 RESOLVE = "/{repo_id}/resolve/{revision}/{filename}"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
