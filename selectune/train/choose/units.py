@@ -31,7 +31,7 @@ def rank_units(
     broken: list[str] = []
     for tensor in tensors:
         count = quota if counts is None else counts[tensor.index]
-        if count == 0 or tensor.weight.numel() == 0:
+        if count == 0 or tensor.form.numel() == 0:
             continue
         if "subnet" in structure.all_units:
             scores, flat = _of_a_subnet(score, tensor, scored, generator, count)
@@ -58,7 +58,8 @@ def _of_tiles(
 ) -> tuple[Tensor, Tensor]:
     """Of the best units: the unit's score for each entry (k,), and flat indices (k,), at most `count`."""
     tile = structure.tile(tensor)
-    free = tensor.matrix(_free(tensor))
+    allowed = _free(tensor)
+    free = tensor.matrix(allowed)
     size = pooled(free, tile)
     if score.reads is Reads.NOTHING:
         units = score(torch.zeros(size.numel()), None, generator).to(size).view(size.shape)
@@ -78,7 +79,7 @@ def _of_tiles(
     place = torch.full_like(flat_units, -1, dtype=torch.int64)
     place[order] = torch.arange(order.numel(), device=order.device)
     of_entry = tensor.stored(spread(place.view(units.shape), tile, tensor.shape)).reshape(-1)
-    flat = ((of_entry >= 0) & _free(tensor).reshape(-1)).nonzero()[:, 0]
+    flat = ((of_entry >= 0) & allowed.reshape(-1)).nonzero()[:, 0]
     flat = flat[torch.argsort(of_entry[flat], stable=True)][:count]
     return flat_units[order[of_entry[flat]]], flat
 
@@ -97,13 +98,14 @@ def _of_a_subnet(
     free = tensor.matrix(_free(tensor))
     rows, columns = (free.any(1 - side).nonzero()[:, 0] for side in (0, 1))  # without a padding row
     i, j = subnet(matrix[rows][:, columns], count)
-    numbers = tensor.matrix(torch.arange(matrix.numel(), device=matrix.device).view(tensor.weight.shape))
+    numbers = tensor.matrix(torch.arange(matrix.numel(), device=matrix.device).view(tensor.form.shape))
     flat = numbers[rows[i], columns[j]]
     return torch.full(flat.shape, float(matrix[rows[i], columns[j]].mean()), dtype=torch.float64), flat
 
 
 def _free(tensor: ScopedTensor) -> Tensor:
     """Whether an entry may be selected, in the tensor's shape."""
-    free = torch.ones(tensor.weight.numel(), dtype=torch.bool, device=tensor.weight.device)
+    form = tensor.form  # its numbers are not read: a quantised or sharded weight would make all of them
+    free = torch.ones(form.numel(), dtype=torch.bool, device=form.device)
     free[barred_entries(tensor, None)] = False
-    return free.view(tensor.weight.shape)
+    return free.view(form.shape)

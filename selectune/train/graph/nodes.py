@@ -162,13 +162,7 @@ class SparseLinear(torch.autograd.Function):
                 ).to(ctx.wide)
             if ctx.link is not None:
                 x = rebuilt(ctx.source) if x is None else x
-                flat_x = _rows(x)
-                piece = _at_support(
-                    ctx.link,
-                    lambda spots: ops.sampled_matmul(flat_dy, flat_x, *spots.coordinates(flat_x.shape[-1])),
-                    lambda: ops.weight_gradient(flat_dy, flat_x),
-                    (flat_dy, flat_x),
-                ).to(ctx.wide)
+                piece = _of_linear(ctx.link, flat_dy, _rows(x)).to(ctx.wide)
         return dx, piece, None, None, dbias, bias_piece, None
 
 
@@ -198,13 +192,7 @@ class SparseBeside(torch.autograd.Function):
             if dx is not None and ctx.weight is not None:
                 dx += (_rows(dy) @ ctx.weight.dequantise().to(dy.dtype)).view(ctx.shape)
             x = rebuilt(ctx.source) if x is None else x
-            flat_dy, flat_x = _rows(dy), _rows(x)
-            piece = _at_support(
-                ctx.link,
-                lambda spots: ops.sampled_matmul(flat_dy, flat_x, *spots.coordinates(flat_x.shape[-1])),
-                lambda: ops.weight_gradient(flat_dy, flat_x),
-                (flat_dy, flat_x),
-            ).to(ctx.wide)
+            piece = _of_linear(ctx.link, _rows(dy), _rows(x)).to(ctx.wide)
         return None if ctx.weight is not None else dy, dx, piece, None, None, None, None, None
 
 
@@ -278,6 +266,16 @@ def _rows(tensor: Tensor) -> Tensor:
 def _own(output: Tensor) -> Tensor:
     """An output that may be changed in place, which torch forbids for a view made by a Function."""
     return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+
+
+def _of_linear(link: Link, dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient dy^T x of a linear weight at its support (n,), for dy (t, o) and x (t, i)."""
+    return _at_support(
+        link,
+        lambda spots: ops.sampled_matmul(dy, x, *spots.coordinates(x.shape[-1])),
+        lambda: ops.weight_gradient(dy, x),
+        (dy, x),
+    )
 
 
 def _at_support(
