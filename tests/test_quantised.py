@@ -71,6 +71,16 @@ def test_training_beside_is_training_the_dequantised_model(kind, name):
     assert tuner.verify().selected == tuner.selected
 
 
+def test_units_that_are_drawn_read_no_numbers(monkeypatch):
+    """To dequantise a weight costs its whole size; a choice by chance needs its shape only."""
+    read = Quantised.dequantise
+    reads: list[str] = []
+    monkeypatch.setattr(Quantised, "dequantise", lambda self: (reads.append("read"), read(self))[1])
+    tuner = st.attach(base("own"), st.paca(budget=60), seed=3)
+    assert tuner.selected == 60
+    assert reads == []
+
+
 @pytest.mark.parametrize("kind", QUANTISE)
 def test_saved_beside_a_fresh_base_it_gives_the_same_bits(kind, tmp_path):
     model = base(kind)
