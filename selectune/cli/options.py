@@ -42,14 +42,12 @@ Text = Annotated[
     list[str] | None, option("The column of the text; two with a comma: premise,hypothesis.", "--text", panel=ROWS)
 ]
 Label = Annotated[str | None, option("The column of what is to be learned.", "--label", panel=ROWS)]
-Pattern = Annotated[
-    str | None,
-    option(
-        "A task of classes as a cloze, answered by a language model's own head: '{} It was [MASK].' for a masked one, "
-        "'{} It was' for a causal one; {} is the text of the row, and \\n a new line.",
-        "--pattern",
-    ),
-]
+PATTERN = option(
+    "A task of classes as a cloze, answered by a language model's own head: '{} It was [MASK].' for a masked one, "
+    "'{} It was' for a causal one; {} is the text of the row, and \\n a new line.",
+    "--pattern",
+)
+Pattern = Annotated[str | None, PATTERN]
 Words = Annotated[
     list[str] | None,
     option("With --pattern: the word of each class, in the order of the labels, with commas: bad,good.", "--words"),

@@ -23,10 +23,8 @@ from selectune.models.evaluate import batches
 from selectune.models.recorded import known_task
 from selectune.models.restore import Source, ready
 from selectune.tasks.kinds import Generating
+from selectune.tasks.soft import PREDICTION
 from selectune.tasks.sources import NumberedRows
-
-PREDICTION = "prediction"
-"""The key of what is predicted, beside the row's own."""
 
 
 def predict_rows(

@@ -175,7 +175,7 @@ def run_of(path: str | Path) -> tuple[dict[str, float], list[str]]:
     task, base = found.get("task"), (found.get("model") or {}).get("id")
     values = {found.get("metric"): found.get("value"), **(found.get("others") or {})}
     metrics = {f"{name} on {task}": float(value) for name, value in values.items() if isinstance(value, int | float)}
-    if config.get("train") or config.get("plugin") or config.get("data") or not isinstance(base, str):
+    if any(config.get(name) for name in ("train", "plugin", "data", "soft_labels")) or not isinstance(base, str):
         return metrics, []
     named = [(name, config[name]) for name in _SETTINGS if config.get(name) is not None]
     named += [(name, value) for name in _LISTS for value in config.get(name) or ()]

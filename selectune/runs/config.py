@@ -58,8 +58,9 @@ class RunConfig:
     of the training rows instead, as a search for a learning rate should. `train_size`: only so many of the training
     rows, the same for every method and `seed`; see `selectune.tasks.first_rows`. `pattern`, `words`: a task of classes
     as a cloze, which a language model answers with its own head; see `selectune.tasks.Cloze`. `shots`: so
-    many training rows with their words stand before every row of a cloze. `optimizer`: adamw,
-    adamw-entry (each entry counts its own steps) or sm3; None: the method's.
+    many training rows with their words stand before every row of a cloze. `soft_labels`: a file of rows to learn from
+    in place of the training rows, by the probability of each class; see `selectune.tasks.read_soft`. `optimizer`:
+    adamw, adamw-entry (each entry counts its own steps) or sm3; None: the method's.
 
     `quantise`: `int8` or `nf4`: the base's linear layers are quantised after loading and stay so, to the bit, and the
     offsets lie beside them; see docs/how-to/quantised.md.
@@ -117,6 +118,7 @@ class RunConfig:
     words: tuple[str, ...] = ()
     optimizer: str | None = None
     shots: int | None = None
+    soft_labels: str | None = None
 
     def __post_init__(self) -> None:
         plugins.add_files(self.plugin)
@@ -259,6 +261,10 @@ def _check_rows(config: RunConfig) -> None:
     if (config.words or config.shots) and config.pattern is None:
         what = "words are those" if config.words else "shots need the words"
         raise ConfigError(f"{what} of a pattern, and there is none (command line: --pattern TEXT).")
+    if config.soft_labels is not None and config.train_size is not None:
+        raise ConfigError(
+            f"train_size={config.train_size} is a number of the task's own rows, and soft_labels takes their place."
+        )
     if config.task is not None:
         _ = config.the_task
         if given:

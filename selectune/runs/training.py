@@ -102,6 +102,10 @@ class _Run:
             splits["train"] = tasks.first_rows(self.task, splits["train"], config.train_size, config.train_size_seed)
         if config.shots is not None:
             self.task = tasks.with_shots(self.task, tasks.first_rows(self.task, splits["train"], config.shots).examples)
+        if config.soft_labels is not None:
+            self.task = tasks.with_soft_labels(self.task)
+            splits["train"] = tasks.read_soft(self.task, config.soft_labels)
+        self.learned_from = splits["train"].digest
         self.measured_on = splits["validation"].digest
         self.origins = {name: f"{split.origin} ({len(split):,} rows)" for name, split in splits.items()}
         text = None if config.retain is None else text_of(config.retain, config.data)
@@ -307,6 +311,8 @@ class _Run:
             method["cloze"] = {"pattern": config.pattern, "words": words, "labels": labels}
             if isinstance(self.task.kind, tasks.Cloze) and self.task.kind.context:
                 method["cloze"]["context"] = self.task.kind.context
+        if config.soft_labels is not None:
+            method["soft_labels"] = self.learned_from
         info: dict[str, dict[str, Any]] = {"method": method}
         if config.dtype is not None:
             method["dtype"] = config.dtype

@@ -7,6 +7,7 @@ workspace  the folder of a study: what was asked, what is done, what failed
 attempt    the process of a cell
 engines    where cells run: processes of this machine, or a Ray cluster
 summary    what is done, the table, the results as a file, a forecast
+ensemble   runs of several patterns, which label rows that one more run learns from
 runner     starts cells as there is room, and takes their results
 report/    the page of a study or of one run, and its tables for a text
 compare    methods beside a reference, with tests and warnings

@@ -20,7 +20,7 @@ PHASES = ("search", "main")
 _APART = ("out", "data", "report_to", "save_every", "keep", "full_checkpoints", "plugin")
 """Settings that change no number of a run."""
 
-_LATER = ("pattern", "words", "optimizer", "shots", "quantise")
+_LATER = ("pattern", "words", "optimizer", "shots", "quantise", "soft_labels")
 """Settings that runs of earlier versions lack: where they are not set, keys are those of before."""
 
 
@@ -55,7 +55,7 @@ class Cell:
         config = self.config
         told = {**config.as_json(), "method": config.canonical, "lr": config.learning_rate, "phase": self.phase}
         told |= {"measure": self.measure} if self.measure else {}
-        files = (config.train, config.validation, config.retain)
+        files = (config.train, config.validation, config.retain, config.soft_labels)
         told |= {f"bits of {file}": bits for file in files if file and (bits := _bits_of(file))}
         unset = (*_APART, *(name for name in _LATER if not told[name]))
         told = {name: value for name, value in sorted(told.items()) if name not in unset}

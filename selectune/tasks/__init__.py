@@ -5,6 +5,7 @@ sources   rows as they lie in a file or on the hub
 splits    a task's rows: from a folder, the hub or a generator; the first N of them
 own       a task of files and names of columns, without code
 labels    what a kind needs for that: its labels as rows have them, its metric, a constant answer
+soft      the probability of each class in place of one, as an ensemble gives it
 kinds/    which head, and how rows are encoded, collated and predicted
 metrics/  (predictions, answers) -> one number, or several by name
 tables/   the published tasks
@@ -33,6 +34,7 @@ from selectune.tasks.kinds import (
 )
 from selectune.tasks.labels import FORMS
 from selectune.tasks.own import OWN, OwnRows, bare_task, unlabelled
+from selectune.tasks.soft import read_soft, soft_labels, surest, with_soft_labels, write_soft
 from selectune.tasks.sources import read_rows
 from selectune.tasks.splits import DATA, Split, first_rows, load, splits_of
 from selectune.tasks.tables.commonsense import COMMONSENSE
@@ -74,7 +76,7 @@ def get(name: str) -> Task:
 
 __all__ = [
     "TASKS", "get", "load", "splits_of", "first_rows", "DATA", "Split", "FORMS", "OWN", "OwnRows", "KINDS",
-    "bare_task", "unlabelled", "read_rows",
+    "bare_task", "unlabelled", "read_rows", "read_soft", "write_soft", "with_soft_labels", "soft_labels", "surest",
     "Task", "TaskKind", "Head", "Hub", "Example", "Features", "ANSWER",
     "Classification", "Multilabel", "Regression", "Tagging", "Completion", "CompletionLoss", "Seq2Seq", "Choice",
     "Cloze", "Language", "as_cloze", "with_shots",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from selectune.cli import signals, values
 from selectune.cli.options import (
+    PATTERN,
     ROWS,
     Data,
     Dtype,
@@ -45,6 +47,8 @@ TRAIN_EXAMPLES = (
 )
 EVAL_EXAMPLES = "Example:  selectune eval --model demo --delta runs/rte --task glue/rte --json"
 SCOPE, LOOP, FILES = "Scope", "Training", "Files and checkpoints"
+SEVERAL = "Several patterns"
+_ENSEMBLE = ("generations", "growth", "temperature", "student")
 
 
 _REPLACES = {  # a typed option takes the place of these in a file
@@ -92,11 +96,37 @@ def train(
     ] = None,
     trust_remote_code: Trust = False,
     retain: Retain = None,
-    pattern: Pattern = None,
+    pattern: Annotated[list[str] | None, PATTERN] = None,
     words: Words = None,
     shots: Shots = None,
     plugin: Plugins = None,
     as_json: Json = False,
+    unlabeled: Annotated[
+        str | None,
+        option(
+            "With two or more --pattern (PET): a file of rows that their models label, for one more model to learn.",
+            "--unlabeled",
+            "--unlabelled",
+            panel=SEVERAL,
+        ),
+    ] = None,
+    generations: Annotated[
+        int | None,
+        option("Trainings of each pattern's model; above 1, on rows of others too. Default: 1.", panel=SEVERAL),
+    ] = None,
+    growth: Annotated[int | None, option("Times as many rows in each generation. Default: 5.", panel=SEVERAL)] = None,
+    temperature: Annotated[float | None, option("Of the soft labels. Default: 2.", panel=SEVERAL)] = None,
+    student: Annotated[
+        str | None, option("What learns in the end: a head (the default), or the first pattern.", panel=SEVERAL)
+    ] = None,
+    soft_labels: Annotated[
+        str | None,
+        option(
+            "Learn from these rows instead, as predict writes them: from the probabilities of the classes.",
+            "--soft-labels",
+            panel=ROWS,
+        ),
+    ] = None,
     train: Annotated[
         str | None,
         option(
@@ -174,8 +204,16 @@ def train(
             given |= dict.fromkeys(set(_REPLACES[name]) - typed)
         train, validation = given["train"], given["validation"]
     given |= {name: path and os.path.expanduser(path) for name, path in (("out", out), ("data", data))}
-    given |= {name: path and os.path.expanduser(path) for name, path in (("train", train), ("validation", validation))}
-    given["pattern"] = values.pattern(pattern)
+    files = (("train", train), ("validation", validation), ("soft_labels", soft_labels))
+    given |= {name: path and os.path.expanduser(path) for name, path in files}
+    given["pattern"], given["words"] = values.pattern(pattern[0]) if pattern else None, words
+    several = {name: given.pop(name) for name in _ENSEMBLE if given[name] is not None}
+    if unlabeled is None and (len(pattern or ()) > 1 or several):
+        raise ConfigError("Several patterns need rows that their models label: --unlabeled FILE.")
+    if unlabeled is not None:
+        if resume_from:
+            raise ConfigError("--resume-from names a checkpoint of one run; several patterns go on with --resume.")
+        given |= {"pattern": None, "words": None}
     given["budget"] = None if budget is None else values.budget_or_adapter(budget)
     from selectune.runs.folder import run_folder
     from selectune.runs.stop import Stop
@@ -195,9 +233,28 @@ def train(
         config = RunConfig(**{field.name: given[field.name] for field in dataclasses.fields(RunConfig)})
         signals.heed(stop)
         progress = None if folder.shared else ProgressBar()
-        found = run(config, progress, resume_from or resume, overwrite, stop, folder)
+        if unlabeled is None:
+            found, record = run(config, progress, resume_from or resume, overwrite, stop, folder), {}
+        else:
+            from selectune.study.ensemble import Ensemble, run_ensemble
+
+            lists = [patterns([one]) for one in words or ()] if "," in "".join(words or ()) else [patterns(words)]
+            plan = Ensemble(
+                tuple(str(values.pattern(one)) for one in pattern or ()), tuple(lists), os.path.expanduser(unlabeled),
+                **several,
+            )  # fmt: skip
+            found, record = run_ensemble(config, plan, progress, resume, overwrite, stop, folder)
     if not folder.shared:
-        result(as_json, found.as_json(), _told(found))
+        result(as_json, found.as_json() | ({"ensemble": record} if record else {}), _of_patterns(record) + _told(found))
+
+
+def _of_patterns(record: Mapping[str, Any]) -> str:
+    """A line for each model of an ensemble, if there is one."""
+    return "".join(
+        f"generation {number}, pattern {i}: {sum(model['rows']):,} rows, {model['value']:.4f}\n"
+        for number, models in enumerate(record.get("generations", ()), 1)
+        for i, model in enumerate(models, 1)
+    )
 
 
 def _told(found: RunResult) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from selectune.errors import TaskError
 from selectune.tasks.task import (
@@ -89,6 +90,24 @@ class Classification:
 
 
 @dataclass(frozen=True)
+class Distilled(Classification):
+    """A class of several that is learned from the probability of each: the cross-entropy with q in place of a class.
+
+    An answer is a number, as in `Classification`, or a list of probabilities.
+
+    Source: Hinton, Vinyals, Dean 2015, arXiv 1503.02531.
+    """
+
+    def collate(self, tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
+        return {**padded(tokenizer, rows), "labels": targets([row[ANSWER] for row in rows])}
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """-sum q log p, the mean over the rows of the step if the numbers in all its labels are told."""
+        rows = len(labels) if num_items_in_batch is None else num_items_in_batch / (labels.numel() / len(labels))
+        return F.cross_entropy(outputs.logits.float(), labels, reduction="sum") / rows
+
+
+@dataclass(frozen=True)
 class Regression(Classification):
     """A score for one or two texts, by a head with one output and the squared error as its loss."""
 
@@ -147,6 +166,15 @@ class Multilabel(Classification):
     def answer(self, task: Task, row: Sequence[float]) -> Any:
         probabilities = dict(zip(task.labels, row, strict=True))
         return {"labels": [name for name, p in probabilities.items() if p > 0.5], "probabilities": probabilities}
+
+
+def targets(answers: Sequence[Any]) -> Tensor:
+    """Answers of which each is a class or a list of probabilities, as cross_entropy takes them.
+
+    >>> targets([1, 0]), targets([[0.5, 0.5]])
+    (tensor([1, 0]), tensor([[0.5000, 0.5000]]))
+    """
+    return torch.tensor(answers, dtype=torch.float32 if isinstance(answers[0], list) else torch.int64)
 
 
 def _head(outputs: int, labels: tuple[str, ...] | None, problem_type: str) -> Head:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from selectune.errors import ConfigError, TaskError
 from selectune.files.reading import short, some
-from selectune.tasks.kinds.classify import Classification
+from selectune.tasks.kinds.classify import Classification, targets
 from selectune.tasks.task import ANSWER, Example, Features, Head, Task, to_model, token_batch
 
 log = logging.getLogger("selectune")
@@ -40,7 +40,7 @@ class Cloze(Classification):
     tokens at the end of its longest text, and the log counts such rows.
 
     Source: Schick, Schütze 2021 (PET), arXiv 2001.07676, equation 1. Their further loss, 1e-4 times that of masked
-    language modelling on unlabelled rows, is left out, and so are their ensembles.
+    language modelling on unlabelled rows, is left out.
 
     >>> Cloze(pattern="{} All in all, it was [MASK].", words=("bad", "good")).masked
     True
@@ -99,8 +99,9 @@ class Cloze(Classification):
         return rows
 
     def collate(self, tokenizer: Any, rows: Sequence[Features]) -> dict[str, Tensor]:
-        """Labels are (rows, 2 + classes): where the logits of the blank are, the class, and the token of each word.
+        """Labels are (rows, 2 + classes): where the logits of the blank are, the token of each word, and the class.
 
+        If the probability of each class is to be learned, these stand in place of the class, all in float32.
         Of a causal model, only the logits at the places of blanks are asked for, since a vocabulary is large.
         """
         batch = token_batch(tokenizer, [row["input_ids"] for row in rows])
@@ -108,14 +109,17 @@ class Cloze(Classification):
         if not self.masked:
             batch["logits_to_keep"] = torch.tensor(places)
         blanks = [row["blank"] if self.masked else places.index(row["blank"]) for row in rows]
-        labels = [[at, row[ANSWER], *row["words"]] for at, row in zip(blanks, rows, strict=True)]
-        return {**batch, "labels": torch.tensor(labels)}
+        answers = targets([row[ANSWER] for row in rows])
+        asked = torch.tensor([[at, *row["words"]] for at, row in zip(blanks, rows, strict=True)], dtype=answers.dtype)
+        return {**batch, "labels": torch.cat([asked, answers.reshape(len(rows), -1)], 1)}
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The mean cross-entropy over rows, of the whole step if the numbers in all its labels are told."""
-        scores = _at_blanks(outputs.logits, labels)
+        asked = len(self.words) + 1
+        scores, answers = _at_blanks(outputs.logits, labels[:, :asked].long()), labels[:, asked:]
         rows = len(labels) if num_items_in_batch is None else num_items_in_batch / labels.shape[1]
-        return F.cross_entropy(scores, labels[:, 1], reduction="sum") / rows
+        answers = answers if answers.is_floating_point() else answers[:, 0]
+        return F.cross_entropy(scores, answers, reduction="sum") / rows
 
     def predict(self, task: Task, model: Any, tokenizer: Any, rows: Sequence[Features]) -> list[Any]:
         return self.predicted(self._logits(model, tokenizer, rows))
@@ -126,7 +130,8 @@ class Cloze(Classification):
     def _logits(self, model: Any, tokenizer: Any, rows: Sequence[Features]) -> Tensor:
         batch = self.collate(tokenizer, rows)
         logits = model(**to_model(model, batch)).logits
-        return _at_blanks(logits, batch["labels"].to(logits.device)).cpu()
+        asked = batch["labels"][:, : len(self.words) + 1].long().to(logits.device)
+        return _at_blanks(logits, asked).cpu()
 
     def _tokens_of_words(self, tokenizer: Any) -> list[int]:
         """The token of each word. Byte-level vocabularies have the space before a word in its token."""
@@ -232,7 +237,7 @@ def _looks_ahead(model: Any) -> bool:
     return bool((first[0] - first[1]).abs().max() > 8 * torch.finfo(first.dtype).eps * first.abs().max())
 
 
-def _at_blanks(logits: Tensor, labels: Tensor) -> Tensor:
+def _at_blanks(logits: Tensor, asked: Tensor) -> Tensor:
     """The logits of the words at each row's blank: (rows, tokens, vocabulary) -> (rows, classes), float32."""
-    blanks = logits[torch.arange(len(labels), device=logits.device), labels[:, 0]]
-    return blanks.gather(1, labels[:, 2:]).float()
+    blanks = logits[torch.arange(len(asked), device=logits.device), asked[:, 0]]
+    return blanks.gather(1, asked[:, 1:]).float()
