@@ -31,7 +31,9 @@ Dtype = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code of the model. Read it first.")]
 Plugins = Annotated[list[str] | None, option("A Python file with methods or tasks; repeatable.", "--plugin")]
-MaxLength = Annotated[int | None, option("Tokens of an example. Default: the delta's or the task's.", "--max-length")]
+MaxLength = Annotated[
+    int | None, option("Tokens of an example. Default: the delta's or the task's.", "--max-length", min=1)
+]
 OfTask = Annotated[str | None, option("Task of the head. Default: the delta's own.", "--task", "-t")]
 
 ROWS = "Rows of your own"

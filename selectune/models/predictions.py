@@ -70,6 +70,8 @@ def predict_rows(
         bare = dataclasses.replace(bare, kind=dataclasses.replace(bare.kind, **generation))
     rows = tasks.read_rows(given, "validation")
     rows = NumberedRows(rows.origin, rows.unit, list(rows.numbered))
+    if not rows.numbered:
+        raise TaskError(f"{rows.origin} has no rows, so there is nothing to predict.")
     for number, row in rows.numbered:
         if PREDICTION in row:
             raise TaskError(f"{rows.origin}, {rows.unit} {number} has a column '{PREDICTION}' already. Rename it.")

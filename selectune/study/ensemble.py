@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selectune import tasks
-from selectune.errors import ConfigError
+from selectune.errors import ConfigError, TaskError
 from selectune.files import checkpoints, make_folder, read_json, read_lines, write_durably
 from selectune.models.evaluate import evaluate
 from selectune.models.predictions import predict_rows
@@ -139,8 +139,11 @@ class _Made:
         if config.train_size is not None:
             labelled = tasks.first_rows(self.task, labelled, config.train_size, config.train_size_seed)
         self.labelled = labelled
-        bare = tasks.unlabelled(self.task, (), tasks.read_rows(plan.unlabelled, "train"))
-        self.unlabelled = tasks.load(bare, "validation")
+        rows = tasks.read_rows(plan.unlabelled, "train")
+        rows = rows._replace(numbered=list(rows.numbered))
+        if not rows.numbered:
+            raise TaskError(f"{rows.origin} has no rows to label.")
+        self.unlabelled = tasks.load(tasks.unlabelled(self.task, (), rows), "validation")
         self.source = Source(config.model, config.revision, config.dtype, config.trust_remote_code)
         self.record: dict[str, Any] = {}
         self.said = torch.empty(0)

@@ -125,6 +125,11 @@ class OwnRows:
 def bare_task(kind: str, labels: Sequence[str], text: tuple[str, ...]) -> Task:
     """A task of this kind without rows. Raises ConfigError for an unknown kind, or columns that it does not take."""
     form = form_of(kind, labels)
+    if kind not in KINDS:
+        raise ConfigError(
+            f"A {kind} is made of a pattern and words, which `selectune train` takes (command line: --pattern, --words) "
+            "and a delta records; the kind of its rows is classification."
+        )
     least, most, what = _COLUMNS.get(kind, (1, len(text), ""))
     if not least <= len(text) <= most:
         raise ConfigError(f"A {kind} takes {what}, and {len(text)} columns are named: {', '.join(text) or 'none'}.")

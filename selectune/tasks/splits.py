@@ -89,7 +89,7 @@ def first_rows(task: Task, split: Split, size: int, seed: int = 0) -> Split:
     """
     if size > len(split):
         raise TaskError(
-            f"train_size={size:,} rows are wanted, and the training rows of {task.name} are {len(split):,}."
+            f"{size:,} training rows are wanted (train_size or shots), and those of {task.name} are {len(split):,}."
         )
     chosen = sorted(nested(_classes(task, split), f"{task.name}/{seed}")[:size])
     return _part(split, chosen, f"{size:,} of {len(split):,} rows")

@@ -199,7 +199,13 @@ def test_rows_that_cannot_be_answered(tiny, runs, tmp_path):
             predict_rows(
                 Source(str(tiny)), str(runs / "regression"), str(tmp_path / "rows.jsonl"), str(tmp_path / "out.jsonl")
             )
-    assert not (tmp_path / "out.jsonl.partial").exists()
+    (tmp_path / "rows.jsonl").write_text("\n\n")
+    given = ("-m", tiny, "-i", tmp_path / "rows.jsonl", "-o", tmp_path / "out.jsonl")
+    assert "has no rows, so there is nothing" in call("predict", *given, "-d", runs / "regression", code=1).stderr
+    assert "has no rows, so there is nothing" in call("generate", *given, "--text", "q", code=1).stderr
+    assert "--max-length" in call("predict", *given, "-d", runs / "regression", "--max-length", 0, code=2).stderr
+    assert "a pattern and words" in call("predict", *given, "--kind", "cloze", "--text", "q", code=2).stderr
+    assert sorted(os.listdir(tmp_path)) == ["rows.jsonl"]
 
 
 def test_a_delta_of_own_rows_has_no_published_task(runs):

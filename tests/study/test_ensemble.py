@@ -186,7 +186,7 @@ def test_options_and_rows_that_do_not_fit_are_told(causal, data, more, tmp_path)
     assert "go on with --resume" in resumed.stderr
     assert "does not exist" in call(*given, *two, "--unlabeled", tmp_path / "none.jsonl", code=1).stderr
     (tmp_path / "none.jsonl").write_text("")
-    assert "has no rows" in call(*given, *two, "--unlabeled", tmp_path / "none.jsonl", code=1).stderr
+    assert "has no rows to label" in call(*given, *two, "--unlabeled", tmp_path / "none.jsonl", code=1).stderr
     write_rows(tmp_path / "other.jsonl", [{"sentence1": "a"}])
     told = call(*given, *two, "--unlabeled", tmp_path / "other.jsonl", code=1).stderr
     assert "line 1 has no column" in told

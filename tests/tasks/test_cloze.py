@@ -145,11 +145,28 @@ def test_rows_of_ones_own_are_answered_by_a_delta(causal, tmp_path):
          "--out", tmp_path / "run")  # fmt: skip
     call("predict", "--model", causal, "--delta", tmp_path / "run", "--input", tmp_path / "new.jsonl", "--out",
          tmp_path / "answers.jsonl")  # fmt: skip
+    write_rows(tmp_path / "lacks.jsonl", [{"text": "a dog"}, {"txt": "a dog"}])
+    lacks = ("predict", "--model", causal, "--delta", tmp_path / "run", "--input", tmp_path / "lacks.jsonl", "--out")
+    assert "line 2 has no column 'text'. It has 'txt'." in call(*lacks, tmp_path / "none.jsonl", code=1).stderr
+    assert "writes no text" in call("generate", *lacks[1:], tmp_path / "none.jsonl", code=2).stderr
     answers = [json.loads(line)["prediction"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [set(answer["probabilities"]) for answer in answers] == [{"no", "yes"}] * 3
     value = json.loads((tmp_path / "run" / "run.json").read_text())["value"]
     again = call("eval", "--model", causal, "--delta", tmp_path / "run", "--json").stdout
     assert json.loads(again)["value"] == value
+
+
+def test_a_cloze_goes_on_from_its_checkpoint_to_the_same_bits(causal, data, tmp_path):
+    given = ["train", "--model", causal, "--task", RTE.name, "--data", data, "--words", "small,big", "--budget", 200,
+             "--max-steps", 4, "--save-every", 2, "--out", tmp_path]  # fmt: skip
+    call(*given, "--pattern", NEXT)
+    whole = (tmp_path / "delta.safetensors").read_bytes()
+    for name in ("delta.safetensors", "run.json", "checkpoint-4/manifest.json"):
+        (tmp_path / name).unlink()
+    assert "other settings: pattern" in call(*given, "--pattern", f"{NEXT} a", "--resume", code=2).stderr
+    call(*given, "--pattern", NEXT, "--resume")
+    assert json.loads((tmp_path / "run.json").read_text())["resumed"] == 2
+    assert (tmp_path / "delta.safetensors").read_bytes() == whole
 
 
 def test_scores_from_data_read_the_loss_of_the_cloze(causal, data, tmp_path):
@@ -179,7 +196,9 @@ def test_examples_in_context_stand_before_every_row(form, data, tmp_path):
     base = ("eval", "--model", folder, "--task", RTE.name, "--data", data, "--pattern", pattern, "--words", "small,big",
             "--max-length", 96, "--shots")  # fmt: skip
     assert "glue/rte: accuracy" in call(*base, 2).stdout
-    assert "are 48" in call(*base, 49, code=1).stderr
+    assert "of glue/rte are 48" in call(*base, 49, code=1).stderr
+    short = call(*base[:-2], 8, "--shots", 2, code=1).stderr
+    assert "characters of examples in context" in short
     with pytest.raises(ConfigError, match=r"have 2\d,\d+ characters"):
         tasks.with_shots(task, [Example(("a" * 11_000, "b"), 0)] * 2)
     with pytest.raises(ConfigError, match="shots need the words of a pattern"):
@@ -221,6 +240,8 @@ def test_a_long_row_loses_the_end_of_its_longest_text(form, caplog):
         ("{} {} is", ("small",), "a word for each of its labels, all different: entailment, not_entailment. Got small"),
         ("{} {} is", ("small", "small"), "all different"),
         ("{} {} is", (), "Got none"),
+        ("{} {}\udc80", SAID, "are no UTF-8"),
+        ("{} {} is", ("small", "\ud800"), "are no UTF-8"),
     ],
 )
 def test_patterns_that_do_not_fit_are_told(pattern, words, why):

@@ -288,7 +288,9 @@ def test_the_first_rows_are_nested_and_the_same_for_whoever_asks():
     assert first_rows(task, whole, 50, seed=1) != sizes[1]
     scores = Split(tuple(Example(("a",), float(i)) for i in range(9)), "here")
     assert len(first_rows(tasks.get("glue/stsb"), scores, 4)) == 4
-    with pytest.raises(TaskError, match=r"train_size=10 rows are wanted, and the training rows of glue/stsb are 9"):
+    with pytest.raises(
+        TaskError, match=r"10 training rows are wanted \(train_size or shots\), and those of glue/stsb are 9"
+    ):
         first_rows(tasks.get("glue/stsb"), scores, 10)
 
 

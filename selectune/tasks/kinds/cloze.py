@@ -155,7 +155,10 @@ class Cloze(Classification):
                 return tokens, tuple(left) != texts
             longest = max(range(len(left)), key=lambda i: len(left[i]))
             if not left[longest]:
-                raise TaskError(f"max_length={room} leaves {task.name} no place for the pattern {short(self.pattern)}.")
+                after = f" after {len(self.context):,} characters of examples in context" if self.context else ""
+                raise TaskError(
+                    f"max_length={room} leaves {task.name} no place for the pattern {short(self.pattern)}{after}."
+                )
             size = len("".join(left)) + len(self.pattern)
             left[longest] = left[longest][: -max(1, over * size // len(tokens))]
 
@@ -192,6 +195,8 @@ def as_cloze(task: Task, pattern: str, words: tuple[str, ...], context: str = ""
     >>> tasks.as_cloze(tasks.get("glue/rte"), "{} {} True or False?", ("True", "False")).kind.name
     'cloze'
     """
+    if any("\ud800" <= letter <= "\udfff" for letter in pattern + "".join(words)):
+        raise ConfigError(f"The pattern {pattern!a} or its words {', '.join(map(ascii, words))} are no UTF-8.")
     if type(task.kind) is not Classification:
         raise ConfigError(f"A pattern is for a task of one class of several; {task.name} is a {task.kind.name}.")
     if pattern.count("{}") != len(task.fields) or pattern.count(BLANK) > 1:
