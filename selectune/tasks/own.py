@@ -127,7 +127,7 @@ def bare_task(kind: str, labels: Sequence[str], text: tuple[str, ...]) -> Task:
     form = form_of(kind, labels)
     if kind not in KINDS:
         raise ConfigError(
-            f"A {kind} is made of a pattern and words, which `selectune train` takes (command line: --pattern, --words) "
+            f"A {kind} is made of a pattern and words, which `train` takes (command line: --pattern, --words) "
             "and a delta records; the kind of its rows is classification."
         )
     least, most, what = _COLUMNS.get(kind, (1, len(text), ""))
