@@ -136,6 +136,11 @@ class Tuner:
         return self._model
 
     @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards the model's weights, so that all processes must save together."""
+        return bool(self.engine.base.shards)
+
+    @property
     def selected(self) -> int:
         """Scalars selected so far, at most `budget`."""
         return self.engine.ledger.selected
@@ -283,7 +288,7 @@ class Tuner:
         Raises ConfigError, NothingTrainedError, NonFiniteError or IntegrityError before a file is touched.
         """
         delta = self.delta(base=base, info=info, old_values=old_values, order=order, allow_empty=allow_empty, full=full)
-        return written_by_first(delta.save, path) if self.engine.base.shards else delta.save(path)
+        return written_by_first(delta.save, path) if self.sharded else delta.save(path)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
