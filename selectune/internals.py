@@ -21,8 +21,8 @@ __all__ = [
     "SCRIPTED", "TorchDispatchMode", "WRAPPING", "after_backward", "averages", "backward_id", "can_share",
     "class_before", "dispatch_modes", "fake_mode", "fake_of", "fast_int8", "forget", "fsdp_modules", "fsdp_syncs",
     "fsdp_weights", "go_on_compiling", "in_backward", "in_transform", "is_fake", "is_sharded", "joining",
-    "int8_product", "kept_plain", "never_compiled", "outside_transforms", "part_of", "plain_parameter",
-    "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves", "tree_map", "tree_map_only",
+    "int8_product", "kept_plain", "never_compiled", "outside_transforms", "part_of", "pause", "plain_parameter",
+    "resume", "saved_tensors_are_hooked", "stop_compiling", "tree_iter", "tree_leaves", "tree_map", "tree_map_only",
     "versions_kept", "will_reach", "without_dispatch",
 ]  # fmt: skip
 
@@ -108,6 +108,17 @@ def joining() -> bool:
     """Whether the DistributedDataParallel whose forward is running lets ranks run out of batches (its `join`)."""
     around = _active_ddp()
     return around is not None and bool(around._join_config.enable)
+
+
+def pause(around: Any) -> bool:
+    """Keeps a DistributedDataParallel, before its forward, from averaging gradients; whether it would have done so."""
+    would, around.require_backward_grad_sync = around.require_backward_grad_sync, False
+    return would
+
+
+def resume(around: Any, would: bool) -> None:
+    """Undoes `pause` after that forward; the next one synchronises buffers as if nothing had happened."""
+    around.require_backward_grad_sync = around.require_forward_param_sync = would
 
 
 # -- FSDP2 (torch.distributed.fsdp.fully_shard)

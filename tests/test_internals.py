@@ -326,9 +326,17 @@ def test_a_wrapper_that_averages_gradients_is_known_while_its_forward_runs(tmp_p
         with around.join(throw_on_early_termination=True):
             around(torch.ones(1, 2))
         model(torch.ones(1, 2))
+        with around.no_sync():
+            assert not internals.pause(around), ON
+        assert internals.pause(around), ON
+        around(torch.ones(1, 2)).sum().backward()
+        assert not around.require_forward_param_sync, ON  # so it was as in no_sync, which averages nothing
+        internals.resume(around, True)
+        around(torch.ones(1, 2))
+        assert around.require_forward_param_sync, ON
     finally:
         dist.destroy_process_group()
-    assert seen == [(True, False, False), (True, False, True), (None, None, False)], ON
+    assert seen[:3] == [(True, False, False), (True, False, True), (None, None, False)], ON
 
 
 def test_what_fully_shard_keeps_of_a_weight(tmp_path):

@@ -47,6 +47,7 @@ class Registration:
 
     def _save_and_seal(self, *args: Any, **kwargs: Any) -> Any:
         folder = self._save_state(*args, **kwargs)
+        self.accelerator.wait_for_everyone()  # every process writes its random state, which the manifest names
         if self.accelerator.is_main_process:
             seal(folder, {"step": self.tuner.step})
         return folder
@@ -109,19 +110,21 @@ def register(accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None = No
     those of `Tuner.save`. `manifest.json` is written last and names all files with their sha256: `load_state` takes
     only a whole folder. The tuner may be a fresh one, attached in the same way to the same base, or one that has
     stepped, which then goes back. The folder's weights are compared by bits, and not loaded. Call `register` after
-    `accelerator.prepare`, in both processes.
+    `accelerator.prepare`, in the process that saves and in the one that loads. Several processes call all of it
+    together, and the first one writes.
 
     Raises ConfigError if the tuner's model was not prepared by this accelerator, if `gradient_accumulation_steps` is
-    above 1 and not the tuner's `accumulation_steps`, or under more than one process. `save_state` raises TunerError
-    within an accumulation window; `load_state` raises ConfigError for a folder without a state or with one of another
-    run, CheckpointError for one that is incomplete or damaged, BaseMismatchError for another base, and IntegrityError,
+    above 1 and not the tuner's `accumulation_steps`, or if the model is sharded. `save_state` raises TunerError within
+    an accumulation window; `load_state` raises ConfigError for a folder without a state or with one of another run,
+    CheckpointError for one that is incomplete or damaged, BaseMismatchError for another base, and IntegrityError,
     naming tensors, for weights that are not those of base and state. What is refused has changed nothing.
     """
     passes = accelerator.gradient_accumulation_steps
-    if accelerator.num_processes > 1:
+    if tuner.sharded:
         raise ConfigError(
-            f"This accelerator runs {accelerator.num_processes} processes, and each would select other scalars. Train "
-            "in one process."
+            "accelerate loads sharded weights before anything else, and a tuner's state must come before its weights. "
+            "Leave register, save_state and load_state out: keep tuner.state_dict() (selectune.train.write_state) and "
+            "optimizer.state_dict(), which are whole in every process and hold all that was trained."
         )
     if passes > 1:
         refuse_other_windows("The accelerator", "gradient_accumulation_steps", passes, tuner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,11 @@ def newest_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def guard(trainer: Any) -> None:
+def guard(trainer: Any, before: Callable[[Path], None]) -> None:
     """Makes `trainer.train(resume_from_checkpoint=...)` take only whole checkpoints.
 
     True means the newest whole one, where the Trainer alone would take the one with the largest number. A folder that
-    is not whole raises CheckpointError before the Trainer reads it.
+    is not whole raises CheckpointError before the Trainer reads it. `before` is called with a folder that is whole.
     """
     train = trainer.train
     if hasattr(train, "guarded_by_selectune"):
@@ -57,6 +58,8 @@ def guard(trainer: Any) -> None:
             resume_from_checkpoint = newest_checkpoint(trainer.args.output_dir) or True
         elif isinstance(resume_from_checkpoint, str | os.PathLike) and Path(resume_from_checkpoint).is_dir():
             verify(resume_from_checkpoint)
+        if isinstance(resume_from_checkpoint, str | os.PathLike) and Path(resume_from_checkpoint).is_dir():
+            before(Path(resume_from_checkpoint))
         return train(resume_from_checkpoint, *args, **kwargs)
 
     guarded.guarded_by_selectune = True  # type: ignore[attr-defined]

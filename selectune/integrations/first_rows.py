@@ -20,14 +20,15 @@ AFFORDABLE = 4_000_000_000  # weights x tokens of these rows; three passes take 
 def check_first_rows(tuner: Tuner, trainer: Any, loader: Any, wanted: bool | None) -> None:
     """Checks the tuner on the first rows of a Trainer's data; `wanted=None`: only if that takes about a second.
 
-    By default the check needs the Trainer's own loss, because another loss may count its calls. Data without rows by
-    number is not checked. The run continues with the same random numbers. Raises IntegrityError as `Tuner.check` does.
+    By default the check needs the Trainer's own loss, because another loss may count its calls, and whole weights. Data
+    without rows by number is not checked. The run continues with the same random numbers. Raises IntegrityError as
+    `Tuner.check` does.
     """
     own_loss = type(trainer).compute_loss is Trainer.compute_loss
     data: Any = getattr(loader, "dataset", None)
     collate = getattr(loader, "collate_fn", None)
     rows = min(ROWS, len(data)) if hasattr(data, "__getitem__") and hasattr(data, "__len__") else 0
-    if wanted is False or (wanted is None and not own_loss) or collate is None or rows == 0:
+    if wanted is False or (wanted is None and (not own_loss or tuner.sharded)) or collate is None or rows == 0:
         return
     with same_chance():
         batch = trainer._prepare_inputs(collate([data[row] for row in range(rows)]))

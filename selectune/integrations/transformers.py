@@ -97,20 +97,36 @@ class SelectuneCallback(TrainerCallback):
         return self._tuner if isinstance(self._tuner, Tuner) else self._tuner()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps weights out of the attached model until training starts. Raises ConfigError for `fsdp=`."""
-        if getattr(args, "fsdp", None):
+        """Keeps weights out of the attached model until training starts. Raises ConfigError if it would be sharded."""
+        if getattr(args, "fsdp", None) and not self.tuner.sharded:
             raise ConfigError(
                 f"TrainingArguments(fsdp={args.fsdp!r}) shards the model after the tuner was attached, and a tuner is "
-                "attached to a model that is sharded already. Leave fsdp= out, so that the Trainer takes "
-                "DistributedDataParallel, or write a loop of your own: fully_shard, then attach (docs/scale.md)."
+                "attached to a model that is sharded already. Make the Trainer without this callback, shard its model "
+                "with accelerate.utils.fsdp2_prepare_model(trainer.accelerator, model), attach, and call "
+                "SelectuneCallback(tuner).add_to(trainer) (docs/scale.md)."
             )
         self._go_first()
+        self._guard_weights(next((variables["self"] for _, variables in methods_of(Trainer)), None))
+
+    def add_to(self, trainer: Any) -> None:
+        """Joins a Trainer that was made already, as under FSDP2, where the Trainer's accelerator shards first.
+
+        trainer = Trainer(model, TrainingArguments(fsdp=True, ...), train_dataset=rows)
+        accelerate.utils.fsdp2_prepare_model(trainer.accelerator, model)
+        SelectuneCallback(st.attach(model, st.id3(budget=103_000, steps=steps))).add_to(trainer)
+        """
+        trainer.add_callback(self)
+        self._guard_weights(trainer)
+
+    def _guard_weights(self, trainer: Any) -> None:
+        """Keeps weights out of the attached model until training starts."""
         self._release()
-        for _, variables in methods_of(Trainer):
-            guard(variables["self"])
-            self._guarded = True
-            break
         self._kept_out = {}
+        if trainer is not None:
+            guard(trainer, self._before_weights)
+            self._guarded = True
+        if self.tuner.sharded:  # weights are loaded into the parts themselves, past every hook
+            return
         for name, module in self.tuner.model.named_modules():  # all, because peft loads virtual tokens into a submodule
             keep_out, none_missing = partial(self._keep_out, name), partial(self._none_missing, name)
             self._hooks.append(module.register_load_state_dict_pre_hook(keep_out))
@@ -156,12 +172,15 @@ class SelectuneCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         world.wait()  # every process writes its random state, which the manifest names
-        if state.is_world_process_zero:
-            folder = _saved_to(args, state)
-            now = self.tuner.state_dict()
+        first, tuner = state.is_world_process_zero, self.tuner
+        if not first and not tuner.sharded:
+            return
+        folder = _saved_to(args, state)
+        now = tuner.state_dict()  # of sharded weights all processes read it together
+        tuner.save(folder, base=self.base, allow_empty=True, full=self._full)
+        if first:
             within = self._order is not None and not float(state.epoch or 0).is_integer()
             now["tensors"][_ORDER] = self._order if within else torch.get_rng_state()
-            self.tuner.save(folder, base=self.base, allow_empty=True, full=self._full)
             write_state(folder / STATE_FILE, now)
             step = int(state.global_step)
             seal(folder, {"step": step} if self._keep is None else self._keep(folder, step))
@@ -230,7 +249,7 @@ class SelectuneCallback(TrainerCallback):
                 f"The checkpoint {folder} is the end of its run, step {state.global_step} of {state.max_steps}, and "
                 "the Trainer would take a step more. Nothing is left to train: its delta is in the folder."
             )
-        if not (folder / "optimizer.pt").is_file():
+        if not any((folder / name).exists() for name in ("optimizer.pt", "optimizer.bin", "optimizer_0")):  # by FSDP
             log.warning(
                 "The checkpoint %s has no optimizer.pt (save_only_model=True?): moments and learning rate start anew, "
                 "so the run will not be the one that was stopped.", folder,
@@ -247,6 +266,13 @@ class SelectuneCallback(TrainerCallback):
             )
         tuner.verify()
         log.info("Goes on from %s: step %d, %d scalars selected.", folder, tuner.step, tuner.selected)
+
+    def _before_weights(self, folder: Path) -> None:
+        """The Trainer is about to read a checkpoint: before sharded weights, the tuner's state must be there."""
+        if self.tuner.sharded and (folder / STATE_FILE).is_file():
+            saved = read_state(folder / STATE_FILE)
+            saved["tensors"].pop(_ORDER, None)
+            self.tuner.load_state_dict(saved)
 
     def _keep_out(self, name: str, module: nn.Module, weights: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Takes the weights out of a dict before it is loaded, and keeps the digests of a whole model's."""

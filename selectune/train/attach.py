@@ -45,7 +45,8 @@ def attach(
     `accumulation_steps`: how many backward passes make one optimizer step; the selection is exact over their
     sum. `calibration`, `loss`: the data of a calibrated score (`selectune.types.Reads`): single examples,
     mini-batches or inputs, as an iterable or a callable that gives one; and `loss(model, batch)`.
-    `seed`: for methods that draw. Costs one pass over the weights (a checksum) and O(B) memory.
+    `seed`: for methods that draw. `model` may be a DistributedDataParallel; the tuner is then that of the model within,
+    and averages its gradient itself. Costs one pass over the weights (a checksum) and O(B) memory.
 
     Raises ScopeError, BudgetError and ScheduleError before anything changes, AlreadyAttachedError for a
     second attach, and CalibrationError.
@@ -91,9 +92,9 @@ class Tuner:
         calibration: Batches | None,
         loss: Loss | None,
     ) -> None:
-        self._model: nn.Module | None = model
         with ExitStack() as on:  # all that is put on the model comes off with detach, or now if anything fails
             self.engine = assemble(on, model, method, seed, accumulation_steps, calibration, loss)
+            self._model: nn.Module | None = (model := self.engine.model)
             handle = model.register_load_state_dict_post_hook(copies.OfTuner(self._weights_loaded))
             on.callback(handle.remove)
             self._on = on.pop_all()
@@ -134,6 +135,11 @@ class Tuner:
         if self._model is None:
             raise DetachedError("This tuner was detached; its model is the base again. Attach anew to train.")
         return self._model
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards the model's weights, so that all processes must save together."""
+        return bool(self.engine.base.shards)
 
     @property
     def selected(self) -> int:
@@ -283,7 +289,7 @@ class Tuner:
         Raises ConfigError, NothingTrainedError, NonFiniteError or IntegrityError before a file is touched.
         """
         delta = self.delta(base=base, info=info, old_values=old_values, order=order, allow_empty=allow_empty, full=full)
-        return written_by_first(delta.save, path) if self.engine.base.shards else delta.save(path)
+        return written_by_first(delta.save, path) if self.sharded else delta.save(path)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:

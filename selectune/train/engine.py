@@ -95,6 +95,8 @@ def assemble(
     7 selections that read no gradient             8 unselected entries set to 0, if the method says so
     """
     # 1
+    around = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    model = model if around is None else around.module
     shards = Shards(model)
     on.callback(shards.rest)
     found = shards.within(method.scope.find(model))
@@ -153,7 +155,9 @@ def assemble(
             "gradients, with AdamW two moments of each, and memory that tensors use in turn.", method.name,
             f"{chooser.bytes():,}",
         )  # fmt: skip
-    for tensor in found.whole if shards else ():
+    for hook in () if around is None else world.take_over(around):
+        on.callback(hook.remove)
+    for tensor in found.whole if world.averages else ():
         on.callback(tensor.parameter.register_post_accumulate_grad_hook(world.average).remove)
     hooks = StepHooks(tracker, trained(chooser, found), [t.parameter for t in tensors])
     tracker.keepalive = hooks  # training goes on when only the model is kept

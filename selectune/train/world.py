@@ -25,7 +25,7 @@ from selectune import ops
 from selectune.bits import wide
 from selectune.delta import file_of
 from selectune.errors import DeltaError, TunerError
-from selectune.internals import averages, fsdp_modules, is_sharded, joining
+from selectune.internals import averages, fsdp_modules, is_sharded, joining, pause, resume
 from selectune.seeds import mixed, signed
 from selectune.train.support.ledger import Ledger
 from selectune.train.support.shards import Shards
@@ -97,6 +97,13 @@ class World:
         self._held: dict[int, Tensor] = {}  # dense gradients that the ranks did not offer at the same time
         self._looked = False  # at whether the model is sharded
         self._covered = False  # the gradients are averaged, by DistributedDataParallel or here
+        self._late = False  # a DistributedDataParallel was there before the tuner
+        self._syncs = self._resumed = True  # whether its user lets it average after this pass
+
+    @property
+    def averages(self) -> bool:
+        """Whether gradients are averaged here, and not by a DistributedDataParallel that was made after attach."""
+        return self._late or bool(self._shards)
 
     @property
     def many(self) -> bool:
@@ -124,10 +131,11 @@ class World:
         if not self.many:
             return
         averaged = averages(self._ledger.offsets)
-        if averaged is False:
+        if averaged is False and not self._late:
             raise TunerError(
                 "DistributedDataParallel was put around the model before the tuner was attached, so it does not know "
-                "the tuner's offsets and would not average their gradient. Attach first, and wrap the model then."
+                "the tuner's offsets and would not average their gradient. Attach first, and wrap the model then; or "
+                "give attach the DistributedDataParallel itself."
             )
         if joining():
             raise TunerError(
@@ -135,7 +143,8 @@ class World:
                 "others could not select then, because a selection is by the gradients of all. Give every process as "
                 "many batches, as torch's DistributedSampler, the Trainer and accelerate do, and leave join() out."
             )
-        self._covered = averaged is True
+        if not self.averages:
+            self._covered = averaged is True
         model = self._model()
         if self._looked or model is None:
             return
@@ -147,16 +156,42 @@ class World:
                 "that no longer take part. Call fully_shard first, and attach then."
             )
 
+    def take_over(self, around: Any) -> list[Any]:
+        """Lets a DistributedDataParallel that was there before the tuner, and waits for other gradients, average none.
+
+        `average` does that instead, where and when the DistributedDataParallel would. Returns the hooks. Raises
+        TunerError for one that waits in every pass.
+        """
+        if around.static_graph:
+            raise TunerError(
+                "The DistributedDataParallel was made with static_graph=True before the tuner was attached, so it "
+                "waits for the gradients of weights that are frozen now. Attach first, and wrap the model then."
+            )
+        self._late = True
+        return [
+            around.register_forward_pre_hook(self._before_ddp),
+            around.register_forward_hook(self._after_ddp, always_call=True),
+        ]
+
+    def _before_ddp(self, around: Any, args: Any) -> None:
+        syncs = pause(around)
+        self._resumed = syncs
+        if torch.is_grad_enabled():
+            self._syncs = syncs
+
+    def _after_ddp(self, around: Any, args: Any, output: Any) -> None:
+        resume(around, self._resumed)
+
     # -- gradients
 
     def average(self, parameter: Tensor) -> None:
-        """A backward pass has added to the gradient of a parameter that FSDP2 does not know: makes it the mean.
+        """A backward pass has added to the gradient of a parameter that nothing else averages: makes it the mean.
 
         `set_requires_gradient_sync(False)` puts that off, as DistributedDataParallel's `no_sync` does.
         """
-        if not self.many or not self._shards or parameter.grad is None:
+        if not self.many or not self.averages or parameter.grad is None:
             return
-        self._covered = self._shards.averages
+        self._covered = self._shards.averages if self._shards else self._syncs
         if self._covered:
             parameter.grad.div_(dist.get_world_size(self._group))
             dist.all_reduce(parameter.grad, group=self._group)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from launch_kit import TORCHRUN
 from safetensors.torch import load_file, save_file
 
 import selectune as st
+from selectune.delta import DELTA_FILE
 from selectune.errors import BaseMismatchError, CheckpointError, ConfigError, IntegrityError, TunerError
-from selectune.files import seal
+from selectune.files import read_manifest, seal
 from selectune.integrations.accelerate import register
 from selectune.train import STATE_FILE
 
@@ -218,3 +224,16 @@ def test_the_digest_of_all_weights_is_recorded_unless_asked_not_to(tmp_path, ful
     register(run.accelerator, run.tuner, full=full)
     run.accelerator.save_state(tmp_path / "at-0")
     assert (st.load(tmp_path / "at-0").info["base"]["weights"] is not None) is full
+
+
+def test_two_processes_resumed_and_sharded(tmp_path):
+    """Under DistributedDataParallel a stopped run goes on bit for bit; weights that FSDP2 shards give its bits too."""
+    words = [sys.executable, *TORCHRUN, str(Path(__file__).with_name("ranked_accelerate.py")), str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, *others = ((tmp_path / name / DELTA_FILE).read_bytes() for name in ("whole", "resumed", "sharded"))
+    assert others == [whole, whole]
+    assert st.load(tmp_path / "whole").selected == 30
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= set(read_manifest(tmp_path / "at 2").files)
+    assert "Leave register, save_state and load_state out" in (tmp_path / "refused").read_text("utf-8")

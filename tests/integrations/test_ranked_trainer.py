@@ -16,6 +16,7 @@ import torch
 from launch_kit import TORCHRUN, accelerated
 
 import selectune as st
+from selectune.files import seal
 
 SCRIPT = str(Path(__file__).with_name("ranked_trainer.py"))
 
@@ -49,3 +50,32 @@ def test_a_resumed_run_of_two_processes_has_the_bits_of_a_whole_one(two, tmp_pat
     shutil.copytree(two / "checkpoint-3", tmp_path / "checkpoint-3")
     launch(*accelerated(), SCRIPT, tmp_path, 4, "resume")
     assert (tmp_path / "delta.safetensors").read_bytes() == (two / "delta.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    launch(*TORCHRUN, SCRIPT, folder, 4, "sharded")
+    return folder
+
+
+def test_weights_that_the_trainer_shards_train_as_replicated_ones(two, sharded):
+    for file in ("delta", "checkpoint-3/delta", "checkpoint-3/tuner", "checkpoint-3/model"):
+        mine, theirs = ((folder / f"{file}.safetensors").read_bytes() for folder in (sharded, two))
+        assert mine == theirs, file
+
+
+def test_a_resumed_run_of_sharded_weights_has_the_bits_of_a_whole_one(sharded, tmp_path):
+    shutil.copytree(sharded / "checkpoint-3", tmp_path / "checkpoint-3")
+    launch(*TORCHRUN, SCRIPT, tmp_path, 4, "sharded", "resume")
+    assert (tmp_path / "delta.safetensors").read_bytes() == (sharded / "delta.safetensors").read_bytes()
+
+
+def test_weights_that_were_changed_are_refused_where_they_are_sharded(sharded, tmp_path):
+    folder = shutil.copytree(sharded / "checkpoint-3", tmp_path / "checkpoint-3")
+    weights = torch.load(folder / "pytorch_model_fsdp.bin", weights_only=True)
+    weights["bert.pooler.dense.weight"][1, 1] += 1
+    torch.save(weights, folder / "pytorch_model_fsdp.bin")
+    seal(folder, {"step": 3})
+    with pytest.raises(AssertionError, match=r"outside the support: bert\.pooler\.dense\.weight"):
+        launch(*TORCHRUN, SCRIPT, tmp_path, 4, "sharded", "resume")

@@ -65,7 +65,16 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 
 def model_of(setting: str) -> Any:
-    return Net(drop=0.2 if "dropout" in setting else 0.0, repeats="checkpointing" in setting)
+    model = Net(drop=0.2 if "dropout" in setting else 0.0, repeats="checkpointing" in setting)
+    return model.float() if "amp" in setting else model
+
+
+def shares(number: int, ranks: int, setting: str) -> list[Tensor]:
+    """Each rank's rows of a batch."""
+    rows = batch(number)
+    if "uneven" not in setting:
+        return list(rows.chunk(ranks))
+    return list(rows.split([ROWS - sum(range(1, ranks)), *range(ranks - 1, 0, -1)]))
 
 
 def method_of(name: str, setting: str) -> Any:
@@ -90,29 +99,38 @@ def whole(model: nn.Module) -> dict[str, Any]:
 
 
 class Run:
-    """One model in training, in one of three ways: "fsdp", "ddp" or "one"."""
+    """One model in training, in one of three ways: "fsdp", "ddp" or "one", which takes the rows of all `ranks`."""
 
-    def __init__(self, rank: int, way: str, name: str, setting: str = "", optimizer: Any = torch.optim.AdamW) -> None:
+    def __init__(
+        self, rank: int, way: str, name: str, setting: str = "", optimizer: Any = torch.optim.AdamW, ranks: int = 2
+    ) -> None:
         self.rank, self.way, self.setting = rank, way, setting
+        self.ranks = ranks if way == "one" else dist.get_world_size()
         self.passes = 2 if "passes" in setting else 1
         self.model = model_of(setting)
         if way == "fsdp":
             sharded(self.model, setting)
-        self.tuner = st.attach(self.model, method_of(name, setting), seed=3, accumulation_steps=self.passes)
-        self.around: Any = DistributedDataParallel(self.model) if way == "ddp" else self.model
+        self.around: Any = DistributedDataParallel(self.model) if way == "ddp" and "late" in setting else self.model
+        self.tuner = st.attach(self.around, method_of(name, setting), seed=3, accumulation_steps=self.passes)
+        if way == "ddp" and "late" not in setting:
+            self.around = DistributedDataParallel(self.model)
         self.optimizer = optimizer(self.tuner.parameters(), lr=1e-2, weight_decay=0.0)
         self.supports: list[Any] = []
 
     def loss(self, number: int, rank: int) -> Tensor:
         torch.manual_seed(1000 * number + rank)
-        return self.around(batch(number).chunk(2)[rank]).square().mean() / self.passes
+        rows = shares(number, self.ranks, self.setting)[rank]
+        with torch.autocast("cpu", torch.bfloat16, enabled="amp" in self.setting):
+            squares = self.around(rows).float().square() if "amp" in self.setting else self.around(rows).square()
+        share = len(rows) * self.ranks / ROWS if "uneven" in self.setting else 1.0  # of the mean over all rows
+        return share * squares.mean() / self.passes
 
     def take(self, *steps: int) -> Run:
         for step in steps:
             passes = 1 if "short" in self.setting and step + 1 == STEPS else self.passes
             for one in range(passes):
                 with self.unsynced() if one + 1 < passes else contextlib.nullcontext():
-                    ranks = (0, 1) if self.way == "one" else (self.rank,)
+                    ranks = range(self.ranks) if self.way == "one" else (self.rank,)
                     (sum(self.loss(10 * step + one, rank) for rank in ranks) / len(ranks)).backward()
             if "clip" in self.setting:
                 nn.utils.clip_grad_norm_(self.tuner.parameters(), 0.05)

@@ -63,8 +63,12 @@ def trained(rank: int, name: str, setting: str, world: int) -> dict[str, Any]:
     """A few steps: the support after each, the weights at the end, and the events."""
     model = Net()
     passes = 2 if "passes" in setting else 1
-    tuner = st.attach(model, METHODS[name](), seed=3, accumulation_steps=passes)
-    around: Any = DistributedDataParallel(model, gradient_as_bucket_view="view" in setting) if world > 1 else model
+    around: Any = model
+    if world > 1 and "late" in setting:
+        around = DistributedDataParallel(model, gradient_as_bucket_view="view" in setting)
+    tuner = st.attach(around, METHODS[name](), seed=3, accumulation_steps=passes)
+    if world > 1 and "late" not in setting:
+        around = DistributedDataParallel(model, gradient_as_bucket_view="view" in setting)
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2, weight_decay=0.0)
     supports = []
     for step in range(STEPS):
@@ -98,6 +102,7 @@ CASES = [(name, "") for name in METHODS] + [
     ("id3", "clip, view"),
     ("chosen again", "passes, clip"),
     ("SpIEL-AG", "passes"),
+    ("id3", "late, passes, odd"),
 ]
 RANDOM = int(os.environ.get("TRIALS", "12"))
 
@@ -105,7 +110,7 @@ RANDOM = int(os.environ.get("TRIALS", "12"))
 def _drawn(number: int) -> tuple[str, str]:
     """A method and settings."""
     draw = random.Random(number)
-    parts = [part for part in ("passes", "clip", "view", "odd") if draw.random() < 0.4]
+    parts = [part for part in ("passes", "clip", "view", "odd", "late") if draw.random() < 0.4]
     return draw.choice(sorted(METHODS)), ", ".join([*parts, f"draw {number}"])
 
 
@@ -167,6 +172,10 @@ def wrapped_before(rank: int) -> Any:
     model = Net()
     around = DistributedDataParallel(model)
     loop(rank, st.attach(model, st.id3(60, STEPS)), around)
+
+
+def static(rank: int) -> Any:
+    st.attach(DistributedDataParallel(Net(), static_graph=True), st.id3(60, STEPS))
 
 
 def joined(rank: int) -> Any:
@@ -261,7 +270,8 @@ PLANTED = {  # what a rank does wrong, or all of them: the words of the error th
     another_base: r'not attached to the same weight "norm\.bias": rank 1 differ',
     another_model: "rank 1 have other tensors",
     another_budget: "not attached to the same method",
-    wrapped_before: "Attach first, and wrap the model then",
+    wrapped_before: "give attach the DistributedDataParallel itself",
+    static: "static_graph=True",
     joined: "Give every process as many batches",
     dense_phase: "trains every entry for a while",
     sharded: "sharded between the processes",
