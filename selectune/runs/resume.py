@@ -107,7 +107,7 @@ def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:
     if not isinstance(resume, bool):
         found = _explicit(Path(resume))
         _same_run(found, config)
-        return found
+        return _by_others(found)
     out, mine = Path(str(config.out)), settings_of(config)
     others: list[Checkpoint] = []
     broken: list[str] = []
@@ -117,10 +117,10 @@ def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:
         except CheckpointError as error:
             broken.append(str(error))
             continue
-        if found.settings == mine:
+        if _compared(found.settings) == _compared(mine):
             for problem in broken:
                 log.warning("Passed over: %s", problem)
-            return found
+            return _by_others(found)
         others.append(found)
     if others:
         _same_run(others[0], config)
@@ -132,21 +132,34 @@ def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:
     )
 
 
-def _files() -> list[str]:
-    """The files that a checkpoint of this many processes has."""
-    processes = world.size()
-    return [*_FILES, *(["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)])]
+def _compared(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings that must agree: the rows of a pass are compared over all processes, however many share them."""
+    batch, processes = settings.get("batch_size"), settings.get("processes", 1)
+    if type(batch) is not int or type(processes) is not int:
+        return settings
+    others = {name: value for name, value in settings.items() if name not in ("batch_size", "processes")}
+    return {**others, "rows of a pass": batch * processes}
+
+
+def _by_others(found: Checkpoint) -> Checkpoint:
+    """The checkpoint, with a warning if another number of processes wrote it."""
+    wrote = found.settings.get("processes", 1)
+    if wrote != world.size():
+        log.warning(
+            "%s was written by %d processes, and %d go on: each step has the same rows and selects by the same rule, "
+            "but dropout draws anew, and sums are rounded otherwise.", found.folder, wrote, world.size(),
+        )  # fmt: skip
+    return found
 
 
 def read(folder: Path) -> Checkpoint:
     """Reads a folder as a checkpoint. Raises CheckpointError if a file is not the one in its manifest."""
     manifest = verify(folder)
-    missing = [name for name in _files() if name not in manifest.files]
+    missing = [name for name in _FILES if name not in manifest.files]
+    if not any(name.startswith("rng_state") for name in manifest.files):
+        missing.append("rng_state.pth")  # or one for each process
     if missing:
-        why = f"it was made without {missing[0]}"
-        if missing[0].startswith("rng_state") and any(name.startswith("rng_state") for name in manifest.files):
-            why = f"another number of processes than {world.size()} wrote it, so its random states do not fit"
-        raise CheckpointError(f"{folder} is no checkpoint of selectune train for this run: {why}.")
+        raise CheckpointError(f"{folder} is no checkpoint of selectune train: it was made without {missing[0]}.")
     told = read_json(folder / RUN_FILE, limit=MAX_RUN, error=CheckpointError)
     wrong = _wrong(told, manifest)
     if wrong:
@@ -189,8 +202,8 @@ def _explicit(folder: Path) -> Checkpoint:
 
 def _same_run(found: Checkpoint, config: RunConfig) -> None:
     mine = settings_of(config)
-    names = [n for n in {**found.settings, **mine} if found.settings.get(n) != mine.get(n)]
-    if names:
+    if _compared(found.settings) != _compared(mine):
+        names = [n for n in {**found.settings, **mine} if found.settings.get(n) != mine.get(n)]
         told = ", ".join(f"{n} ({found.settings.get(n)!r} there, {mine.get(n)!r} now)" for n in names)
         raise ConfigError(
             f"The checkpoint {found.folder} is of a run with other settings: {told}. Resume with the settings that "

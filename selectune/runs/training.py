@@ -207,6 +207,12 @@ class _Run:
         method = build_method(config, self.steps, size)
         own = getattr(self.task.kind, "loss", None)
         read = calibration(model, method.score, rows, self._collate, config.batch_size, config.seed, own)
+        if read and self.checkpoint is not None and self.checkpoint.settings["batch_size"] != config.batch_size:
+            raise ConfigError(
+                f"{method.name} reads calibration data in batches of batch_size, which was "
+                f"{self.checkpoint.settings['batch_size']} in {self.checkpoint.folder} and is {config.batch_size} now. "
+                "Resume with as many processes as wrote it."
+            )
         return st.attach(model, method, seed=config.seed, accumulation_steps=config.accumulation, **read)
 
     def _train(self) -> list[dict[str, Any]]:
