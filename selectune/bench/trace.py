@@ -93,6 +93,7 @@ class _Shown:
 
     def __init__(self, ledger: Ledger, dense: bool) -> None:
         self.ledger, self.dense = ledger, dense
+        self.sparse = False  # which entries are selected is not known
 
     def before_forward(self, inside: bool) -> None: ...
 

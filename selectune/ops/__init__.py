@@ -12,6 +12,7 @@
     gather_entries       read flat entries of a tensor of any strides
     scatter_entries      write flat entries in place, whatever the strides
     weight_gradient      the dense gradient of a linear weight, in reusable memory
+    product              the same in float32 or float64, for operands in half precision too
     into_scratch         an elementwise op, in reusable memory
     uniform              the next numbers of a stream (`seeds`) in the shape of a tensor
     checksum             one integer over all bits and their places, to check that frozen weights do not change
@@ -42,6 +43,7 @@ from selectune.ops.declare import (
 )
 from selectune.ops.reference import (
     into_scratch,
+    product,
     row_sums,
     sampled_rows,
     sampled_sum,
@@ -52,6 +54,6 @@ from selectune.ops.scratch import release
 
 __all__ = [
     "adamw_step", "bits", "checksum", "describe", "explain", "gather_entries", "into_scratch",
-    "release", "row_sums", "sampled_matmul", "sampled_rows", "sampled_sum", "scatter_entries",
+    "product", "release", "row_sums", "sampled_matmul", "sampled_rows", "sampled_sum", "scatter_entries",
     "scatter_many", "scatter_values", "score_filter", "small_filter", "sparse_product", "uniform", "weight_gradient",
 ]  # fmt: skip

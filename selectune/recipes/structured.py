@@ -24,7 +24,7 @@ def s2ft(
     Every unit is as likely as any other; the paper's code has a share for each of the four and, as here, draws what
     makes and what reads independently. `head`: rows of a head, by default as the model's config says.
     The budget is exact: the last unit is trained in part if the rest does not hold it. The code permutes weights, so
-    that the units are contiguous; here they stay where they are, and their gradients are computed entry by entry.
+    that the units are contiguous; here they stay where they are, and small products are taken of the columns in use.
     Source: Yang et al. (2024), S2FT, arXiv 2412.06289, and its released code.
 
     >>> import selectune as st

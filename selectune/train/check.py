@@ -56,7 +56,7 @@ class _Recorder:
     """Follows the passes in the tracker's place (`taps.Follower`)."""
 
     def __init__(self, ledger: Ledger, dense: bool) -> None:
-        self.dense, self.seen = dense, Projected(ledger.tensors)
+        self.dense, self.sparse, self.seen = dense, not dense, Projected(ledger.tensors)
         self.at_support = torch.zeros_like(ledger.offsets)
         self.vector = False  # whether the loss depends on the vector itself
         self._ledger = ledger

@@ -37,6 +37,7 @@ class Tracker:
         self.chooser, self.ledger, self.tensors = chooser, chooser.ledger, chooser.tensors
         self.clock, self.events, self.accumulation_steps = chooser.clock, chooser.events, accumulation_steps
         self.world = world
+        self.sparse = not chooser.method.structure.plain  # whole units are chosen by what no backward pass tells
         self.coming = Step(chooser, accumulation_steps, world)
         self.reached: set[int] = set()  # tensors that ever sent a gradient
         self.keepalive: object = None  # lives as long as the model is followed

@@ -25,6 +25,7 @@ from selectune.internals import saved_tensors_are_hooked
 from selectune.quantised import Quantised
 from selectune.train.graph.recompute import forget, rebuilt, source
 from selectune.train.support.pages import Page, Spots
+from selectune.train.support.rectangles import Rectangles
 
 
 class Listener(Protocol):
@@ -58,7 +59,8 @@ class Listener(Protocol):
 class Link:
     """One tensor in one graph: its number, its entries when the graph was made, the listener, and its uses.
 
-    `stay`: from forward to backward all weights are in memory; FSDP2 frees them in between.
+    `stay`: from forward to backward all weights are in memory; FSDP2 frees them in between. `sparse`: no dense gradient
+    will be asked for, so that a support of whole rows, columns or blocks needs a part of the input only.
     """
 
     index: int
@@ -67,6 +69,11 @@ class Link:
     uses: list[int]  # per tensor: how many gradients are still expected
     split: Any  # the SplitOffsets node of this graph
     stay: bool = True
+    sparse: bool = False
+
+    def rectangles(self, width: int) -> Rectangles | None:
+        """The support of a linear weight of this width, if small dense products give all that will be asked for."""
+        return self.page.rectangles(width) if self.sparse and self.page.watched is None else None
 
 
 class SplitOffsets(torch.autograd.Function):
@@ -129,8 +136,8 @@ class Reach(torch.autograd.Function):
 class SparseLinear(torch.autograd.Function):
     """y = x W^T + b; the gradients of W and b only at their support, or dense on a selecting step.
 
-    x is saved, unless the node that made it can make it again (`recompute`). Without a link W is frozen;
-    without a `bias_link` the bias is an ordinary tensor.
+    x is saved, or of a support of whole units what that needs of x, unless the node that made it can make it again
+    (`recompute`). Without a link W is frozen; without a `bias_link` the bias is an ordinary tensor.
     """
 
     @staticmethod
@@ -141,7 +148,7 @@ class SparseLinear(torch.autograd.Function):
         ctx.link, ctx.bias_link, ctx.shape = link, bias_link, x.shape
         ctx.wide = (bias_piece if piece is None else piece).dtype  # type: ignore[union-attr]
         ctx.source = None if link is None else source(x, link.stay)
-        ctx.save_for_backward(x if link is not None and ctx.source is None else None, weight)
+        ctx.save_for_backward(None if link is None or ctx.source is not None else _kept(link, x), weight)
         with torch.autocast(x.device.type, enabled=False):
             return _own(F.linear(x, weight.to(x.dtype), bias))
 
@@ -161,8 +168,8 @@ class SparseLinear(torch.autograd.Function):
                     ctx.bias_link, lambda spots: ops.sampled_sum(flat_dy, spots.flat), lambda: flat_dy.sum(0)
                 ).to(ctx.wide)
             if ctx.link is not None:
-                x = rebuilt(ctx.source) if x is None else x
-                piece = _of_linear(ctx.link, flat_dy, _rows(x)).to(ctx.wide)
+                x = _kept(ctx.link, rebuilt(ctx.source)) if x is None else x
+                piece = _of_linear(ctx.link, flat_dy, _rows(x), ctx.shape[-1]).to(ctx.wide)
         return dx, piece, None, None, dbias, bias_piece, None
 
 
@@ -180,7 +187,7 @@ class SparseBeside(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.weight = weight
         ctx.link, ctx.wide, ctx.shape, ctx.source = link, piece.dtype, x.shape, source(x)
-        ctx.save_for_backward(x if ctx.source is None else None, rows, cols, values)
+        ctx.save_for_backward(_kept(link, x) if ctx.source is None else None, rows, cols, values)
         return with_product(output, x, rows, cols, values)
 
     @staticmethod
@@ -191,8 +198,8 @@ class SparseBeside(torch.autograd.Function):
             dx = product(dy, cols, rows, values, ctx.shape[-1]).to(dy.dtype) if ctx.needs_input_grad[1] else None
             if dx is not None and ctx.weight is not None:
                 dx += (_rows(dy) @ ctx.weight.dequantise().to(dy.dtype)).view(ctx.shape)
-            x = rebuilt(ctx.source) if x is None else x
-            piece = _of_linear(ctx.link, _rows(dy), _rows(x)).to(ctx.wide)
+            x = _kept(ctx.link, rebuilt(ctx.source)) if x is None else x
+            piece = _of_linear(ctx.link, _rows(dy), _rows(x), ctx.shape[-1]).to(ctx.wide)
         return None if ctx.weight is not None else dy, dx, piece, None, None, None, None, None
 
 
@@ -268,8 +275,17 @@ def _own(output: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
-def _of_linear(link: Link, dy: Tensor, x: Tensor) -> Tensor:
-    """The gradient dy^T x of a linear weight at its support (n,), for dy (t, o) and x (t, i)."""
+def _kept(link: Link, x: Tensor) -> Tensor:
+    """What the gradient of a linear weight needs of its input."""
+    parts = link.rectangles(x.shape[-1])
+    return x if parts is None else parts.kept(x)
+
+
+def _of_linear(link: Link, dy: Tensor, x: Tensor, width: int) -> Tensor:
+    """The gradient dy^T x of a linear weight (o, width) at its support (n,), for dy (t, o) and what was kept of x."""
+    parts = link.rectangles(width)
+    if parts is not None:
+        return parts.gradient(dy, x)
     return _at_support(
         link,
         lambda spots: ops.sampled_matmul(dy, x, *spots.coordinates(x.shape[-1])),

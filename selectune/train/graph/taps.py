@@ -42,6 +42,8 @@ class _Running(threading.local):
 class Follower(Listener, Protocol):
     """Follows the passes of a model: the tracker, or `check` in its place."""
 
+    sparse: bool  # it never wants dense gradients
+
     def before_forward(self, inside: bool) -> None:
         """The outermost module is about to run (`inside`), or a weight is used outside of any module."""
         ...
@@ -205,7 +207,7 @@ class Taps:
         self._spare = pieces[0] if pieces else None
         return [
             Use(
-                Link(t.index, page, self.follower, self.uses, piece.grad_fn, self._stay),
+                Link(t.index, page, self.follower, self.uses, piece.grad_fn, self._stay, self.follower.sparse),
                 plain(t.used), piece, self.beyond_rows,
             )
             if needed or not self.skip_unneeded

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from selectune.train.support.rectangles import Rectangles, rectangles
+
 
 class Spots:
     """Entries of one tensor."""
@@ -12,12 +14,19 @@ class Spots:
     def __init__(self, flat: Tensor) -> None:
         self.flat = flat  # (n,) int64, ascending, on the weight's device
         self._coordinates: tuple[Tensor, Tensor] | None = None
+        self._rectangles: tuple[Rectangles | None] | None = None
 
     def coordinates(self, width: int) -> tuple[Tensor, Tensor]:
         """Rows (n,) and columns (n,), int32, of the entries in a tensor of this width; computed once."""
         if self._coordinates is None:
             self._coordinates = ((self.flat // width).int(), (self.flat % width).int())
         return self._coordinates
+
+    def rectangles(self, width: int) -> Rectangles | None:
+        """The entries as rectangles in a tensor of this width, None if they are scattered; found once."""
+        if self._rectangles is None:
+            self._rectangles = (rectangles(self.flat, width),)
+        return self._rectangles[0]
 
 
 class Page(Spots):
