@@ -25,6 +25,7 @@ from selectune.bench.rounds import Settings
 from selectune.bench.workload import DTYPES, Bench, batches, config_of, prepare
 
 METHODS = ("full", "frozen", "lora", "pafi", "static-d3", "id3", "id3:every=10")
+SHAPES = ((2048, 2048, 2048), (2048, 8192, 2048), (4096, 4096, 4096))  # tokens, outputs, inputs
 CASES = (
     ("deberta-v3-base, bf16 autocast", Bench("deberta-v3-base", 16, 256, "fp32", "bf16", device="cuda")),
     ("deberta-v3-base, fp32", Bench("deberta-v3-base", 16, 256, "fp32", device="cuda")),
@@ -108,6 +109,29 @@ def waits(depth: int, width: int = 512) -> int:
     return sum("synchroniz" in str(warning.message) for warning in seen)
 
 
+def candidates(t: int, o: int, i: int, device: str = "cuda", best: int = 64) -> dict[str, float]:
+    """The best entries of a gradient by D3, in milliseconds: tile by tile from its factors, and out of the dense one.
+
+    Operands are random with heavy tails, as real ones are: most rows and columns have small norms.
+    """
+    from selectune.ops.triton import product_filter
+
+    torch.manual_seed(0)
+    dy, x = (torch.randn(t, n, device=device) * torch.rand(n, device=device) ** 4 for n in (o, i))
+    weight = torch.randn(o, i, device=device) / 50
+
+    def dense() -> torch.Tensor:
+        return ((dy.mT @ x).abs_() / (weight.abs() + 1).square_()).view(-1).topk(best).values
+
+    cutoff, found = dense()[-1], {}
+    for dtype in (torch.float32, torch.bfloat16):
+        half = dy.to(dtype), x.to(dtype)
+        left = int(product_filter(*half, weight, 2.0, 1.0, cutoff, room=1 << 14)[2])
+        took = seconds(lambda half=half: product_filter(*half, weight, 2.0, 1.0, cutoff, room=1 << 14))
+        found |= {f"{dtype}".removeprefix("torch."): 1e3 * took, f"left, {dtype}".replace("torch.", ""): left}
+    return {"dense and top-k": 1e3 * seconds(dense), **found}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="gpu.json", help="JSON file for everything measured")
@@ -126,6 +150,9 @@ def main() -> int:
     print(
         "the host waited, in one selecting step: " + ", ".join(f"{n}x in {d} layers" for d, n in found["waits"].items())
     )
+    found["candidates"] = {f"{t} x {o} x {i}": candidates(t, o, i) for t, o, i in SHAPES}
+    for shape, row in found["candidates"].items():
+        print(f"candidates of {shape}, ms: " + ", ".join(f"{way} {value:,.2f}" for way, value in row.items()))
     longest = 0.0
     for name, bench in CASES:
         started = time.monotonic()

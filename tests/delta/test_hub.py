@@ -272,6 +272,7 @@ def test_the_command_in_the_card_is_that_of_the_run(tmp_path: Path):
     words = shlex.split(run_of(tmp_path)[1][0])
     again = get_command(app).commands["train"].make_context("train", words[2:]).params  # pyright: ignore
     wanted = {name: value for name, value in whole.as_json().items() if value is not None and name not in ("budget",)}
+    wanted["pattern"] = [whole.pattern]  # an option that may be given several times
     assert {name: again[name] for name in wanted if again[name]} == {n: v for n, v in wanted.items() if v}
     assert (again["seed"], again["max_grad_norm"]) == (0, 0.0)
     (tmp_path / "run.json").write_text(json.dumps({**told, "config": {**config, "train": "/home/me/rows.csv"}}))

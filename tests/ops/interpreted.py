@@ -52,6 +52,42 @@ def test_score_filter_repeats_with_room_enough():
     assert finite
 
 
+@settings(max_examples=40)
+@given(products(dtypes=(torch.float32, torch.bfloat16, torch.float16), most=40, tokens=40), some.data())
+def test_product_filter_misses_nothing(case, data):
+    """Against scores in float64: all that reach the cutoff, and none that rounding could not have lifted there."""
+    dy, x, _ = case
+    exp = data.draw(some.sampled_from([0.0, 1.0, 2.0, 0.7, -1.0]))
+    eps = data.draw(some.sampled_from([1.0, 1e-3, 0.0]))
+    generator = torch.Generator().manual_seed(data.draw(some.integers(0, 99)))
+    weight = torch.randn(dy.shape[1], x.shape[1], generator=generator) / 10
+    dy, x = (part * (4 * torch.rand(part.shape[1], generator=generator) ** 6).to(part.dtype) for part in (dy, x))
+    factor = (weight.double().abs() + eps) ** -exp
+    score = ((dy.double().mT @ x.double()).abs() * factor).view(-1)
+    off = (dy.double().norm(dim=0)[:, None] * x.double().norm(dim=0) * factor * (dy.shape[0] + 8) * 2.0**-21).view(-1)
+    wanted = data.draw(some.integers(1, min(60, score.numel())))
+    cutoff = score.topk(wanted).values[-1].float().clamp(min=1e-9)
+
+    flat, gradient, count = kernels.product_filter(dy, x, weight, exp, eps, cutoff, room=2000)
+
+    found = flat[: int(count)]
+    assert found.unique().numel() == found.numel() == int(count)
+    assert set((score >= float(cutoff)).nonzero()[:, 0].tolist()) <= set(found.tolist())
+    assert bool((score[found] + off[found] >= float(cutoff) * (1 - 1e-4)).all())
+    exact = (dy.double().mT @ x.double()).view(-1)[found]
+    assert bool(((gradient[: int(count)] - exact).abs() * factor.view(-1)[found] <= off[found]).all())
+
+
+def test_product_filter_tells_when_the_dense_product_is_the_way():
+    dy, x, weight, cutoff = torch.ones(3, 40), torch.ones(3, 50), torch.zeros(40, 50), torch.tensor(2.0)
+    flat, _, count = kernels.product_filter(dy, x, weight, 2.0, 1.0, cutoff, room=100)
+    assert int(count) == 2000
+    assert flat.unique().numel() == 100
+    assert int(kernels.product_filter(dy, x, weight, 2.0, 1.0, torch.tensor(3.1), room=100)[2]) == 0
+    dy[1, 7] = float("nan")
+    assert int(kernels.product_filter(dy, x, weight, 2.0, 1.0, cutoff, room=3000)[2]) > 3000
+
+
 @pytest.mark.parametrize("stored", FLOATS)
 def test_scatter_values(stored):
     values = torch.cat((torch.randn(200), torch.tensor([0.0, -0.0, 65519.9, 65520.0, float("inf"), 1.00390625, 3e38])))

@@ -26,6 +26,17 @@ def test_kernels_under_the_interpreter():
     assert " passed" in run.stdout
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_product_filter_compiles_for_a_gpu_that_is_not_here():
+    """To machine code of compute capability 9.0, in a process of its own, as the interpreter knows fewer limits."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "compiled.py"], capture_output=True, text=True, cwd=HERE, timeout=300,
+        check=False, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == ["fp32", "bf16", "fp16"]
+
+
 def test_kernel_modules_import_without_triton():
     code = (
         "import importlib.util as u; real = u.find_spec\n"
