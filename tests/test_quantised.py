@@ -15,6 +15,9 @@ import selectune as st
 from selectune import train as train_room
 from selectune.beside import side_of
 from selectune.errors import BaseMismatchError, ConfigError, DeltaError, ScopeError
+from selectune.interop.bridges import OUT, export
+from selectune.interop.sync import PatchStream
+from selectune.models.restore import Source
 from selectune.quantised import Quantised, quantised_weights
 
 METHODS: dict[str, Callable[[], st.Method]] = {
@@ -178,6 +181,65 @@ def test_stacked_deltas_come_off_in_turn():
     assert torch.equal(logits(model), logits(base("own")))
 
 
+def offsets(delta: st.Delta) -> dict[str, torch.Tensor]:
+    """The offsets beside quantised weights, as whole tensors in float64."""
+    found = {}
+    for patch in delta.patches:
+        if patch.beside:
+            found[patch.name] = torch.zeros(patch.numel, dtype=torch.float64)
+            found[patch.name][patch.indices] = patch.values.double()
+    return found
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["base", "old values"])
+def test_offsets_are_added_and_scaled(given, tmp_path):
+    """Against float64: offsets add up, rounded once; the layer norm's values do so as differences from the base."""
+    tuners = [train(base("own"), m)[0] for m in (st.id3(budget=200, steps=6), st.random(budget=300))]
+    first, second = (tuner.delta(old_values=not given) for tuner in tuners)
+    known = {"base": base("own")} if given else {}
+    for made, (a, b) in (
+        (st.algebra.add([first, second], **known), (1.0, 1.0)),
+        (st.algebra.add([first, second], weights=[0.3, -2.0], **known), (0.3, -2.0)),
+        (st.algebra.scale(first, 0.7, **known), (0.7, 0.0)),
+        (st.algebra.negate(second, **known), (0.0, -1.0)),
+        (st.algebra.dare([first], drop=0.0, **known), (1.0, 0.0)),
+    ):
+        one, two = offsets(first), offsets(second)
+        for name, found in offsets(made).items():
+            assert torch.equal(found.float(), (a * one[name] + b * two[name]).float()), name
+        assert {patch.name for patch in made.patches if patch.beside} == {"0.weight", "3.weight"}
+        model = base("own")
+        st.load(made.save(tmp_path / made.digest)).apply(model, full=True)
+        assert same(stored(base("own")), stored(model))
+    assert st.algebra.overlap(first, second).shared > 0
+    assert st.algebra.ties([first, second], density=0.5, **known).selected <= first.selected + second.selected
+    assert st.algebra.cut(first, 50, **known).selected == 50
+
+
+def test_a_sum_of_offsets_apart_is_one_after_the_other():
+    deltas = [train(base("own"), st.random(budget=60, scope=(scope,)))[0].delta() for scope in ("0.*", "3.*")]
+    stacked, summed = base("own"), base("own")
+    deltas[0].apply(stacked)
+    deltas[1].apply(stacked, stack=True)
+    st.algebra.add(deltas, base=base("own")).apply(summed)
+    assert torch.equal(logits(stacked), logits(summed))
+
+
+def test_offsets_beside_other_bits_are_not_added():
+    mine = train(base("own"), st.random(budget=60))[0].delta(old_values=True)
+    moved = base("own")
+    moved[0].weight.data[3, 4] ^= 1
+    plain = dequantised(base("own"))
+    for other in (moved, plain):
+        theirs = train(other, st.random(budget=60))[0].delta(old_values=True)
+        with pytest.raises(BaseMismatchError):
+            st.algebra.add([mine, theirs])
+        infos = [{**delta.info, "base": {**delta.info["base"], "weights": None}} for delta in (mine, theirs)]
+        unsure = [st.Delta(d.patches, d.dense, info) for d, info in zip((mine, theirs), infos, strict=True)]
+        with pytest.raises(BaseMismatchError, match="stored bits|quantised parameter"):
+            st.algebra.add(unsure)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_ends_with_the_same_bits(name, tmp_path):
     model = base("own")
@@ -197,7 +259,7 @@ def test_a_resumed_run_ends_with_the_same_bits(name, tmp_path):
     assert again.delta().to_bytes() == tuner.delta().to_bytes()
 
 
-def test_what_cannot_work_is_refused():
+def test_what_cannot_work_is_refused(tmp_path):
     model, before = base("own"), logits(base("own"))
     for method in (st.diff_pruning(budget=60, steps=6), st.sparse_adapter(budget=60), st.fish(budget=60)):
         with pytest.raises(ConfigError, match="bits of a quantised weight"):
@@ -207,9 +269,15 @@ def test_what_cannot_work_is_refused():
     tuner, _ = train(model, st.id3(budget=60, steps=6))
     delta = tuner.delta()
     tuner.detach()
-    for refused in (lambda: delta.merge(model), lambda: st.algebra.scale(delta, 0.5)):
-        with pytest.raises(DeltaError, match="beside quantised weights"):
-            refused()
+    with pytest.raises(DeltaError, match="beside quantised weights"):
+        delta.merge(model)
+    for kind in OUT:
+        with pytest.raises(DeltaError, match="so it cannot be exported"):
+            export(kind, Source("tiny"), delta.save(tmp_path / kind), tmp_path / "out")
+    again = st.attach(model, st.random(budget=60))
+    with pytest.raises(ConfigError, match="none is sent"):
+        PatchStream(again)
+    again.detach()
     assert torch.equal(logits(model), before)
     assert not any(module._forward_hooks for module in model.modules())
 

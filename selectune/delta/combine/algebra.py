@@ -6,8 +6,9 @@ factor 1, keeps that delta's bits; a scalar that no delta changes keeps the base
 the base model, or from the deltas themselves (`old_values=True`); if all deltas carry them, so does the result. The
 result is an ordinary delta whose `info["method"]` names its parents.
 
-Tensors that are recorded whole take part entry by entry, and so do buffers and zeroed patches. Integer tensors are
-rounded to nearest. Booleans and complex numbers can only be copied from one delta, not computed.
+Offsets beside quantised weights are added and scaled as such, and the result lies beside the same weights. Tensors that
+are recorded whole take part entry by entry, and so do buffers and zeroed patches. Integer tensors are rounded to
+nearest. Booleans and complex numbers can only be copied from one delta, not computed.
 """
 
 from __future__ import annotations

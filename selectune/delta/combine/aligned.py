@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from selectune import bits
 from selectune.bits import dtype_name, int_view
 from selectune.delta.delta import Delta
-from selectune.delta.file.content import refuse_beside
 from selectune.delta.file.fingerprint import Inventory, unwrapped
 from selectune.delta.file.parts import Dense, Part, Patch
 from selectune.delta.live import door
@@ -38,6 +37,7 @@ class Rows:
     new: Tensor  # (k, n): the base where a delta does not write
     at: tuple[Tensor | None, ...]  # for each delta the columns it writes, None if it does not have the tensor
     old_values: bool  # every delta carries the base's values, so the result does too
+    stored: str | None = None  # the digest of a quantised weight: values are offsets beside it, and the base is 0
 
     @property
     def changed(self) -> Tensor:
@@ -78,8 +78,6 @@ def align(deltas: Sequence[Delta], base: nn.Module | None = None) -> list[Rows]:
     The base's values are those of `base` (without the deltas applied to it), or the old values that the deltas carry.
     Raises BaseMismatchError for deltas of different bases or shapes, DeltaError where the base is unknown.
     """
-    for delta in deltas:
-        refuse_beside(delta, "summed, merged or compared entry by entry")
     if base is None:
         return _align(deltas, None)
     with door.beside(door.claim_of(unwrapped(base)), "reading the base of a sum of deltas"):
@@ -110,6 +108,8 @@ def check_shapes(deltas: Sequence[Delta]) -> None:
     for delta in deltas:
         for part in delta.parts:
             now = f"{part.kind} {dtype_name(part.dtype)} {part.shape}"
+            if isinstance(part, Patch) and part.beside:
+                now = f"quantised {part.kind} {part.shape}"
             before, label = seen.setdefault(part.name, (now, delta.label))
             if before != now:
                 raise BaseMismatchError(
@@ -182,6 +182,8 @@ def part_of(rows: Rows, keep: Tensor | None, values: Tensor) -> Part:
     if keep is not None:
         where = keep.nonzero()[:, 0]
         indices, values, base = indices[where], bits.gather(values, where), bits.gather(base, where)
+    if rows.stored is not None:
+        return Patch(rows.name, rows.shape, values.dtype, indices, values, rows.stored, beside=True)
     return Patch.make(rows.name, rows.shape, indices, values, base, old_values=rows.old_values)
 
 
@@ -222,7 +224,8 @@ def _rows(name: str, parts: list[Part | None], found: Inventory | None, layers: 
     whole = any(where is None for where in places)
     indices = torch.arange(numel) if whole else torch.cat([at for at in places if at is not None]).unique()
     at = tuple(None if part is None else _columns(part, indices, numel) for part in parts)
-    if found is not None:
+    stored = _stored(name, parts)
+    if found is not None and stored is None:
         base = base_at(found.find[name], indices, layers)
     else:
         base = _carried_base(name, some.dtype, parts, at, len(indices))
@@ -230,7 +233,18 @@ def _rows(name: str, parts: list[Part | None], found: Inventory | None, layers: 
     for row, part, columns in zip(new, parts, at, strict=True):
         if part is not None and columns is not None:
             row[columns] = int_view(part.new).reshape(-1)
-    return Rows(name, some.kind, some.shape, some.dtype, whole, indices, base, new.view(base.dtype), at, old)
+    return Rows(name, some.kind, some.shape, some.dtype, whole, indices, base, new.view(base.dtype), at, old, stored)
+
+
+def _stored(name: str, parts: list[Part | None]) -> str | None:
+    """The digest of the quantised weight that offsets lie beside; None if there is none."""
+    found = {part.base_digest for part in parts if isinstance(part, Patch) and part.beside}
+    if len(found) > 1:
+        raise BaseMismatchError(
+            f'the deltas lie beside other stored bits of "{name}" ({", ".join(sorted(found))}); deltas can be combined '
+            "if they were made on one base, quantised in one way"
+        )
+    return next(iter(found), None)
 
 
 def _columns(part: Part, indices: Tensor, numel: int) -> Tensor:
