@@ -74,12 +74,13 @@ def test_training_beside_is_training_the_dequantised_model(kind, name):
     assert tuner.verify().selected == tuner.selected
 
 
-def test_units_that_are_drawn_read_no_numbers(monkeypatch):
+@pytest.mark.parametrize("drawn", [st.paca, st.random], ids=["units", "entries"])
+def test_what_is_drawn_reads_no_numbers(drawn, monkeypatch):
     """To dequantise a weight costs its whole size; a choice by chance needs its shape only."""
     read = Quantised.dequantise
     reads: list[str] = []
     monkeypatch.setattr(Quantised, "dequantise", lambda self: (reads.append("read"), read(self))[1])
-    tuner = st.attach(base("own"), st.paca(budget=60), seed=3)
+    tuner = st.attach(base("own"), drawn(budget=60), seed=3)
     assert tuner.selected == 60
     assert reads == []
 
@@ -236,7 +237,7 @@ def test_offsets_beside_other_bits_are_not_added():
             st.algebra.add([mine, theirs])
         infos = [{**delta.info, "base": {**delta.info["base"], "weights": None}} for delta in (mine, theirs)]
         unsure = [st.Delta(d.patches, d.dense, info) for d, info in zip((mine, theirs), infos, strict=True)]
-        with pytest.raises(BaseMismatchError, match="stored bits|quantised parameter"):
+        with pytest.raises(BaseMismatchError, match=r"stored bits|quantised parameter"):
             st.algebra.add(unsure)
 
 

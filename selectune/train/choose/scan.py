@@ -45,7 +45,8 @@ def scan(
     A score that `ops` can filter takes one pass as soon as the collector has a cutoff. The pieces double as the
     cutoff improves, so that each has about as many candidates as the quota.
     """
-    weight = tensor.weight
+    unread = known is not None or score.reads is Reads.NOTHING
+    weight = _shaped_like(tensor) if unread else tensor.weight
     w, g, known = _flat(weight, rows), _flat(gradient), _flat(known)
     barred = barred_entries(tensor, taken, rows)
     filtered = known is None and w.numel() > SMALL and has_one_pass(score)
@@ -73,6 +74,12 @@ def scan(
             collector.offer(tensor.index, rows[at // width] * width + at % width, scores, carry)
         start = part.stop
     return True
+
+
+def _shaped_like(tensor: ScopedTensor) -> Tensor:
+    """Zeros in the weight's shape that take no memory: to read a quantised or a sharded weight makes all of it."""
+    form = tensor.form
+    return torch.zeros((), dtype=form.dtype, device=form.device).expand(form.shape)
 
 
 def queues(tensor: ScopedTensor, collector: Collector) -> bool:
