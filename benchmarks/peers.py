@@ -1,4 +1,4 @@
-"""The toolkit's methods as peers of `selectune bench`: selective-optimizers 0.4 from PyPI, unchanged.
+"""Further peers of `selectune bench`: methods of selective-optimizers 0.4 from PyPI, unchanged, and a mask high up.
 
 `benchmarks/bars.py` and `benchmarks/gpu.py` measure them. Needs `pip install 'selectune[bench]'`.
 """
@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import selectune as st
 from selectune.bench.meter import wait
 from selectune.bench.methods import LEARNING_RATE, Conditions, Peer, Ready
 from selectune.bench.workload import Bench, loss_of
 from selectune.schedule import resolve_budget
+from selectune.train import attach
 
 
 def toolkit(kind: str) -> Callable[[nn.Module, Conditions], Ready]:
@@ -67,6 +69,23 @@ def note_unreached(model: nn.Module, batch: dict[str, Tensor], bench: Bench) -> 
     model.zero_grad(set_to_none=True)
 
 
+def top_third(model: nn.Module, given: Conditions) -> Ready:
+    """A random mask of selectune in the upper third of the layers, so that backward may end where they begin."""
+    (stack,) = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
+    (prefix,) = (name for name, m in model.named_modules() if m is stack)
+    upper = tuple(f"{prefix}.{i}.*" for i in range(len(stack) - len(stack) // 3, len(stack)))
+    tuner = attach(model, st.random(given.budget, scope=upper), seed=given.seed)
+    return Ready(
+        torch.optim.AdamW(tuner.parameters(), lr=given.rate),
+        selected=lambda: tuner.selected,
+        save=lambda folder: tuner.save(folder / "delta.safetensors", order=False).stat().st_size,
+        undo=tuner.detach,
+        model=model,
+        tuner=tuner,
+    )
+
+
 PEERS = {
     f"toolkit-{kind}": Peer(toolkit(kind), "selective-optimizers", note_unreached) for kind in ("id3", "pafi", "bitfit")
 }
+PEERS["top-third"] = Peer(top_third, dense=False)
