@@ -28,6 +28,7 @@ Report = dict[str, Any]
 Row = dict[str, Any]
 TENTH = "id3:every=10"
 TOP = "top-third"
+METHODS = f"full,frozen,lora,toolkit-id3,pafi,static-d3,random,{TOP},id3,{TENTH}"
 STATIC = ("pafi", "static-d3", "random")
 MIB = 1 << 20
 
@@ -217,7 +218,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bert-6l")
     parser.add_argument("--data", default="random", help="a task's rows for a trained model (--model demo)")
-    parser.add_argument("--methods", default="full,frozen,lora,toolkit-id3,pafi,static-d3,random,top-third,id3,id3:every=10")
+    parser.add_argument(
+        "--methods", default="full,frozen,lora,toolkit-id3,pafi,static-d3,random,top-third,id3,id3:every=10"
+    )
     parser.add_argument("--budget", type=budget, default=0.0017, help="scalars trained, or a share of all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)

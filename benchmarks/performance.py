@@ -1,6 +1,7 @@
-"""Fills the tables of docs/performance.md from the reports beside it: `python benchmarks/performance.py`.
+"""Fills the tables of docs/performance.md and docs/scale.md: `python benchmarks/performance.py`.
 
-The reports are what `benchmarks/bars.py --json` and `benchmarks/figures.py` wrote to docs/performance/.
+The reports are in docs/performance/, where `benchmarks/bars.py`, `benchmarks/figures.py` and `benchmarks/ranks.py`
+wrote them (`--json`).
 """
 
 from __future__ import annotations
@@ -68,19 +69,37 @@ def series(name: str, what: str) -> str:
     return "\n".join(lines)
 
 
+def ranks() -> str:
+    """What a selecting step sends between processes, a line a number of them."""
+    lines = ["| processes | median MiB | most MiB | all-reduce of all, MiB | median / that |", "|---|---|---|---|---|"]
+    for row in read("ranks"):
+        sizes = (row["median_mib"], row["largest_mib"], row["whole_mib"])
+        cells = [str(row["ranks"]), *(f"{size:.1f}" for size in sizes), f"{row['median_share']:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 RUNS = ("bars-1", "bars-2", "bars-3")
-# by the mark in the page: the reports it needs, and what makes it; a report that is not there leaves its table alone
+REAL = ("bars-real-1", "bars-real-2", "bars-real-3")
+# by the mark in a page: the reports it needs, and what makes it; a report that is not there leaves its table alone
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
     "rows": (RUNS[:1], lambda: rows("bars-1")),
     "bars": (RUNS, lambda: bars(*RUNS)),
     "bars at 5 %": (("bars-dense",), lambda: bars("bars-dense")),
     "density": (("density",), lambda: series("density", "density")),
     "size": (("size",), lambda: series("size", "model")),
+    "bars on real gradients": (REAL, lambda: bars(*REAL)),
+    "ranks": (("ranks",), ranks),
 }
 
 
 def main() -> None:
-    page = HERE / "performance.md"
+    for page in (HERE / "performance.md", HERE / "scale.md"):
+        fill(page)
+
+
+def fill(page: Path) -> None:
+    """Writes the tables of a page anew."""
     text = page.read_text(encoding="utf-8")
     for name, (needed, make) in TABLES.items():
         if not all((HERE / "performance" / f"{report}.json").exists() for report in needed):

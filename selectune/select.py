@@ -127,6 +127,18 @@ class GlobalCollector:
         del tensor
         return self
 
+    def like(self, shift: int) -> GlobalCollector:
+        """A collector without entries, of the same quota, order and cutoff, whose offers lie `shift` further on."""
+        other = GlobalCollector(self.quota, [], self.tie_seed)
+        other._starts, other.cutoff = [start + shift for start in self._starts], self.cutoff
+        return other
+
+    def rows(self, tensor: int) -> Rows:
+        """What is kept of offers from one tensor: scores, flat indices and carried numbers, in no particular order."""
+        self._compress()
+        scores, positions, carried = self.kept[0] if self.kept else (torch.zeros(0, dtype=torch.float64),) * 3
+        return scores, positions.long() - self._starts[tensor], carried
+
     def offer(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
         """See `selectune.types.Collector`."""
         if self.quota == 0:

@@ -25,6 +25,7 @@ from selectune.recipes import RECIPES
 from selectune.runs.calibration import calibration as data_of
 from selectune.schedule import resolve_budget
 from selectune.scope import Found, Scope
+from selectune.train.choose import shares
 from selectune.train.choose.calibrate import calibrate
 from selectune.train.choose.products import CANONICAL
 from selectune.train.choose.scan import PIECE
@@ -91,7 +92,8 @@ def plan(
 
     `ranks`: processes under DistributedDataParallel. Each sends 2 (n - 1)/n times the bytes of what is averaged, as
     a ring does (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations"): the
-    gradients of what is trained, and in a selecting step the dense gradient of every tensor in scope, one by one.
+    gradients of what is trained. In a selecting step it sends half as many of the dense gradient of every tensor in
+    scope, or all of a small one: at most, as a few entries of most tensors do on real gradients (docs/scale.md).
 
     `quantise`: `int8` or `nf4`, the form that the base is kept in. A step dequantises one weight at a time.
 
@@ -162,8 +164,7 @@ def _predicted(
         workspace += min(_PIECE, widest) * _SCORING
         workspace += _rounded(model, bench, chosen, schedule, steps or 1000) if ranks == 1 else 0
     reduced = quiet.values + size(t.parameter for t in found.whole)
-    dense_means = [t.parameter.numel() * wide(t.parameter.dtype).itemsize for t in found.tensors] if selects else []
-    exchange = reduced + max(dense_means, default=0) if ranks > 1 else 0
+    mean, means = _shared(found, _quota(schedule, steps or 1000), ranks) if selects and ranks > 1 else (0, 0)
     room = quiet.peak - quiet.saved - quiet.kept
     gradient = min(room, quiet.gradients)
     itemsize = DTYPES[bench.dtype].itemsize
@@ -175,6 +176,7 @@ def _predicted(
         shipped = size(t.parameter for t in (*found.whole, *found.tensors))
     calibration = _calibration(model, bench, config, chosen, found)
     again = calibration and schedule is not None and not schedule.keeps  # during the run, beside what it holds then
+    exchange = reduced + mean if ranks > 1 else 0
     above = adapter + max(peak + workspace + exchange, calibration + (quiet.kept if again else 0))
     return Prediction(
         method=name,
@@ -197,7 +199,7 @@ def _predicted(
         ranks=ranks,
         exchange=exchange,
         sent=_ring(reduced, ranks),
-        sent_selecting=_ring(reduced + sum(dense_means), ranks),
+        sent_selecting=_ring(reduced, ranks) + means,
         peak=weights + above,
         above_model=above,
         delta_bytes=shipped,
@@ -255,8 +257,7 @@ def _method(model: nn.Module, name: str, budget: int | float, steps: int) -> tup
 
 def _rounded(model: nn.Module, bench: Bench, method: Method, schedule: Schedule | None, steps: int) -> int:
     """Bytes of exact selection (`choose.products`): both operands as int8, and the entries that bounds leave."""
-    largest = max((schedule.target(t) - schedule.target(t - 1) for t in range(1, steps)), default=0) if schedule else 0
-    quota = 0 if schedule is None else max(schedule.target(0), largest)
+    quota = _quota(schedule, steps)
     bounded = method.score is not None and method.score.weighting is not None
     if not (bounded and 0 < quota <= CANONICAL and bench.device == "cpu" and bench.dtype == "fp32"):
         return 0
@@ -265,6 +266,26 @@ def _rounded(model: nn.Module, bench: Bench, method: Method, schedule: Schedule 
     shapes = [(o, i) for o, i in shapes if bounds.pays(tokens, o, i, unknown=False)]
     left, right = (max((shape[side] for shape in shapes), default=0) for side in (0, 1))
     return tokens * (left + right) + 16 * int(bounds.SHARE * max((o * i for o, i in shapes), default=0))
+
+
+def _quota(schedule: Schedule | None, steps: int) -> int:
+    """The most entries that one step selects."""
+    if schedule is None:
+        return 0
+    return max(schedule.target(t) - (schedule.target(t - 1) if t else 0) for t in range(max(1, steps)))
+
+
+def _shared(found: Found, quota: int, ranks: int) -> tuple[int, int]:
+    """Bytes of mean gradients over the ranks (`choose.shares`): held at once, and sent in a selecting step at most."""
+    held = sent = 0
+    for parameter in (tensor.parameter for tensor in found.tensors):
+        entries, dtype = parameter.numel(), wide(parameter.dtype)
+        parted = entries >= shares.SMALL and quota <= entries // shares.FEW // ranks
+        copied = not parted or entries % ranks > 0 or parameter.dtype != dtype
+        whole = entries * dtype.itemsize
+        held = max(held, copied * whole + parted * whole // ranks)
+        sent += _ring(whole, ranks) // (1 + parted)
+    return held, sent
 
 
 def _calibration(model: nn.Module, bench: Bench, config: Any, method: Method | None, found: Found) -> int:

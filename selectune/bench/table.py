@@ -111,7 +111,7 @@ def planned(found: dict[str, Any]) -> str:
     lines.append(f"{'delta file':<30} {found['delta_bytes']:>12,} bytes")
     lines.append(f"{'trained scalars':<30} {found['trained']:>12,} of {found['parameters']:,} ({found['density']:.4%})")
     if found["ranks"] > 1:
-        for key, label in (("sent", "sent by each process a step"), ("sent_selecting", "the same, selecting")):
+        for key, label in (("sent", "sent by each process a step"), ("sent_selecting", "the same, selecting, at most")):
             lines.append(f"{label:<30} {found[key] / mib:>12,.1f} MiB")
     if found["updates"] is not None:
         lines.append(f"{'updates of scalars':<30} {found['updates']:>12,} in {found['steps']:,} steps")

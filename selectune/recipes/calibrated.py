@@ -57,7 +57,7 @@ def child_tuning_d(
     OneShot(budget=0.3)
     """
     score = scores.fisher_batches(
-        batches=count("batches", batches, optional=True), clip=None if clip is None else number("clip", clip)
+        batches=count("batches", batches, none="all"), clip=None if clip is None else number("clip", clip)
     )
     return compose("child-tuning-d", score, OneShot(budget), scope, train_fully)
 
@@ -79,7 +79,7 @@ def movement(
     >>> st.movement(budget=1000).score.parameters
     {'batches': 64}
     """
-    score = scores.movement(batches=count("batches", batches, optional=True))
+    score = scores.movement(batches=count("batches", batches, none="all"))
     return compose("movement", score, OneShot(budget), scope, train_fully)
 
 
@@ -98,7 +98,7 @@ def snip(
     >>> st.snip(budget=1000).score.name
     'snip'
     """
-    score = scores.snip(batches=count("batches", batches, optional=True))
+    score = scores.snip(batches=count("batches", batches, none="all"))
     return compose("snip", score, OneShot(budget), scope, train_fully)
 
 
@@ -119,7 +119,7 @@ def speft(
     >>> st.speft(budget=1000).score.parameters["batches"]
     64
     """
-    score = scores.d3_pooled(exp=0.0, batches=count("batches", batches, optional=True))
+    score = scores.d3_pooled(exp=0.0, batches=count("batches", batches, none="all"))
     return compose("speft", score, OneShot(budget), scope, train_fully)
 
 
@@ -142,7 +142,7 @@ def gem(
     >>> st.gem(budget=1000).select
     PerTensor(quota='entropy')
     """
-    score = scores.d3_pooled(exp=1.0, eps=number("eps", eps), batches=count("batches", batches, optional=True))
+    score = scores.d3_pooled(exp=1.0, eps=number("eps", eps), batches=count("batches", batches, none="all"))
     return compose("gem", score, OneShot(budget), scope, train_fully, PerTensor("entropy"))
 
 
@@ -165,7 +165,7 @@ def rosa(
     >>> st.rosa(budget=100_000).counted
     ('*lora_*',)
     """
-    score = scores.fisher_batches(batches=count("batches", batches, optional=True), clip=None, train_mode=False)
+    score = scores.fisher_batches(batches=count("batches", batches, none="all"), clip=None, train_mode=False)
     whole = (adapter, *patterns(train_fully))
     return compose("rosa", score, OneShot(budget), scope, whole, PerTensor(), counted=adapter)
 
@@ -187,9 +187,7 @@ def grasp(
     >>> st.grasp(budget=1000).score.parameters
     {'batches': 1, 'temperature': 200.0}
     """
-    score = scores.grasp(
-        batches=count("batches", batches, optional=True), temperature=number("temperature", temperature)
-    )
+    score = scores.grasp(batches=count("batches", batches, none="all"), temperature=number("temperature", temperature))
     return compose("grasp", score, OneShot(budget), scope, train_fully)
 
 

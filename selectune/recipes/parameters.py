@@ -21,14 +21,13 @@ def d3(exp: float, eps: float) -> Score:
     return scores.d3(exp=float(exp), eps=float(eps))
 
 
-def count(name: str, value: int | None, optional: bool = False) -> int | None:
-    """An int of at least 1, or None where that means all."""
-    if value is None and optional:
+def count(name: str, value: int | None, none: str = "") -> int | None:
+    """An int of at least 1, or None where that stands for what `none` says."""
+    if value is None and none:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(
-            f"{name}= must be an int of at least 1{', or None for all' if optional else ''}, got {value!r}."
-        )
+        other = f", or None for {none}" if none else ""
+        raise ConfigError(f"{name}= must be an int of at least 1{other}, got {value!r}.")
     return value
 
 

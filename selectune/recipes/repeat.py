@@ -100,5 +100,5 @@ def fish_dip(
     >>> st.fish_dip(steps=500).score.parameters["hardest"]
     25
     """
-    score = scores.fisher(examples=count("pool", pool, optional=True), hardest=count("examples", examples))
+    score = scores.fisher(examples=count("pool", pool, none="all"), hardest=count("examples", examples))
     return compose("fish-dip", score, Repeat(budget, steps, every), scope, train_fully)

@@ -32,7 +32,7 @@ def s2ft(
     'column'
     """
     also = ((VALUE, "head-rows"), (OUTPUT, "head-columns"), (UP, "row"))
-    structure = Structure("column", count("head", head, optional=True), also=also)
+    structure = Structure("column", count("head", head, none="what the config says"), also=also)
     return compose("s2ft", scores.random(), OneShot(budget), scope, train_fully, structure=structure)
 
 
@@ -55,7 +55,7 @@ def smt(
     >>> st.smt(budget=65_536 * 4).structure
     Structure(unit='block', size=256, pool='mean', also=())
     """
-    score = scores.d3_pooled(exp=0.0, batches=count("batches", batches, optional=True))
+    score = scores.d3_pooled(exp=0.0, batches=count("batches", batches, none="all"))
     structure = Structure("block", count("block", block))
     return compose("smt", score, OneShot(budget), scope, train_fully, structure=structure)
 
@@ -97,7 +97,7 @@ def losia(
     >>> st.losia().structure.unit
     'subnet'
     """
-    score = scores.sensitivity(batches=count("batches", batches, optional=True))
-    again = count("every", every, optional=True)
+    score = scores.sensitivity(batches=count("batches", batches, none="all"))
+    again = count("every", every, none="all")
     schedule = OneShot(budget) if again is None else Repeat(budget, steps, again)
     return compose("losia", score, schedule, scope, train_fully, PerTensor(), structure=Structure("subnet", pool="sum"))

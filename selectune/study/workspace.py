@@ -61,16 +61,16 @@ class Workspace:
         return self.path / CELLS / key
 
     def records(self) -> list[Record]:
-        """The results of all cells that the grid has, in the order of the file. Others stay in the file only.
+        """The results of all cells that the grid has, in the grid's order of cells. Others stay in the file only.
 
-        Methods have the names that the grid gives them now.
+        So tables do not depend on when cells ended. Methods have the names that the grid gives them now.
         """
         found = read_results(self.path / RESULTS)
         methods = {cell.key: setting_of(cell).method for cell in self.cells(found)}
+        place = {key: i for i, key in enumerate(methods)}
         return [
             replace(record, setting=replace(record.setting, method=methods[record.cell]))
-            for record in found
-            if record.cell in methods
+            for record in sorted((r for r in found if r.cell in place), key=lambda r: place[r.cell])
         ]
 
     def failures(self) -> list[Failure]:

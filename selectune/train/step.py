@@ -69,8 +69,13 @@ class Step:
 
     def _offer_mean(self, index: int, gradient: Tensor) -> None:
         """Offers the mean of a dense gradient over the ranks, once all of them are here."""
-        for tensor, mean in self.world.offered(index, gradient):
-            self.chooser.offer(self.clock.step, tensor, mean)
+        for tensor, share in self.world.offered(index, gradient):
+            self._offer_share(tensor, share)
+
+    def _offer_share(self, index: int, share: Tensor) -> None:
+        """Offers the mean of the ranks' dense gradients of one tensor, which is formed where it cannot be avoided."""
+        if not self.world.many or not self.chooser.offer_share(self.clock.step, index, share, self.world):
+            self.chooser.offer(self.clock.step, index, self.world.mean(share))
 
     def offer_factors(self, index: int, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
         """The only use of a tensor in this pass gives its gradient as dy^T x: whether that was enough.
@@ -80,7 +85,7 @@ class Step:
         """
         window, step = self.window, self.clock.step
         if self.world.many:
-            return False, None  # the ranks add dense gradients
+            return False, None  # the ranks compare dense gradients
         if window.reads == 1:
             return (False, None) if index in window.sums else self.chooser.offer_factors(step, index, dy, x)
         if not (self.chooser.takes_factors(step, index, dy, x) and window.keep(index, dy, x)):
@@ -125,8 +130,8 @@ class Step:
             self._offer_kept(index)
         for index in list(window.sums):
             self._offer_mean(index, window.sums.pop(index))
-        for index, mean in self.world.rest():
-            self.chooser.offer(step, index, mean)
+        for index, share in self.world.rest():
+            self._offer_share(index, share)
         window.closed = True
         selection = self.chooser.close(step)
         self.world.compare_support()

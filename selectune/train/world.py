@@ -1,11 +1,10 @@
 """Several processes (ranks) that train one model, each on its share of the batch, and select the same entries.
 
 What is scored is the mean over the ranks of their gradients, as DistributedDataParallel averages them: one tensor at a
-time, in the backward pass that selects. Every rank then chooses alone, from equal numbers, by one total order. The
-gradient of a new entry is the mean already, so that averaging it once more changes nothing. Digests of what the ranks
-must agree on are compared at attach, at each selection, and now and then.
-
-    with N scalars in scope, B in the budget      a selecting step sends N numbers, and another step only the B offsets
+time, in the backward pass that selects. Only entries that may be selected travel where that is possible
+(`choose.shares`). Every rank then chooses alone, from equal numbers, by one total order. The gradient of a new entry is
+the mean already, so that averaging it once more changes nothing. Digests of what the ranks must agree on are compared
+at attach, at each selection, and now and then. A step that selects nothing sends the B offsets' gradient only.
 """
 
 from __future__ import annotations
@@ -196,6 +195,11 @@ class World:
             parameter.grad.div_(dist.get_world_size(self._group))
             dist.all_reduce(parameter.grad, group=self._group)
 
+    @property
+    def ranks(self) -> int:
+        """How many processes train together."""
+        return dist.get_world_size(self._group) if self.many else 1
+
     def mean(self, gradient: Tensor) -> Tensor:
         """The mean of a tensor over the ranks, in float32 or float64; the tensor itself if there is one process."""
         if not self.many:
@@ -204,31 +208,47 @@ class World:
         dist.all_reduce(total, group=self._group)
         return total.div_(dist.get_world_size(self._group))
 
-    def offered(self, index: int, gradient: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Takes a rank's dense gradient of a tensor; gives the mean if all ranks are at the same tensor.
+    def part(self, share: Tensor) -> tuple[int, Tensor]:
+        """One part of the mean over the ranks of a flat tensor, another part on each rank: its first entry, and it."""
+        size = -(-share.numel() // self.ranks)
+        first, total = min(dist.get_rank(self._group) * size, share.numel()), share.to(wide(share.dtype))
+        if short := size * self.ranks - share.numel():
+            total = nn.functional.pad(total, (0, short))
+        mine = total.new_empty(size)
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
+        reduce_scatter(mine, total, group=self._group)
+        return first, mine[: share.numel() - first].div_(self.ranks)
+
+    def joined(self, mine: Tensor, counts: Sequence[int]) -> Tensor:
+        """The columns of all ranks, rank by rank: each gives (k, its count)."""
+        padded = nn.functional.pad(mine, (0, max(counts) - mine.shape[1]))
+        found = mine.new_empty((self.ranks, *padded.shape))
+        dist.all_gather(list(found.unbind()), padded.contiguous(), group=self._group)
+        return torch.cat([columns[:, :count] for columns, count in zip(found, counts, strict=True)], 1)
+
+    def offered(self, index: int, share: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Takes this rank's share of a tensor's gradient; gives it back if all ranks are at the same tensor.
 
         Where the ranks' graphs differ, `rest` gives it at the end of the pass.
         """
-        if not self.many:
-            yield index, gradient
-        elif len(set(self._gather([index])[:, 0].tolist())) == 1:
-            yield index, self.mean(gradient)
+        if not self.many or len(set(self.gather([index])[:, 0].tolist())) == 1:
+            yield index, share
         else:
-            self._held[index] = gradient
+            self._held[index] = share
 
     def rest(self) -> Iterator[tuple[int, Tensor]]:
-        """The pass has ended on this rank: the means of the tensors that were not offered by all at one time."""
+        """The pass has ended on this rank: its shares of tensors that were not offered by all at one time."""
         if not self.many:
             return
-        while bool((self._gather([_DONE]) != _DONE).any()):
+        while bool((self.gather([_DONE]) != _DONE).any()):
             continue  # another rank still offers a tensor, and holds it
         tensors = self._ledger.tensors
-        waits = self._gather([index in self._held for index in range(len(tensors))]).any(0).tolist()
+        waits = self.gather([index in self._held for index in range(len(tensors))]).any(0).tolist()
         for index in (index for index, waiting in enumerate(waits) if waiting):
             mine = self._held.pop(index, None)
             form = tensors[index].parameter
             zeros = torch.zeros(form.shape, dtype=form.dtype, device=form.device)
-            yield index, self.mean(zeros if mine is None else mine)
+            yield index, zeros if mine is None else mine
 
     def watched(self, pieces: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
         """The means of the gradients of watched entries in one backward pass, by tensor."""
@@ -246,10 +266,10 @@ class World:
         if not self.many:
             return
         names = list(told)
-        counts = self._gather([len(names), signed(_of_text("\n".join(names)))])
+        counts = self.gather([len(names), signed(_of_text("\n".join(names)))])
         if not bool((counts == counts[0]).all()):
             raise TunerError(f"The ranks are not {what} the same: {_apart(counts[:, 1])} have other tensors.")
-        rows = self._gather([signed(value) for value in told.values()])
+        rows = self.gather([signed(value) for value in told.values()])
         wrong = (rows != rows[0]).any(0).nonzero()[:, 0].tolist()
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -284,7 +304,7 @@ class World:
     def _offsets(self) -> Told:
         return {"offsets": ops.checksum(self._ledger.offsets.detach())}
 
-    def _gather(self, numbers: Sequence[int]) -> Tensor:
+    def gather(self, numbers: Sequence[int]) -> Tensor:
         """The numbers of every rank, int64 (ranks, k), on the CPU."""
         home = self._ledger.offsets.device if dist.get_backend(self._group) == "nccl" else torch.device("cpu")
         mine = torch.tensor(numbers, dtype=torch.int64, device=home)

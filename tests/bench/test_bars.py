@@ -59,10 +59,10 @@ def verdict(report: dict, what: str, method: str) -> bars.Verdict:
 def test_bars_on_literal_rows():
     full = seen([[1.0], [1.0]], peak_mib=1500.0, selected=67_000_000, delta_bytes=268_000_000)
     frozen = seen([[0.6], [0.6]], peak_mib=680.0, selected=0, delta_bytes=0)
-    pafi = seen([[0.66], [0.66]], peak_mib=700.0, selected=1000, delta_bytes=6400)
-    id3 = seen([[0.81], [0.81]], [[True], [True]], peak_mib=900.0, selected=1000, delta_bytes=6600)
+    pafi = seen([[0.63], [0.63]], peak_mib=700.0, selected=1000, delta_bytes=6400)
+    id3 = seen([[0.81], [0.81]], [[True], [True]], peak_mib=800.0, selected=1000, delta_bytes=6600)
     report = report_of(full=full, frozen=frozen, pafi=pafi, id3=id3)
-    assert verdict(report, "static masks, step / frozen", "pafi").value == pytest.approx(1.1)
+    assert verdict(report, "static masks, step / frozen", "pafi").value == pytest.approx(1.05)
     assert verdict(report, "static masks, step / frozen", "pafi").kept
     assert verdict(report, "static masks, step / lora", "pafi").kept is None
     assert verdict(report, "id3 every step, step / full", "id3").kept is False
@@ -71,8 +71,11 @@ def test_bars_on_literal_rows():
     assert verdict(report, "delta file, bytes a scalar, fp32", "pafi").kept
     assert verdict(report, "delta file, bytes a scalar, fp32", "id3").kept is False
     floor = verdict(report, "id3, (peak - frozen) / (1.5 x largest tensor + 32 B + 64 MiB)", "id3")
-    assert floor.value == pytest.approx(220 / (15 + 32_000 / (1 << 20) + 64))
+    assert floor.value == pytest.approx(120 / (15 + 32_000 / (1 << 20) + 64))
     assert not bars.all_kept(bars.judge(report))
+    assert not any("real gradients" in v.what for v in bars.judge(report))
+    report["settings"]["data"] = "real"
+    assert verdict(report, "id3 every step on real gradients, step / frozen", "id3").value == pytest.approx(1.35)
     assert not any(v.what.startswith(("GPU", "static masks at 5")) for v in bars.judge(report))
 
 

@@ -107,12 +107,18 @@ def test_the_items_come_to_the_peak():
 
 
 def test_what_several_processes_need_and_send():
-    """What is averaged, times 2 (n - 1)/n is sent. A bucket is held, and the mean of one dense gradient at a time."""
+    """What is averaged, times 2 (n - 1)/n is sent, and half of that for a large tensor, of which each ranks a part.
+
+    A bucket is held, and the mean of one dense gradient, or of one part, at a time.
+    """
     one, four = plan(TINY, "id3", 1000, 10), plan(TINY, "id3", 1000, 10, ranks=4)
     assert (one.ranks, one.exchange, one.sent, one.sent_selecting) == (1, 0, 0, 0)
     assert four.sent == 2 * 3 * 4 * 1000 // 4
-    assert four.sent_selecting == 2 * 3 * 4 * (1000 + 112_450) // 4
-    assert four.exchange == 4 * 1000 + 4 * 512 * 64  # the offsets' bucket, and the embedding's mean
+    assert four.sent_selecting == 2 * 3 * 4 * (1000 + 112_450 - 512 * 64 // 2) // 4  # the embedding has parts
+    assert four.exchange == 4 * 1000 + 4 * 128 * 64  # the offsets' bucket, and a mean or a fourth of the embedding's
+    whole = plan(TINY, "id3", 10_000, 10, ranks=4)  # 1,000 entries a step are too many to tell of
+    assert whole.sent_selecting == 2 * 3 * 4 * (10_000 + 112_450) // 4
+    assert whole.exchange == 4 * 10_000 + 4 * 512 * 64
     assert four.peak == one.peak - one.workspace + four.workspace + four.exchange
     once = plan(TINY, "pafi", 1000, 10, ranks=2)
     assert once.sent == once.sent_selecting == 4 * 1000

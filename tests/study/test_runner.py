@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,15 @@ def test_a_study_runs_trials_first_and_then_every_seed_at_the_best_rate(whole, a
     assert sum(items["scores"]) / 20 == last[-1].value
     assert not (whole / "cells" / last[0].cell / "delta.safetensors").exists()
     assert (whole / "cells" / last[-1].cell / "delta.safetensors").exists()
+
+
+def test_rows_stand_in_the_grids_order_whenever_their_cells_ended(whole, tmp_path):
+    wanted = [record.cell for record in Workspace(whole).records()]
+    assert len(set(wanted)) > 2
+    other = shutil.copytree(whole, tmp_path / "other")
+    lines = (other / "results.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (other / "results.jsonl").write_text("".join(reversed(lines)), encoding="utf-8")
+    assert list(dict.fromkeys(r.cell for r in Workspace(other).records())) == list(dict.fromkeys(wanted))
 
 
 def test_done_cells_never_run_again_and_a_wider_grid_runs_the_rest(whole, asked):

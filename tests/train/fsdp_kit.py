@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks_kit import exchange
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -107,6 +108,7 @@ class Run:
         self.rank, self.way, self.setting = rank, way, setting
         self.ranks = ranks if way == "one" else dist.get_world_size()
         self.passes = 2 if "passes" in setting else 1
+        exchange(setting)
         self.model = model_of(setting)
         if way == "fsdp":
             sharded(self.model, setting)

@@ -16,6 +16,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from selectune.train.choose import shares
+
+SMALL, FEW = shares.SMALL, shares.FEW
+
 
 class OneDiedError(Exception):
     """A rank ended without an answer; those of the others are in `answers`."""
@@ -51,6 +55,12 @@ def in_ranks(world: int, work: Callable[..., Any], *args: Any, seconds: float = 
     if len(found) < world:
         raise OneDiedError(found)
     return [found[rank] for rank in range(world)]
+
+
+def exchange(setting: str) -> None:
+    """How the ranks tell each other of gradients: lists ("listed") and parts ("in parts") even of small tensors."""
+    shares.SMALL = 1 if "listed" in setting or "in parts" in setting else SMALL
+    shares.FEW = 1 if "listed" in setting else FEW
 
 
 def _run(rank: int, world: int, file: str, answers: Any, work: Callable[..., Any], args: Sequence[Any]) -> None:

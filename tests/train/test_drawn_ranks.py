@@ -30,6 +30,8 @@ SETTINGS = (
     "short at the end",
     "keeps whole weights",
     "whole head",
+    "listed",
+    "in parts",
 )
 
 

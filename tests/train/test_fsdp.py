@@ -23,6 +23,8 @@ CASES = [(name, "") for name in METHODS] + [
     ("id3", "checkpointing, whole head"),
     ("chosen again", "passes, clip, dropout"),
     ("SpIEL-AG", "passes, evaluated"),
+    ("id3", "listed, dropout"),
+    ("chosen again", "in parts, checkpointing"),
 ]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks_kit import OneDiedError, in_ranks
+from ranks_kit import OneDiedError, exchange, in_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -61,6 +61,7 @@ METHODS: dict[str, Any] = {
 
 def trained(rank: int, name: str, setting: str, world: int) -> dict[str, Any]:
     """A few steps: the support after each, the weights at the end, and the events."""
+    exchange(setting)
     model = Net()
     passes = 2 if "passes" in setting else 1
     around: Any = model
@@ -103,6 +104,10 @@ CASES = [(name, "") for name in METHODS] + [
     ("chosen again", "passes, clip"),
     ("SpIEL-AG", "passes"),
     ("id3", "late, passes, odd"),
+    ("id3", "listed"),
+    ("id3", "in parts, odd"),
+    ("chosen again", "listed, passes"),
+    ("RigL", "in parts, late"),
 ]
 RANDOM = int(os.environ.get("TRIALS", "12"))
 
@@ -110,7 +115,7 @@ RANDOM = int(os.environ.get("TRIALS", "12"))
 def _drawn(number: int) -> tuple[str, str]:
     """A method and settings."""
     draw = random.Random(number)
-    parts = [part for part in ("passes", "clip", "view", "odd", "late") if draw.random() < 0.4]
+    parts = [part for part in ("passes", "clip", "view", "odd", "late", "listed", "in parts") if draw.random() < 0.4]
     return draw.choice(sorted(METHODS)), ", ".join([*parts, f"draw {number}"])
 
 

@@ -21,10 +21,12 @@ from selectune.errors import some
 from selectune.method import Method
 from selectune.scope import ScopedTensor
 from selectune.scores import constant
+from selectune.train.choose import shares
 from selectune.train.choose.products import Products
 from selectune.train.optim.contract import NewEntries
 from selectune.train.support.ledger import Ledger, Snapshot
 from selectune.train.window import Clock, scattered
+from selectune.train.world import World
 from selectune.types import Allocating, Collector, Schedule
 
 log = logging.getLogger("selectune")
@@ -108,6 +110,20 @@ class Chooser:
         """
         del step, index, dy, x
         return False, None
+
+    def offer_share(self, step: int, index: int, share: Tensor, world: World) -> bool:
+        """Takes this rank's share of a mean dense gradient, together with all ranks; False if the mean is wanted."""
+        collector, taken = self._offered(step, index)
+        finite = shares.offer(collector, self.score, self.reached(index), taken, share, world)
+        if finite is False:
+            self._broken.append(self.tensors[index].name)
+        return finite is not None
+
+    def _offered(self, step: int, index: int) -> tuple[Collector, Tensor | None]:
+        """The collector of the present selection, and the entries of a tensor (ascending) that it may not take."""
+        if self._collector is None:
+            self._collector = self.collector(self.quota(step))
+        return self._collector, self._taken(index)
 
     def close(self, step: int) -> Selection | None:
         """Changes the support after the last offer; None if nothing changed."""

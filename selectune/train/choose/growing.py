@@ -115,26 +115,20 @@ class Growing(Chooser):
     # -- in backward
 
     def offer(self, step: int, index: int, gradient: Tensor, rows: Tensor | None = None) -> None:
-        if self._collector is None:
-            self._collector = self.collector(self.quota(step))
+        collector, taken = self._offered(step, index)
         tensor, gradient, rows = self.scannable(index, gradient, rows)
-        taken = self._taken(index)
-        if queues(tensor, self._collector) and isinstance(self._collector, Queueing):
-            finite = scan_queued(self._collector, self.score, tensor, taken, gradient, rows)
+        if queues(tensor, collector) and isinstance(collector, Queueing):
+            finite = scan_queued(collector, self.score, tensor, taken, gradient, rows)
             self._finite.append((tensor.name, finite))
-        elif not scan(self._collector, self.score, tensor, taken, gradient, rows):
+        elif not scan(collector, self.score, tensor, taken, gradient, rows):
             self._broken.append(tensor.name)
 
     def takes_factors(self, step: int, index: int, dy: Tensor, x: Tensor) -> bool:
-        if self._collector is None:
-            self._collector = self.collector(self.quota(step))
-        return self.products.takes(self._collector, self.tensors[index], dy, x)
+        return self.products.takes(self._offered(step, index)[0], self.tensors[index], dy, x)
 
     def offer_factors(self, step: int, index: int, dy: Tensor, x: Tensor) -> tuple[bool, Tensor | None]:
-        if self._collector is None:
-            self._collector = self.collector(self.quota(step))
-        tensor = self.reached(index)
-        return self.products.offer(self._collector, tensor, self._taken(index), dy, x)
+        collector, taken = self._offered(step, index)
+        return self.products.offer(collector, self.reached(index), taken, dy, x)
 
     def close(self, step: int) -> Selection | None:
         if self.report_broken(step):

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from selectune import ops
-from selectune.ops.bounds import FEW, SAFE, Factors, Weighting, above, nearer
+from selectune.ops.bounds import FEW, Factors, Weighting, above, nearer
 from selectune.scope import ScopedTensor
 from selectune.select import GlobalCollector, PerTensorCollector
-from selectune.train.choose.scan import PIECE, barred_entries, has_one_pass, scan
+from selectune.train.choose.scan import barred_entries, reaching, scan
 from selectune.types import Collector, Score
 
 CANONICAL = 4096  # the largest quota whose candidates get canonical scores
@@ -166,16 +166,4 @@ class _Search:
     def _roughly(self, whole: Tensor, cutoff: float, wrong: float) -> Tensor | None:
         """Entries whose score may reach the cutoff if every gradient is wrong by `wrong`; None if one is not finite."""
         weight = self.weight.reshape(-1)
-        off = 2 * wrong * self.weighting.top(weight)
-        if has_one_pass(self.score) and off < cutoff / 2:
-            exp, eps = self.score.parameters["exp"], self.score.parameters["eps"]
-            flat, _, finite = ops.score_filter(weight, whole, exp, eps, cutoff - off)
-            return flat if bool(finite) else None
-        found = []
-        for start in range(0, weight.numel(), PIECE):
-            part = slice(start, start + PIECE)
-            scores = self.score(weight[part], whole[part].abs() + wrong)
-            if not bool(torch.isfinite(scores).all()):
-                return None
-            found.append((scores >= cutoff * (1 - SAFE)).nonzero().squeeze(1) + start)
-        return torch.cat(found)
+        return reaching(self.score, weight, whole, cutoff, 2 * wrong * self.weighting.top(weight), wrong)

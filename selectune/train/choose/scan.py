@@ -16,6 +16,7 @@ from torch import Tensor
 from selectune import bits, ops
 from selectune.errors import ConfigError
 from selectune.method import Method
+from selectune.ops.bounds import SAFE
 from selectune.scope import ScopedTensor
 from selectune.types import Collector, Queueing, Reads, Score
 
@@ -160,6 +161,29 @@ def _in_one_pass(score: Score, w: Tensor, g: Tensor | None, barred: Tensor, cuto
 def has_one_pass(score: Score) -> bool:
     """Whether `ops` scores and filters in one pass, with the bits of the score's own function."""
     return score.fused == "small" or (score.fused == "ratio" and score.parameters["exp"] in SAME_BITS)
+
+
+def reaching(
+    score: Score,
+    weight: Tensor,  # (n,)
+    gradient: Tensor,  # (n,)
+    cutoff: float,
+    safe: float,  # what a score may be wrong by
+    wrong: float = 0.0,  # what a gradient may be wrong by
+) -> Tensor | None:  # (m,) int64 ascending
+    """Entries whose score may reach the cutoff; None if a score is not finite."""
+    if has_one_pass(score) and safe < cutoff / 2:
+        exp, eps = score.parameters["exp"], score.parameters["eps"]
+        flat, _, finite = ops.score_filter(weight, gradient, exp, eps, cutoff - safe)
+        return flat if bool(finite) else None
+    wide, found = bits.wide(weight.dtype), []
+    for start in range(0, weight.numel(), PIECE):
+        part = slice(start, start + PIECE)
+        scores = score(weight[part].to(wide), gradient[part].to(wide).abs() + wrong)
+        if not _finite(scores):
+            return None
+        found.append((scores >= cutoff * (1 - SAFE)).nonzero().squeeze(1) + start)
+    return torch.cat(found)
 
 
 def _cutoff(collector: Collector) -> float:
