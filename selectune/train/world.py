@@ -219,12 +219,19 @@ class World:
         reduce_scatter(mine, total, group=self._group)
         return first, mine[: share.numel() - first].div_(self.ranks)
 
+    def scatters(self, share: Tensor) -> bool:
+        """Whether `part` works where this tensor is: gloo reduces and scatters on the CPU only."""
+        return share.device.type == "cpu" or dist.get_backend(self._group) != "gloo"
+
     def joined(self, mine: Tensor, counts: Sequence[int]) -> Tensor:
         """The columns of all ranks, rank by rank: each gives (k, its count)."""
         padded = nn.functional.pad(mine, (0, max(counts) - mine.shape[1]))
-        found = mine.new_empty((self.ranks, *padded.shape))
+        if not self.scatters(mine):
+            padded = padded.cpu()  # nor does gloo gather elsewhere
+        found = padded.new_empty((self.ranks, *padded.shape))
         dist.all_gather(list(found.unbind()), padded.contiguous(), group=self._group)
-        return torch.cat([columns[:, :count] for columns, count in zip(found, counts, strict=True)], 1)
+        columns = [columns[:, :count] for columns, count in zip(found, counts, strict=True)]
+        return torch.cat(columns, 1).to(mine.device)
 
     def offered(self, index: int, share: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Takes this rank's share of a tensor's gradient; gives it back if all ranks are at the same tensor.

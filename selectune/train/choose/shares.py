@@ -119,8 +119,8 @@ class _Shares:
     # -- parts
 
     def parts(self) -> bool | None:
-        """Offers the best entries of each part; False if a score is not finite, None if they may be too many."""
-        if self.collector.quota > self.room:
+        """Offers the best entries of each part; False if a score is not finite, None if they cannot be told so."""
+        if self.collector.quota > self.room or not self.world.scatters(self.share):
             return None
         start, mean = self.world.part(self.share)
         end = start + mean.numel()
