@@ -71,9 +71,9 @@ def note_unreached(model: nn.Module, batch: dict[str, Tensor], bench: Bench) -> 
 
 def top_third(model: nn.Module, given: Conditions) -> Ready:
     """A random mask of selectune in the upper third of the layers, so that backward may end where they begin."""
-    (stack,) = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
-    (prefix,) = (name for name, m in model.named_modules() if m is stack)
-    upper = tuple(f"{prefix}.{i}.*" for i in range(len(stack) - len(stack) // 3, len(stack)))
+    prefix, stack = next((name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
+    first = len(stack) - max(1, len(stack) // 3)
+    upper = tuple(f"{prefix}.{i}.*" for i in range(first, len(stack)))
     tuner = attach(model, st.random(given.budget, scope=upper), seed=given.seed)
     return Ready(
         torch.optim.AdamW(tuner.parameters(), lr=given.rate),

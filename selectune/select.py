@@ -86,6 +86,8 @@ class PerTensorCollector:
     def __init__(self, counts: Sequence[int], sizes: Sequence[int]) -> None:
         self._all = GlobalCollector(sum(counts), sizes, None)
         self._each = [GlobalCollector(count, sizes, None) for count in counts]
+        for each, size in zip(self._each, sizes, strict=True):
+            each.entries = size
 
     def of(self, tensor: int) -> GlobalCollector:
         """The collector of one tensor's scores."""
@@ -115,6 +117,7 @@ class GlobalCollector:
         self.quota = quota
         self.tie_seed = tie_seed
         self._starts = [0, *itertools.accumulate(sizes)]  # of each tensor in the total order
+        self.entries = self._starts[-1]  # of which these are the best
         self.starts = torch.tensor(self._starts)
         self.cutoff = float("-inf")  # q entries with at least this score are known
         self.kept: list[Rows] = []

@@ -27,7 +27,7 @@ from selectune.schedule import resolve_budget
 from selectune.scope import Found, Scope
 from selectune.train.choose import shares
 from selectune.train.choose.calibrate import calibrate
-from selectune.train.choose.products import CANONICAL
+from selectune.train.choose.products import largest
 from selectune.train.choose.scan import PIECE
 from selectune.types import DropAndGrow, Phased, Reads, Schedule
 
@@ -162,7 +162,9 @@ def _predicted(
     workspace = _turned(model, bench) if sampled else 0
     if selects and chosen is not None:
         workspace += min(_PIECE, widest) * _SCORING
-        workspace += _rounded(model, bench, chosen, schedule, steps or 1000) if ranks == 1 else 0
+        workspace += (
+            _rounded(model, bench, chosen, _quota(schedule, steps or 1000), found.eligible) if ranks == 1 else 0
+        )
     reduced = quiet.values + size(t.parameter for t in found.whole)
     mean, means = _shared(found, _quota(schedule, steps or 1000), ranks) if selects and ranks > 1 else (0, 0)
     room = quiet.peak - quiet.saved - quiet.kept
@@ -255,11 +257,10 @@ def _method(model: nn.Module, name: str, budget: int | float, steps: int) -> tup
     return chosen, chosen.scope.find(model, loaded=False)
 
 
-def _rounded(model: nn.Module, bench: Bench, method: Method, schedule: Schedule | None, steps: int) -> int:
+def _rounded(model: nn.Module, bench: Bench, method: Method, quota: int, entries: int) -> int:
     """Bytes of exact selection (`choose.products`): both operands as int8, and the entries that bounds leave."""
-    quota = _quota(schedule, steps)
     bounded = method.score is not None and method.score.weighting is not None
-    if not (bounded and 0 < quota <= CANONICAL and bench.device == "cpu" and bench.dtype == "fp32"):
+    if not (bounded and 0 < quota <= largest(entries) and bench.device == "cpu" and bench.dtype == "fp32"):
         return 0
     tokens = bench.batch * bench.length
     shapes = [tuple(layer.weight.shape) for layer in linears(model).values()]

@@ -52,6 +52,14 @@ def test_a_worker_trains_the_toolkits_methods(method):
     assert saved["delta_bytes"] > 12 * steps["selected"]
 
 
+def test_a_worker_trains_a_mask_in_the_upper_third():
+    methods.join(PEERS)
+    facts, steps, saved = asked(load("top-third", 0.02), {"do": "steps", "count": 2}, {"do": "save"})
+    assert facts["ok"], facts
+    assert steps["selected"] > 0
+    assert saved["delta_bytes"] > 4 * steps["selected"]
+
+
 def verdict(report: dict, what: str, method: str) -> bars.Verdict:
     return next(v for v in bars.judge(report) if v.what == what and v.method == method)
 

@@ -277,7 +277,7 @@ def test_exact_selection_holds_its_operands_as_int8(monkeypatch):
     without = plan(TINY, "id3", 500, 10).workspace
     monkeypatch.setattr(bounds, "pays", lambda t, o, i, unknown: o == i == 64)
     assert plan(TINY, "id3", 500, 10).workspace - without == 32 * (64 + 64) + 16 * int(bounds.SHARE * 64 * 64)
-    monkeypatch.setattr(estimate, "CANONICAL", 49)  # a step selects 50
+    monkeypatch.setattr(estimate, "largest", lambda entries: 49)  # a step selects 50
     assert plan(TINY, "id3", 500, 10).workspace == without
 
 

@@ -190,7 +190,7 @@ def test_windows_of_uneven_passes(sizes):
 @pytest.mark.parametrize(("budget", "wanted"), [(101, 0), (100, 3)])
 def test_large_quotas_go_as_before(budget, wanted, monkeypatch):
     """By what is asked for and the dtypes alone, so that no number decides which scores are compared."""
-    monkeypatch.setattr(products, "CANONICAL", 100)
+    monkeypatch.setattr(products, "largest", lambda entries: 100)
     monkeypatch.setitem(METHODS, "static", st.static_d3(budget=budget))
     offered = []
     reported("static", "int8", lambda one, factors: offered.append(one))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from selectune.train.choose import shares
 from selectune.train.choose.scan import scan
 from selectune.train.world import World
 
-CASES = 32
+CASES = int(os.environ.get("EXCHANGES", "32"))
 SHAPES = ((150, 130), (20_003,), (64, 257))
 SCORES = {
     "d3": st.scores.d3(),
@@ -100,7 +101,7 @@ def all_cases(rank: int, ranks: int) -> list[Any]:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request) -> tuple[int, list[list[Any]]]:
-    found = in_ranks(request.param, all_cases, request.param)
+    found = in_ranks(request.param, all_cases, request.param, seconds=900)
     for answers in found:
         assert isinstance(answers, list), answers
     return request.param, found

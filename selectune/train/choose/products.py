@@ -24,7 +24,8 @@ from selectune.select import GlobalCollector, PerTensorCollector
 from selectune.train.choose.scan import barred_entries, reaching, scan
 from selectune.types import Collector, Score
 
-CANONICAL = 4096  # the largest quota whose candidates get canonical scores
+CANONICAL = 4096
+"""Quotas of up to so many entries, or up to one in so many of all, get canonical scores."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Products:
         return (
             self.weighting is not None
             and isinstance(collector, GlobalCollector | PerTensorCollector)
-            and canonical(collector.of(tensor.index).quota, tensor, dy, x)
+            and canonical(collector.of(tensor.index), tensor, dy, x)
         )
 
     def offer(
@@ -60,7 +61,7 @@ class Products:
         if self.weighting is None or not isinstance(collector, GlobalCollector | PerTensorCollector):
             return False, None
         mine = collector.of(tensor.index)
-        if not canonical(mine.quota, tensor, dy, x):
+        if not canonical(mine, tensor, dy, x):
             return False, None
         search = _Search(mine, self.score, self.weighting, tensor, taken, Factors(dy, x))
         enough = search.run()
@@ -69,7 +70,7 @@ class Products:
         return enough, search.whole
 
 
-def canonical(quota: int, tensor: ScopedTensor, dy: Tensor, x: Tensor) -> bool:
+def canonical(collector: GlobalCollector, tensor: ScopedTensor, dy: Tensor, x: Tensor) -> bool:
     """Whether a tensor's candidates get canonical scores: by what is asked for and the dtypes, never by the numbers.
 
     Products of float32 must be of float32: torch.set_float32_matmul_precision may allow coarser ones, which no bound
@@ -77,11 +78,20 @@ def canonical(quota: int, tensor: ScopedTensor, dy: Tensor, x: Tensor) -> bool:
     """
     weight = tensor.form
     return (
-        0 < quota <= min(CANONICAL, weight.numel())
+        0 < collector.quota <= min(largest(collector.entries), weight.numel())
         and dy.dtype == x.dtype == weight.dtype == torch.float32
         and dy.device.type == weight.device.type == "cpu"
         and torch.get_float32_matmul_precision() == "highest"
     )
+
+
+def largest(entries: int) -> int:
+    """The largest quota, of so many entries, whose candidates get canonical scores.
+
+    >>> largest(1_000_000), largest(67_000_000)
+    (4096, 16357)
+    """
+    return max(CANONICAL, entries // CANONICAL)
 
 
 class _Search:
