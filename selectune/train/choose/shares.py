@@ -16,7 +16,7 @@ import math
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selectune.ops.bounds import LEAST, SAFE
 from selectune.scope import ScopedTensor
@@ -69,6 +69,12 @@ class _Shares:
         padding = torch.arange(self.tensor.padding.start, self.tensor.padding.stop, device=self.share.device)
         return padding if self.taken is None else torch.cat((padding, self.taken.to(padding.device)))
 
+    def _between(self, start: int, end: int) -> ScopedTensor:
+        """A part of the flat tensor."""
+        part, padding = nn.Parameter(self.weight[start:end], requires_grad=False), self.tensor.padding
+        inside = range(max(0, min(padding.start, end) - start), max(0, min(padding.stop, end) - start))
+        return ScopedTensor(self.tensor.index, self.tensor.names, part, inside)
+
     # -- few
 
     def few(self) -> bool:
@@ -93,7 +99,7 @@ class _Shares:
     def _best(self) -> Tensor | None:
         """The best entries of this rank's share; None if a score is not finite."""
         own = self.collector.like(0)
-        if not scan(own, self.score, self.tensor, self.taken, self.share.view(self.tensor.form.shape)):
+        if not scan(own, self.score, self._between(0, self.share.numel()), self.taken, self.share):
             return None
         return own.rows(self.tensor.index)[1].to(self.share.device)
 
@@ -124,14 +130,10 @@ class _Shares:
             return None
         start, mean = self.world.part(self.share)
         end = start + mean.numel()
-        own, padding, taken = self.collector.like(start), self.tensor.padding, self.taken
+        own, taken = self.collector.like(start), self.taken
         if taken is not None:
             taken = taken[(taken >= start) & (taken < end)] - start
-        part = ScopedTensor(
-            self.tensor.index, self.tensor.names, torch.nn.Parameter(self.weight[start:end], requires_grad=False),
-            range(max(0, min(padding.start, end) - start), max(0, min(padding.stop, end) - start)),
-        )  # fmt: skip
-        finite = scan(own, self.score, part, taken, mean)
+        finite = scan(own, self.score, self._between(start, end), taken, mean)
         scores, flat, gradient = own.rows(self.tensor.index)
         counts = self.world.gather([flat.numel() if finite else -1])[:, 0].tolist()
         if min(counts) < 0:
