@@ -85,15 +85,21 @@ def by_size(weights: Iterable[Tensor]) -> None:
 
 
 def by_entropy(weights: Iterable[Tensor]) -> list[int]:
-    """In proportion to n H, a tensor's number of entries times the entropy of its values; none for a constant.
+    """In proportion to n H, a tensor's number of entries times the entropy of its values.
 
+    A tensor of one value says nothing (LoRA's B is all 0 before training), and gets the mean H of the others' entries.
     The idea is from Kang et al. (2025), GEM, arXiv 2508.16191; the histogram and the factor n are ours.
 
     >>> import torch
-    >>> by_entropy([torch.ones(8), torch.tensor([0.0, 0.0, 1.0, 1.0])])[0]
-    0
+    >>> two, four = torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([0.0, 1.0, 2.0, 3.0])
+    >>> shares = by_entropy([two, four, torch.zeros(4)])
+    >>> [round(share / shares[0], 4) for share in shares]
+    [1.0, 2.0, 1.5]
     """
-    return [round(weight.numel() * entropy(weight) * _UNIT) for weight in weights]
+    told = [(weight.numel(), entropy(weight)) for weight in weights]
+    counted = sum(size for size, found in told if found)
+    mean = math.fsum(size * found for size, found in told) / counted if counted else 0.0
+    return [round(size * (found or mean) * _UNIT) for size, found in told]
 
 
 QUOTAS: dict[str, Callable[[Iterable[Tensor]], list[int] | None]] = {"size": by_size, "entropy": by_entropy}

@@ -40,7 +40,10 @@ def test_the_entropy_of_values():
 
 
 def test_gem_divides_by_entropy_and_takes_the_largest_ratios():
-    """Entropies 0, ln 2 and ln 4 nats of four values each: a budget of 6 is 0, 2 and 4. |g| / |w| decides within."""
+    """Entropies ln 2 and ln 4 nats of four values each, and their mean for one value: a budget of 9 is 3, 2 and 4.
+
+    |g| / |w| decides within a tensor.
+    """
     model = torch.nn.ParameterDict(
         {
             "ones": torch.nn.Parameter(torch.ones(4)),
@@ -48,16 +51,37 @@ def test_gem_divides_by_entropy_and_takes_the_largest_ratios():
             "four": torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0])),
         }
     )
-    gradients = {"ones": [9.0, 9.0, 9.0, 9.0], "pair": [3.0, 4.0, 1.0, 8.0], "four": [0.1, 0.1, 0.1, 0.1]}
+    gradients = {"ones": [9.0, 8.0, 7.0, 9.0], "pair": [3.0, 4.0, 1.0, 8.0], "four": [0.1, 0.1, 0.1, 0.1]}
     tuner = st.attach(
         model,
-        st.gem(6, batches=1),
+        st.gem(9, batches=1),
         calibration=[gradients],
         loss=lambda model, batch: torch.stack([(torch.tensor(g) * model[n]).sum() for n, g in batch.items()]).sum(),
     )
     # ratios of "pair": 3, 2, 1, 4
-    assert {n: f.tolist() for n, f in tuner.support.items()} == {"pair": [0, 3], "four": [0, 1, 2, 3]}
-    assert tuner.selected == 6
+    assert {n: f.tolist() for n, f in tuner.support.items()} == {
+        "ones": [0, 1, 3],
+        "pair": [0, 3],
+        "four": [0, 1, 2, 3],
+    }
+    assert tuner.selected == 9
+
+
+def test_gem_trains_an_adapter_that_begins_at_zero():
+    """LoRA's B is all 0, and only B gets a gradient then."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 3, bias=False), torch.nn.Linear(3, 8, bias=False))
+    torch.nn.init.zeros_(model[1].weight)
+    x, y = torch.randn(16, 6), torch.randn(16, 8)
+    tuner = st.attach(
+        model, st.gem(20, batches=1), calibration=[x], loss=lambda model, batch: (model(batch) - y).square().mean()
+    )
+    assert tuner.support["1.weight"].numel() == 11  # 24 of 42 entries, of which the other 18 vary
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.5)
+    before = (model(x) - y).square().mean()
+    before.backward()
+    optimizer.step()
+    assert (model(x) - y).square().mean() < before
 
 
 def test_a_quota_reads_the_base_once_for_the_whole_run():
@@ -71,7 +95,7 @@ def test_a_quota_reads_the_base_once_for_the_whole_run():
         (model["a"].square().sum() + model["b"].square().sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert {n: f.numel() for n, f in tuner.support.items()} == {"b": 8}
+    assert {n: f.numel() for n, f in tuner.support.items()} == {"a": 4, "b": 4}
 
 
 def test_an_unknown_quota_is_named():
