@@ -134,8 +134,8 @@ def gem(
 
     A tensor gets a part of the budget in proportion to its size times the entropy of a histogram of its values
     (`PerTensor("entropy")`); one of a single value, as LoRA's B before training, counts with the mean of the others.
-    We know the paper's abstract: the ratio, a number for each layer that follows the entropy of its values, and 0.1 % of
-    the weights. The histogram, the factor of size, tensors in place of layers, eps, and g as the gradient of 64
+    We know the paper's abstract: the ratio, a number for each layer that follows the entropy of its values, and 0.1 %
+    of the weights. The histogram, the factor of size, tensors in place of layers, eps, and g as the gradient of 64
     mini-batches together are ours.
     Source: Kang, Kim, Avestimehr, Lee (2025), GEM, arXiv 2508.16191.
 
