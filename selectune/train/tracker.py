@@ -231,6 +231,7 @@ class Tracker:
         """Autograd has added the gradient of a backward pass."""
         if not self._deferred:
             self.world.average(offsets)
+            self.world.average_later(offsets)
         self.window.keep_track(offsets.grad)
 
     def _broke_off(self) -> None:

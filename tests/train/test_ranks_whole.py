@@ -1,0 +1,53 @@
+"""Tensors that are trained in full, of which not every rank uses the same: their gradients are means all the same."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+from ranks_kit import in_ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import selectune as st
+
+STEPS, WIDTH = 3, 8
+
+
+def batch(number: int) -> Tensor:
+    return torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.into = nn.Linear(WIDTH, 16, dtype=torch.float64)
+        self.heads = nn.ModuleList(nn.Linear(16, 3, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x: Tensor, head: int) -> Tensor:
+        return self.heads[head](torch.tanh(self.into(x)))
+
+
+def with_own_heads(rank: int, late: bool) -> list[Any]:
+    """Each rank uses a head of its own, and none the third; the weights at the end."""
+    model, method = Heads(), st.id3(20, STEPS, train_fully="heads.*")
+    around: Any = DistributedDataParallel(model, find_unused_parameters=True) if late else model
+    tuner = st.attach(around, method, accumulation_steps=2)
+    around = around if late else DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    for step in range(STEPS):
+        for one in range(2):
+            with around.no_sync() if one == 0 else contextlib.nullcontext():
+                around(batch(2 * step + one).chunk(2)[rank], (rank + one) % 2).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach().numpy() for parameter in model.parameters()]
+
+
+def test_heads_that_only_some_ranks_use_are_averaged_also_if_attached_late():
+    early, late = in_ranks(2, with_own_heads, False), in_ranks(2, with_own_heads, True)
+    for other in (early[1], *late):
+        assert all(np.array_equal(a, b) for a, b in zip(early[0], other, strict=True))
