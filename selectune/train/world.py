@@ -265,7 +265,7 @@ class World:
         if not self.many or len(set(self.gather([index])[:, 0].tolist())) == 1:
             yield index, share
         else:
-            self._held[index] = share
+            self._held[index] = share.clone()  # the next gradient may be formed in the same memory
 
     def rest(self) -> Iterator[tuple[int, Tensor]]:
         """The pass has ended on this rank: its shares of tensors that were not offered by all at one time."""

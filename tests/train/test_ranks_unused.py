@@ -1,4 +1,4 @@
-"""Tensors that are trained in full, of which not every rank uses the same: their gradients are means all the same."""
+"""Tensors that not every rank uses: what is selected, and what is trained in full, is by the mean all the same."""
 
 from __future__ import annotations
 
@@ -51,3 +51,37 @@ def test_heads_that_only_some_ranks_use_are_averaged_also_if_attached_late():
     early, late = in_ranks(2, with_own_heads, False), in_ranks(2, with_own_heads, True)
     for other in (early[1], *late):
         assert all(np.array_equal(a, b) for a, b in zip(early[0], other, strict=True))
+
+
+class Last(nn.Module):
+    """A rank may leave out the last layer, so that the ranks are at different tensors all the way back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(3)))
+        self.last = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+
+    def forward(self, x: Tensor, whole: bool) -> Tensor:
+        x = self.layers(x)
+        return self.last(x) if whole else x
+
+
+def selected(rank: int, ranks: int) -> list[Any]:
+    """What each step has selected."""
+    model = Last()
+    tuner = st.attach(model, st.id3(60, STEPS))
+    around = DistributedDataParallel(model) if ranks > 1 else model
+    optimizer, found = torch.optim.SGD(tuner.parameters(), lr=0.1), []
+    for step in range(STEPS):
+        halves = [(batch(step).chunk(2)[i], i == 0) for i in range(2)]
+        mine = halves if ranks == 1 else [halves[rank]]
+        (sum((around(*half).square().mean() for half in mine), torch.zeros(())) / len(mine)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append({name: flat.tolist() for name, flat in tuner.support.items()})
+    return found
+
+
+def test_gradients_that_wait_for_the_other_ranks_stay_what_they_are():
+    assert in_ranks(2, selected, 2) == [selected(0, 1)] * 2
