@@ -239,6 +239,7 @@ class Tracker:
         window, self._in_backward = self.window, False
         window.watched.clear()
         self.chooser.forget()
+        self.world.forget()
         self.taps.forget()
         if window.backwards and self.ledger.offsets.grad is None:
             self._undo()  # the user starts the window again

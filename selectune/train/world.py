@@ -267,6 +267,10 @@ class World:
         else:
             self._held[index] = share.clone()  # the next gradient may be formed in the same memory
 
+    def forget(self) -> None:
+        """A backward pass broke off: the gradients that wait are void."""
+        self._held.clear()
+
     def rest(self) -> Iterator[tuple[int, Tensor]]:
         """The pass has ended on this rank: its shares of tensors that were not offered by all at one time."""
         if not self.many:

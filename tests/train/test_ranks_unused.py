@@ -85,3 +85,32 @@ def selected(rank: int, ranks: int) -> list[Any]:
 
 def test_gradients_that_wait_for_the_other_ranks_stay_what_they_are():
     assert in_ranks(2, selected, 2) == [selected(0, 1)] * 2
+
+
+def after_a_broken_pass(rank: int, ranks: int) -> list[Any]:
+    """What is selected once a pass has broken off in which each rank used a head of its own."""
+    model = Heads()
+    tuner = st.attach(model, st.id3(60, STEPS))
+    around = DistributedDataParallel(model) if ranks > 1 else model
+
+    def breaks(gradient: Tensor) -> None:
+        raise ValueError
+
+    if ranks > 1:
+        hidden = torch.tanh(model.into(batch(9)))
+        hidden.register_hook(breaks)
+        with contextlib.suppress(ValueError):
+            (1000 * model.heads[rank](hidden).square().mean()).backward()
+    optimizer, found = torch.optim.SGD(tuner.parameters(), lr=0.1), []
+    for step in range(STEPS):
+        halves = batch(step).chunk(2)
+        mine = halves if ranks == 1 else [halves[rank]]
+        (sum((around(half, 0).square().mean() for half in mine), torch.zeros(())) / len(mine)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append({name: flat.tolist() for name, flat in tuner.support.items()})
+    return found
+
+
+def test_gradients_that_wait_are_void_if_the_pass_breaks_off():
+    assert in_ranks(2, after_a_broken_pass, 2) == [after_a_broken_pass(0, 1)] * 2
