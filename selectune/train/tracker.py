@@ -356,6 +356,7 @@ class Tracker:
     def restart(self) -> None:
         """Forgets the present window and graph: the ledger is about to be replaced."""
         self.chooser.forget()
+        self.world.forget()
         self.taps.forget()
         self.coming.window, self._in_backward, self._deferred = Window(), False, False
         self._closed_in, self._opened, self._written = -1, None, None
