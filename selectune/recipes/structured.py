@@ -64,8 +64,8 @@ def paca(budget: Budget, scope: Scope | Patterns = (LINEAR,), train_fully: Patte
     """PaCA: random columns of each linear layer: all weights of some of its inputs, once.
 
     Each matrix gets a part of the budget in proportion to its size; the paper takes the same number of columns of
-    every matrix. Its saving, that only the chosen inputs are kept for backward, is not made here: gradients are
-    computed entry by entry, from the whole input. The budget is exact: a matrix' last column is trained in part.
+    every matrix. Of an input only the chosen columns are kept for backward, as in the paper, if they are at most a
+    quarter of it. The budget is exact: a matrix' last column is trained in part.
     Source: Woo et al. (2025), PaCA: Partial Connection Adaptation, arXiv 2503.01905, and its released code.
 
     >>> import selectune as st

@@ -135,8 +135,8 @@ def find(config: RunConfig, resume: bool | str | Path) -> Checkpoint:
 def _compared(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings that must agree: the rows of a pass are compared over all processes, however many share them."""
     batch, processes = settings.get("batch_size"), settings.get("processes", 1)
-    if type(batch) is not int or type(processes) is not int:
-        return settings
+    if type(batch) is not int or type(processes) is not int or settings.get("group_by_length"):
+        return settings  # which rows are of similar length is found for batches of the size of a process's own
     others = {name: value for name, value in settings.items() if name not in ("batch_size", "processes")}
     return {**others, "rows of a pass": batch * processes}
 
@@ -147,7 +147,8 @@ def _by_others(found: Checkpoint) -> Checkpoint:
     if wrote != world.size():
         log.warning(
             "%s was written by %d processes, and %d go on: each step has the same rows and selects by the same rule, "
-            "but dropout draws anew, and sums are rounded otherwise.", found.folder, wrote, world.size(),
+            "but dropout draws anew, sums are rounded otherwise, and where the rows of an epoch do not divide, several "
+            "processes fill its last step up with its first rows.", found.folder, wrote, world.size(),
         )  # fmt: skip
     return found
 

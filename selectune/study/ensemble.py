@@ -120,7 +120,7 @@ def run_ensemble(
         raise ConfigError("An ensemble makes the soft labels itself: give unlabelled rows or soft labels, not both.")
     with run_folder(config.out, resume, overwrite) if folder is None else nullcontext(folder) as owned:
         made = _Made(config, plan, progress, stop or Stop())
-        made.begin(resume, overwrite)
+        made.begin(owned, resume, overwrite)
         made.generations()
         return made.student(owned)
 
@@ -148,7 +148,7 @@ class _Made:
         self.record: dict[str, Any] = {}
         self.said = torch.empty(0)
 
-    def begin(self, resume: bool, overwrite: bool) -> None:
+    def begin(self, folder: RunFolder, resume: bool, overwrite: bool) -> None:
         """Makes room for the record, or refuses to; or compares it, if the ensemble goes on."""
         made_of = {**dataclasses.asdict(self.plan), "unlabelled": self.unlabelled.digest}
         settings = {**settings_of(self.config), "ensemble": made_of, "labelled": self.labelled.digest}
@@ -173,6 +173,7 @@ class _Made:
                 "another folder, or say that it may go (overwrite=True, command line: --overwrite)."
             )
         self.record = {"settings": settings, "weights": self._weights(), "generations": []}
+        folder.begin(None)  # now, since the last model's run would go on from the checkpoints of an earlier run
         if self.place.exists():
             shutil.rmtree(self.place)
         make_folder(self.place)

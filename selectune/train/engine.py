@@ -157,8 +157,8 @@ def assemble(
         )  # fmt: skip
     for hook in () if around is None else world.take_over(around):
         on.callback(hook.remove)
-    for tensor in found.whole if world.averages else ():
-        on.callback(tensor.parameter.register_post_accumulate_grad_hook(world.average).remove)
+    for hook in world.average_whole([tensor.parameter for tensor in found.whole]) if world.averages else ():
+        on.callback(hook.remove)
     hooks = StepHooks(tracker, trained(chooser, found), [t.parameter for t in tensors])
     tracker.keepalive = hooks  # training goes on when only the model is kept
     on.callback(hooks.remove)

@@ -231,6 +231,7 @@ class Tracker:
         """Autograd has added the gradient of a backward pass."""
         if not self._deferred:
             self.world.average(offsets)
+            self.world.average_later(offsets)
         self.window.keep_track(offsets.grad)
 
     def _broke_off(self) -> None:
@@ -238,6 +239,7 @@ class Tracker:
         window, self._in_backward = self.window, False
         window.watched.clear()
         self.chooser.forget()
+        self.world.forget()
         self.taps.forget()
         if window.backwards and self.ledger.offsets.grad is None:
             self._undo()  # the user starts the window again
@@ -354,6 +356,7 @@ class Tracker:
     def restart(self) -> None:
         """Forgets the present window and graph: the ledger is about to be replaced."""
         self.chooser.forget()
+        self.world.forget()
         self.taps.forget()
         self.coming.window, self._in_backward, self._deferred = Window(), False, False
         self._closed_in, self._opened, self._written = -1, None, None

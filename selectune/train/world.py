@@ -24,7 +24,7 @@ from selectune import ops
 from selectune.bits import wide
 from selectune.delta import file_of
 from selectune.errors import DeltaError, TunerError
-from selectune.internals import averages, fsdp_modules, is_sharded, joining, pause, resume
+from selectune.internals import after_backward, averages, backward_id, fsdp_modules, is_sharded, joining, pause, resume
 from selectune.seeds import mixed, signed
 from selectune.train.support.ledger import Ledger
 from selectune.train.support.shards import Shards
@@ -98,6 +98,8 @@ class World:
         self._covered = False  # the gradients are averaged, by DistributedDataParallel or here
         self._late = False  # a DistributedDataParallel was there before the tuner
         self._syncs = self._resumed = True  # whether its user lets it average after this pass
+        self._whole: list[nn.Parameter] = []  # trained in full, and averaged here
+        self._waits: int | None = None  # the backward pass at whose end they are
 
     @property
     def averages(self) -> bool:
@@ -195,6 +197,28 @@ class World:
             parameter.grad.div_(dist.get_world_size(self._group))
             dist.all_reduce(parameter.grad, group=self._group)
 
+    def average_whole(self, parameters: Sequence[nn.Parameter]) -> list[Any]:
+        """From now on makes the gradients of these, which are trained in full, means too. Returns the hooks."""
+        self._whole = list(parameters)
+        return [one.register_post_accumulate_grad_hook(self.average_later) for one in self._whole]
+
+    def average_later(self, parameter: Tensor) -> None:
+        """A pass gives gradients: those of whole tensors are averaged as it ends, since ranks may use other ones."""
+        del parameter
+        if self.many and self.averages and self._whole and self._waits != backward_id():
+            self._waits = backward_id()
+            after_backward(self._average_whole)
+
+    def _average_whole(self) -> None:
+        self._waits = None
+        if not (self._shards.averages if self._shards else self._syncs):
+            return
+        used = self.gather([parameter.grad is not None for parameter in self._whole]).any(0).tolist()
+        for parameter in (one for one, there in zip(self._whole, used, strict=True) if there):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.average(parameter)
+
     @property
     def ranks(self) -> int:
         """How many processes train together."""
@@ -241,7 +265,11 @@ class World:
         if not self.many or len(set(self.gather([index])[:, 0].tolist())) == 1:
             yield index, share
         else:
-            self._held[index] = share
+            self._held[index] = share.clone()  # the next gradient may be formed in the same memory
+
+    def forget(self) -> None:
+        """A backward pass broke off: the gradients that wait are void."""
+        self._held.clear()
 
     def rest(self) -> Iterator[tuple[int, Tensor]]:
         """The pass has ended on this rank: its shares of tensors that were not offered by all at one time."""

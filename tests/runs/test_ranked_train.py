@@ -16,6 +16,7 @@ import torch
 from launch_kit import TORCHRUN, accelerated
 
 import selectune as st
+from selectune.runs import resume
 from selectune.runs.folder import run_folder
 
 pytest_plugins = ("tiny_fixtures",)
@@ -75,3 +76,12 @@ def test_a_rank_alone_in_its_world_owns_its_folder(tmp_path, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", size)
         with run_folder(tmp_path / size) as folder:
             assert folder.shared is shared
+
+
+def test_rows_of_similar_length_are_other_rows_in_another_number_of_processes():
+    for grouped in (False, True):
+        two, one = {"batch_size": 4, "processes": 2}, {"batch_size": 8}
+        same = resume._compared({**two, "group_by_length": grouped}) == resume._compared(
+            {**one, "group_by_length": grouped}
+        )
+        assert same is not grouped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
@@ -184,6 +185,7 @@ def test_options_and_rows_that_do_not_fit_are_told(causal, data, more, tmp_path)
     assert "two patterns at least" in call(*given, *two[:2], *two[4:], "--unlabeled", more, code=2).stderr
     resumed = call(*given, *two, "--unlabeled", more, "--resume-from", "x", code=2)
     assert "go on with --resume" in resumed.stderr
+    assert "--shots is for one pattern" in call(*given, *two, "--unlabeled", more, "--shots", 1, code=2).stderr
     assert "does not exist" in call(*given, *two, "--unlabeled", tmp_path / "none.jsonl", code=1).stderr
     (tmp_path / "none.jsonl").write_text("")
     assert "has no rows to label" in call(*given, *two, "--unlabeled", tmp_path / "none.jsonl", code=1).stderr
@@ -199,3 +201,11 @@ def test_options_and_rows_that_do_not_fit_are_told(causal, data, more, tmp_path)
     with pytest.raises(TaskError, match="does not exist"):
         run(RunConfig(**{**FEW, "train_size": None}, model=str(causal), data=str(data), out=str(tmp_path / "out"),
                       soft_labels=str(tmp_path / "gone.jsonl")))  # fmt: skip
+
+
+def test_overwriting_makes_room_before_anything_is_trained(causal, data, more, tmp_path):
+    """Else the last model would go on from an earlier run's checkpoints, or be refused for its delta."""
+    config = RunConfig(**{**FEW, "save_every": 1}, model=str(causal), data=str(data), out=str(tmp_path))
+    run(dataclasses.replace(config, task="glue/cola"))
+    _, record = run_ensemble(config, Ensemble(PATTERNS[:2], WORDS, str(more)), overwrite=True)
+    assert record["student"]["rows"] == 30

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import selectune as st
 from selectune.scope import ScopedTensor
+from selectune.select import GlobalCollector
 from selectune.train.choose import shares
 from selectune.train.choose.scan import scan
 from selectune.train.world import World
@@ -154,3 +155,28 @@ def test_equal_scores_are_told_apart_as_in_one_process(ranks):
 
 def test_the_mean_of_a_small_tensor_is_formed_whole(ranks):
     assert all(answers[CASES + 1] is None for answers in ranks[1])
+
+
+class EvenOnly(GlobalCollector):
+    """A user's own rule on top of ours."""
+
+    def offer(self, tensor: int, flat: Tensor | int, scores: Tensor, carry: Tensor | None = None) -> None:
+        every = torch.arange(len(scores)) + flat if isinstance(flat, int) else flat
+        super().offer(tensor, flat, scores.masked_fill(every % 2 == 1, -torch.inf), carry)
+
+
+def of_even_entries(rank: int) -> list[int]:
+    """The entries chosen; odd ones score best."""
+    model = nn.Linear(1, 1)
+    world = World(model, SimpleNamespace(offsets=torch.zeros(1)), dict, SimpleNamespace())  # pyright: ignore
+    world._group = dist.new_group()
+    tensor = ScopedTensor(0, ("0",), nn.Parameter(torch.ones(20_000)))
+    gradient = torch.arange(20_000.0) + 30_000 * (torch.arange(20_000) % 2)
+    collector = EvenOnly(9, [20_000], None)
+    if not shares.offer(collector, SCORES["gradient"], tensor, None, gradient, world):
+        scan(collector, SCORES["gradient"], tensor, None, world.mean(gradient))
+    return collector.close()[1].tolist()
+
+
+def test_a_subclass_of_our_collectors_is_offered_the_whole_mean():
+    assert in_ranks(2, of_even_entries) == [list(range(19_998, 19_980, -2))] * 2

@@ -213,6 +213,8 @@ def train(
     if unlabeled is not None:
         if resume_from:
             raise ConfigError("--resume-from names a checkpoint of one run; several patterns go on with --resume.")
+        if shots is not None:
+            raise ConfigError("--shots is for one pattern; the models of several are trained without examples.")
         given |= {"pattern": None, "words": None}
     given["budget"] = None if budget is None else values.budget_or_adapter(budget)
     from selectune.runs.folder import run_folder

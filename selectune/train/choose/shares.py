@@ -40,7 +40,8 @@ def offer(
     None, on all ranks, where the whole mean is to be formed: of a small tensor, of one with too many entries to tell
     of, or for a collector of a user's own.
     """
-    if share.numel() < SMALL or not isinstance(collector, GlobalCollector | PerTensorCollector):
+    ours = type(collector) in (GlobalCollector, PerTensorCollector)  # a subclass may take other entries than the best
+    if share.numel() < SMALL or not (ours and isinstance(collector, GlobalCollector | PerTensorCollector)):
         return None
     shares = _Shares(collector.of(tensor.index), score, tensor, taken, share, world)
     return True if shares.few() else shares.parts()
