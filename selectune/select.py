@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -78,6 +79,14 @@ class PerTensor:
         """A collector of the best `counts[j]` entries of every tensor j."""
         del seed
         return PerTensorCollector(counts, sizes)
+
+
+def takes_the_best(collector: object) -> TypeGuard[GlobalCollector | PerTensorCollector]:
+    """Whether a collector is one of ours, so that only the best scores of each tensor need be offered.
+
+    A subclass of a user may take others.
+    """
+    return type(collector) in (GlobalCollector, PerTensorCollector)
 
 
 class PerTensorCollector:

@@ -5,6 +5,7 @@ A failure here names the torch and the name; `selectune/internals.py` is the one
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 from typing import Any
@@ -309,7 +310,16 @@ def test_private_names_stand_in_one_file():
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_wrapper_that_averages_gradients_is_known_while_its_forward_runs(tmp_path):
+@pytest.fixture
+def group(tmp_path):
+    """A process group of one. What uses it goes first: a group that dies with its last user may wait for ever."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def test_a_wrapper_that_averages_gradients_is_known_while_its_forward_runs(group):
     seen = []
 
     class Inner(nn.Linear):
@@ -317,66 +327,58 @@ def test_a_wrapper_that_averages_gradients_is_known_while_its_forward_runs(tmp_p
             seen.append((internals.averages(self.weight), internals.averages(late), internals.joining()))
             return super().forward(x)
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
-    try:
-        model, late = Inner(2, 2), nn.Parameter(torch.zeros(2))
-        around = nn.parallel.DistributedDataParallel(model)
-        model.register_parameter("late", late)
+    model, late = Inner(2, 2), nn.Parameter(torch.zeros(2))
+    around = nn.parallel.DistributedDataParallel(model)
+    model.register_parameter("late", late)
+    around(torch.ones(1, 2))
+    with around.join(throw_on_early_termination=True):
         around(torch.ones(1, 2))
-        with around.join(throw_on_early_termination=True):
-            around(torch.ones(1, 2))
-        model(torch.ones(1, 2))
-        with around.no_sync():
-            assert not internals.pause(around), ON
-        assert internals.pause(around), ON
-        around(torch.ones(1, 2)).sum().backward()
-        assert not around.require_forward_param_sync, ON  # so it was as in no_sync, which averages nothing
-        internals.resume(around, True)
-        around(torch.ones(1, 2))
-        assert around.require_forward_param_sync, ON
-    finally:
-        dist.destroy_process_group()
+    model(torch.ones(1, 2))
+    with around.no_sync():
+        assert not internals.pause(around), ON
+    assert internals.pause(around), ON
+    around(torch.ones(1, 2)).sum().backward()
+    assert not around.require_forward_param_sync, ON  # so it was as in no_sync, which averages nothing
+    internals.resume(around, True)
+    around(torch.ones(1, 2))
+    assert around.require_forward_param_sync, ON
     assert seen[:3] == [(True, False, False), (True, False, True), (None, None, False)], ON
 
 
-def test_what_fully_shard_keeps_of_a_weight(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
-    try:
-        mesh: Any = init_device_mesh("cpu", (1,))
-        model: Any = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-        plain = model[1].weight
-        fully_shard(model[0], mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        assert internals.fsdp_modules(model) == [model, model[0]], ON
-        assert internals.fsdp_modules(model[1]) == [], ON
-        assert (internals.class_before(model), internals.class_before(model[1])) == (nn.Sequential, nn.Linear), ON
-        weight, bias = internals.fsdp_weights(model[0])
-        part: Any = weight.parameter
-        whole: Any = None
-        assert part is model[0].weight, ON
-        assert bias.parameter is model[0].bias, ON
-        assert (internals.is_sharded(part), internals.is_sharded(plain)) == (True, False), ON
-        assert (weight.used, weight.is_whole, weight.offloaded) == (None, False, False), ON
-        for _ in range(2):
-            model[0].unshard()
-            whole = weight.used if whole is None else whole
-            assert whole is weight.used is model[0].weight, ON
-            assert weight.is_whole, ON
-            model[0].reshard()
-            assert model[0].weight is weight.parameter is part, ON
-            assert not weight.is_whole, ON
-            assert whole.untyped_storage().size() == 0, ON
-        with torch.no_grad():
-            internals.part_of(part).fill_(2.0)
-        seen = []
-        model[0].register_forward_pre_hook(lambda module, args: seen.append(module.weight.detach().clone()))
-        model(torch.ones(1, 2)).sum().backward()
-        assert seen[0].tolist() == [[2.0, 2.0]] * 3, ON
-        assert weight.used is whole, ON
-        assert internals.fsdp_syncs(model[0]), ON
-        model.set_requires_gradient_sync(False)
-        assert not internals.fsdp_syncs(model[0]), ON
-        offloads: Any = fully_shard(nn.Linear(2, 2), mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
-        assert all(held.offloaded for held in internals.fsdp_weights(offloads)), ON
-    finally:
-        dist.destroy_process_group()
+def test_what_fully_shard_keeps_of_a_weight(group):
+    mesh: Any = init_device_mesh("cpu", (1,))
+    model: Any = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    plain = model[1].weight
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert internals.fsdp_modules(model) == [model, model[0]], ON
+    assert internals.fsdp_modules(model[1]) == [], ON
+    assert (internals.class_before(model), internals.class_before(model[1])) == (nn.Sequential, nn.Linear), ON
+    weight, bias = internals.fsdp_weights(model[0])
+    part: Any = weight.parameter
+    whole: Any = None
+    assert part is model[0].weight, ON
+    assert bias.parameter is model[0].bias, ON
+    assert (internals.is_sharded(part), internals.is_sharded(plain)) == (True, False), ON
+    assert (weight.used, weight.is_whole, weight.offloaded) == (None, False, False), ON
+    for _ in range(2):
+        model[0].unshard()
+        whole = weight.used if whole is None else whole
+        assert whole is weight.used is model[0].weight, ON
+        assert weight.is_whole, ON
+        model[0].reshard()
+        assert model[0].weight is weight.parameter is part, ON
+        assert not weight.is_whole, ON
+        assert whole.untyped_storage().size() == 0, ON
+    with torch.no_grad():
+        internals.part_of(part).fill_(2.0)
+    seen = []
+    model[0].register_forward_pre_hook(lambda module, args: seen.append(module.weight.detach().clone()))
+    model(torch.ones(1, 2)).sum().backward()
+    assert seen[0].tolist() == [[2.0, 2.0]] * 3, ON
+    assert weight.used is whole, ON
+    assert internals.fsdp_syncs(model[0]), ON
+    model.set_requires_gradient_sync(False)
+    assert not internals.fsdp_syncs(model[0]), ON
+    offloads: Any = fully_shard(nn.Linear(2, 2), mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    assert all(held.offloaded for held in internals.fsdp_weights(offloads)), ON

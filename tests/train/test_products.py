@@ -14,7 +14,7 @@ from selectune import internals
 from selectune.errors import ConfigError
 from selectune.ops import bounds
 from selectune.schedule import Increment
-from selectune.select import PerTensor
+from selectune.select import GlobalCollector, PerTensor
 from selectune.train.choose import products
 
 
@@ -195,6 +195,29 @@ def test_large_quotas_go_as_before(budget, wanted, monkeypatch):
     offered = []
     reported("static", "int8", lambda one, factors: offered.append(one))
     assert len(offered) == wanted
+
+
+class EvenCollector(GlobalCollector):
+    """A user's own rule on top of ours: entries at odd places are not taken."""
+
+    def offer(self, tensor, flat, scores, carry=None):
+        every = torch.arange(scores.numel()) + flat if isinstance(flat, int) else flat
+        super().offer(tensor, flat, scores.masked_fill(every % 2 == 1, -math.inf), carry)
+
+
+class Even(st.select.GlobalTopK):
+    def collector(self, quota, sizes, seed):
+        return EvenCollector(quota, sizes, None)
+
+
+def test_a_subclass_of_our_collectors_is_offered_every_score(monkeypatch):
+    method = st.Method(score=st.scores.d3(), select=Even(), schedule=st.schedule.OneShot(100))
+    monkeypatch.setitem(METHODS, "even", method)
+    offered = []
+    tuner = reported("even", "int8", lambda one, factors: offered.append(one))
+    assert not offered
+    assert tuner.selected == 100
+    assert all((flat % 2 == 0).all() for flat in tuner.support.values())
 
 
 def test_products_that_may_be_coarser_than_float32_are_not_bounded():

@@ -20,7 +20,7 @@ from torch import Tensor
 from selectune import ops
 from selectune.ops.bounds import FEW, Factors, Weighting, above, nearer
 from selectune.scope import ScopedTensor
-from selectune.select import GlobalCollector, PerTensorCollector
+from selectune.select import GlobalCollector, PerTensorCollector, takes_the_best
 from selectune.train.choose.scan import barred_entries, reaching, scan
 from selectune.types import Collector, Score
 
@@ -50,7 +50,7 @@ class Products:
         """Whether a tensor's candidates get canonical scores, by what is asked for, the dtypes and shapes alone."""
         return (
             self.weighting is not None
-            and isinstance(collector, GlobalCollector | PerTensorCollector)
+            and takes_the_best(collector)
             and canonical(collector.of(tensor.index), tensor, dy, x)
         )
 
@@ -58,7 +58,7 @@ class Products:
         self, collector: Collector, tensor: ScopedTensor, taken: Tensor | None, dy: Tensor, x: Tensor
     ) -> tuple[bool, Tensor | None]:
         """Offers one tensor: whether it could, and its dense gradient if that was formed."""
-        if self.weighting is None or not isinstance(collector, GlobalCollector | PerTensorCollector):
+        if self.weighting is None or not takes_the_best(collector):
             return False, None
         mine = collector.of(tensor.index)
         if not canonical(mine, tensor, dy, x):

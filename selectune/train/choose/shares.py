@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from selectune.ops.bounds import LEAST, SAFE
 from selectune.scope import ScopedTensor
-from selectune.select import GlobalCollector, PerTensorCollector
+from selectune.select import GlobalCollector, takes_the_best
 from selectune.train.choose.scan import reaching, scan
 from selectune.train.world import World
 from selectune.types import Collector, Score
@@ -40,8 +40,7 @@ def offer(
     None, on all ranks, where the whole mean is to be formed: of a small tensor, of one with too many entries to tell
     of, or for a collector of a user's own.
     """
-    ours = type(collector) in (GlobalCollector, PerTensorCollector)  # a subclass may take other entries than the best
-    if share.numel() < SMALL or not (ours and isinstance(collector, GlobalCollector | PerTensorCollector)):
+    if share.numel() < SMALL or not takes_the_best(collector):
         return None
     shares = _Shares(collector.of(tensor.index), score, tensor, taken, share, world)
     return True if shares.few() else shares.parts()
