@@ -51,6 +51,8 @@ def bars(*names: str) -> str:
         "|---" * (4 + len(names)) + "|",
     ]
     for same in zip(*verdicts, strict=True):
+        if all(v.kept is None for v in same):
+            continue  # not measured
         first, kept = same[0], sum(v.kept is True for v in same)
         values = " | ".join(number(v.value, ".2f") for v in same)
         lines.append(f"| {first.what} | {first.method} | {first.limit:g} | {values} | {kept} of {len(same)} |")
