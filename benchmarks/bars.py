@@ -218,9 +218,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bert-6l")
     parser.add_argument("--data", default="random", help="a task's rows for a trained model (--model demo)")
-    parser.add_argument(
-        "--methods", default="full,frozen,lora,toolkit-id3,pafi,static-d3,random,top-third,id3,id3:every=10"
-    )
+    parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--budget", type=budget, default=0.0017, help="scalars trained, or a share of all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)

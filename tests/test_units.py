@@ -166,6 +166,8 @@ def test_what_units_cannot_be():
     calibrated, once = st.scores.d3_pooled(), st.schedule.OneShot(4)
     with pytest.raises(st.errors.ConfigError, match="at least 1, or None for what the config says, got 0"):
         st.s2ft(60, head=0)
+    with pytest.raises(st.errors.ConfigError, match="at least 1, or None for once, got 0"):
+        st.losia(60, 10, every=0)
     with pytest.raises(st.errors.ConfigError, match="reads gradient"):
         st.Method(score=st.scores.d3(), schedule=once, structure=Structure("row"))
     with pytest.raises(st.errors.ConfigError, match="one subnet"):

@@ -98,6 +98,6 @@ def losia(
     'subnet'
     """
     score = scores.sensitivity(batches=count("batches", batches, none="all"))
-    again = count("every", every, none="all")
+    again = count("every", every, none="once")
     schedule = OneShot(budget) if again is None else Repeat(budget, steps, again)
     return compose("losia", score, schedule, scope, train_fully, PerTensor(), structure=Structure("subnet", pool="sum"))

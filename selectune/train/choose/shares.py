@@ -89,7 +89,7 @@ class _Shares:
                 return False
             cutoff = float(best[1].topk(quota).values[-1])
         if cutoff < LEAST:
-            return False  # as many entries of gradient 0
+            return False  # it would let through every entry, whatever its gradient
         found = self._together(self._reaching(cutoff))
         if found is None:
             return False
