@@ -97,7 +97,25 @@ def all_cases(rank: int, ranks: int) -> list[Any]:
         ties.append(torch.equal(several.close()[1], alone.close()[1]))
     small = ScopedTensor(0, ("0",), nn.Parameter(torch.zeros(5)))
     whole = shares.offer(collector, asked.score, small, None, torch.zeros(5), world)
-    return [*found, broken, whole, ties]
+    return [*found, broken, whole, ties, bytes_sent(world)]
+
+
+def bytes_sent(world: World) -> int:
+    """What a rank gives to collectives for one tensor of 80,000 bytes, of which 40 entries of each rank stand out."""
+    sent, reduce, gather, part = [], dist.all_reduce, dist.all_gather, world.part
+    world.part = lambda share: (sent.append(share.nbytes), part(share))[1]  # pyright: ignore
+    share = torch.full((20_000,), 1e-3)
+    share[dist.get_rank() * 100 : dist.get_rank() * 100 + 40] = 1.0
+    tensor = ScopedTensor(0, ("0",), nn.Parameter(torch.ones(20_000)))
+    dist.all_reduce = lambda given, **more: (sent.append(given.nbytes), reduce(given, **more))[1]
+    dist.all_gather = lambda parts, given, **more: (sent.append(given.nbytes), gather(parts, given, **more))[1]
+    try:
+        collector = st.select.GlobalTopK().collector(9, [20_000], 3)
+        assert shares.offer(collector, SCORES["gradient"], tensor, None, share, world)
+    finally:
+        dist.all_reduce, dist.all_gather = reduce, gather
+        world.part = part  # pyright: ignore
+    return sum(sent)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -147,6 +165,12 @@ def test_all_ways_are_taken(ranks):
 def test_a_share_that_is_not_finite_breaks_the_selection_on_every_rank(ranks):
     for answers in ranks[1]:
         assert answers[CASES] == [True, False, True]
+
+
+def test_lists_of_entries_travel_and_not_the_gradient(ranks):
+    count, found = ranks
+    for answers in found:
+        assert 0 < answers[CASES + 3] <= 8 * (9 + 40) * (1 + count) + 64  # twice places, then gradients in float64
 
 
 def test_equal_scores_are_told_apart_as_in_one_process(ranks):
