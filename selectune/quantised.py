@@ -5,6 +5,7 @@ from what is stored, and what that is. Nothing here imports the library of a kin
 
     torchao        every tensor subclass of torchao: int8, intx, int4, float8
     bitsandbytes   Linear4bit (NF4, FP4) and Linear8bitLt (LLM.int8, arXiv:2208.07339)
+    GGUF           blocks of every type, in the layers of `integrations.gguf`, which adds this kind
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def quantised_weights(model: nn.Module) -> dict[int, Quantised]:
     found: dict[int, Quantised] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
-            if parameter is None or type(parameter) is nn.Parameter:
+            if parameter is None or (type(parameter) is nn.Parameter and parameter.is_floating_point()):
                 continue
             if id(parameter) not in found:
                 now = stored_in(module, parameter)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selectune import quantised
+from selectune.integrations.gguf import keep_blocks
 from selectune.quantised import Stored
 
 
@@ -89,19 +92,38 @@ def _replace(model: nn.Module, made: Callable[[nn.Linear], nn.Module]) -> None:
                 setattr(module, name, made(child))
 
 
+def _gguf(model: nn.Module) -> None:
+    """The file that the model comes from is written first, with its rows in another order."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed (requirements/lm.txt)")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.gguf")
+        writer, kind = gguf.GGUFWriter(file, "llama"), gguf.GGMLQuantizationType.Q4_1
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear):
+                packed = gguf.quantize(layer.weight.detach().numpy(), kind)
+                layer.weight.data.copy_(torch.from_numpy(gguf.dequantize(packed, kind)))
+                writer.add_tensor(f"{name}.weight", packed[::-1].copy(), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        assert keep_blocks(model, file) == 2
+
+
 QUANTISE = {
     "own": _own,
     "int8": _torchao(8),
     "int4": _torchao(4),
     "nf4": _bitsandbytes(4),
     "llm-int8": _bitsandbytes(8),
+    "gguf": _gguf,
 }
 EXACT = [kind for kind in QUANTISE if kind != "llm-int8"]  # layers that multiply by the dequantised weight
 
 
 def net(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.LayerNorm(48), nn.Linear(48, 16, bias=False))
+    return nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 16, bias=False))
 
 
 def base(kind: str, seed: int = 0) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 from selectune.adapters import linears, put_on
 from selectune.bench import methods
 from selectune.bench.trace import Storages, faked, known, size, trace
-from selectune.bench.workload import DTYPES, Bench, batches, config_of, prepare
+from selectune.bench.workload import DTYPES, Bench, batches, config_of, file_of, prepare
 from selectune.bits import wide
 from selectune.errors import ConfigError, ModelError, SelectuneError
 from selectune.integrations.quantise import QUANTISED, bytes_saved
@@ -95,7 +95,7 @@ def plan(
     gradients of what is trained. In a selecting step it sends half as many of the dense gradient of every tensor in
     scope, or all of a small one: at most, as a few entries of most tensors do on real gradients (docs/scale.md).
 
-    `quantise`: `int8` or `nf4`, the form that the base is kept in. A step dequantises one weight at a time.
+    `quantise`: `int8`, `nf4` or `gguf`, the form that the base is kept in. A step dequantises one weight at a time.
 
     Raises ModelError for a config that cannot be found and for a model that cannot run without data, BudgetError,
     ConfigError for unknown names, for SHiRA, whose mask is made of numbers, and for what one process must train.
@@ -114,7 +114,7 @@ def plan(
         total = sum(p.numel() for p in model.parameters())
         count = _size_of(model, budget) if isinstance(budget, str) else budget
         base = size(model.parameters())
-        saved = 0 if quantise is None else bytes_saved(model, quantise)
+        saved = 0 if quantise is None else bytes_saved(model, quantise, file_of(bench.model))
         model = _adapted(model, name, steps)
         bench = _fitting(bench, config, name)
         with faked(model):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -69,7 +70,8 @@ def config_of(name: str) -> Any:
     if name in CONFIGS:
         return transformers.AutoConfig.for_model(**CONFIGS[name])
     place = resolve(name)
-    where = {} if place.local else {"revision": place.revision or "main"}
+    where: dict[str, Any] = {} if place.local else {"revision": place.revision or "main"}
+    where |= {} if place.gguf is None else {"gguf_file": place.gguf}
     with quiet():
         try:
             return transformers.AutoConfig.from_pretrained(place.location, **where)
@@ -78,6 +80,11 @@ def config_of(name: str) -> Any:
                 f"No config was found for '{name}': {' '.join(str(error).split())[:200]} Known without a hub: "
                 f"{', '.join(CONFIGS)}. A folder with config.json works too."
             ) from error
+
+
+def file_of(name: str) -> Path | None:
+    """The GGUF file that is the whole model, if it is one."""
+    return None if name in CONFIGS else resolve(name).file
 
 
 def is_causal(config: Any) -> bool:

@@ -1,4 +1,4 @@
-"""torchao and bitsandbytes: the linear layers of a model that was loaded in full precision, quantised in place."""
+"""A model that was loaded in full precision, quantised in place: by torchao, by bitsandbytes, or as its file was."""
 
 from __future__ import annotations
 
@@ -6,41 +6,74 @@ import importlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from selectune.errors import ConfigError
+from selectune.integrations.gguf import bytes_of, keep_blocks
 
 log = logging.getLogger("selectune")
 
+Quantiser = Callable[[nn.Module, Iterable[str], str | Path | None], int]
+"""(model, parameters to keep, GGUF file) -> how many weights were quantised."""
 
-def quantise(model: nn.Module, kind: str, keep: Iterable[str] = ()) -> int:
-    """Quantises the linear layers of a model in place; returns how many.
+
+def quantise(model: nn.Module, kind: str, keep: Iterable[str] = (), file: str | Path | None = None) -> int:
+    """Quantises the weights of a model in place; returns how many.
 
     `int8`: torchao's 8 bits, one scale for each row. `nf4`: bitsandbytes' 4-bit NormalFloat (Dettmers et al. 2023,
-    arXiv:2305.14314), blocks of 64 with scales in 8 bits. Embeddings, layers that share their weight (a tied head),
-    and those that hold a parameter of `keep` (a head that is drawn for the task) stay as they are.
+    arXiv:2305.14314), blocks of 64 with scales in 8 bits. Both take linear layers; embeddings, layers that share
+    their weight (a tied head), and those that hold a parameter of `keep` (a head drawn for the task) stay as they are.
+    `gguf`: the blocks of `file`, the GGUF file that the model was loaded from; embeddings and tied heads too.
 
-    Raises ConfigError for another kind, and if its library is not installed.
+    Raises ConfigError for another kind, for `gguf` without a file, and if the kind's library is not installed.
     """
     if kind not in QUANTISED:
         raise ConfigError(f"Unknown quantisation '{kind}'. Known: {', '.join(QUANTISED)}.")
-    places, made = _places(model, keep), QUANTISED[kind]()
-    for parent, name in places:
-        trainable = {n: p.requires_grad for n, p in getattr(parent, name).named_parameters()}
-        layer = made(getattr(parent, name))
-        if layer.bias is not None:
-            layer.bias.requires_grad_(trainable["bias"])
-        setattr(parent, name, layer)
-    log.info("Quantised %d linear layers to %s.", len(places), kind)
-    return len(places)
+    return QUANTISED[kind](model, keep, file)
 
 
-def bytes_saved(model: nn.Module, kind: str) -> int:
+def bytes_saved(model: nn.Module, kind: str, file: str | Path | None = None) -> int:
     """By how many bytes `quantise` makes a model smaller. Reads no weight."""
+    if kind == "gguf":
+        packed, numbers = bytes_of(_known(file))
+        return numbers * next(model.parameters()).element_size() - packed
     weights = [getattr(parent, name).weight for parent, name in _places(model, ())]
     return sum(w.nbytes - (w.numel() + 5 * w.shape[0] if kind == "int8" else w.numel() * 33 // 64) for w in weights)
+
+
+def by_layer(made_by: Callable[[], Callable[[nn.Linear], nn.Module]]) -> Quantiser:
+    """The kind that makes a layer of each linear layer. `made_by` imports its library."""
+
+    def quantiser(model: nn.Module, keep: Iterable[str], file: str | Path | None) -> int:
+        del file
+        places, made = _places(model, keep), made_by()
+        for parent, name in places:
+            trainable = {n: p.requires_grad for n, p in getattr(parent, name).named_parameters()}
+            layer = made(getattr(parent, name))
+            if layer.bias is not None:
+                layer.bias.requires_grad_(trainable["bias"])
+            setattr(parent, name, layer)
+        log.info("Quantised %d linear layers.", len(places))
+        return len(places)
+
+    return quantiser
+
+
+def _by_file(model: nn.Module, keep: Iterable[str], file: str | Path | None) -> int:
+    del keep  # no file holds a head that is drawn
+    return keep_blocks(model, _known(file))
+
+
+def _known(file: str | Path | None) -> str | Path:
+    if file is None:
+        raise ConfigError(
+            "The quantisation 'gguf' keeps the blocks of the GGUF file that the model is loaded from, and this model "
+            "comes from none. Name a .gguf file as the model, or take int8 or nf4."
+        )
+    return file
 
 
 def _places(model: nn.Module, keep: Iterable[str]) -> list[tuple[nn.Module, str]]:
@@ -92,5 +125,5 @@ def _library(module: str, package: str) -> Any:
         ) from error
 
 
-QUANTISED: dict[str, Callable[[], Callable[[nn.Linear], nn.Module]]] = {"int8": _int8, "nf4": _nf4}
+QUANTISED: dict[str, Quantiser] = {"int8": by_layer(_int8), "nf4": by_layer(_nf4), "gguf": _by_file}
 """Kinds of quantisation by name."""

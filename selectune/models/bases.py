@@ -1,4 +1,4 @@
-"""Models by name: a local folder, a hub id, or a wheel. Their origin is recorded, and heads are drawn from a seed."""
+"""Models by name: a folder, a GGUF file, a hub id, or a wheel. Their origin is recorded; heads come from a seed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 from selectune.adapters import Adapted
 from selectune.delta import base_info
 from selectune.errors import ConfigError, ModelError, SelectuneError
+from selectune.integrations.gguf import library
 from selectune.integrations.quantise import quantise
 from selectune.models.wheels import WHEELS, dequantising, forget_blocks, located
 from selectune.tasks import Head
@@ -37,6 +38,11 @@ class Origin:
     revision: str | None
     local: bool
     gguf: str | None = None
+
+    @property
+    def file(self) -> Path | None:
+        """The GGUF file that is the whole model, if it is one."""
+        return None if self.gguf is None else Path(self.location) / self.gguf
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ def class_names(name: str, revision: str | None = None) -> tuple[str, ...]:
     """The names of a head's outputs in a model's config, in their order. Raises as `load_model` does."""
     place = resolve(name, revision)
     with quiet(), _explaining(place):
-        where = {} if place.local else {"revision": place.revision}
+        where: dict[str, Any] = {} if place.local else {"revision": place.revision}
+        where |= {} if place.gguf is None else {"gguf_file": place.gguf}
         config = _transformers().AutoConfig.from_pretrained(place.location, **where)
         return tuple(config.id2label[i] for i in range(config.num_labels))
 
@@ -91,10 +98,19 @@ def resolve(name: str, revision: str | None = None) -> Origin:
         if revision is not None:
             raise ModelError(f"--revision {revision} was given, but {name} is a local folder, which has no revisions.")
         return Origin(path.resolve().name, str(path), None, True)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        library()
+        if revision is not None:
+            raise ModelError(f"--revision {revision} was given, but {name} is a local file, which has no revisions.")
+        return Origin(path.name, str(path.parent), None, True, path.name)
     if path.is_file():
-        raise ModelError(f"{name} is a file. A model is a folder with config.json and weights, a hub id, or {NAMES}.")
+        raise ModelError(
+            f"{name} is a file. A model is a folder with config.json and weights, a .gguf file, a hub id, or {NAMES}."
+        )
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
-        raise ModelError(f"The model folder '{name}' does not exist. A model is a folder, a hub id, or {NAMES}.")
+        raise ModelError(
+            f"The model folder '{name}' does not exist. A model is a folder, a .gguf file, a hub id, or {NAMES}."
+        )
     return Origin(name, name, revision, False)
 
 
@@ -114,7 +130,8 @@ def load_model(
     in another shape (a task's head), are drawn from `seed`: the same call gives the same model.
     A hub branch is resolved to its commit. With `dtype` None the checkpoint's dtype is kept; GGUF becomes float32.
 
-    `quantised`: the linear layers are quantised once all is loaded (`selectune.integrations.quantise`).
+    `quantised`: weights are quantised once all is loaded, or the blocks of a GGUF file are kept
+    (`selectune.integrations.quantise`).
 
     Raises ModelError for a model that cannot be found or loaded, ConfigError for an unknown dtype or quantisation.
     """
@@ -123,10 +140,12 @@ def load_model(
             raise ConfigError(f"Unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
         dtype = DTYPES[dtype]
     place = resolve(name, revision)
+    if quantised == "gguf" and place.file is None:
+        raise ConfigError(f"The model '{name}' is no GGUF file, whose blocks could be kept. Take int8 or nf4.")
     with quiet(), _explaining(place):
         loaded = _load(place, head, seed, dtype, trust_remote_code, tokenizer)
     if quantised is not None:
-        quantise(loaded.model, quantised, loaded.initialised)
+        quantise(loaded.model, quantised, loaded.initialised, place.file)
     return loaded
 
 

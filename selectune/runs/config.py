@@ -62,8 +62,9 @@ class RunConfig:
     in place of the training rows, by the probability of each class; see `selectune.tasks.read_soft`. `optimizer`:
     adamw, adamw-entry (each entry counts its own steps) or sm3; None: the method's.
 
-    `quantise`: `int8` or `nf4`: the base's linear layers are quantised after loading and stay so, to the bit, and the
-    offsets lie beside them; see docs/how-to/quantised.md.
+    `quantise`: `int8` or `nf4`: the base's linear layers are quantised after loading; `gguf`: the blocks of the file
+    that the model is loaded from are kept. They stay so, to the bit, and the offsets lie beside them; see
+    docs/how-to/quantised.md.
 
     `checkpoint_budgets`: as the support first reaches each of these numbers of scalars, a delta is saved and measured,
     for methods whose support grows.

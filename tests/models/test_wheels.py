@@ -8,16 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_kit import make_texts
 from tiny_kit import WORDS
 from torch.nn import functional as F
 
 import selectune as st
 from selectune import tasks
-from selectune.errors import ModelError
+from selectune.errors import ConfigError, ModelError
 from selectune.models import wheels
 from selectune.models.bases import load_model, resolve
 from selectune.models.evaluate import evaluate
-from selectune.models.restore import Source, merge_delta, verify_delta
+from selectune.models.recorded import NONE, task_on
+from selectune.models.restore import Source, evaluate_delta, merge_delta, verify_delta
+from selectune.quantised import quantised_weights
+from selectune.runs.config import RunConfig
+from selectune.runs.training import run
 from selectune.tasks import Head
 
 pytest_plugins = ("tiny_fixtures",)
@@ -121,6 +126,34 @@ def test_deltas_on_a_dequantised_base(tiny_smollm, tmp_path):
         merge_delta(Source("smollm"), path, tmp_path / "merged")
         assert (tmp_path / "merged" / "model.safetensors").is_file()
         assert torch.equal(load_model(str(tmp_path / "merged"), CAUSAL, 0).model(ids).logits, expected)
+
+
+@needs_gguf
+def test_a_run_beside_the_blocks_of_its_file(tmp_path):
+    """A .gguf file is a model by its path. The base stays in its blocks, in which `load_model` finds it again."""
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file)
+    data = make_texts(tmp_path / "data")
+    config = RunConfig(
+        model=str(file), task="text/wikitext2", budget=200, max_steps=4, batch_size=2, max_length=16, lr=1e-2, seed=1,
+        data=str(data), out=str(tmp_path / "out"), quantise="gguf",
+    )  # fmt: skip
+    found = run(config)
+    delta, source = st.load(found.delta), Source(str(file))
+    assert delta.beside
+    assert delta.info["base"]["id"] == "tiny.gguf"
+    assert verify_delta(source, found.delta).ok
+    assert evaluate_delta(source, found.delta, task_on(None, found.delta, NONE), config.data) == found.evaluation
+    model = st.load_model(found.delta, base=file)
+    kinds = {q.stored.kind for q in quantised_weights(model).values()}
+    assert kinds == {"gguf.Q4_1"}
+    ids = torch.tensor([[5, 6, 7]])
+    blocks, floats = (load_model(str(file), CAUSAL, 0, quantised=kind).model(ids).logits for kind in ("gguf", None))
+    torch.testing.assert_close(blocks, floats)
+    with pytest.raises(ConfigError, match="is no GGUF file"):
+        load_model("demo", CAUSAL, 0, quantised="gguf")
+    with pytest.raises(ModelError, match="has no revisions"):
+        resolve(str(file), "main")
 
 
 @needs_gguf

@@ -11,7 +11,7 @@ from torch import nn
 
 import selectune as st
 from selectune.errors import ConfigError, DeltaError
-from selectune.integrations.quantise import QUANTISED, bytes_saved, quantise
+from selectune.integrations.quantise import QUANTISED, by_layer, bytes_saved, quantise
 from selectune.models.recorded import NONE, task_on
 from selectune.models.restore import Source, evaluate_delta, merge_delta, verify_delta
 from selectune.runs.config import RunConfig
@@ -24,7 +24,7 @@ pytest_plugins = ("tiny_fixtures",)
 
 @pytest.fixture
 def config(tiny, data, tmp_path, monkeypatch):
-    monkeypatch.setitem(QUANTISED, "own", lambda: Rows8)
+    monkeypatch.setitem(QUANTISED, "own", by_layer(lambda: Rows8))
     return RunConfig(
         model=str(tiny), task="glue/rte", budget=200, max_steps=4, batch_size=8, lr=5e-3, data=str(data),
         out=str(tmp_path / "out"), seed=1, quantise="own", save_every=2,
@@ -66,7 +66,7 @@ def test_runs_without_it_keep_their_records_and_keys(config):
 
 
 def test_only_linear_layers_with_weights_of_their_own_are_quantised(monkeypatch):
-    monkeypatch.setitem(QUANTISED, "own", lambda: Rows8)
+    monkeypatch.setitem(QUANTISED, "own", by_layer(lambda: Rows8))
     model = nn.Sequential(nn.Embedding(6, 8), nn.Linear(8, 8), nn.Linear(8, 6, bias=False), nn.Linear(8, 3))
     model[2].weight = model[0].weight
     assert quantise(model, "own", keep=["3.weight"]) == 1

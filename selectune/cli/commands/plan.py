@@ -41,7 +41,7 @@ def plan(
     device: Annotated[str, typer.Option(help="cpu or cuda: where the run will be. Neither is used here.")] = "cpu",
     ranks: Annotated[int, typer.Option(help="Processes that train together, each with such a batch.")] = 1,
     quantise: Annotated[
-        str | None, typer.Option(help="The base in 8 or 4 bits: int8 or nf4.", show_default=False)
+        str | None, typer.Option(help="The base in 8 or 4 bits: int8, nf4 or gguf.", show_default=False)
     ] = None,
     plugin: Plugins = None,
     as_json: Json = False,

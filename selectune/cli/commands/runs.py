@@ -92,7 +92,10 @@ def train(
     revision: Revision = None,
     dtype: Dtype = None,
     quantise: Annotated[
-        str | None, option("Quantise the base, and train beside it: int8 (torchao) or nf4 (bitsandbytes).")
+        str | None,
+        option(
+            "Train beside a quantised base: int8 (torchao), nf4 (bitsandbytes), or gguf, the model's file as it is."
+        ),
     ] = None,
     trust_remote_code: Trust = False,
     retain: Retain = None,
