@@ -14,7 +14,7 @@ from selectune.delta.file.content import refuse_beside
 from selectune.errors import ConfigError, DeltaError, NothingTrainedError, did_you_mean
 from selectune.files import staged
 from selectune.interop.from_peft import read_peft
-from selectune.interop.merged import merged, mergekit
+from selectune.interop.merged import dequantised, merged, mergekit
 from selectune.interop.pairs import read_pairs, write_pairs
 from selectune.interop.patches import vllm
 from selectune.interop.to_peft import to_peft
@@ -25,6 +25,7 @@ from selectune.tasks import Head, Task
 
 OUT: dict[str, Callable[..., dict[str, Any]]] = {
     "merged": merged,
+    "dequantised": dequantised,
     "peft": to_peft,
     "vllm": vllm,
     "mergekit": mergekit,
@@ -49,7 +50,8 @@ def export(
     if served is not None and (kind != "vllm" or served not in DTYPES):
         raise ConfigError(f"served={served} is for kind vllm, and one of {', '.join(DTYPES)}; got kind {kind}.")
     delta = load(path)
-    refuse_beside(delta, "exported")
+    if kind != "dequantised":
+        refuse_beside(delta, f"exported as {kind}")
     if "module" in delta.info and kind not in (*WHOLE, "peft"):
         raise ConfigError(
             f"The delta was trained on {delta.info['module']['kind']}, which {kind} does not hold beside it. "

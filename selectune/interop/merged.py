@@ -1,4 +1,4 @@
-"""A plain model folder: base + delta, as transformers writes it, in the shards of the base."""
+"""A plain model folder: base + delta, as transformers writes it, in the shards of the base, or dequantised."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from selectune.delta import Delta
 from selectune.errors import ConfigError
@@ -16,6 +17,7 @@ from selectune.files import read_json
 from selectune.models.adapted import mergeable
 from selectune.models.bases import LoadedModel, quiet, resolve
 from selectune.models.restore import Source, apply_to
+from selectune.quantised import quantised_weights
 
 INDEX = "model.safetensors.index.json"
 RECIPE = "mergekit.yml"
@@ -39,6 +41,42 @@ def merged(delta: Delta, loaded: LoadedModel, source: Source, folder: Path, dtyp
         _reshard(folder, shards)
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
     return {"scalars": delta.selected, "shards": len(weights)}
+
+
+def dequantised(delta: Delta, loaded: LoadedModel, source: Source, folder: Path, dtype: Any = None) -> dict[str, Any]:
+    """Writes the quantised base as plain floats with the offsets added: a model folder that needs no such library.
+
+    Each sum is rounded once to the dtype of the dequantised weight, and a plain layer rounds its product otherwise than
+    a quantised one with offsets beside it, so outputs are close and not equal to the bit. Raises ConfigError for a
+    delta that lies beside no quantised weight.
+    """
+    if not delta.beside:
+        raise ConfigError("The delta lies beside no quantised weight. Export it with: selectune export merged")
+    apply_to(delta, loaded)
+    plain = {key: nn.Parameter(weight.now()) for key, weight in quantised_weights(loaded.model).items()}
+    for parent in list(loaded.model.modules()):
+        for name, layer in parent.named_children():
+            if (weight := plain.get(id(layer._parameters.get("weight")))) is not None:
+                setattr(parent, name, _plain(layer, weight))
+    with quiet():
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+    return {"scalars": delta.selected, "shards": len(list(folder.glob("*.safetensors"))), "dequantised": len(plain)}
+
+
+def _plain(layer: nn.Module, weight: nn.Parameter) -> nn.Module:
+    """The ordinary layer with this weight."""
+    rows, width = weight.shape
+    made: nn.Linear | nn.Embedding
+    if isinstance(layer, nn.Embedding):
+        made = nn.Embedding(rows, width, layer.padding_idx, device="meta")
+    elif isinstance(layer, nn.Linear):
+        made = nn.Linear(width, rows, bias=False, device="meta")
+        made.bias = layer.bias
+    else:
+        raise ConfigError(f"A {type(layer).__name__} cannot be written as an ordinary layer.")
+    made.weight, made.training = weight, layer.training
+    return made
 
 
 def mergekit(delta: Delta, loaded: LoadedModel, source: Source, folder: Path, dtype: Any = None) -> dict[str, Any]:

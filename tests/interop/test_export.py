@@ -215,7 +215,7 @@ def test_an_update_that_was_touched_is_refused(llama, run, tmp_path):
             WeightUpdate.from_bytes(cut)
 
 
-@pytest.mark.parametrize("kind", bridges.OUT)
+@pytest.mark.parametrize("kind", sorted({*bridges.OUT} - {"dequantised"}))
 def test_nothing_is_overwritten_or_left_half_written(kind, llama, run, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("kept")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import selectune as st
 from selectune import tasks
 from selectune.errors import ConfigError, ModelError
+from selectune.interop import bridges
 from selectune.models import wheels
 from selectune.models.bases import load_model, resolve
 from selectune.models.evaluate import evaluate
@@ -150,6 +151,10 @@ def test_a_run_beside_the_blocks_of_its_file(tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     blocks, floats = (load_model(str(file), CAUSAL, 0, quantised=kind).model(ids).logits for kind in ("gguf", None))
     torch.testing.assert_close(blocks, floats)
+    bridges.export("dequantised", source, found.delta, tmp_path / "plain")
+    with torch.no_grad():
+        plain = load_model(str(tmp_path / "plain"), CAUSAL, 0).model(ids).logits
+        torch.testing.assert_close(plain, model(ids).logits)
     with pytest.raises(ConfigError, match="is no GGUF file"):
         load_model("demo", CAUSAL, 0, quantised="gguf")
     with pytest.raises(ModelError, match="has no revisions"):

@@ -12,6 +12,7 @@ from torch import nn
 import selectune as st
 from selectune.errors import ConfigError, DeltaError
 from selectune.integrations.quantise import QUANTISED, by_layer, bytes_saved, quantise
+from selectune.interop import bridges
 from selectune.models.recorded import NONE, task_on
 from selectune.models.restore import Source, evaluate_delta, merge_delta, verify_delta
 from selectune.runs.config import RunConfig
@@ -44,6 +45,26 @@ def test_a_run_is_found_again_on_the_base_that_is_quantised_anew(config, tiny, t
     with pytest.raises(DeltaError, match="beside quantised weights"):
         merge_delta(source, found.delta, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_it_is_written_as_a_plain_model(config, tiny, tmp_path):
+    found, source = run(config), Source(str(tiny))
+    told = bridges.export("dequantised", source, found.delta, tmp_path / "plain", task_on(None, found.delta, NONE))
+    trained = st.load_model(found.delta)
+    quantised = [m for m in trained.modules() if isinstance(m, Rows8)]
+    assert told["dequantised"] == len(quantised) > 0
+    plain = type(trained).from_pretrained(tmp_path / "plain").eval()
+    assert not any(isinstance(module, Rows8) for module in plain.modules())
+    ids = torch.arange(4, 12).view(2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, trained(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    for kind in ("merged", "peft", "vllm"):
+        with pytest.raises(DeltaError, match=f"cannot be exported as {kind}.*selectune export dequantised"):
+            bridges.export(kind, source, found.delta, tmp_path / kind)
+        assert not (tmp_path / kind).exists()
+    ordinary = run(dataclasses.replace(config, quantise=None, out=str(tmp_path / "ordinary")))
+    with pytest.raises(ConfigError, match="lies beside no quantised weight"):
+        bridges.export("dequantised", source, ordinary.delta, tmp_path / "other")
 
 
 def test_a_resumed_run_has_the_bytes_of_one_without_a_stop(config, tmp_path):

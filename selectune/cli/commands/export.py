@@ -28,8 +28,9 @@ def export(
     kind: Annotated[
         str,
         typer.Argument(
-            help="merged: a plain model folder. peft: an adapter that stock peft loads. vllm: sparse weight patches. "
-            "mergekit: a model folder with a recipe. safetensors-diff: pairs of places and values."
+            help="merged: a plain model folder. dequantised: the same of a quantised base, rounded. peft: an adapter "
+            "that stock peft loads. vllm: sparse weight patches. mergekit: a model folder with a recipe. "
+            "safetensors-diff: pairs of places and values."
         ),
     ],
     model: Model,

@@ -137,7 +137,7 @@ def refuse_beside(delta: Content, what: str) -> None:
     if delta.beside:
         raise DeltaError(
             f"{delta.label} was trained beside quantised weights, whose bits stay as they are, so it cannot be {what}. "
-            "Keep it beside its base (apply, Shelf), or train on the base in full precision."
+            "Keep it beside its base (apply, Shelf), or write the sum as plain floats: selectune export dequantised."
         )
 
 
