@@ -107,7 +107,7 @@ def _gguf(model: nn.Module) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        assert keep_blocks(model, file) == 2
+        assert keep_blocks(model, file) == len(writer.tensors[0])
 
 
 QUANTISE = {

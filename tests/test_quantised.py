@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import selectune as st
 from selectune import train as train_room
 from selectune.beside import side_of
-from selectune.errors import BaseMismatchError, ConfigError, DeltaError, ScopeError
+from selectune.errors import BaseMismatchError, ConfigError, DeltaError, ScopeError, TunerError
 from selectune.interop.bridges import OUT, export
 from selectune.interop.sync import PatchStream
 from selectune.models.restore import Source
@@ -124,6 +124,24 @@ def test_another_base_is_refused():
     assert "not quantised here" in str(delta.verify(dequantised(base("own"))).problem)
     plain, _ = train(dequantised(base("own")), st.id3(budget=60, steps=6))
     assert "is quantised here" in str(plain.delta().verify(base("own")).problem)
+
+
+def test_nothing_is_trained_on_top_of_offsets_beside_the_base():
+    """A digest of stored bits would not tell such a base from the bare one."""
+    tuner, _ = train(base("own"), st.id3(budget=60, steps=6))
+    delta = tuner.delta()
+    model = base("own")
+    bare = model(x := torch.randn(3, 32))
+    delta.apply(model)
+    applied = model(x)
+    for there in (model, copy.deepcopy(model)):
+        for scope in ("*", "2.*"):
+            with pytest.raises(TunerError, match=r"is applied beside the quantised weights of Sequential.*Revert it"):
+                st.attach(there, st.id3(budget=10, steps=2, scope=scope))
+        assert torch.equal(there(x), applied)
+    delta.revert(model)
+    assert torch.equal(model(x), bare)
+    st.attach(model, st.id3(budget=10, steps=2)).detach()
 
 
 def test_a_weight_that_moves_in_training_is_found():
@@ -272,7 +290,7 @@ def test_what_cannot_work_is_refused(tmp_path):
     tuner.detach()
     with pytest.raises(DeltaError, match="beside quantised weights"):
         delta.merge(model)
-    for kind in OUT:
+    for kind in sorted({*OUT} - {"dequantised"}):
         with pytest.raises(DeltaError, match="so it cannot be exported"):
             export(kind, Source("tiny"), delta.save(tmp_path / kind), tmp_path / "out")
     again = st.attach(model, st.random(budget=60))

@@ -18,6 +18,7 @@ from selectune.adapters.injected import Injected
 from selectune.adapters.kinds import KINDS, Spec
 from selectune.adapters.roles import Role, of_kind, targets
 from selectune.errors import ConfigError, ModelError
+from selectune.quantised import quantised_weights
 
 ADAPTER = "default"  # the name that peft gives an adapter
 LAST_WITHOUT_CACHE = (0, 21, 2)  # peft up to here asks transformers for `past_key_values` only
@@ -63,6 +64,7 @@ def put_on(
 ) -> Injected:
     """Put an adapter of peft on a model. `names`: the linear layers to adapt, in place of those of `targets`."""
     peft = package()
+    _check_quantised(spec, model)
     config = config_of(peft, spec, model, found, seed, steps, names)
     if KINDS[spec.kind].wraps:
         return _wrapped(peft, model, config)
@@ -233,8 +235,11 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 def _wrapped(peft: Any, model: nn.Module, config: Any) -> Injected:
     """Virtual tokens: peft wraps its model around ours. It also copies the head; we put the original head back."""
     trainable = {p: p.requires_grad for p in model.parameters()}
-    with _quietly():
-        around = peft.get_peft_model(model, config, adapter_name=ADAPTER)
+    try:
+        with _quietly():
+            around = peft.get_peft_model(model, config, adapter_name=ADAPTER)
+    except RuntimeError as error:  # such as a quantised head, which peft would train
+        raise ConfigError(f"peft cannot put virtual tokens on {type(model).__name__}: {error}") from error
     saved = importlib.import_module("peft.utils.other").ModulesToSaveWrapper
     for path, module in list(model.named_modules()):
         if isinstance(module, saved):
@@ -243,6 +248,17 @@ def _wrapped(peft: Any, model: nn.Module, config: Any) -> Injected:
     for parameter, was in trainable.items():
         parameter.requires_grad_(was)
     return Injected(around, lambda: None)
+
+
+def _check_quantised(spec: Spec, model: nn.Module) -> None:
+    """Refuses what peft computes from numbers that a quantised weight does not hand out."""
+    kinds = {q.stored.kind for q in quantised_weights(model).values()}
+    without = {"super": ("",), "dora": ("bitsandbytes", "gguf"), "adalora": ("bitsandbytes",)}.get(spec.kind, ())
+    if odd := sorted(kind for kind in kinds if kind.startswith(without)):
+        raise ConfigError(
+            f"peft's {spec.kind} does not work on weights that are quantised as {odd[0]}. Take lora, an adapter of "
+            "another kind, or a base in full precision."
+        )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

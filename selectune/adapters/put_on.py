@@ -16,6 +16,7 @@ from selectune.adapters.kinds import KINDS, Spec, belongs, make, parse
 from selectune.adapters.roles import LINEARS, RoleMap, find, targets
 from selectune.delta import AdapterRecord, Delta, adapter_digest, adapter_of, forget_adapter, inventory, record_adapter
 from selectune.errors import BaseMismatchError, ConfigError, DeltaFormatError
+from selectune.quantised import quantised_weights
 
 
 @dataclass
@@ -63,12 +64,18 @@ class Adapted:
     def merge(self) -> None:
         """Fold the adapter into the base's weights, W + (alpha / r) B A, and take it off.
 
-        Raises ConfigError for kinds that are no change of weights: bottlenecks and virtual tokens.
+        Raises ConfigError for kinds that are no change of weights (bottlenecks and virtual tokens), and on a quantised
+        base, whose numbers do not move.
         """
         if self._put.merge is None:
             raise ConfigError(
                 f"{self.spec.kind} computes something of its own, which no change of the base's weights can stand for. "
                 f"These can be merged: {', '.join(kind.name for kind in KINDS.values() if kind.merges)}."
+            )
+        if quantised_weights(self.base):
+            raise ConfigError(
+                f"The base under the {self.spec.kind} is quantised, and its stored bits stay as they are, so nothing "
+                "can be folded into them. Keep the adapter on its base, or export it as peft."
             )
         self._off(self._put.merge)
 

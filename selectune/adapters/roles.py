@@ -178,8 +178,16 @@ def head_names(model: nn.Module) -> set[str]:
 
 def width(module: nn.Module) -> int:
     """The output width of a linear layer: of nn.Linear, or of GPT-2's Conv1D, whose weight is transposed."""
+    if isinstance(module, nn.Linear):
+        return module.out_features  # a quantised weight may have another shape
     weight: Any = module.weight
     return int(getattr(module, "nf", weight.shape[0]))
+
+
+def input_width(module: nn.Module) -> int:
+    """The input width of such a layer."""
+    weight: Any = module.weight
+    return module.in_features if isinstance(module, nn.Linear) else weight.numel() // width(module)
 
 
 def of_kind(found: Sequence[Role], *kinds: str) -> Iterator[Role]:

@@ -74,7 +74,8 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: BlockLinear) -> Tensor:
         ctx.layer = layer
         if layer.out_features <= _rows(layer):
-            return F.linear(x, next(_pieces(layer))[1].to(x.dtype), bias)
+            y = F.linear(x, next(_pieces(layer))[1].to(x.dtype), bias)
+            return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # may be changed in place
         y = x.new_empty(*x.shape[:-1], layer.out_features)
         for rows, part in _pieces(layer):
             y[..., rows] = F.linear(x, part.to(x.dtype), None if bias is None else bias[rows])

@@ -11,8 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from selectune.delta import inventory
+from selectune.delta.live.layers import stack_of
 from selectune.errors import ConfigError
 from selectune.integrations.gguf import bytes_of, keep_blocks
+from selectune.quantised import quantised_weights
 
 log = logging.getLogger("selectune")
 
@@ -28,10 +31,18 @@ def quantise(model: nn.Module, kind: str, keep: Iterable[str] = (), file: str | 
     their weight (a tied head), and those that hold a parameter of `keep` (a head drawn for the task) stay as they are.
     `gguf`: the blocks of `file`, the GGUF file that the model was loaded from; embeddings and tied heads too.
 
-    Raises ConfigError for another kind, for `gguf` without a file, and if the kind's library is not installed.
+    Raises ConfigError for another kind, for `gguf` without a file, if the kind's library is not installed, and for a
+    model that is quantised already, or carries an adapter, a tuner or a delta.
     """
     if kind not in QUANTISED:
         raise ConfigError(f"Unknown quantisation '{kind}'. Known: {', '.join(QUANTISED)}.")
+    if packed := quantised_weights(model):
+        there = next(iter(packed.values())).stored.kind
+        raise ConfigError(f"{len(packed)} weights of the model are quantised already ({there}). Load the model anew.")
+    found = inventory(model)
+    if found.attached or found.adapter is not None or stack_of(model):
+        carried = "a tuner" if found.attached else "an adapter" if found.adapter is not None else "a delta"
+        raise ConfigError(f"The model carries {carried}. Quantise the base first, and put {carried} on it afterwards.")
     return QUANTISED[kind](model, keep, file)
 
 

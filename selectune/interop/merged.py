@@ -16,7 +16,7 @@ from selectune.errors import ConfigError
 from selectune.files import read_json
 from selectune.models.adapted import mergeable
 from selectune.models.bases import LoadedModel, quiet, resolve
-from selectune.models.restore import Source, apply_to
+from selectune.models.restore import Source, apply_to, refuse_quantised
 from selectune.quantised import quantised_weights
 
 INDEX = "model.safetensors.index.json"
@@ -29,6 +29,7 @@ def merged(delta: Delta, loaded: LoadedModel, source: Source, folder: Path, dtyp
     Raises ConfigError for a delta on an adapter that is no change of weights.
     """
     mergeable(delta)
+    refuse_quantised(delta, loaded)
     apply_to(delta, loaded)
     delta.merge(loaded.model)
     if loaded.adapted is not None:
@@ -48,12 +49,15 @@ def dequantised(delta: Delta, loaded: LoadedModel, source: Source, folder: Path,
 
     Each sum is rounded once to the dtype of the dequantised weight, and a plain layer rounds its product otherwise than
     a quantised one with offsets beside it, so outputs are close and not equal to the bit. Raises ConfigError for a
-    delta that lies beside no quantised weight.
+    base that is not quantised, and for a delta on an adapter.
     """
-    if not delta.beside:
-        raise ConfigError("The delta lies beside no quantised weight. Export it with: selectune export merged")
+    packed = quantised_weights(loaded.model)
+    if not packed:
+        raise ConfigError("The delta's base is not quantised. Export it with: selectune export merged")
+    if loaded.adapted is not None:
+        raise ConfigError(f"The delta is of {loaded.adapted.spec.kind} on a quantised base. Export it as peft.")
     apply_to(delta, loaded)
-    plain = {key: nn.Parameter(weight.now()) for key, weight in quantised_weights(loaded.model).items()}
+    plain = {key: nn.Parameter(weight.now()) for key, weight in packed.items()}
     for parent in list(loaded.model.modules()):
         for name, layer in parent.named_children():
             if (weight := plain.get(id(layer._parameters.get("weight")))) is not None:

@@ -18,6 +18,7 @@ from selectune.models.adapted import mergeable, virtual_tokens, with_adapter_of
 from selectune.models.bases import DTYPES, LoadedModel, device, load_model, longest, quiet
 from selectune.models.evaluate import Evaluation, evaluate
 from selectune.models.retention import HeldOut, held_out, text_of
+from selectune.quantised import quantised_weights
 from selectune.tasks import OWN, Head, Task
 
 
@@ -211,6 +212,7 @@ def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | 
     refuse_beside(delta, "merged into its base")
     mergeable(delta)
     loaded = load_base(source, delta, task or task_of(delta))
+    refuse_quantised(delta, loaded)
     with _of_known_task(delta):
         fitted(delta, loaded).merge(loaded.model)
     if loaded.adapted is not None:
@@ -222,6 +224,15 @@ def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | 
         except OSError as error:
             raise DeltaError(f"cannot write the merged model to {out}: {error.strerror or error}") from error
     return {"out": str(out), "model": source.model, "delta": delta.label, "scalars": delta.selected}
+
+
+def refuse_quantised(delta: Delta, loaded: LoadedModel) -> None:
+    """Raises DeltaError for a quantised base, which is no ordinary model folder, wherever the delta's values lie."""
+    if quantised_weights(loaded.model):
+        raise DeltaError(
+            f"The base of {delta.label} is quantised, and its stored bits stay as they are, so nothing is merged into "
+            "it. Keep the delta beside its base, or write plain floats: selectune export dequantised."
+        )
 
 
 def diff_models(base: Source, tuned: str, out: str | Path, seed: int = 6) -> tuple[Delta, Path]:

@@ -11,6 +11,7 @@ from torch import nn
 from selectune import ops
 from selectune.errors import ConfigError, TunerError
 from selectune.method import Method
+from selectune.quantised import BESIDE, quantised_weights
 from selectune.scope import VALUES, Found
 from selectune.seeds import mixed
 from selectune.train.choose.calibrate import Batches, Loss, again, calibrate, check_rereadable
@@ -105,6 +106,7 @@ def assemble(
     _check_fill(method, schedule, budget)
     _check_units(method, schedule, budget)
     _check_quantised(method, found)
+    _check_beside(model)
     if method.score is not None:
         check_score(method.score, found.tensors)
     if shards:
@@ -225,6 +227,17 @@ def _check_quantised(method: Method, found: Found) -> None:
             f'{why}, and the bits of a quantised weight such as "{name}" stay as they are. Take a method that selects '
             "by the gradient of a step, by the weights or at random, or a base in full precision."
         )
+
+
+def _check_beside(model: nn.Module) -> None:
+    """Refuses a base with offsets beside its weights: digests of stored bits would not tell it from the bare one."""
+    for weight in quantised_weights(model).values():
+        side = weight.owners[0].__dict__.get(BESIDE)
+        if side is not None and side.held[0].numel():
+            raise TunerError(
+                f"A delta is applied beside the quantised weights of {type(model).__name__}, and what is trained on "
+                "top of it would fit no base. Revert it first; to train on, resume its run."
+            )
 
 
 def _check_fill(method: Method, schedule: Schedule | None, budget: int) -> None:

@@ -63,7 +63,7 @@ def test_it_is_written_as_a_plain_model(config, tiny, tmp_path):
             bridges.export(kind, source, found.delta, tmp_path / kind)
         assert not (tmp_path / kind).exists()
     ordinary = run(dataclasses.replace(config, quantise=None, out=str(tmp_path / "ordinary")))
-    with pytest.raises(ConfigError, match="lies beside no quantised weight"):
+    with pytest.raises(ConfigError, match="base is not quantised"):
         bridges.export("dequantised", source, ordinary.delta, tmp_path / "other")
 
 
@@ -95,6 +95,41 @@ def test_only_linear_layers_with_weights_of_their_own_are_quantised(monkeypatch)
     with pytest.raises(ConfigError, match="Unknown quantisation"):
         quantise(model, "int3")
     assert bytes_saved(nn.Sequential(nn.Linear(64, 64)), "int8") == 4 * 64 * 64 - 64 * 64 - 5 * 64
+
+
+def test_a_base_is_quantised_once_and_before_anything_is_on_it(monkeypatch):
+    monkeypatch.setitem(QUANTISED, "own", by_layer(lambda: Rows8))
+    make = lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))  # noqa: E731
+    model = make()
+    quantise(model, "own")
+    with pytest.raises(ConfigError, match=r"2 weights of the model are quantised already \(tests\.rows8\)"):
+        quantise(model, "own")
+    tuner = st.attach(model := make(), st.random(budget=5))
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=1)
+    model(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
+    delta = tuner.delta()
+    with pytest.raises(ConfigError, match=r"carries a tuner\. Quantise the base first"):
+        quantise(model, "own")
+    tuner.detach()
+    delta.apply(model)
+    with pytest.raises(ConfigError, match="carries a delta"):
+        quantise(model, "own")
+    delta.revert(model)
+    assert quantise(model, "own") == 2
+
+
+def test_a_model_with_a_quantised_base_is_never_written_as_an_ordinary_one(config, tiny, tmp_path):
+    """Also where no offset lies beside a quantised weight."""
+    config = dataclasses.replace(config, include=("*LayerNorm*",), budget=20)
+    found, source = run(config), Source(str(tiny))
+    assert not st.load(found.delta).beside
+    with pytest.raises(DeltaError, match=r"The base of .* is quantised"):
+        merge_delta(source, found.delta, tmp_path / "merged")
+    with pytest.raises(DeltaError, match=r"The base of .* is quantised"):
+        bridges.export("merged", source, found.delta, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    assert bridges.export("dequantised", source, found.delta, tmp_path / "plain")["dequantised"] > 0
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

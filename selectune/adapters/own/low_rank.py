@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selectune.adapters.injected import Injected, Wanted, put_children
-from selectune.adapters.roles import width
+from selectune.adapters.roles import input_width, width
 
 NAME = "low_rank"
 
@@ -51,8 +51,7 @@ def put_on(wanted: Wanted, make: Callable[[int, int, Mapping[str, Any]], Site]) 
     weights = {name: cast(Tensor, layer.weight) for name, layer in layers.items()}
     children: dict[str, tuple[Site, Tensor]] = {}
     for name, layer in layers.items():
-        n = width(layer)
-        children[name] = make(weights[name].numel() // n, n, wanted.options), weights[name]
+        children[name] = make(input_width(layer), width(layer), wanted.options), weights[name]
     hook = lambda path, module, child: [module.register_forward_hook(_added)]  # noqa: E731
     remove = put_children(wanted.model, NAME, children, hook)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from selectune.adapters.injected import Injected, Wanted, put_children
 from selectune.adapters.own.bottleneck import Bottleneck
 from selectune.adapters.own.low_rank import LowRank
-from selectune.adapters.roles import of_kind, width
+from selectune.adapters.roles import input_width, of_kind, width
 from selectune.errors import ConfigError
 
 NAME = "unipelt"
@@ -91,7 +91,7 @@ def put_on(wanted: Wanted) -> Injected:
             inner = Bottleneck(d, max(1, d // o["reduction"]), "relu", "normal")
             children[ends.get(role.place, "")] = Gated(d, inner), weight
             continue
-        m = weight.numel() // d
+        m = input_width(layer)
         children[role.name] = Gated(m, LowRank(m, d, o["r"], o["alpha"] / o["r"])), weight
         if role.kind == "query":
             children[role.name.rpartition(".")[0]] = GatedPrefix(o["prefix"], d), weight
