@@ -81,6 +81,22 @@ def ranks() -> str:
     return "\n".join(lines)
 
 
+def memory() -> str:
+    """What each process held at most, a line a method; `/ full` is within the same way and number of processes."""
+    ways = {"ddp": "DDP", "fsdp": "FSDP2"}
+    lines = [
+        "| processes | method | peak MiB | / full | planned MiB | of it the weights |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in [*read("ranks-memory-2"), *read("ranks-memory-4")]:
+        cells = [
+            f"{row['ranks']}, {ways[row['way']]}", row["method"], number(row["peak_mib"], ",.0f"),
+            number(row["over_full"], ".2f"), number(row["planned_mib"], ",.0f"), number(row["loaded_mib"], ",.0f"),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 RUNS = ("bars-1", "bars-2", "bars-3")
 REAL = ("bars-real-1", "bars-real-2", "bars-real-3")
 # by the mark in a page: the reports it needs, and what makes it; a report that is not there leaves its table alone
@@ -92,6 +108,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
     "size": (("size",), lambda: series("size", "model")),
     "bars on real gradients": (REAL, lambda: bars(*REAL)),
     "ranks": (("ranks",), ranks),
+    "memory of ranks": (("ranks-memory-2", "ranks-memory-4"), memory),
 }
 
 

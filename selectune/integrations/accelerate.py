@@ -19,7 +19,7 @@ from torch import nn
 
 from selectune.errors import ConfigError
 from selectune.files import seal, verify
-from selectune.integrations.loading import KeptOut, refuse_other_windows
+from selectune.integrations.loading import KeptOut, refuse_deepspeed, refuse_other_windows
 from selectune.train import STATE_FILE, Tuner, read_state, write_state
 
 log = logging.getLogger("selectune")
@@ -114,12 +114,14 @@ def register(accelerator: Any, tuner: Tuner, base: Mapping[str, Any] | None = No
     together, and the first one writes.
 
     Raises ConfigError if the tuner's model was not prepared by this accelerator, if `gradient_accumulation_steps` is
-    above 1 and not the tuner's `accumulation_steps`, or if the model is sharded. `save_state` raises TunerError within
-    an accumulation window; `load_state` raises ConfigError for a folder without a state or with one of another run,
-    CheckpointError for one that is incomplete or damaged, BaseMismatchError for another base, and IntegrityError,
-    naming tensors, for weights that are not those of base and state. What is refused has changed nothing.
+    above 1 and not the tuner's `accumulation_steps`, if the model is sharded, or under DeepSpeed. `save_state` raises
+    TunerError within an accumulation window; `load_state` raises ConfigError for a folder without a state or with one
+    of another run, CheckpointError for one that is incomplete or damaged, BaseMismatchError for another base, and
+    IntegrityError, naming tensors, for weights that are not those of base and state. What is refused has changed
+    nothing.
     """
     passes = accelerator.gradient_accumulation_steps
+    refuse_deepspeed("The accelerator", accelerator.distributed_type == "DEEPSPEED")
     if tuner.sharded:
         raise ConfigError(
             "accelerate loads sharded weights before anything else, and a tuner's state must come before its weights. "

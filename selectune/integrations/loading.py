@@ -23,6 +23,17 @@ def refuse_other_windows(who: str, setting: str, passes: int, tuner: Tuner) -> N
         )
 
 
+def refuse_deepspeed(who: str, there: bool) -> None:
+    """Raises ConfigError if a library would train by DeepSpeed, which splits and saves in ways of its own."""
+    if there:
+        raise ConfigError(
+            f"{who} runs DeepSpeed, which is not supported: its ZeRO takes parameters out of a tuner's sight, and its "
+            "checkpoints load weights before a tuner's state. Start the same script without DeepSpeed: under torchrun "
+            "or accelerate launch it runs in DistributedDataParallel, where gradients and optimizer state have one "
+            "number for each selected entry. If the weights do not fit on one device, use FSDP2 (docs/scale.md)."
+        )
+
+
 class KeptOut:
     """Keeps weights that a loader brings out of a tuner's model; `agree` checks that the model has the same bits.
 

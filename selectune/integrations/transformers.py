@@ -32,6 +32,7 @@ from selectune.files import read_manifest, seal, verify
 from selectune.frames import methods_of
 from selectune.integrations.checkpoints import guard
 from selectune.integrations.first_rows import check_first_rows
+from selectune.integrations.loading import refuse_deepspeed
 from selectune.integrations.ref_model import pair_up
 from selectune.train import STATE_FILE, Tuner, read_state, world, write_state
 
@@ -97,7 +98,11 @@ class SelectuneCallback(TrainerCallback):
         return self._tuner if isinstance(self._tuner, Tuner) else self._tuner()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps weights out of the attached model until training starts. Raises ConfigError if it would be sharded."""
+        """Keeps weights out of the attached model until training starts.
+
+        Raises ConfigError if the Trainer would shard the model, or runs DeepSpeed.
+        """
+        _refuse_deepspeed(args)
         if getattr(args, "fsdp", None) and not self.tuner.sharded:
             raise ConfigError(
                 f"TrainingArguments(fsdp={args.fsdp!r}) shards the model after the tuner was attached, and a tuner is "
@@ -115,6 +120,7 @@ class SelectuneCallback(TrainerCallback):
         accelerate.utils.fsdp2_prepare_model(trainer.accelerator, model)
         SelectuneCallback(st.attach(model, st.id3(budget=103_000, steps=steps))).add_to(trainer)
         """
+        _refuse_deepspeed(trainer.args)
         trainer.add_callback(self)
         self._guard_weights(trainer)
 
@@ -317,6 +323,11 @@ class _Beginning:
     batch_size: int
     state: Mapping[str, Any]
     optimizer: Mapping[str, Any]
+
+
+def _refuse_deepspeed(args: Any) -> None:
+    """Raises ConfigError if the Trainer runs DeepSpeed, by its arguments or by accelerate's."""
+    refuse_deepspeed("The Trainer", any(getattr(args, name, None) for name in ("deepspeed", "deepspeed_plugin")))
 
 
 def _passes(batches: int, wanted: int) -> int:

@@ -27,7 +27,7 @@ from selectune.errors import DeltaError, TunerError
 from selectune.internals import after_backward, averages, backward_id, fsdp_modules, is_sharded, joining, pause, resume
 from selectune.seeds import mixed, signed
 from selectune.train.support.ledger import Ledger
-from selectune.train.support.shards import Shards
+from selectune.train.support.shards import Shards, refuse_zero
 
 EVERY = 100
 """Steps between two comparisons of the offsets where nothing is selected."""
@@ -129,6 +129,7 @@ class World:
 
     def inside(self) -> None:
         """Looks at what the model runs in. Raises TunerError for a wrapper that would leave the ranks apart."""
+        refuse_zero([self._ledger.offsets])
         if not self.many:
             return
         averaged = averages(self._ledger.offsets)
@@ -150,6 +151,7 @@ class World:
         if self._looked or model is None:
             return
         self._looked = True
+        refuse_zero(model.parameters())
         split = any(is_sharded(p) or hasattr(p, "ds_id") for p in model.parameters())  # the latter by DeepSpeed
         if not self._shards and (split or fsdp_modules(model)):
             raise TunerError(

@@ -226,6 +226,17 @@ def test_the_digest_of_all_weights_is_recorded_unless_asked_not_to(tmp_path, ful
     assert (st.load(tmp_path / "at-0").info["base"]["weights"] is not None) is full
 
 
+def test_deepspeed_is_refused():
+    """A plug-in of accelerate's, which cannot be had without the package: the accelerator says what it would say."""
+
+    class Accelerator(accelerate.Accelerator):
+        distributed_type = accelerate.DistributedType.DEEPSPEED
+
+    tuner = st.attach(net(), st.id3(30, STEPS))
+    with pytest.raises(ConfigError, match=r"accelerator runs DeepSpeed, which is not supported.*without DeepSpeed"):
+        register(Accelerator(cpu=True), tuner)
+
+
 def test_two_processes_resumed_and_sharded(tmp_path):
     """Under DistributedDataParallel a stopped run goes on bit for bit; weights that FSDP2 shards give its bits too."""
     words = [sys.executable, *TORCHRUN, str(Path(__file__).with_name("ranked_accelerate.py")), str(tmp_path)]

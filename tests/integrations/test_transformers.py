@@ -114,6 +114,15 @@ def test_a_trainer_that_shards_is_refused():
         SelectuneCallback(tuner).on_init_end(SimpleNamespace(fsdp=True), None, None)
 
 
+@pytest.mark.parametrize("name", ["deepspeed", "deepspeed_plugin"])  # by the Trainer's arguments, or by accelerate's
+@pytest.mark.parametrize("late", [False, True], ids=["made with it", "added later"])
+def test_a_trainer_with_deepspeed_is_refused(name, late):
+    callback = SelectuneCallback(st.attach(torch.nn.Linear(8, 4), st.id3(budget=6, steps=STEPS)))
+    trainer = SimpleNamespace(args=SimpleNamespace(**{name: object()}))
+    with pytest.raises(ConfigError, match=r"The Trainer runs DeepSpeed, which is not supported.*without DeepSpeed"):
+        callback.add_to(trainer) if late else callback.on_init_end(trainer.args, None, None)
+
+
 def test_another_model_is_refused(loaded, rows, tmp_path, tiny):
     tuner = st.attach(loaded.model, st.id3(budget=60, steps=STEPS))
     stranger = load_model(str(tiny), RTE.head, 0)

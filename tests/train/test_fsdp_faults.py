@@ -75,6 +75,27 @@ def zero_3(rank: int) -> Any:
     attach(model)
 
 
+def zero_before(rank: int) -> Any:
+    model: Any = Net()
+    model.into.weight._hp_mapping = None  # as ZeRO-1 and ZeRO-2 mark what is flat; None where another rank steps on it
+    attach(model)
+
+
+def zero_after(rank: int) -> Any:
+    model: Any = Net()
+    offsets: Any = attach(model).parameters()[0]
+    model(batch(rank))
+    offsets._hp_mapping = None
+    model(batch(rank))
+
+
+def zero_of_a_head(rank: int) -> Any:
+    model: Any = Net()
+    attach(model, st.id3(60, STEPS, train_fully="one.*"))
+    model.one.weight._hp_mapping = None
+    model(batch(rank))
+
+
 def tensor_parallel(rank: int) -> Any:
     model: Any = Net()
     model.into.weight = nn.Parameter(distribute_tensor(model.into.weight.detach(), mesh(), [Shard(0)]))
@@ -139,6 +160,9 @@ PLANTED: dict[Callable[[int], Any], str] = {  # what goes wrong, and the error t
     never_synced: r"TunerError: .*call set_requires_gradient_sync\(True\) before the last backward pass",
     fsdp_1: r"TunerError: .*FullyShardedDataParallel \(FSDP1\), which is not supported\. Use fully_shard",
     zero_3: 'TunerError: DeepSpeed ZeRO-3 splits the weight "into.weight", which is not supported. Use fully_shard',
+    zero_before: "TunerError: DeepSpeed ZeRO-1 or ZeRO-2 has taken .* Use DistributedDataParallel, or",
+    zero_after: "TunerError: DeepSpeed ZeRO-1 or ZeRO-2 has taken",
+    zero_of_a_head: "TunerError: DeepSpeed ZeRO-1 or ZeRO-2 has taken",
     tensor_parallel: 'TunerError: The weight "into.weight" is split .* not supported',
     replicated: 'TunerError: The weight "into.weight" is split .* not supported',
     hybrid: r'TunerError: The weight ".*" is split .* over a mesh of \(1, 2\)',

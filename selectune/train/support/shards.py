@@ -7,7 +7,7 @@ a collective, so all ranks read the same at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -187,12 +187,25 @@ class Shards:
 _INSTEAD = "Use fully_shard (FSDP2) over a mesh of one dimension that holds all processes, or DistributedDataParallel."
 
 
+def refuse_zero(parameters: Iterable[Tensor]) -> None:
+    """Raises TunerError if DeepSpeed's ZeRO-1 or ZeRO-2, which mark what they take, have flattened one of these."""
+    if any(hasattr(parameter, "_hp_mapping") for parameter in parameters):
+        raise TunerError(
+            "DeepSpeed ZeRO-1 or ZeRO-2 has taken the model's parameters, which is not supported: they step on flat "
+            "copies of what is trained, so a tuner would not see its steps. There is little for them to split, because "
+            "gradients and optimizer state have one number for each selected entry. Use DistributedDataParallel, or "
+            'DeepSpeed with "zero_optimization": {"stage": 0}. If the weights do not fit on one device, use '
+            "fully_shard (FSDP2). A model that ZeRO had before keeps its marks: make it anew."
+        )
+
+
 def _refuse(model: nn.Module) -> None:
     """Raises TunerError for weights that are split between processes in another way than FSDP2 does by default."""
     modules = internals.fsdp_modules(model)
     known = {id(held.parameter): held for module in modules for held in internals.fsdp_weights(module)}
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise TunerError(f"The model runs inside FullyShardedDataParallel (FSDP1), which is not supported. {_INSTEAD}")
+    refuse_zero(model.parameters())
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise TunerError(f'DeepSpeed ZeRO-3 splits the weight "{name}", which is not supported. {_INSTEAD}')
