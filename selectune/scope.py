@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from selectune.errors import ScopeError
 from selectune.internals import is_sharded, without_dispatch
@@ -110,6 +111,11 @@ class Scope:
             quantised = packed.get(id(parameter))
             if quantised is not None and (frozen or not quantised.linear):
                 continue
+            if parameter.is_complex() and _matches(aliases, self.train_fully, linear):
+                raise ScopeError(
+                    f'The parameter "{aliases[0]}" is complex, and only real floating tensors are trained. Take it out '
+                    "of train_fully=."
+                )
             if quantised is None and not (parameter.requires_grad and parameter.is_floating_point()):
                 continue
             if not self.include and _matches(aliases, self.exclude, linear):
@@ -320,7 +326,9 @@ def _padding(model: nn.Module, parameter: nn.Parameter, names: Sequence[str]) ->
 def _check(tensor: ScopedTensor) -> None:
     parameter = tensor.parameter
     why = None
-    if parameter.is_meta:
+    if isinstance(parameter, UninitializedParameter):
+        why = "it has no shape before the model's first forward; run one batch through the model first"
+    elif parameter.is_meta:
         why = "it is on the meta device; load its weights first"
     elif parameter.layout.__str__() != "torch.strided":
         why = f"its layout is {parameter.layout}; only strided tensors can be written in place"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selectune.delta import digest_bits
 from selectune.errors import ConfigError, IntegrityError, TunerError, some
 from selectune.train import Tuner
+from selectune.train.graph.own_hooks import Own
 
 
 def refuse_other_windows(who: str, setting: str, passes: int, tuner: Tuner) -> None:
@@ -45,7 +46,7 @@ class KeptOut:
         self._tuner, self._model, self._then = tuner, tuner.model, then
         self._digests: dict[str, str] = {}
         self._before: dict[str, Any] | None = None
-        self._handle = self._model.register_load_state_dict_pre_hook(self._keep_out)
+        self._handle = self._model.register_load_state_dict_pre_hook(Own(self._keep_out))
 
     def __len__(self) -> int:
         return len(self._digests)

@@ -35,6 +35,7 @@ from selectune.integrations.first_rows import check_first_rows
 from selectune.integrations.loading import refuse_deepspeed
 from selectune.integrations.ref_model import pair_up
 from selectune.train import STATE_FILE, Tuner, read_state, world, write_state
+from selectune.train.graph.own_hooks import Own
 
 log = logging.getLogger("selectune")
 
@@ -134,7 +135,7 @@ class SelectuneCallback(TrainerCallback):
         if self.tuner.sharded:  # weights are loaded into the parts themselves, past every hook
             return
         for name, module in self.tuner.model.named_modules():  # all, because peft loads virtual tokens into a submodule
-            keep_out, none_missing = partial(self._keep_out, name), partial(self._none_missing, name)
+            keep_out, none_missing = Own(partial(self._keep_out, name)), Own(partial(self._none_missing, name))
             self._hooks.append(module.register_load_state_dict_pre_hook(keep_out))
             self._hooks.append(module.register_load_state_dict_post_hook(none_missing))
 

@@ -328,6 +328,12 @@ class Tuner:
             )
         self.engine.tracker.weights_changed()
 
+    def __deepcopy__(self, memo: Any) -> copies.CopiedTuner:
+        return copies.CopiedTuner()
+
+    def __reduce__(self) -> Any:
+        return copies.CopiedTuner, ()
+
     def __repr__(self) -> str:
         packed = self.engine.base.quantised
         total = sum(

@@ -49,6 +49,22 @@ class Task(L.LightningModule):
         return torch.optim.AdamW(self.tuner.parameters(), lr=1e-2)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_average_of_weights_beside_the_callback(tmp_path, first):
+    """It copies the module, with the tuner that the module holds and what keeps weights out of it."""
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    from selectune.integrations.lightning import SelectuneCallback
+
+    task, plain = Task(id3), Task(id3)
+    ours = [SelectuneCallback(task.tuner), EMAWeightAveraging(decay=0.9)]
+    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    options |= {"enable_checkpointing": False, "enable_model_summary": False}
+    L.Trainer(callbacks=ours if first else ours[::-1], **options).fit(task, loader())
+    L.Trainer(callbacks=[SelectuneCallback(plain.tuner)], **options).fit(plain, loader())
+    assert task.losses == plain.losses
+
+
 def loader():
     rows = torch.utils.data.TensorDataset(torch.randn(8 * BATCHES, 6, generator=torch.Generator().manual_seed(1)))
     return torch.utils.data.DataLoader(rows, batch_size=8)

@@ -66,6 +66,21 @@ def test_a_copy_is_an_ordinary_model_but_for_the_vector_and_can_be_stripped(dupl
     tuner.verify()
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, through_torch])
+def test_a_tuner_that_a_module_holds_stays_behind(duplicate):
+    """As in a LightningModule, which an average of weights copies."""
+    model, tuner, _ = trained()
+    holder = nn.ModuleDict({"model": model})
+    holder.tuner = tuner
+    twin = duplicate(holder)
+    assert torch.equal(twin["model"](X[0]), model(X[0]))
+    assert st.tuner_of(twin) is None
+    for use in (lambda: twin.tuner.parameters(), lambda: twin.tuner.delta(), lambda: copy.deepcopy(twin).tuner.step):
+        with pytest.raises(TunerError, match=r"came along as a module was copied .* attach to it anew"):
+            use()
+    tuner.verify()
+
+
 def test_what_was_frozen_before_attach_is_frozen_in_a_stripped_copy():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].requires_grad_(False)
@@ -214,6 +229,15 @@ def test_two_models_that_share_a_weight_have_one_tuner_at_a_time():
         st.attach(second, st.id3(budget=5, steps=2))
     tuner.detach()
     st.attach(second, st.id3(budget=5, steps=2)).detach()
+
+
+def test_what_cannot_be_trained_whole_is_refused():
+    model = nn.Linear(4, 4)
+    model.waves = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    with pytest.raises(ScopeError, match='"waves" is complex'):
+        st.attach(model, st.id3(budget=3, steps=2, train_fully=("waves",)))
+    with pytest.raises(ScopeError, match="has no shape before the model's first forward"):
+        st.attach(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(2)), st.id3(budget=3, steps=2))
 
 
 def test_complex_parameters_and_quantised_layers_are_named(caplog):

@@ -21,6 +21,21 @@ class OfTuner(Own):
     """The hook that leads from a model to its tuner."""
 
 
+class CopiedTuner:
+    """What a copy or a pickle of a module has in place of a tuner that the module held: it trains nothing.
+
+    The copy of an attached model is an ordinary one, so any use of this raises TunerError.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise TunerError(
+            f"This tuner came along as a module was copied or pickled, and trains nothing, so it has no {name}. The "
+            "copied model is an ordinary one; attach to it anew, or use the tuner of the original."
+        )
+
+
 def carrier(model: nn.Module) -> nn.Module:
     """The module that holds the model's last parameter: a parameter registered there comes last in `parameters()`.
 
