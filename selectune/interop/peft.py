@@ -14,7 +14,8 @@ to here. `TESTED` is the version that this was tested with. The folder holds our
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,12 +26,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from selectune.delta import Delta
+from selectune.delta.file.content import refuse_beside
 from selectune.errors import ConfigError, DeltaFormatError
-from selectune.internals import versions_kept
 from selectune.interop.to_peft import PREFIX
 from selectune.recipes.named import named
 from selectune.scope import Scope
-from selectune.train import Tuner, attach
+from selectune.train import Tuner, attach, tuner_of
+from selectune.train.aside import Aside
 
 log = logging.getLogger("selectune")
 
@@ -82,7 +84,8 @@ class SelectuneLayer(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Bits of the base or of the tuned model: O(B)."""
         if enabled == self._disable_adapters:
-            self.owner[0].switch(enabled)
+            for owner in self.owner:
+                owner.switch(enabled)
             self._disable_adapters = not enabled
 
 
@@ -100,8 +103,7 @@ class SelectuneModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         self.tuner: Tuner | None = None
         self.delta: Delta | None = None
-        self.kept: list[tuple[Tensor, Tensor]] = []
-        self.versions = ExitStack()
+        self.aside: Aside | None = None  # the trained values, while the adapter of a run is disabled
         if config.inference_mode:
             model.requires_grad_(False)
         else:
@@ -120,39 +122,41 @@ class SelectuneModel(BaseTuner):
         self.delta = delta
 
     def present(self) -> Delta:
-        """The delta of the run so far, or the one that was loaded."""
+        """The delta of the run so far, or the one that was loaded; also while the adapter is disabled."""
         if self.tuner is not None:
-            return self.tuner.delta(allow_empty=True)
+            with self.switched(True):
+                return self.tuner.delta(allow_empty=True)
         if self.delta is None:
             raise ConfigError("This model has no delta yet.")
         return self.delta
 
-    @torch.no_grad()
     def switch(self, enabled: bool) -> None:
         """Puts the tuned weights on the model, or the base's."""
         if self.tuner is None:
             if self.delta is not None:
                 (self.delta.apply if enabled else self.delta.revert)(self.model)
-            return
-        engine = self.tuner.engine
-        if not enabled:
-            written = [t.weight for t in (*engine.found.tensors, *engine.found.whole)]
-            # a graph made before may go back after: its weights then have the same bits again
-            self.versions.enter_context(versions_kept(tuple(written)))
-            self.kept = [(t.weight, t.weight.clone()) for t in engine.found.whole]
-            engine.ledger.write_base()
-            for tensor in engine.found.whole:
-                tensor.weight.copy_(engine.base.whole[tensor.name])
-        else:
-            engine.ledger.write_weights()
-            for weight, values in self.kept:
-                weight.copy_(values)
-            self.kept = []
-            self.versions.close()
+        elif not enabled:
+            self.aside = Aside(self.tuner.engine)
+        elif self.aside is not None:
+            (self.aside.back if tuner_of(self.model) is self.tuner else self.aside.leave)()
+            self.aside = None
+
+    @contextmanager
+    def switched(self, enabled: bool) -> Iterator[None]:
+        """Within it the adapter is enabled or disabled; afterwards as before."""
+        layer = self.model.selectune_adapter
+        before = not layer.disable_adapters
+        layer.enable_adapters(enabled)
+        try:
+            yield
+        finally:
+            layer.enable_adapters(before)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The plain model with the tuned weights as its own."""
+        self.model.selectune_adapter.enable_adapters(True)
         delta = self.present()
+        refuse_beside(delta, "merged into its base")
         if self.tuner is not None:
             self.tuner.detach()
         delta.merge(self.model)
@@ -160,6 +164,7 @@ class SelectuneModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The plain model with the base's weights."""
+        self.model.selectune_adapter.enable_adapters(True)
         if self.tuner is not None:
             self.tuner.detach()
         elif self.delta is not None:
