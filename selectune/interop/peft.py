@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,13 +25,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from selectune.delta import Delta
+from selectune.bits import same_bits
+from selectune.delta import Delta, Patch, inventory
 from selectune.delta.file.content import refuse_beside
 from selectune.errors import ConfigError, DeltaFormatError
 from selectune.interop.to_peft import PREFIX
 from selectune.recipes.named import named
 from selectune.scope import Scope
-from selectune.train import Tuner, attach, tuner_of
+from selectune.train import Tuner, attach, strip, tuner_of
 from selectune.train.aside import Aside
 
 log = logging.getLogger("selectune")
@@ -87,6 +88,9 @@ class SelectuneLayer(nn.Module, BaseTunerLayer):
             for owner in self.owner:
                 owner.switch(enabled)
             self._disable_adapters = not enabled
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"owner": []}  # a copy of the model alone is an ordinary model
 
 
 class SelectuneModel(BaseTuner):
@@ -152,6 +156,44 @@ class SelectuneModel(BaseTuner):
         finally:
             layer.enable_adapters(before)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no tuner: it is like a model that was loaded with the present delta."""
+        delta = self.present() if self.tuner is not None else self.delta
+        return self.__dict__ | {
+            "tuner": None,
+            "aside": None,
+            "delta": None if delta is None else self._reversible(delta),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        layer = self.model.selectune_adapter
+        layer.owner = [self]
+        strip(self.model).requires_grad_(False)
+        if (delta := self.delta) is None:
+            return
+        self.delta = _light(delta)
+        if not layer.disable_adapters and any(not same_bits(part.old, part.new) for part in delta.parts):
+            delta.revert(self.model)
+        if not layer.disable_adapters:
+            self.delta.apply(self.model)
+
+    def _reversible(self, delta: Delta) -> Delta:
+        """The delta with the base's values, by which a copy finds its base."""
+        with self.switched(False):
+            found = inventory(self.model).find
+            olds = {
+                part.name: found[part.name].tensor.detach().cpu().contiguous().reshape(-1)
+                for part in delta.parts
+                if not (isinstance(part, Patch) and part.beside)
+            }
+            patches = [
+                p if p.beside else replace(p, base_values=olds[p.name] if p.zeroed else olds[p.name][p.indices])
+                for p in delta.patches
+            ]
+            dense = [replace(d, base_tensor=olds[d.name].reshape(d.shape).clone()) for d in delta.dense]
+            return Delta(patches, dense, delta.info)
+
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The plain model with the tuned weights as its own."""
         self.model.selectune_adapter.enable_adapters(True)
@@ -196,6 +238,12 @@ class SelectuneModel(BaseTuner):
             raise DeltaFormatError(f"the adapter's file must hold the tensor {KEY} of bytes and nothing else")
         model.base_model.hold(Delta.from_bytes(bytearray(data.cpu().numpy().tobytes())))
         return {}
+
+
+def _light(delta: Delta) -> Delta:
+    """The delta without the base's values."""
+    patches = [replace(patch, base_values=None) for patch in delta.patches]
+    return Delta(patches, [replace(dense, base_tensor=None) for dense in delta.dense], delta.info)
 
 
 def _register() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,48 @@ def test_a_merge_that_is_refused_leaves_the_run_as_it_was(llama):
         model.merge_and_unload()
     assert st.tuner_of(model.get_base_model()) is model.base_model.tuner
     assert torch.equal(logits(model), ours)
+
+
+def pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))  # noqa: S301
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("method", ["id3", "repeat-d3"])
+@pytest.mark.parametrize("state", ["in training", "loaded", "disabled", "untrained"])
+def test_a_copy_is_like_a_model_that_was_loaded(state, method, duplicate, llama, tmp_path):
+    run = made(load(llama), method=method) if state == "untrained" else trained(load(llama), method=method)
+    model, base = run.eval(), logits(load(llama))
+    ours = logits(model)
+    model.save_pretrained(tmp_path / "run")
+    if state == "loaded":
+        model = peft.PeftModel.from_pretrained(load(llama), tmp_path / "run").eval()
+    if state == "disabled":
+        model.base_model.disable_adapter_layers()
+    other = duplicate(model)
+    assert torch.equal(logits(other), logits(model))
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(logits(model), ours)
+    other.base_model.enable_adapter_layers()
+    assert torch.equal(logits(other), ours)
+    with other.disable_adapter():
+        assert torch.equal(logits(other), base)
+    assert torch.equal(logits(other), ours)
+    assert not any(p.requires_grad for p in other.parameters())
+    other.save_pretrained(tmp_path / "again")
+    read = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("run", "again")]
+    assert read[0] == read[1]
+    assert torch.equal(logits(duplicate(other).unload()), base)
+    assert torch.equal(logits(other.merge_and_unload()), ours)
+    assert torch.equal(logits(model), ours)
+    if state == "in training":
+        model.base_model.tuner.verify()
+
+
+def test_a_copy_of_the_model_within_is_an_ordinary_model(llama):
+    model = trained(load(llama))
+    other = st.strip(copy.deepcopy(model.get_base_model()))
+    assert torch.equal(logits(other), logits(model))
+    assert all(p.requires_grad for p in other.parameters())
+    other.selectune_adapter.enable_adapters(False)
+    assert torch.equal(logits(other), logits(model))
