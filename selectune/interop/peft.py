@@ -173,9 +173,9 @@ class SelectuneModel(BaseTuner):
         if (delta := self.delta) is None:
             return
         self.delta = _light(delta)
-        if not layer.disable_adapters and any(not same_bits(part.old, part.new) for part in delta.parts):
-            delta.revert(self.model)
         if not layer.disable_adapters:
+            if any(part.old is not None and not same_bits(part.old, part.new) for part in delta.parts):
+                delta.revert(self.model)
             self.delta.apply(self.model)
 
     def _reversible(self, delta: Delta) -> Delta:
