@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from selectune.adapters import belongs
+from selectune.adapters import KINDS, belongs
 from selectune.bits import int_view
 from selectune.delta import Delta
 from selectune.errors import ConfigError, ModelError, some
@@ -133,9 +133,9 @@ def _adapter(
     """An adapter of peft that the model carries, with the delta's values: exact. What is beside it is saved whole."""
     kind = delta.info["module"]["kind"]
     if kind not in LIKE_LORA:
+        fits = "Export it with: selectune export merged" if KINDS[kind].merges else "selectune eval uses it as it is"
         raise ConfigError(
-            f"The delta was trained on {kind}; export peft takes adapters of the kinds {', '.join(LIKE_LORA)}. Export "
-            "it with: selectune export merged, if it is a change of weights"
+            f"The delta was trained on {kind}; export peft takes adapters of the kinds {', '.join(LIKE_LORA)}. {fits}"
         )
     modules: dict[str, Any] = dict(model.named_modules())
     beside = {part.name.rpartition(".")[0] for part in delta.parts if not belongs(kind, part.name)}

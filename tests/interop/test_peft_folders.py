@@ -108,8 +108,10 @@ def test_a_delta_on_an_adapter_is_refused(llama, tmp_path):
 def test_an_adapter_that_peft_does_not_have_is_refused(llama, tmp_path):
     adapted = put_on(load(llama), "pfeiffer:reduction=4", seed=0)
     train(adapted.model, st.random(budget=30)).save(tmp_path / "run")
-    with pytest.raises(ConfigError, match="trained on pfeiffer; export peft takes adapters of the kinds lora"):
-        bridges.export("peft", Source(str(llama)), tmp_path / "run", tmp_path / "out")
+    for kind in ("peft", "vllm", "safetensors-diff"):
+        with pytest.raises(ConfigError, match=r"trained on pfeiffer[;,].*selectune eval uses it as it is") as told:
+            bridges.export(kind, Source(str(llama)), tmp_path / "run", tmp_path / "out")
+        assert "merge" not in str(told.value)
     assert not (tmp_path / "out").exists()
 
 
