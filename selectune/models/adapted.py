@@ -57,9 +57,9 @@ def with_adapter(
 
 def with_adapter_of(loaded: LoadedModel, delta: Delta) -> LoadedModel:
     """The loaded model with the adapter that a delta was trained on, if there was one."""
-    fresh = _fresh(loaded)
     if "module" not in delta.info:
         return loaded
+    fresh = _fresh(loaded)
     return _with(loaded, rebuild(loaded.model, delta, keep=loaded.initialised), fresh)
 
 
@@ -90,7 +90,8 @@ def mergeable(delta: Delta) -> None:
 
 def _fresh(loaded: LoadedModel) -> set[int]:
     """The ids of the tensors that no checkpoint held; adapters rename some of them."""
-    tensors = {**dict(loaded.model.named_parameters()), **dict(loaded.model.named_buffers())}
+    every = {"remove_duplicate": False}  # the name may be the second one of a tied tensor
+    tensors = {**dict(loaded.model.named_parameters(**every)), **dict(loaded.model.named_buffers(**every))}
     return {id(tensors[name]) for name in loaded.initialised}
 
 
