@@ -140,7 +140,7 @@ class SelectuneModel(BaseTuner):
             if self.delta is not None:
                 (self.delta.apply if enabled else self.delta.revert)(self.model)
         elif not enabled:
-            self.aside = Aside(self.tuner.engine)
+            self.aside = self.tuner.engine.aside()
         elif self.aside is not None:
             (self.aside.back if tuner_of(self.model) is self.tuner else self.aside.leave)()
             self.aside = None

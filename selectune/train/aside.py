@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from selectune.errors import TunerError
 from selectune.internals import versions_kept
+from selectune.scope import ScopedTensor
+from selectune.train.support.proof import BaseCopy
 from selectune.train.tracker import Tracker
-
-if TYPE_CHECKING:
-    from selectune.train.engine import Engine
 
 
 class Aside:
@@ -23,28 +23,34 @@ class Aside:
     """
 
     @torch.no_grad()
-    def __init__(self, engine: Engine) -> None:
-        self.engine, ledger, base, dense = engine, engine.ledger, engine.base, engine.chooser.dense
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: Sequence[ScopedTensor],
+        whole: Sequence[ScopedTensor],
+        base: BaseCopy,
+        tracker: Tracker,
+    ) -> None:
+        self.tracker, ledger, dense = tracker, tracker.ledger, tracker.chooser.dense
         ledger.follow()
-        buffers = [buffer for name, buffer in engine.model.named_buffers() if name in base.buffers]
-        whole = [t.weight for t in engine.now.whole]
-        filled = [t.weight for t in engine.found.tensors if t.name in base.filled]
-        self._copies = [(tensor, tensor.clone()) for tensor in (*whole, *filled, *buffers)]
+        buffers = [buffer for name, buffer in model.named_buffers() if name in base.buffers]
+        filled = [t.weight for t in tensors if t.name in base.filled]
+        self._copies = [(tensor, tensor.clone()) for tensor in (*(t.weight for t in whole), *filled, *buffers)]
         self._entries = [] if dense else [page.touched()[0] for page in ledger.pages]
         self._values = [ledger.store.read(index, flat) for index, flat in enumerate(self._entries)]
         self._offsets, self._behind = ledger.offsets.detach().clone(), not dense and bool(ledger.strays())
         self._versions = ExitStack()
-        written = [t.weight for t in engine.found.tensors if t.quantised is None]
+        written = [t.weight for t in tensors if t.quantised is None]
         # a graph made before may go back after: its weights then have the same bits again
         self._versions.enter_context(versions_kept((*written, *(tensor for tensor, _ in self._copies))))
-        engine.tracker.away = engine.tracker.taps.asleep = True
+        tracker.away = tracker.taps.asleep = True
         ledger.write_base()
-        base.restore(engine.model)
+        base.restore(model)
 
     @torch.no_grad()
     def back(self) -> None:
         """Puts the trained values back."""
-        tracker, ledger = self.engine.tracker, self.engine.ledger
+        tracker, ledger = self.tracker, self.tracker.ledger
         ledger.follow()
         for tensor, copy in self._copies:
             tensor.copy_(copy)
@@ -56,7 +62,7 @@ class Aside:
         moved = not torch.equal(ledger.offsets.detach(), self._offsets.to(ledger.offsets.device))
         if self._entries and (moved or not self._behind):  # else the weights do not follow the offsets yet
             ledger.write_weights()
-        tracker.away, tracker.taps.asleep = False, self.engine.chooser.dense
+        tracker.away, tracker.taps.asleep = False, tracker.chooser.dense
         self._versions.close()
 
     def leave(self) -> None:

@@ -14,7 +14,6 @@ from train_kit import bits, same
 import selectune as st
 from selectune.errors import TunerError
 from selectune.recipes.named import named
-from selectune.train.aside import Aside
 
 X = [torch.randn(6, 8, generator=torch.Generator().manual_seed(i)) for i in range(8)]
 HEAD = st.Scope(train_fully=["head.*"])
@@ -77,7 +76,7 @@ def test_all_that_differs_from_the_base_leaves_and_comes_back(name):
 
     def there_and_back(tuner: st.Tuner) -> None:
         before = bits(model)
-        aside = Aside(tuner.engine)
+        aside = tuner.engine.aside()
         assert same(bits(model), bits(base))
         with torch.no_grad():
             model(X[0])  # a norm in training mode writes its statistics
@@ -107,7 +106,7 @@ def test_values_beside_quantised_weights_leave_and_come_back(name):
 
     def there_and_back(tuner: st.Tuner) -> None:
         before = model(X[7]).detach()
-        aside = Aside(tuner.engine)
+        aside = tuner.engine.aside()
         assert torch.equal(model(X[7]), base(X[7]))
         aside.back()
         assert torch.equal(model(X[7]), before)
@@ -132,7 +131,7 @@ def test_a_step_that_the_weights_do_not_follow_yet_stays_one():
             assert offsets.grad is not None
             offsets.data -= 0.1 * offsets.grad
             if away:
-                Aside(tuner.engine).back()
+                tuner.engine.aside().back()
             offsets.grad = None
             model(X[step])
         assert tuner.step == 3
@@ -145,7 +144,7 @@ def test_while_the_values_lie_aside_the_run_does_not_go_on():
     tuner = run(model, st.repeat_d3(30, 6), 2)
     state, optimizer = tuner.state_dict(), torch.optim.SGD(tuner.parameters(), lr=0.1)
     loss(model, X[2]).backward()
-    aside, batch = Aside(tuner.engine), X[3]
+    aside, batch = tuner.engine.aside(), X[3]
     refused = (
         optimizer.step, tuner.verify, tuner.delta, tuner.state_dict, lambda: tuner.load_state_dict(state),
         lambda: tuner.check(batch, loss),
