@@ -26,6 +26,7 @@ WITHIN = {
         ("choose",),
         ("step",),
         ("tracker",),
+        ("aside",),
         ("step_hooks",),
         ("engine",),
         ("saved", "check"),

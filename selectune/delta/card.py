@@ -60,8 +60,10 @@ def _load(delta: Content, repo: str) -> str:
 
 def _commands(delta: Content, repo: str) -> list[str]:
     which = f"--model {shlex.quote(base_on_hub(delta) or 'BASE')} --delta {repo}"
-    task = delta.info["method"].get("task")
-    measured = [f"selectune eval {which} --task {shlex.quote(str(task))}"] if task else []
+    method = delta.info["method"]
+    if "rows" in method:  # of the author's own: the delta knows their columns, and the reader needs a file of such rows
+        return [f"selectune verify {which}", f"selectune eval {which} --validation FILE"]
+    measured = [f"selectune eval {which} --task {shlex.quote(str(method['task']))}"] if method.get("task") else []
     return [f"selectune verify {which}", *measured]
 
 

@@ -43,9 +43,14 @@ class Delta(Content):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file durably: `path` itself if it ends in .safetensors, else `path`/delta.safetensors.
 
-        After it returned the file survives a crash; if it raises DeltaError, the earlier file is still there.
+        After it returned the file survives a crash; if it raises DeltaError, the earlier file is still there. Only a
+        delta is replaced: DeltaError if there is a file of anything else, such as the weights of a model.
         """
         path = file_of(path)
+        if path.is_file() and not _may_go(path):
+            raise DeltaError(
+                f"{path} is there and is no delta; only a delta is overwritten. Give another file, or remove this one"
+            )
         try:
             make_folder(path.parent)
         except (OSError, ValueError) as error:  # the latter of a NUL, say
@@ -133,6 +138,16 @@ def file_of(path: str | os.PathLike[str]) -> Path:
     """The file that a delta saved to this path is in."""
     path = Path(path)
     return path / DELTA_FILE if path.suffix != ".safetensors" or path.is_dir() else path
+
+
+def _may_go(path: Path) -> bool:
+    """Whether a file is a delta by its header, though perhaps a damaged one, or empty, or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+            return not head or layout.FORMAT.encode() in file.read(min(int.from_bytes(head, "little"), layout.HEAD))
+    except OSError:
+        return True  # to write is refused as well, or the error says why
 
 
 def load(path: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Delta:

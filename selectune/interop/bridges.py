@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from selectune.adapters import KINDS
 from selectune.bits import int_view, same_bits
 from selectune.delta import Delta, Dense, Patch, inventory, load, model_info
 from selectune.delta.file.content import refuse_beside
@@ -53,10 +54,13 @@ def export(
     if kind != "dequantised":
         refuse_beside(delta, f"exported as {kind}")
     if "module" in delta.info and kind not in (*WHOLE, "peft"):
-        raise ConfigError(
-            f"The delta was trained on {delta.info['module']['kind']}, which {kind} does not hold beside it. "
-            f"Export it as {' or '.join(WHOLE)}, which fold it into the weights."
-        )
+        on = delta.info["module"]["kind"]
+        fits = f"Export it as {' or '.join(WHOLE)}, which fold it into the weights."
+        if not KINDS[on].merges:
+            fits = (
+                f"No other tool takes it: {on} is no change of the base's weights, and selectune eval uses it as it is."
+            )
+        raise ConfigError(f"The delta was trained on {on}, which {kind} does not hold beside it. {fits}")
     with staged(out) as folder:
         loaded = load_base(source, delta, task or task_of(delta))
         apply_to(delta, loaded)  # every check

@@ -15,7 +15,7 @@ from selectune import bits
 from selectune.delta import Delta, inventory
 from selectune.errors import DeltaError, DeltaFormatError
 from selectune.files import read_owned
-from selectune.interop.patches import changes
+from selectune.interop.patches import changes, tell_fresh
 from selectune.models.bases import LoadedModel
 from selectune.models.restore import Source
 
@@ -26,16 +26,18 @@ INDICES, VALUES = ".indices", ".values"
 def write_pairs(delta: Delta, loaded: LoadedModel, source: Source, folder: Path, dtype: Any = None) -> dict[str, Any]:
     """Writes `changed.safetensors`: int64 flat row-major places, rising, and the values that replace what is there.
 
-    The header names the base, its digest and the delta's. The file says nothing that the base would be checked by.
+    The header names the base, its digest and the delta's, and the seed of a head that no checkpoint holds. The file
+    says nothing that the base would be checked by.
     """
     tensors, scalars = {}, 0
     for entry, flat, new, _ in changes(delta, loaded.model):
         tensors |= {f"{entry.name}{INDICES}": flat, f"{entry.name}{VALUES}": new}
         scalars += flat.numel()
     about = {"format": "pt", "base": source.model, "base_fingerprint": delta.info["base"]["fingerprint"]}
-    data = files.save(tensors, {**about, "delta": delta.digest})
+    told = tell_fresh("safetensors-diff", loaded)
+    data = files.save(tensors, {**about, "delta": delta.digest, **({"seed": str(loaded.seed)} if told else {})})
     (folder / FILE).write_bytes(data)
-    return {"scalars": scalars, "tensors": len(tensors) // 2, "bytes": len(data)}
+    return {"scalars": scalars, "tensors": len(tensors) // 2, "bytes": len(data), **told}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

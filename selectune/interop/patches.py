@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from selectune import bits
 from selectune.bits import FLOATS, dtype_name, int_view, raw, same_bits
-from selectune.delta import Delta, inventory
+from selectune.delta import Delta, canonical_name, inventory
 from selectune.delta.file.fingerprint import Entry
-from selectune.errors import BaseMismatchError, DeltaError, DeltaFormatError, NonFiniteError
+from selectune.errors import BaseMismatchError, DeltaError, DeltaFormatError, NonFiniteError, some
 from selectune.files.reading import NotPlain, plain, short
 from selectune.models.bases import LoadedModel, resolve
 from selectune.models.restore import Source
+
+log = logging.getLogger("selectune")
 
 MOST = 2**31 - 1
 """The last place that an int32 can name."""
@@ -214,6 +217,24 @@ def update_of(
     return WeightUpdate(base[:16], next_version(base[:16], patches), tuple(patches), tuple(before))
 
 
+def fresh(loaded: LoadedModel) -> list[str]:
+    """The tensors that no checkpoint holds, such as a head that was drawn from a seed."""
+    found = inventory(loaded.model)
+    return sorted({found.find[name].name for name in map(canonical_name, loaded.initialised) if name in found.find})
+
+
+def tell_fresh(kind: str, loaded: LoadedModel) -> dict[str, Any]:
+    """Warns of tensors that no checkpoint holds and that this kind leaves out; what `export` says of them."""
+    names = fresh(loaded)
+    if names:
+        log.warning(
+            "%s holds only what training changed. %d tensors of the model are in no checkpoint of its base (%s): they "
+            "were drawn from seed %d, so whoever uses the file needs them too. selectune export merged writes the "
+            "whole model.", kind, len(names), some(names), loaded.seed,
+        )  # fmt: skip
+    return {"fresh": names} if names else {}
+
+
 def checkpoint_names(loaded: LoadedModel, source: Source) -> dict[str, str]:
     """{tensor: its name in the base's checkpoint}, tied tensors once; tensors that no checkpoint holds are left out.
 
@@ -222,7 +243,7 @@ def checkpoint_names(loaded: LoadedModel, source: Source) -> dict[str, str]:
     from safetensors import safe_open
 
     found = inventory(loaded.model)
-    fresh = {found.find[name].name for name in loaded.initialised if name in found.find}
+    drawn = set(fresh(loaded))
     prefix = f"{getattr(loaded.model, 'base_model_prefix', '')}."
     place = resolve(source.model, source.revision)
     shards = sorted(Path(place.location).glob("*.safetensors")) if place.local and place.gguf is None else []
@@ -232,7 +253,7 @@ def checkpoint_names(loaded: LoadedModel, source: Source) -> dict[str, str]:
             there = {*(there or ()), *file.keys()}
     names = {}
     for entry in found.entries:
-        if entry.name in fresh:
+        if entry.name in drawn:
             continue
         tried = [name for own in entry.names for name in (own, own.removeprefix(prefix), prefix + own)]
         known = entry.name if there is None else next((name for name in tried if name in there), None)
@@ -250,7 +271,8 @@ def vllm(delta: Delta, loaded: LoadedModel, source: Source, folder: Path, dtype:
     update = update_of(delta, loaded.model, checkpoint_names(loaded, source), dtype)
     for name, way in (("patch", update), ("revert", update.reverse())):
         (folder / f"{name}.safetensors").write_bytes(way.to_bytes())
-    return {"base": update.base, "target": update.target, "scalars": update.scalars, "tensors": len(update.patches)}
+    told = {"base": update.base, "target": update.target, "scalars": update.scalars, "tensors": len(update.patches)}
+    return told | tell_fresh("vllm", loaded)
 
 
 def write(model: nn.Module, patches: Iterable[WeightPatch], names: Mapping[str, str] | None = None) -> None:

@@ -14,8 +14,9 @@ to here. `TESTED` is the version that this was tested with. The folder holds our
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,13 +25,15 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from selectune.delta import Delta
+from selectune.bits import same_bits
+from selectune.delta import Delta, Patch, inventory
+from selectune.delta.file.content import refuse_beside
 from selectune.errors import ConfigError, DeltaFormatError
-from selectune.internals import versions_kept
 from selectune.interop.to_peft import PREFIX
 from selectune.recipes.named import named
 from selectune.scope import Scope
-from selectune.train import Tuner, attach
+from selectune.train import Tuner, attach, strip, tuner_of
+from selectune.train.aside import Aside
 
 log = logging.getLogger("selectune")
 
@@ -82,8 +85,12 @@ class SelectuneLayer(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Bits of the base or of the tuned model: O(B)."""
         if enabled == self._disable_adapters:
-            self.owner[0].switch(enabled)
+            for owner in self.owner:
+                owner.switch(enabled)
             self._disable_adapters = not enabled
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"owner": []}  # a copy of the model alone is an ordinary model
 
 
 class SelectuneModel(BaseTuner):
@@ -100,8 +107,7 @@ class SelectuneModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         self.tuner: Tuner | None = None
         self.delta: Delta | None = None
-        self.kept: list[tuple[Tensor, Tensor]] = []
-        self.versions = ExitStack()
+        self.aside: Aside | None = None  # the trained values, while the adapter of a run is disabled
         if config.inference_mode:
             model.requires_grad_(False)
         else:
@@ -120,39 +126,79 @@ class SelectuneModel(BaseTuner):
         self.delta = delta
 
     def present(self) -> Delta:
-        """The delta of the run so far, or the one that was loaded."""
+        """The delta of the run so far, or the one that was loaded; also while the adapter is disabled."""
         if self.tuner is not None:
-            return self.tuner.delta(allow_empty=True)
+            with self.switched(True):
+                return self.tuner.delta(allow_empty=True)
         if self.delta is None:
             raise ConfigError("This model has no delta yet.")
         return self.delta
 
-    @torch.no_grad()
     def switch(self, enabled: bool) -> None:
         """Puts the tuned weights on the model, or the base's."""
         if self.tuner is None:
             if self.delta is not None:
                 (self.delta.apply if enabled else self.delta.revert)(self.model)
+        elif not enabled:
+            self.aside = self.tuner.engine.aside()
+        elif self.aside is not None:
+            (self.aside.back if tuner_of(self.model) is self.tuner else self.aside.leave)()
+            self.aside = None
+
+    @contextmanager
+    def switched(self, enabled: bool) -> Iterator[None]:
+        """Within it the adapter is enabled or disabled; afterwards as before."""
+        layer = self.model.selectune_adapter
+        before = not layer.disable_adapters
+        layer.enable_adapters(enabled)
+        try:
+            yield
+        finally:
+            layer.enable_adapters(before)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no tuner: it is like a model that was loaded with the present delta."""
+        delta = self.present() if self.tuner is not None else self.delta
+        return self.__dict__ | {
+            "tuner": None,
+            "aside": None,
+            "delta": None if delta is None else self._reversible(delta),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        layer = self.model.selectune_adapter
+        layer.owner = [self]
+        strip(self.model).requires_grad_(False)
+        if (delta := self.delta) is None:
             return
-        engine = self.tuner.engine
-        if not enabled:
-            written = [t.weight for t in (*engine.found.tensors, *engine.found.whole)]
-            # a graph made before may go back after: its weights then have the same bits again
-            self.versions.enter_context(versions_kept(tuple(written)))
-            self.kept = [(t.weight, t.weight.clone()) for t in engine.found.whole]
-            engine.ledger.write_base()
-            for tensor in engine.found.whole:
-                tensor.weight.copy_(engine.base.whole[tensor.name])
-        else:
-            engine.ledger.write_weights()
-            for weight, values in self.kept:
-                weight.copy_(values)
-            self.kept = []
-            self.versions.close()
+        self.delta = _light(delta)
+        if not layer.disable_adapters:
+            if any(part.old is not None and not same_bits(part.old, part.new) for part in delta.parts):
+                delta.revert(self.model)
+            self.delta.apply(self.model)
+
+    def _reversible(self, delta: Delta) -> Delta:
+        """The delta with the base's values, by which a copy finds its base."""
+        with self.switched(False):
+            found = inventory(self.model).find
+            olds = {
+                part.name: found[part.name].tensor.detach().cpu().contiguous().reshape(-1)
+                for part in delta.parts
+                if not (isinstance(part, Patch) and part.beside)
+            }
+            patches = [
+                p if p.beside else replace(p, base_values=olds[p.name] if p.zeroed else olds[p.name][p.indices])
+                for p in delta.patches
+            ]
+            dense = [replace(d, base_tensor=olds[d.name].reshape(d.shape).clone()) for d in delta.dense]
+            return Delta(patches, dense, delta.info)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The plain model with the tuned weights as its own."""
+        self.model.selectune_adapter.enable_adapters(True)
         delta = self.present()
+        refuse_beside(delta, "merged into its base")
         if self.tuner is not None:
             self.tuner.detach()
         delta.merge(self.model)
@@ -160,6 +206,7 @@ class SelectuneModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The plain model with the base's weights."""
+        self.model.selectune_adapter.enable_adapters(True)
         if self.tuner is not None:
             self.tuner.detach()
         elif self.delta is not None:
@@ -191,6 +238,12 @@ class SelectuneModel(BaseTuner):
             raise DeltaFormatError(f"the adapter's file must hold the tensor {KEY} of bytes and nothing else")
         model.base_model.hold(Delta.from_bytes(bytearray(data.cpu().numpy().tobytes())))
         return {}
+
+
+def _light(delta: Delta) -> Delta:
+    """The delta without the base's values."""
+    patches = [replace(patch, base_values=None) for patch in delta.patches]
+    return Delta(patches, [replace(dense, base_tensor=None) for dense in delta.dense], delta.info)
 
 
 def _register() -> None:

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from selectune.adapters import belongs
+from selectune.adapters import KINDS, belongs
 from selectune.bits import int_view
 from selectune.delta import Delta
 from selectune.errors import ConfigError, ModelError, some
-from selectune.interop.patches import changes
+from selectune.interop.patches import changes, fresh
 from selectune.models.bases import LoadedModel
 from selectune.models.restore import Source, apply_to
 
@@ -41,16 +41,19 @@ class _Split:
 def to_peft(delta: Delta, loaded: LoadedModel, source: Source, folder: Path, dtype: Any = None) -> dict[str, Any]:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained(base, FOLDER)`.
 
-    peft adds in the weight's dtype, so a weight may differ from the delta's in its last bits; `inexact` counts those,
-    and `largest_error` is the largest difference. Raises ConfigError for what no one adapter of peft holds.
+    peft adds in the weight's dtype, so a weight may differ from the delta's in its last bits; `inexact` counts
+    those, and `largest_error` is the largest difference. Modules with tensors that no checkpoint holds, such as a
+    head that was drawn from a seed, are saved whole, because peft's user gets another draw. Raises ConfigError for
+    what no one adapter of peft holds.
     """
     peft = _peft()
     model = loaded.model
-    split = _Split() if "module" in delta.info else _split(delta, model)
+    drawn = {name.rpartition(".")[0] for name in fresh(loaded)}
+    split = _Split() if "module" in delta.info else _split(delta, model, drawn)
     apply_to(delta, loaded)
     common = {"base_model_name_or_path": source.model, "revision": loaded.revision, "inference_mode": True}
     if "module" in delta.info:
-        config, tensors, told = _adapter(peft, delta, model, common)
+        config, tensors, told = _adapter(peft, delta, model, drawn, common)
     elif split.rows and not split.linear and not split.whole:
         config, tensors, told = _tokens(peft, model, split.rows, common)
     else:
@@ -60,10 +63,15 @@ def to_peft(delta: Delta, loaded: LoadedModel, source: Source, folder: Path, dty
     return {"peft_type": str(config.peft_type.value), "peft": peft.__version__, **told}
 
 
-def _split(delta: Delta, model: nn.Module) -> _Split:
-    """Raises ConfigError for changes that no adapter of peft holds."""
+def _split(delta: Delta, model: nn.Module, drawn: set[str]) -> _Split:
+    """`drawn`: modules to save whole. Raises ConfigError for changes that no adapter of peft holds."""
     modules = dict(model.named_modules())
-    split, tied = _Split(), []
+    split, tied = _Split(whole=set(drawn)), []
+    if "" in drawn:
+        raise ConfigError(
+            "A tensor that no checkpoint holds belongs to the model itself and to no module in it, and peft saves "
+            "modules only. Export it with: selectune export merged"
+        )
     for entry, flat, new, old in changes(delta, model):
         module, _, leaf = entry.name.rpartition(".")
         owner = modules[module]
@@ -119,13 +127,15 @@ def _tokens(peft: Any, model: nn.Module, rows: dict[str, Tensor], common: dict[s
     return config, tensors, {"rows": len(indices), "inexact": 0, "largest_error": 0.0}
 
 
-def _adapter(peft: Any, delta: Delta, model: nn.Module, common: dict[str, Any]) -> tuple[Any, dict, dict]:
+def _adapter(
+    peft: Any, delta: Delta, model: nn.Module, drawn: set[str], common: dict[str, Any]
+) -> tuple[Any, dict, dict]:
     """An adapter of peft that the model carries, with the delta's values: exact. What is beside it is saved whole."""
     kind = delta.info["module"]["kind"]
     if kind not in LIKE_LORA:
+        fits = "Export it with: selectune export merged" if KINDS[kind].merges else "selectune eval uses it as it is"
         raise ConfigError(
-            f"The delta was trained on {kind}; export peft takes adapters of the kinds {', '.join(LIKE_LORA)}. Export "
-            "it with: selectune export merged, if it is a change of weights"
+            f"The delta was trained on {kind}; export peft takes adapters of the kinds {', '.join(LIKE_LORA)}. {fits}"
         )
     modules: dict[str, Any] = dict(model.named_modules())
     beside = {part.name.rpartition(".")[0] for part in delta.parts if not belongs(kind, part.name)}
@@ -134,7 +144,12 @@ def _adapter(peft: Any, delta: Delta, model: nn.Module, common: dict[str, Any]) 
             f"{some(inside)}: trained beside the {kind} that lies on it, which no adapter of peft holds. Export it "
             "with: selectune export merged"
         )
-    whole = sorted(_with_namesakes(beside, modules))
+    if under := sorted(name for name in drawn if "base_layer" in name.split(".") or not name):
+        raise ConfigError(
+            f"{some(under)}: in no checkpoint, so it is drawn from a seed, and the {kind} lies on it; no adapter of "
+            "peft holds both. Export it with: selectune export merged"
+        )
+    whole = sorted(_with_namesakes(beside | drawn, modules))
     config = dataclasses.replace(modules[""].peft_config["default"], modules_to_save=whole or None, **common)
     found = peft.get_peft_model_state_dict(model)
     found |= {f"{name}.{leaf}": tensor for name in whole for leaf, tensor in modules[name].state_dict().items()}

@@ -50,13 +50,17 @@ def with_adapter(
     `steps`: those of the run, for ranks that move during it; None under a selection, because nothing else may then
     write the selected entries. `texts`: how many a row has, 1 or 2, for adapters of special tokens.
     """
-    chosen = for_tokenizer(spec, loaded.tokenizer, texts)
-    return _with(loaded, put_on(loaded.model, chosen, seed, keep=loaded.initialised, steps=steps, freeze=freeze))
+    chosen, fresh = for_tokenizer(spec, loaded.tokenizer, texts), _fresh(loaded)
+    adapted = put_on(loaded.model, chosen, seed, keep=loaded.initialised, steps=steps, freeze=freeze)
+    return _with(loaded, adapted, fresh)
 
 
 def with_adapter_of(loaded: LoadedModel, delta: Delta) -> LoadedModel:
     """The loaded model with the adapter that a delta was trained on, if there was one."""
-    return _with(loaded, rebuild(loaded.model, delta, keep=loaded.initialised)) if "module" in delta.info else loaded
+    if "module" not in delta.info:
+        return loaded
+    fresh = _fresh(loaded)
+    return _with(loaded, rebuild(loaded.model, delta, keep=loaded.initialised), fresh)
 
 
 def size_of(loaded: LoadedModel, spec: Spec, seed: int, texts: int = 1) -> int:
@@ -84,10 +88,15 @@ def mergeable(delta: Delta) -> None:
         )
 
 
-def _with(loaded: LoadedModel, adapted: Adapted) -> LoadedModel:
-    """Names the fresh tensors anew, because peft's model around ours puts a prefix before names."""
-    tensors = {**dict(adapted.base.named_parameters()), **dict(adapted.base.named_buffers())}
-    fresh = {id(tensors[name]) for name in loaded.initialised}
+def _fresh(loaded: LoadedModel) -> set[int]:
+    """The ids of the tensors that no checkpoint held; adapters rename some of them."""
+    every = {"remove_duplicate": False}  # the name may be the second one of a tied tensor
+    tensors = {**dict(loaded.model.named_parameters(**every)), **dict(loaded.model.named_buffers(**every))}
+    return {id(tensors[name]) for name in loaded.initialised}
+
+
+def _with(loaded: LoadedModel, adapted: Adapted, fresh: set[int]) -> LoadedModel:
+    """Names the fresh tensors anew, because peft's layers and its model around ours change names."""
     after = (*adapted.model.named_parameters(), *adapted.model.named_buffers())
     names = tuple(sorted(name for name, tensor in after if id(tensor) in fresh))
     return dataclasses.replace(loaded, model=adapted.model, initialised=names, adapted=adapted)

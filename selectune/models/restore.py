@@ -13,7 +13,8 @@ from selectune import plugins, tasks
 from selectune.adapters import belongs, spec_of
 from selectune.delta import Delta, Report, canonical_name, inventory
 from selectune.delta.file.content import refuse_beside
-from selectune.errors import BaseMismatchError, ConfigError, DeltaError, TaskError
+from selectune.errors import BaseMismatchError, ConfigError, TaskError
+from selectune.files import staged
 from selectune.models.adapted import mergeable, virtual_tokens, with_adapter_of
 from selectune.models.bases import DTYPES, LoadedModel, device, load_model, longest, quiet
 from selectune.models.evaluate import Evaluation, evaluate
@@ -205,24 +206,23 @@ def verify_delta(source: Source, path: str | Path, task: Task | None = None) -> 
 def merge_delta(source: Source, path: str | Path, out: str | Path, task: Task | None = None) -> dict[str, Any]:
     """Writes base + delta as an ordinary model folder with its tokenizer. LoRA and its kin are folded into weights.
 
-    Raises ConfigError for a delta on an adapter that cannot be merged, and if `out` is a file or the base's own folder.
+    The folder appears with all of its files or not at all. Raises ConfigError for a delta on an adapter that cannot be
+    merged, and if `out` is anything but a new or empty folder.
     """
     _check_out(Path(out), source.model)
-    delta = st.load(path)
-    refuse_beside(delta, "merged into its base")
-    mergeable(delta)
-    loaded = load_base(source, delta, task or task_of(delta))
-    refuse_quantised(delta, loaded)
-    with _of_known_task(delta):
-        fitted(delta, loaded).merge(loaded.model)
-    if loaded.adapted is not None:
-        loaded.adapted.merge()
-    with quiet():
-        try:
-            loaded.model.save_pretrained(out)
-            loaded.tokenizer.save_pretrained(out)
-        except OSError as error:
-            raise DeltaError(f"cannot write the merged model to {out}: {error.strerror or error}") from error
+    with staged(out) as folder:
+        delta = st.load(path)
+        refuse_beside(delta, "merged into its base")
+        mergeable(delta)
+        loaded = load_base(source, delta, task or task_of(delta))
+        refuse_quantised(delta, loaded)
+        with _of_known_task(delta):
+            fitted(delta, loaded).merge(loaded.model)
+        if loaded.adapted is not None:
+            loaded.adapted.merge()
+        with quiet():
+            loaded.model.save_pretrained(folder)
+            loaded.tokenizer.save_pretrained(folder)
     return {"out": str(out), "model": source.model, "delta": delta.label, "scalars": delta.selected}
 
 

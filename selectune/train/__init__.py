@@ -6,6 +6,7 @@ step        one optimizer step, from forward to commit: the algorithm
 tracker     finds out when forwards, backward passes and steps happen
 window      what makes one optimizer step, and what happened to its gradient since backward
 step_hooks  torch's step hooks: which optimizer steps, and when
+aside       the trained values leave the model for a while, and come back
 check       compares the engine's gradients with plain autograd's on one small batch
 world       several processes: the mean gradient that they select by, and what they compare
 

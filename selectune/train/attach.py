@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from selectune.delta import Delta
 from selectune.errors import ConfigError, DetachedError, IntegrityError, some
 from selectune.method import Method
+from selectune.train.aside import refuse_away
 from selectune.train.check import Check, check
 from selectune.train.choose.calibrate import Batches, Loss
 from selectune.train.engine import assemble
@@ -227,6 +228,7 @@ class Tuner:
         Costs one pass over the weights. Raises IntegrityError with the tensors that moved, were replaced or joined.
         """
         engine, ledger, base = self.engine, self.engine.ledger, self.engine.base
+        refuse_away(engine.tracker, "The run is verified or saved")
         if not self.in_dense_phase:
             strays = ledger.strays() if engine.tracker.current else []
             if strays:
@@ -246,6 +248,7 @@ class Tuner:
         for a loss that is no scalar.
         """
         self.model  # noqa: B018  (raises once the tuner is off)
+        refuse_away(self.engine.tracker, "Gradients are checked")
         return check(self.engine, batch, loss)
 
     @torch.no_grad()
@@ -298,6 +301,7 @@ class Tuner:
         With this and the optimizer's own state dict a run continues bit for bit. Raises TunerError within a step.
         """
         self.model  # noqa: B018
+        refuse_away(self.engine.tracker, "The state of the run is taken")
         return state.state_of(self.engine)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -307,6 +311,7 @@ class Tuner:
         whose parts do not fit, BaseMismatchError for another base, and TunerError within a step; then nothing changes.
         """
         self.model  # noqa: B018
+        refuse_away(self.engine.tracker, "The state of a run is loaded")
         state.load_into(self.engine, state_dict)
 
     @torch.no_grad()

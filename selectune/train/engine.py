@@ -14,6 +14,7 @@ from selectune.method import Method
 from selectune.quantised import BESIDE, quantised_weights
 from selectune.scope import VALUES, Found
 from selectune.seeds import mixed
+from selectune.train.aside import Aside
 from selectune.train.choose.calibrate import Batches, Loss, again, calibrate, check_rereadable
 from selectune.train.choose.chooser import Chooser
 from selectune.train.choose.dense_phase import DenseThenSparse
@@ -61,6 +62,10 @@ class Engine:
         """The tensors that are selected from and those that are trained whole, at present."""
         found = self.found
         return Found((), (*found.whole, *found.tensors)) if self.chooser.dense else found
+
+    def aside(self) -> Aside:
+        """Takes the trained values off the model; `Aside.back` puts them back."""
+        return Aside(self.model, self.found.tensors, self.now.whole, self.base, self.tracker)
 
     def unreached(self) -> list[str]:
         """Names of tensors that hold selected entries and never sent a gradient."""

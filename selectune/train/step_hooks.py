@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from selectune.errors import OptimizerError
 from selectune.frames import Call
+from selectune.train.aside import refuse_away
 from selectune.train.choose.dense_phase import DenseThenSparse
 from selectune.train.optim.contract import Factored, Inheriting, Placed
 from selectune.train.optim.holders import held
@@ -50,6 +51,8 @@ class StepHooks:
 
     def before_step(self, optimizer: torch.optim.Optimizer, call: Call, closure: bool) -> None:
         tracker, mine, phase = self.tracker, held(optimizer), self.phase
+        if mine & {*self.trained, *self.frozen}:
+            refuse_away(tracker, f"This {type(optimizer).__name__} steps")
         if optimizer not in self._met and mine & self.trained:
             self._meet(optimizer)
         if phase is not None:

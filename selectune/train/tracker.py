@@ -41,6 +41,7 @@ class Tracker:
         self.coming = Step(chooser, accumulation_steps, world)
         self.reached: set[int] = set()  # tensors that ever sent a gradient
         self.keepalive: object = None  # lives as long as the model is followed
+        self.away = False  # the trained values are off the model for a while (`aside`)
         self._in_backward = False
         self._deferred = False  # the window closes when a backward pass that contains others has ended
         self._by_hand = False  # a backward pass came without a module's forward
@@ -84,6 +85,8 @@ class Tracker:
         A use outside of modules may only look at a weight and must change nothing. So selections of the coming step
         wait then, unless the model was seen to be trained that way.
         """
+        if self.away:
+            return None
         training = torch.is_grad_enabled()
         with torch.no_grad():
             self.world.meet()

@@ -42,6 +42,11 @@ def test_train_and_eval(tiny, data, files):
     assert plain.startswith("own (classification): accuracy ")
     assert call("verify", "-m", tiny, "-d", files / "out").stdout.startswith("ok")
     call("delta", "apply", "-m", tiny, "-d", files / "out", "-o", files / "merged")
+    card = json.loads(call("push", files / "out", "org/name", "--json").stdout)["card"]
+    (line,) = (line for line in card.splitlines() if line.startswith("selectune eval "))
+    words = {"BASE": tiny, "org/name": files / "out", "FILE": files / "more.jsonl"}
+    found = call(*(words.get(word, word) for word in line.split()[1:]), "--json")
+    assert json.loads(found.stdout)["value"] == printed["value"]
     told = call(*train, *steps[:-1], "--overwrite", code=2).stderr
     assert "--validation FILE" in told
     assert "--hold-out 0.1" in told

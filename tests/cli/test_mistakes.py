@@ -51,6 +51,18 @@ def test_a_merged_model_never_takes_its_base_s_place(tiny, delta, tmp_path):
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
 
 
+def test_nothing_is_written_over_another_model(tiny, delta, tmp_path):
+    other = shutil.copytree(tiny, tmp_path / "other")
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    told = refused("delta", "apply", "-m", tiny, "-d", delta, "-o", other, code=2)
+    assert "is not empty, and nothing is overwritten" in told
+    weights = other / "model.safetensors"
+    scale = ("delta", "scale", delta, "--by", 0.5, "--model", tiny)
+    assert "only a delta is overwritten" in refused(*scale, "--out", weights, code=1)
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
 def test_a_merged_model_that_is_not_written_is_no_success(tiny, delta, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")

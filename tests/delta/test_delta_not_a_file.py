@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from delta_kit import small
+from safetensors import torch as files
 
 from selectune.delta import Delta, load
 from selectune.errors import DeltaError, DeltaFormatError
@@ -96,3 +97,16 @@ def test_symbolic_links_are_read_through(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "real" / "delta.safetensors")
     assert load(tmp_path / "link") == load(tmp_path / "link.safetensors") == DELTA
+
+
+def test_only_a_delta_is_overwritten(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for content in (files.save(dict(MODEL.state_dict()), {"format": "pt"}), b"notes"):
+        path.write_bytes(content)
+        with pytest.raises(DeltaError, match="is there and is no delta; only a delta is overwritten"):
+            DELTA.save(path)
+        assert path.read_bytes() == content
+    for content in (b"", GOOD, GOOD[:-3]):  # nothing is lost; our own; our own, damaged
+        path.write_bytes(content)
+        DELTA.save(path)
+        assert load(path) == DELTA

@@ -93,6 +93,19 @@ def test_merged_with_a_fresh_head(tiny, tmp_path):
     assert not (tmp_path / "vllm").exists()
 
 
+@pytest.mark.parametrize("kind", ["vllm", "safetensors-diff"])
+def test_what_leaves_out_a_drawn_head_says_so(kind, tiny, tmp_path, caplog):
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification.from_pretrained(tiny, num_labels=3).eval()
+    train(model, st.random(budget=30, scope=["bert.encoder*"])).save(tmp_path / "run")
+    caplog.clear()
+    told = bridges.export(kind, Source(str(tiny)), tmp_path / "run", tmp_path / "out")
+    assert told["fresh"] == ["classifier.bias", "classifier.weight"]
+    assert f"{kind} holds only what training changed. 2 tensors of the model are in no checkpoint" in caplog.text
+    assert "drawn from seed 0" in caplog.text
+
+
 def test_mergekit_has_the_model_and_a_recipe(llama, run, tmp_path):
     bridges.export("mergekit", Source(str(llama)), run, tmp_path / "out")
     assert torch.equal(logits(load(tmp_path / "out")), applied(llama, run))

@@ -108,8 +108,10 @@ def test_a_delta_on_an_adapter_is_refused(llama, tmp_path):
 def test_an_adapter_that_peft_does_not_have_is_refused(llama, tmp_path):
     adapted = put_on(load(llama), "pfeiffer:reduction=4", seed=0)
     train(adapted.model, st.random(budget=30)).save(tmp_path / "run")
-    with pytest.raises(ConfigError, match="trained on pfeiffer; export peft takes adapters of the kinds lora"):
-        bridges.export("peft", Source(str(llama)), tmp_path / "run", tmp_path / "out")
+    for kind in ("peft", "vllm", "safetensors-diff"):
+        with pytest.raises(ConfigError, match=r"trained on pfeiffer[;,].*selectune eval uses it as it is") as told:
+            bridges.export(kind, Source(str(llama)), tmp_path / "run", tmp_path / "out")
+        assert "merge" not in str(told.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -144,6 +146,51 @@ def test_a_head_beside_an_adapter_is_saved_as_a_module(tmp_path):
     found = peft.PeftModel.from_pretrained(plain, tmp_path / "out")
     with delta.applied(adapted.model):
         assert (logits(found) - logits(adapted.model)).abs().max() <= 1e-5
+
+
+def without_pooler(folder: Path) -> Path:
+    """A BERT trunk whose pooler is drawn as its head is."""
+    from transformers import BertModel
+
+    make_model(folder)
+    BertModel.from_pretrained(folder, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("on", [None, "lora:r=2"])
+@pytest.mark.parametrize("fully", [[], ["*classifier*"]], ids=["drawn", "trained"])
+def test_a_head_that_no_checkpoint_holds_goes_along(fully, on, tmp_path):
+    """Also the pooler, which no training changes: the base of peft's user has drawn others."""
+    base = without_pooler(tmp_path / "base")
+
+    def drawn(seed: int) -> Any:
+        return load_model(str(base), Head("BertForSequenceClassification", 3), seed)
+
+    loaded = drawn(0) if on is None else with_adapter(drawn(0), parse(on), 0, None)
+    scope = st.Scope(include=["*query.weight" if on is None else "*lora_*"], train_fully=fully)
+    delta = train(loaded.model, st.random(budget=30, scope=scope))
+    Delta(delta.patches, delta.dense, {**delta.info, "base": {**delta.info["base"], "seed": 0}}).save(tmp_path / "run")
+    told = bridges.export("peft", Source(str(base)), tmp_path / "run", tmp_path / "out")
+    assert told["whole"] == ["bert.pooler.dense", "classifier"]
+    with delta.applied(loaded.model):
+        wanted = logits(loaded.model)
+    for seed in (1, 2):
+        found = peft.PeftModel.from_pretrained(drawn(seed).model, tmp_path / "out").eval()
+        assert (logits(found) - wanted).abs().max() <= 1e-5
+
+
+def test_a_drawn_head_that_peft_cannot_hold_is_refused(tmp_path):
+    base = without_pooler(tmp_path / "base")
+    loaded = load_model(str(base), Head("BertForSequenceClassification", 3), 0)
+    train(loaded.model, st.random(budget=30, scope=["*word_embeddings*"])).save(tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match=r"whole modules \(bert\.embeddings\.word_embeddings, bert\.pooler\.dense, clas"
+    ):
+        bridges.export("peft", Source(str(base)), tmp_path / "run", tmp_path / "out")
+    adapted = with_adapter(loaded, parse("lora:r=2,targets=linears"), 0, None)
+    train(adapted.model, st.random(budget=30, scope=["*lora_*"])).save(tmp_path / "lora")
+    with pytest.raises(ConfigError, match="in no checkpoint, so it is drawn from a seed, and the lora lies on it"):
+        bridges.export("peft", Source(str(base)), tmp_path / "lora", tmp_path / "out")
 
 
 def peft_saved(base: Path, folder: Path, config: Any) -> Any:

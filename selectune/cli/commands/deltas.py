@@ -152,7 +152,9 @@ def diff(
 def apply(
     model: Model,
     delta: DeltaPath,
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the merged model and its tokenizer.")],
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="Folder for the merged model and its tokenizer; new or empty.")
+    ],
     task: OfTask = None,
     revision: Revision = None,
     dtype: Dtype = None,
