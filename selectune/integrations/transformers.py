@@ -151,6 +151,12 @@ class SelectuneCallback(TrainerCallback):
                 "attached model to the Trainer. With model_init, attach in it and give the callback a callable that "
                 "gives the tuner of the model made last."
             )
+        if getattr(model, "peft_type", None) == "SELECTUNE" and args.load_best_model_at_end:
+            raise ConfigError(
+                "load_best_model_at_end=True loads a checkpoint by peft, whose folder holds a delta and no state of a "
+                "run, so it would fail once training is over. Attach with selectune.attach and give the Trainer that "
+                "model without peft_config=, or leave load_best_model_at_end out."
+            )
         if args.auto_find_batch_size:
             self._begin(state, kwargs.get("optimizer"))
         if tuner.steps is not None and tuner.steps != state.max_steps:

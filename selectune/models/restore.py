@@ -13,7 +13,7 @@ from selectune import plugins, tasks
 from selectune.adapters import belongs, spec_of
 from selectune.delta import Delta, Report, canonical_name, inventory
 from selectune.delta.file.content import refuse_beside
-from selectune.errors import BaseMismatchError, ConfigError, TaskError
+from selectune.errors import BaseMismatchError, ConfigError, DeltaError, TaskError
 from selectune.files import staged
 from selectune.models.adapted import mergeable, virtual_tokens, with_adapter_of
 from selectune.models.bases import DTYPES, LoadedModel, device, load_model, longest, quiet
@@ -230,8 +230,8 @@ def refuse_quantised(delta: Delta, loaded: LoadedModel) -> None:
     """Raises DeltaError for a quantised base, which is no ordinary model folder, wherever the delta's values lie."""
     if quantised_weights(loaded.model):
         raise DeltaError(
-            f"The base of {delta.label} is quantised, and its stored bits stay as they are, so nothing is merged into "
-            "it. Keep the delta beside its base, or write plain floats: selectune export dequantised."
+            f"The base of {delta.label} is quantised, and its stored bits stay as they are, so nothing is merged "
+            "into it. Keep the delta beside its base, or write plain floats: selectune export dequantised."
         )
 
 

@@ -142,3 +142,21 @@ def test_trl_trains_through_peft_config(llama, tmp_path):
     tuner = st.tuner_of(trainer.model.get_base_model())
     assert tuner is not None
     assert (tuner.step, tuner.selected) == (4, 60)
+
+
+def test_a_best_checkpoint_that_could_not_be_loaded_is_refused_as_training_starts(llama, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from selectune.integrations.transformers import SelectuneCallback
+
+    model = peft.get_peft_model(load(llama), config())
+    rows = [{"input_ids": row, "labels": row} for row in tokens()]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=4, eval_strategy="steps", save_strategy="steps", eval_steps=2,
+        save_steps=2, load_best_model_at_end=True, report_to="none", use_cpu=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[SelectuneCallback(st.tuner_of(model))]
+    )
+    with pytest.raises(ConfigError, match=r"load_best_model_at_end=True loads a checkpoint by peft"):
+        trainer.train()
+    assert st.tuner_of(model).step == 0
