@@ -24,6 +24,8 @@ from selectune.study.cells import Cell
 from selectune.study.engines import Local
 from selectune.study.grid import STUDY, of_mapping, setting_of
 from selectune.study.records import RESULTS, Record, read_results
+from selectune.study.report.material import gather
+from selectune.study.report.shown import content
 from selectune.study.runner import run_study
 from selectune.study.workspace import CELL, DONE, Workspace, begin
 
@@ -203,6 +205,29 @@ def test_a_method_that_is_renamed_keeps_its_runs_in_one_row(asked, tmp_path):
     run_study(begin(tmp_path / "s", asked), Pretending(1))
     named = begin(tmp_path / "s", dataclasses.replace(asked, methods=({"method": "id3", "name": "ours"},)))
     assert [record.setting.method for record in named.records()] == ["ours"] * 4
+
+
+def test_a_task_that_is_renamed_keeps_its_runs_in_one_column(asked, tmp_path):
+    """Also in the report; and what was measured beside it keeps its own name."""
+    plain = dataclasses.replace(asked, search=None, measure=("glue/rte",))
+
+    class Measuring(Pretending):
+        def start(self, folder: Path) -> None:
+            super().start(folder)
+            told = json.loads((folder / DONE).read_text())
+            (record,) = told["records"]
+            told["records"].append({**record, "setting": {**record["setting"], "task": "glue/rte"}})
+            (folder / DONE).write_text(json.dumps(told))
+
+    run_study(begin(tmp_path / "s", dataclasses.replace(plain, seeds=(1,))), Measuring(1))
+    (task,) = plain.tasks
+    named = dataclasses.replace(plain, tasks=({**task, "name": "questions"},))
+    run_study(begin(tmp_path / "s", named), Measuring(1))
+    told = [(record.setting.task, record.seed) for record in Workspace(tmp_path / "s").records()]
+    assert told == [("questions", 1), ("glue/rte", 1), ("questions", 2), ("glue/rte", 2)]
+    (board,) = content(gather(tmp_path / "s")).boards
+    assert board.tasks == ("questions", "glue/rte")
+    assert [len(result.runs) for task in board.tasks for _, result in board.of(task)] == [2, 2]
 
 
 def test_a_stop_leaves_checkpoints_that_the_next_run_goes_on_from(tiny, tmp_path):
