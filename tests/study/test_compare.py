@@ -13,7 +13,7 @@ from scipy import stats as scipy
 
 from selectune.errors import ConfigError, StudyError
 from selectune.study.compare import compare
-from selectune.study.comparing import layouts
+from selectune.study.comparing import caveats, layouts
 from selectune.study.records import Items, Record, Setting
 from selectune.study.stats import intervals, papers, permutation
 from selectune.study.stats.power import detectable
@@ -135,6 +135,11 @@ def test_scores_of_rows_give_an_interval_over_both_and_mcnemar_by_seed():
     assert set(got.mcnemar) == set(range(6))
     assert of(compare(records, "lora", items=items, rule="best"), "id3").difference.over_items is None
     assert "seeds and rows" in layouts.markdown(compare(records, "lora", items=items))
+
+    few = [r for r in records if r.seed < 3]
+    assert of(compare(few, "lora", items=items), "id3").difference.over_items.freedom == 2
+    assert caveats.FEW_SEEDS in compare(few, "lora", items=items).warnings
+    assert caveats.FEW_SEEDS not in compare(records, "lora", items=items).warnings
 
     other = [dataclasses.replace(r, metric="F1", value=r.value + 0.1 * (r.setting.method == "id3")) for r in records]
     assert of(compare(other, "lora", items=items), "id3").difference.over_items is None  # not a mean over rows

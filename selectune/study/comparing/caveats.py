@@ -13,6 +13,10 @@ OPTIMISTIC = (
     "The score of a run is the best of its evaluations, chosen on the rows that it is reported on. It is too good; the "
     "last score (--rule last) is not chosen."
 )
+FEW_SEEDS = (
+    "Fewer than 6 seeds say little of how seeds differ. The interval over seeds and rows widens their part by "
+    "Student's t, which is right where their differences are about normal."
+)
 NOT_INDEPENDENT = (
     "Each run is paired with each run, so the pairs are not independent: n counts pairs, and Wilcoxon's p is far too "
     "small. The p of the permutation, beside it, exchanges the labels of whole runs and is valid; Holm's correction is "
@@ -118,4 +122,4 @@ def selected(chosen: Mapping[str, str]) -> str:
 
 def few_seeds(standings: Sequence[Standing]) -> list[str]:
     few = any(s.difference and s.difference.over_items and s.difference.over_items.freedom < 5 for s in standings)
-    return ["A bootstrap over fewer than 6 seeds is too narrow: it never leaves the range of the runs."] if few else []
+    return [FEW_SEEDS] if few else []
