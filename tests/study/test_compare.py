@@ -150,6 +150,32 @@ def test_scores_of_rows_give_an_interval_over_both_and_mcnemar_by_seed():
         compare(records, "lora", items=items)
 
 
+def test_scores_of_rows_are_those_of_the_task_that_the_difference_is_of():
+    """Runs have one task and were measured on another; those of an earlier version kept no rows of the other."""
+    own = {"id3": [1.0, 1.0, 1.0, 1.0], "lora": [1.0, 0.0, 0.0, 0.0]}
+    other = {"id3": [0.0, 1.0], "lora": [1.0, 1.0]}
+    records, items, earlier = [], {}, {}
+    for method in own:
+        trained = [r for r in runs(method, [np.mean(own[method])] * 3, examples=4) if r.last]
+        setting = dataclasses.replace(trained[0].setting, task="glue/sst2")
+        value = float(np.mean(other[method]))
+        for record in trained:
+            records += [record, dataclasses.replace(record, setting=setting, value=value, examples=2)]
+            earlier[record.cell] = Items(own[method], [], [])
+            items[record.cell] = Items(own[method], [], [], {"glue/sst2": Items(other[method], [], [])})
+    found = compare(records, "lora", items=items)
+    assert {m.rows for m in of(found, "id3").difference.mcnemar.values()} == {4}
+    there = of(found, "id3", "glue/sst2").difference
+    assert [(m.rows, m.first, m.second) for m in there.mcnemar.values()] == [(2, 0, 1)] * 3
+    assert there.over_items.low < -0.5 < there.over_items.high
+    assert not any("left out" in warning for warning in found.warnings)
+    found = compare(records, "lora", items=earlier)
+    assert len(of(found, "id3").difference.mcnemar) == 3
+    there = of(found, "id3", "glue/sst2").difference
+    assert (there.mcnemar, there.over_items) == ({}, None)
+    assert sum("glue/sst2 without keeping" in warning for warning in found.warnings) == 1
+
+
 @pytest.mark.parametrize(
     ("records", "more", "says"),
     [

@@ -155,6 +155,36 @@ def test_a_failure_is_told_and_does_not_stop_the_others(tiny, tmp_path):
     assert "2 cells done, 1 to run" in told
 
 
+def sentiment(folder: Path, monkeypatch) -> None:
+    """A folder of published tasks with a few rows of SST-2, for the processes of cells too."""
+    (folder / "glue" / "sst2").mkdir(parents=True)
+    for split in ("train", "validation"):
+        found = [json.dumps({"sentence": f"dog {i}", "label": i % 2}) for i in range(7)]
+        (folder / "glue" / "sst2" / f"{split}.jsonl").write_text("\n".join(found) + "\n")
+    monkeypatch.setenv("SELECTUNE_DATA", str(folder))
+
+
+def test_what_runs_say_of_rows_of_a_measured_task_is_kept_and_no_time_is_told_twice(tiny, tmp_path, monkeypatch):
+    sentiment(tmp_path / "data", monkeypatch)
+    told = grid(tiny, tmp_path, methods=["pafi", "random"], seeds=[1], measure=["glue/sst2"])
+    workspace = begin(tmp_path / "s", of_mapping(told, "grid"))
+    assert run_study(workspace, Counting(2)).done == 2
+    ended = [record for record in workspace.records() if record.last]
+    assert [(r.setting.task, r.examples, "seconds" in r.more) for r in ended] == [
+        ("train.jsonl", 20, True), ("glue/sst2", 7, False)
+    ] * 2  # fmt: skip
+    found = json.loads(call("compare", tmp_path / "s", "--against", "random", "--json").stdout)["standings"]
+    rows = {s["task"]: s["difference"]["mcnemar"]["1"]["rows"] for s in found if s["difference"]}
+    assert rows == {"train.jsonl": 20, "glue/sst2": 7}
+    (board,) = content(gather(tmp_path / "s")).boards
+    for _, result in board.of("glue/sst2"):
+        assert "seconds" not in result.costs
+        assert [len(line) for line in result.lines["metric"]] == [1]  # evaluations on the way are of the other task
+    assert "seconds" in board.of("train.jsonl")[0][1].costs
+    assert "0 s" not in call("report", tmp_path / "s", "--format", "md", "--out", "-").stdout
+    assert "about" in call("study", "plan", tmp_path / "s", "--out", tmp_path / "s").stdout
+
+
 def test_a_process_that_dies_is_tried_again(tiny, tmp_path):
     asked = of_mapping(grid(tiny, tmp_path, methods=["pafi"], seeds=[1]), "grid")
     workspace = begin(tmp_path / "s", asked)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from selectune.files.reading import some
 from selectune.study.comparing.counted import Runs, label, run_name
 from selectune.study.comparing.standing import Standing
-from selectune.study.records import Record, Setting
+from selectune.study.records import Items, Record, Setting
 
 OPTIMISTIC = (
     "The score of a run is the best of its evaluations, chosen on the rows that it is reported on. It is too good; the "
@@ -117,6 +117,23 @@ def selected(chosen: Mapping[str, str]) -> str:
     return (
         f"The reference is the best baseline of each task, chosen after seeing the results: {names}. That is itself a "
         "selection, and no test here allows for it. Full fine-tuning is not among the baselines."
+    )
+
+
+def no_rows(runs: Iterable[Runs], items: Mapping[str, Items]) -> list[str]:
+    """Tasks that runs were measured on beside their own, and of whose rows nothing was kept."""
+    lacking = [
+        of.setting.task
+        for of in runs
+        if of.elsewhere and any(of.setting.task not in items[c].measured for c in of.cells.values() if c in items)
+    ]
+    return (
+        [
+            f"Runs of an earlier version were measured on {some(list(dict.fromkeys(lacking)), ', ', 12)} without "
+            "keeping what they said of each row, so the tests over rows are left out there."
+        ]
+        if lacking
+        else []
     )
 
 
