@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from selectune import plugins
+from selectune import plugins, tasks
 from selectune.bench.meter import Memory
 from selectune.delta import load
 from selectune.errors import CheckpointError, ConfigError, SelectuneError, StoppedError
@@ -50,14 +50,15 @@ def main(folder: Path) -> int:
     stop = Stop()
     _listen(stop)
     try:
+        check_measured(cell)
         found = _trained(cell.config, folder, stop)
+        elsewhere = _elsewhere(cell, found)
     except StoppedError:
         return STOPPED
     except SelectuneError as error:
         why = {"kind": type(error).__name__, "why": str(error)}
         write_durably(folder / ERROR, json.dumps(why).encode())
         return REFUSED
-    elsewhere = _elsewhere(cell, found)
     items = {**_items(found.kind, found.evaluation), "measured": {}}
     items["measured"] = {task.name: _items(task.kind.name, there) for task, there in elsewhere}
     write_durably(folder / ITEMS, json.dumps(items).encode())
@@ -66,6 +67,30 @@ def main(folder: Path) -> int:
     told = {"records": [record.as_json() for record in records]}
     write_durably(folder / DONE, json.dumps(told, allow_nan=False).encode())
     return 0
+
+
+def check_measured(cell: Cell) -> None:
+    """Refuses other tasks that the cell could not be measured on once it is trained: without rows, or of other heads.
+
+    Raises TaskError and ConfigError.
+    """
+    config = cell.config
+    for name in cell.measure:
+        task = plugins.task(name)
+        if config.pattern is not None:
+            task = tasks.as_cloze(task, config.pattern, config.words)
+        trained, there = (
+            (of.head.architecture, of.head.num_labels if of.head.labels is None else len(of.head.labels))
+            for of in (config.the_task, task)
+        )
+        if trained != there:
+            told = [f"{kind} with {count or 'no'} outputs" for kind, count in (there, trained)]
+            raise ConfigError(
+                f"What is trained on {config.the_task.name} cannot be measured on {name}, which has another head: "
+                f"{told[0]} in place of {told[1]}. Leave it out of measure, or train on a task of its kind."
+            )
+        with plugins.blame(plugins.source_of(plugins.TASKS, name)):
+            tasks.load(task, "validation", config.data)
 
 
 def _trained(config: RunConfig, folder: Path, stop: Stop) -> RunResult:

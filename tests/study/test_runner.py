@@ -185,6 +185,23 @@ def test_what_runs_say_of_rows_of_a_measured_task_is_kept_and_no_time_is_told_tw
     assert "about" in call("study", "plan", tmp_path / "s", "--out", tmp_path / "s").stdout
 
 
+@pytest.mark.parametrize(
+    "measured, kind, why",
+    [("glue/rte", "TaskError", "has no validation"), ("glue/stsb", "ConfigError", "has another head")],
+)
+def test_a_task_that_cannot_be_measured_is_told_before_training_and_once(
+    tiny, tmp_path, monkeypatch, measured, kind, why
+):
+    sentiment(tmp_path / "data", monkeypatch)
+    told = grid(tiny, tmp_path, methods=["pafi"], seeds=[1], tasks=["glue/sst2"], measure=[measured])
+    workspace, engine = begin(tmp_path / "s", of_mapping(told, "grid")), Counting(1)
+    assert run_study(workspace, engine).failed == len(engine.starts) == 1
+    (failure,) = workspace.failures()
+    assert failure.kind == kind
+    assert why in failure.why
+    assert not list(workspace.folder(failure.cell).glob("*.safetensors"))
+
+
 def test_a_process_that_dies_is_tried_again(tiny, tmp_path):
     asked = of_mapping(grid(tiny, tmp_path, methods=["pafi"], seeds=[1]), "grid")
     workspace = begin(tmp_path / "s", asked)
