@@ -3,6 +3,7 @@
 cells      a cell: the settings of one run in a study, and the key that follows from them
 records    results: one line for each evaluation of a cell, appended and never changed
 grid       what is asked for, as cells
+asked/     the types of what a grid's file has
 workspace  the folder of a study: what was asked, what is done, what failed
 attempt    the process of a cell
 engines    where cells run: processes of this machine, or a Ray cluster

@@ -15,11 +15,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from selectune import plugins
+from selectune import plugins, tasks
 from selectune.bench.meter import Memory
 from selectune.delta import load
 from selectune.errors import CheckpointError, ConfigError, SelectuneError, StoppedError
 from selectune.files import checkpoints, read_json, write_durably
+from selectune.models.evaluate import Evaluation
 from selectune.models.restore import Source, evaluate_delta, in_form
 from selectune.runs.config import RunConfig
 from selectune.runs.folder import run_folder
@@ -30,6 +31,7 @@ from selectune.study.cells import Cell
 from selectune.study.grid import setting_of
 from selectune.study.records import ITEMS, Record
 from selectune.study.workspace import CELL, DONE
+from selectune.tasks import Task
 
 ERROR = "error.json"
 """Why the last attempt failed: `kind`, the class of the error, and `why`."""
@@ -48,18 +50,47 @@ def main(folder: Path) -> int:
     stop = Stop()
     _listen(stop)
     try:
+        check_measured(cell)
         found = _trained(cell.config, folder, stop)
+        elsewhere = _elsewhere(cell, found)
     except StoppedError:
         return STOPPED
     except SelectuneError as error:
         why = {"kind": type(error).__name__, "why": str(error)}
         write_durably(folder / ERROR, json.dumps(why).encode())
         return REFUSED
-    write_durably(folder / ITEMS, json.dumps(_items(found)).encode())
-    records = [record.as_json() for record in _records(cell, told["key"], found, memory.peak())]
-    records += [record.as_json() for record in _elsewhere(cell, told["key"], found)]
-    write_durably(folder / DONE, json.dumps({"records": records}, allow_nan=False).encode())
+    items = {**_items(found.kind, found.evaluation), "measured": {}}
+    items["measured"] = {task.name: _items(task.kind.name, there) for task, there in elsewhere}
+    write_durably(folder / ITEMS, json.dumps(items).encode())
+    records = _records(cell, told["key"], found, memory.peak())
+    records += [_measured(cell, told["key"], found, *each) for each in elsewhere]
+    told = {"records": [record.as_json() for record in records]}
+    write_durably(folder / DONE, json.dumps(told, allow_nan=False).encode())
     return 0
+
+
+def check_measured(cell: Cell) -> None:
+    """Refuses other tasks that the cell could not be measured on once it is trained: without rows, or of other heads.
+
+    Raises TaskError and ConfigError.
+    """
+    config = cell.config
+    for name in cell.measure:
+        task = plugins.task(name)
+        if config.pattern is not None:
+            task = tasks.as_cloze(task, config.pattern, config.words)
+        trained, there = (
+            (of.head.architecture, of.head.num_labels if of.head.labels is None else len(of.head.labels))
+            for of in (config.the_task, task)
+        )
+        if trained != there:
+            told = [f"{kind} with {count or 'no'} outputs" for kind, count in (there, trained)]
+            raise ConfigError(
+                f"What is trained on {config.the_task.name} cannot be measured on {name}, which has another head: "
+                f"{told[0]} in place of {told[1]}. Leave it out of measure, or train on a task of its kind."
+            )
+        with plugins.blame(plugins.source_of(plugins.TASKS, name)):
+            tasks.load(task, "validation", config.data)
 
 
 def _trained(config: RunConfig, folder: Path, stop: Stop) -> RunResult:
@@ -111,29 +142,32 @@ def _records(cell: Cell, key: str, found: RunResult, peak: int) -> list[Record]:
     return [*way, last]
 
 
-def _elsewhere(cell: Cell, key: str, found: RunResult) -> list[Record]:
+def _elsewhere(cell: Cell, found: RunResult) -> list[tuple[Task, Evaluation]]:
     """The saved delta on the other tasks that the cell is measured on."""
-    config, records = cell.config, []
+    config = cell.config
     source = Source(config.model, config.revision, config.dtype, config.trust_remote_code)
-    for name in cell.measure:
-        task = in_form(plugins.task(name), load(found.delta))
-        there = evaluate_delta(source, found.delta, task, config.data, config.max_length, config.seed, None)
-        setting = dataclasses.replace(setting_of(cell), task=name)
-        records.append(
-            Record(
-                key, cell.phase, setting, config.learning_rate, config.seed, there.metric, task.lower_is_better,
-                found.steps, found.steps, there.value, found.selected, there.examples, last=True,
-                more={"seconds": 0.0, "others": dict(there.others)},
-            )
-        )  # fmt: skip
-    return records
+    there = [in_form(plugins.task(name), load(found.delta)) for name in cell.measure]
+    return [
+        (task, evaluate_delta(source, found.delta, task, config.data, config.max_length, config.seed, None))
+        for task in there
+    ]
 
 
-def _items(found: RunResult) -> dict[str, Any]:
-    evaluation = found.evaluation
+def _measured(cell: Cell, key: str, found: RunResult, task: Task, there: Evaluation) -> Record:
+    """The record of another task. It tells no time and no size: those of the run stand at its own task."""
+    setting = dataclasses.replace(setting_of(cell), task=task.name)
+    more = {"trained": found.trained, "run": found.run, "kind": task.kind.name}
+    more |= {"others": dict(there.others)} if there.others else {}
+    return Record(
+        key, cell.phase, setting, cell.config.learning_rate, cell.config.seed, there.metric, task.lower_is_better,
+        found.steps, found.steps, there.value, found.selected, there.examples, last=True, more=more,
+    )  # fmt: skip
+
+
+def _items(kind: str, evaluation: Evaluation) -> dict[str, Any]:
     told = {"predictions": _plain(evaluation.predictions), "answers": _plain(evaluation.answers)}
     scores = None
-    if found.kind in _WITH_ITEMS:
+    if kind in _WITH_ITEMS:
         pairs = zip(told["predictions"], told["answers"], strict=True)
         scores = [float(prediction == answer) for prediction, answer in pairs]
     return {"scores": scores, **told}

@@ -77,6 +77,7 @@ def compare(
         *caveats.zeros(standings),
         *caveats.approximate(standings),
         *caveats.few_seeds(standings),
+        *caveats.no_rows(runs.values(), how.items or {}),
         *caveats.no_proof(standings, alpha),
     ]
     return Comparison(

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from selectune.errors import SelectuneError, StudyError, did_you_mean
 from selectune.models.adapted import peer
 from selectune.recipes import RECIPES
 from selectune.runs.config import RunConfig
+from selectune.study.asked.shape import checked
 from selectune.study.cells import Cell
 from selectune.study.records import Setting
 
@@ -290,6 +292,7 @@ def of_mapping(told: Any, where: str) -> Grid:
     for key in LISTS:
         if key in given:
             given[key] = tuple(given[key]) if isinstance(given[key], list) else (given[key],)
+    given = checked(given, where)
     given["budgets"] = tuple(_budget(text, where) for text in given.get("budgets", ()))
     given["methods"] = tuple(
         {**m, "budget": _budget(m["budget"], where)} if isinstance(m, Mapping) and "budget" in m else m
@@ -318,7 +321,7 @@ def _search(told: Any, where: str) -> Search:
     given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
     search = Search(**given)
     lists = all(isinstance(value, tuple) for value in (search.factors, search.seeds))
-    positive = lists and search.factors and all(isinstance(f, int | float) and f > 0 for f in search.factors)
+    positive = lists and search.factors and all(type(f) in (int, float) and 0 < f < math.inf for f in search.factors)
     if not positive or not search.seeds or not all(type(seed) is int for seed in search.seeds):
         raise StudyError(f"{where}: search needs a list of factors above 0 and one of integer seeds, got {told!r}.")
     return search

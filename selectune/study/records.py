@@ -40,7 +40,8 @@ class Record:
     scalars then. `value` of `metric`, on `examples` rows; `lowest`: a lower value is better. `last`: the measurement of
     the saved delta, read back onto a bare base; only there, `more` has: trained, changed, budget (scalars in all),
     seconds, peak_bytes (of the whole process), delta_bytes, run (its id), forgetting (nats per token, if retention was
-    asked for), others (further metrics by name), kind (of the task), threads, versions.
+    asked for), others (further metrics by name), kind (of the task), threads, versions. Of another task that the run
+    was measured on, there are trained, run, kind and others: what a run took is told once.
     """
 
     cell: str
@@ -86,12 +87,21 @@ class Items:
     """What a run said of each validation row, in the order of the rows.
 
     `scores`: for a task of classes 1.0 where the prediction is right, else 0.0; None where the task has no score of a
-    single row. `predictions` and `answers`: as the task's metric takes them.
+    single row. `predictions` and `answers`: as the task's metric takes them. `measured`: the same of the tasks that the
+    run was measured on beside its own, by name; runs of earlier versions lack it.
     """
 
     scores: Sequence[float] | None
     predictions: Sequence[Any]
     answers: Sequence[Any]
+    measured: Mapping[str, Items] = field(default_factory=dict)
+
+    @staticmethod
+    def of_json(told: Any) -> Items:
+        """Raises TypeError for what is none."""
+        if not isinstance(told, Mapping) or not isinstance(measured := told.get("measured", {}), Mapping):
+            raise TypeError("there is no mapping of scores, predictions and answers")
+        return Items(**{**told, "measured": {name: Items.of_json(each) for name, each in measured.items()}})
 
 
 def of_runs(records: Iterable[Record], rule: str = "last", phase: str = "main") -> dict[Setting, dict[int, float]]:

@@ -123,7 +123,7 @@ def forecast(grid: Grid, records: Sequence[Record] = ()) -> Forecast:
     took: dict[tuple[str, ...], list[float]] = {}
     done: Counter[Setting] = Counter()
     for record in records:
-        if record.last and record.more["seconds"]:  # 0 for another task that the same run was measured on
+        if record.last and record.more.get("seconds"):  # not of another task that the same run was measured on
             done[record.setting] += 1
             for like in ((record.setting.task, record.setting.method), (record.setting.task,)):
                 took.setdefault(like, []).append(record.more["seconds"])

@@ -63,15 +63,12 @@ class Workspace:
     def records(self) -> list[Record]:
         """The results of all cells that the grid has, in the grid's order of cells. Others stay in the file only.
 
-        So tables do not depend on when cells ended. Methods have the names that the grid gives them now.
+        So tables do not depend on when cells ended. Methods and tasks have the names that the grid gives them now.
         """
         found = read_results(self.path / RESULTS)
-        methods = {cell.key: setting_of(cell).method for cell in self.cells(found)}
-        place = {key: i for i, key in enumerate(methods)}
-        return [
-            replace(record, setting=replace(record.setting, method=methods[record.cell]))
-            for record in sorted((r for r in found if r.cell in place), key=lambda r: place[r.cell])
-        ]
+        cells = self.cells(found)
+        place = {cell.key: i for i, cell in enumerate(cells)}
+        return named_now(sorted((r for r in found if r.cell in place), key=lambda r: place[r.cell]), cells)
 
     def failures(self) -> list[Failure]:
         """The attempts that failed, in their order."""
@@ -183,6 +180,23 @@ class Workspace:
 
     def failed(self, failure: Failure) -> None:
         _append(self.path / FAILURES, json.dumps(vars(failure)) + "\n")
+
+
+def named_now(records: Sequence[Record], cells: Sequence[Cell]) -> list[Record]:
+    """The records with the names that these cells have now in tables; those of other cells as they are.
+
+    What a cell was measured on beside its own task keeps that task's name.
+    """
+    told = {cell.key: (setting_of(cell), cell.measure) for cell in cells}
+
+    def named(record: Record) -> Record:
+        if record.cell not in told:
+            return record
+        setting, measured = told[record.cell]
+        task = record.setting.task
+        return replace(record, setting=replace(setting, task=task) if task in measured else setting)
+
+    return [named(record) for record in records]
 
 
 def begin(path: str | os.PathLike[str], grid: Grid) -> Workspace:

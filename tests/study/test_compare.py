@@ -13,7 +13,7 @@ from scipy import stats as scipy
 
 from selectune.errors import ConfigError, StudyError
 from selectune.study.compare import compare
-from selectune.study.comparing import layouts
+from selectune.study.comparing import caveats, layouts
 from selectune.study.records import Items, Record, Setting
 from selectune.study.stats import intervals, papers, permutation
 from selectune.study.stats.power import detectable
@@ -136,6 +136,11 @@ def test_scores_of_rows_give_an_interval_over_both_and_mcnemar_by_seed():
     assert of(compare(records, "lora", items=items, rule="best"), "id3").difference.over_items is None
     assert "seeds and rows" in layouts.markdown(compare(records, "lora", items=items))
 
+    few = [r for r in records if r.seed < 3]
+    assert of(compare(few, "lora", items=items), "id3").difference.over_items.freedom == 2
+    assert caveats.FEW_SEEDS in compare(few, "lora", items=items).warnings
+    assert caveats.FEW_SEEDS not in compare(records, "lora", items=items).warnings
+
     other = [dataclasses.replace(r, metric="F1", value=r.value + 0.1 * (r.setting.method == "id3")) for r in records]
     assert of(compare(other, "lora", items=items), "id3").difference.over_items is None  # not a mean over rows
     some = {cell: items[cell] for cell in list(items)[:-1]}
@@ -143,6 +148,32 @@ def test_scores_of_rows_give_an_interval_over_both_and_mcnemar_by_seed():
     items[last[0].cell] = Items([1.0], [], [])
     with pytest.raises(StudyError, match="scores of 1 rows and of 100"):
         compare(records, "lora", items=items)
+
+
+def test_scores_of_rows_are_those_of_the_task_that_the_difference_is_of():
+    """Runs have one task and were measured on another; those of an earlier version kept no rows of the other."""
+    own = {"id3": [1.0, 1.0, 1.0, 1.0], "lora": [1.0, 0.0, 0.0, 0.0]}
+    other = {"id3": [0.0, 1.0], "lora": [1.0, 1.0]}
+    records, items, earlier = [], {}, {}
+    for method in own:
+        trained = [r for r in runs(method, [np.mean(own[method])] * 3, examples=4) if r.last]
+        setting = dataclasses.replace(trained[0].setting, task="glue/sst2")
+        value = float(np.mean(other[method]))
+        for record in trained:
+            records += [record, dataclasses.replace(record, setting=setting, value=value, examples=2)]
+            earlier[record.cell] = Items(own[method], [], [])
+            items[record.cell] = Items(own[method], [], [], {"glue/sst2": Items(other[method], [], [])})
+    found = compare(records, "lora", items=items)
+    assert {m.rows for m in of(found, "id3").difference.mcnemar.values()} == {4}
+    there = of(found, "id3", "glue/sst2").difference
+    assert [(m.rows, m.first, m.second) for m in there.mcnemar.values()] == [(2, 0, 1)] * 3
+    assert there.over_items.low < -0.5 < there.over_items.high
+    assert not any("left out" in warning for warning in found.warnings)
+    found = compare(records, "lora", items=earlier)
+    assert len(of(found, "id3").difference.mcnemar) == 3
+    there = of(found, "id3", "glue/sst2").difference
+    assert (there.mcnemar, there.over_items) == ({}, None)
+    assert sum("glue/sst2 without keeping" in warning for warning in found.warnings) == 1
 
 
 @pytest.mark.parametrize(

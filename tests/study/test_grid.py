@@ -111,6 +111,13 @@ def test_a_grid_is_written_and_read_again(tmp_path):
     assert [a.settings for a in again.arms] == [a.settings for a in grid.arms]
 
 
+def test_one_text_is_a_list_of_one():
+    rows = {"train": "my.csv", "hold_out": 0.1, "text": "question", "label": "topic"}
+    grid = of_mapping(PLAIN | {"tasks": [rows], "settings": {"include": "layer.*"}, "budgets": ["1k"]}, "x")
+    (cell,) = grid.cells(grid.arms[0], None)
+    assert (cell.config.text, cell.config.include) == (("question",), ("layer.*",))
+
+
 @pytest.mark.parametrize("name", names())
 def test_the_studies_that_ship_can_be_run(name):
     assert read_grid(name).arms
@@ -145,11 +152,36 @@ def test_the_studies_that_ship_can_be_run(name):
         ({"search": {}, "settings": {"hold_out": 0.2}}, "the rate on the same rows"),
         ({"search": {}, "methods": [{"method": "id3", "runs": [{"seed": 6}]}]}, "not both"),
         ({"search": {"factors": 3}}, "a list of factors"),
-        ({"search": {}, "methods": [{"method": "id3", "rates": ["a"]}]}, "cannot be run"),
+        (
+            {"search": {}, "methods": [{"method": "id3", "rates": ["a"]}]},
+            "rates in entry 1 of methods must be a list of",
+        ),
+        ({"search": {}, "methods": [{"method": "id3", "rates": 0.1}]}, "must be a list of numbers above 0, got 0.1"),
+        ({"search": {"hold_out": "10%"}}, "hold_out of search must be a share .*, got '10%'"),
+        ({"search": {"factors": [float("inf")]}}, "a list of factors above 0"),
+        ({"models": [3]}, "entry 1 of models must be the name of a model, got 3"),
+        ({"models": [["demo"]]}, "entry 1 of models must be the name of a model, got .'demo'."),
+        ({"models": [None]}, "entry 1 of models must be the name of a model, got None"),
+        ({"models": [" "]}, "entry 1 of models must be the name of a model"),
+        ({"methods": ["id3", 3]}, "entry 2 of methods must be a method, or a mapping"),
+        ({"measure": [3]}, "entry 1 of measure must be the name of a task, got 3"),
+        ({"on": [3]}, "entry 1 of on must be an adapter"),
+        ({"budgets": [[1]]}, "entry 1 of budgets must be a number or a text"),
+        ({"budgets": [True]}, "entry 1 of budgets must be a number or a text"),
+        ({"question": 3}, "question must be a text, got 3"),
+        ({"runs": [3]}, "entry 1 of runs must be a mapping"),
+        ({"runs": [{"fop": 3}]}, "fop in entry 1 of runs is no option of a run"),
+        ({"methods": [{"method": "id3", "runs": [3]}]}, "runs in entry 1 of methods must be a list of mappings"),
+        ({"methods": [{"method": "id3", "runs": [{"sead": 3}]}]}, "sead in runs in entry .* Did you mean seed"),
+        ({"settings": {"lr": [0.1]}}, "lr in settings must be a number, got .0.1."),
+        ({"settings": {"max_steps": "3"}}, "max_steps in settings must be an integer, got '3'"),
+        ({"settings": {"max_steps": True}}, "max_steps in settings must be an integer, got True"),
+        ({"settings": {"include": [3]}}, "include in settings must be a text or a list, each entry a text, got .3."),
+        ({"tasks": [{"train": 3}]}, "train in entry 1 of tasks must be a text, got 3"),
         ({"methods": [{"method": "id3", "rates": [1e-3]}]}, "rates, which are those of a search"),
         ({"search": {}, "methods": [{"method": "id3", "search": 3}]}, "true or false"),
         ({"methods": [{"method": "id3", "name": 3}]}, "must be a text, got 3"),
-        ({"tasks": [3]}, "cannot be run"),
+        ({"tasks": [3]}, "entry 1 of tasks must be the name of a task, or a mapping"),
         ({"search": {"seeds": [1]}}, "need seeds of their own"),
         ({"search": {}, "runs": [{"seed": 1}]}, "not both"),
         ({"search": {}, "methods": [{"method": "id3", "rates": [1e-3]}, "pafi"]}, "as many trial rates"),

@@ -24,6 +24,8 @@ from selectune.study.cells import Cell
 from selectune.study.engines import Local
 from selectune.study.grid import STUDY, of_mapping, setting_of
 from selectune.study.records import RESULTS, Record, read_results
+from selectune.study.report.material import gather
+from selectune.study.report.shown import content
 from selectune.study.runner import run_study
 from selectune.study.workspace import CELL, DONE, Workspace, begin
 
@@ -153,6 +155,53 @@ def test_a_failure_is_told_and_does_not_stop_the_others(tiny, tmp_path):
     assert "2 cells done, 1 to run" in told
 
 
+def sentiment(folder: Path, monkeypatch) -> None:
+    """A folder of published tasks with a few rows of SST-2, for the processes of cells too."""
+    (folder / "glue" / "sst2").mkdir(parents=True)
+    for split in ("train", "validation"):
+        found = [json.dumps({"sentence": f"dog {i}", "label": i % 2}) for i in range(7)]
+        (folder / "glue" / "sst2" / f"{split}.jsonl").write_text("\n".join(found) + "\n")
+    monkeypatch.setenv("SELECTUNE_DATA", str(folder))
+
+
+def test_what_runs_say_of_rows_of_a_measured_task_is_kept_and_no_time_is_told_twice(tiny, tmp_path, monkeypatch):
+    sentiment(tmp_path / "data", monkeypatch)
+    told = grid(tiny, tmp_path, methods=["pafi", "random"], seeds=[1], measure=["glue/sst2"])
+    workspace = begin(tmp_path / "s", of_mapping(told, "grid"))
+    assert run_study(workspace, Counting(2)).done == 2
+    ended = [record for record in workspace.records() if record.last]
+    assert [(r.setting.task, r.examples, "seconds" in r.more) for r in ended] == [
+        ("train.jsonl", 20, True), ("glue/sst2", 7, False)
+    ] * 2  # fmt: skip
+    found = json.loads(call("compare", tmp_path / "s", "--against", "random", "--json").stdout)["standings"]
+    rows = {s["task"]: s["difference"]["mcnemar"]["1"]["rows"] for s in found if s["difference"]}
+    assert rows == {"train.jsonl": 20, "glue/sst2": 7}
+    (board,) = content(gather(tmp_path / "s")).boards
+    for _, result in board.of("glue/sst2"):
+        assert "seconds" not in result.costs
+        assert [len(line) for line in result.lines["metric"]] == [1]  # evaluations on the way are of the other task
+    assert "seconds" in board.of("train.jsonl")[0][1].costs
+    assert "0 s" not in call("report", tmp_path / "s", "--format", "md", "--out", "-").stdout
+    assert "about" in call("study", "plan", tmp_path / "s", "--out", tmp_path / "s").stdout
+
+
+@pytest.mark.parametrize(
+    "measured, kind, why",
+    [("glue/rte", "TaskError", "has no validation"), ("glue/stsb", "ConfigError", "has another head")],
+)
+def test_a_task_that_cannot_be_measured_is_told_before_training_and_once(
+    tiny, tmp_path, monkeypatch, measured, kind, why
+):
+    sentiment(tmp_path / "data", monkeypatch)
+    told = grid(tiny, tmp_path, methods=["pafi"], seeds=[1], tasks=["glue/sst2"], measure=[measured])
+    workspace, engine = begin(tmp_path / "s", of_mapping(told, "grid")), Counting(1)
+    assert run_study(workspace, engine).failed == len(engine.starts) == 1
+    (failure,) = workspace.failures()
+    assert failure.kind == kind
+    assert why in failure.why
+    assert not list(workspace.folder(failure.cell).glob("*.safetensors"))
+
+
 def test_a_process_that_dies_is_tried_again(tiny, tmp_path):
     asked = of_mapping(grid(tiny, tmp_path, methods=["pafi"], seeds=[1]), "grid")
     workspace = begin(tmp_path / "s", asked)
@@ -203,6 +252,29 @@ def test_a_method_that_is_renamed_keeps_its_runs_in_one_row(asked, tmp_path):
     run_study(begin(tmp_path / "s", asked), Pretending(1))
     named = begin(tmp_path / "s", dataclasses.replace(asked, methods=({"method": "id3", "name": "ours"},)))
     assert [record.setting.method for record in named.records()] == ["ours"] * 4
+
+
+def test_a_task_that_is_renamed_keeps_its_runs_in_one_column(asked, tmp_path):
+    """Also in the report; and what was measured beside it keeps its own name."""
+    plain = dataclasses.replace(asked, search=None, measure=("glue/rte",))
+
+    class Measuring(Pretending):
+        def start(self, folder: Path) -> None:
+            super().start(folder)
+            told = json.loads((folder / DONE).read_text())
+            (record,) = told["records"]
+            told["records"].append({**record, "setting": {**record["setting"], "task": "glue/rte"}})
+            (folder / DONE).write_text(json.dumps(told))
+
+    run_study(begin(tmp_path / "s", dataclasses.replace(plain, seeds=(1,))), Measuring(1))
+    (task,) = plain.tasks
+    named = dataclasses.replace(plain, tasks=({**task, "name": "questions"},))
+    run_study(begin(tmp_path / "s", named), Measuring(1))
+    told = [(record.setting.task, record.seed) for record in Workspace(tmp_path / "s").records()]
+    assert told == [("questions", 1), ("glue/rte", 1), ("questions", 2), ("glue/rte", 2)]
+    (board,) = content(gather(tmp_path / "s")).boards
+    assert board.tasks == ("questions", "glue/rte")
+    assert [len(result.runs) for task in board.tasks for _, result in board.of(task)] == [2, 2]
 
 
 def test_a_stop_leaves_checkpoints_that_the_next_run_goes_on_from(tiny, tmp_path):

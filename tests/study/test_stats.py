@@ -151,9 +151,9 @@ def test_the_bootstrap_over_items_sees_their_spread_and_is_the_same_for_a_seed()
     seeds, items = rng.normal(0, 0.1, (8, 1)), rng.normal(0, 1.0, (1, 400))
     table = 0.2 + seeds + items
     both, alone = intervals.bootstrap(table), intervals.bootstrap(table.mean(1))
-    expected = np.sqrt(seeds.var() / 8 + items.var() / 400)
+    expected = np.sqrt(seeds.var(ddof=1) / 8 + items.var() / 400)
     assert both.error == pytest.approx(expected, rel=0.05)
-    assert alone.error == pytest.approx(seeds.std() / np.sqrt(8), rel=0.05)
+    assert alone.error == pytest.approx(seeds.std(ddof=1) / np.sqrt(8), rel=0.05)
     assert both == intervals.bootstrap(table)
     assert intervals.bootstrap(table, seed=1) != both
     assert intervals.bootstrap([0.25] * 6).high == 0.25
@@ -161,6 +161,19 @@ def test_the_bootstrap_over_items_sees_their_spread_and_is_the_same_for_a_seed()
     assert intervals.bootstrap(normal, draws=100_000).high == pytest.approx(intervals.student(normal).high, rel=0.02)
     wide = intervals.bootstrap(rng.normal(size=(4, 60_000)), draws=100)  # in blocks: 100 draws do not fit one
     assert wide.low < wide.high
+
+
+def test_few_seeds_widen_their_own_part_of_the_bootstrap_and_not_that_of_the_items():
+    rng = np.random.default_rng(3)
+    items = rng.normal(0, 1, (1, 400))
+    same = intervals.bootstrap(np.repeat(items, 3, axis=0))  # three seeds that agree
+    assert same.high - same.low == pytest.approx(2 * 1.96 * items.std() / 20, rel=0.1)
+    table = np.array([[0.175], [0.35], [0.4]]) + rng.normal(0, 0.3, (1, 40))
+    few, many = (intervals.bootstrap(table, draws=draws) for draws in (2_000, 50_000))
+    width = many.high - many.low
+    assert (few.low, few.high) == pytest.approx((many.low, many.high), abs=0.05 * width)
+    student = intervals.student(table.mean(1))
+    assert student.high - student.low == pytest.approx(width, rel=0.25)
 
 
 @pytest.mark.parametrize("seed", TABLES)

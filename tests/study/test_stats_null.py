@@ -78,6 +78,17 @@ def test_one_false_finding_among_five_methods_is_as_rare_as_alpha():
     assert plain / STUDIES > 2 * ALPHA
 
 
+@pytest.mark.parametrize("seeds, rows, each", [(0.03, 0.0, 0.2), (0.02, 0.2, 0.2), (0.0, 0.5, 0.1)])
+def test_three_seeds_are_enough_for_an_interval_over_seeds_and_items(seeds, rows, each):
+    """Whichever of the two spreads more. It may miss less often than it says, but not never."""
+    rng, missed = np.random.default_rng(7), 0
+    for _ in range(STUDIES):
+        table = rng.normal(0, seeds, (3, 1)) + rng.normal(0, rows, (1, 200)) + rng.normal(0, each, (3, 200))
+        found = intervals.bootstrap(table, draws=500)
+        missed += not found.low <= 0 <= found.high
+    assert 0.005 < missed / STUDIES <= MOST
+
+
 @pytest.mark.parametrize("way", ("student", "welch", "seeds", "seeds and items"))
 def test_intervals_miss_nothing_as_rarely_as_they_say(way):
     rng = np.random.default_rng(5)

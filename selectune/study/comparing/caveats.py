@@ -7,11 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from selectune.files.reading import some
 from selectune.study.comparing.counted import Runs, label, run_name
 from selectune.study.comparing.standing import Standing
-from selectune.study.records import Record, Setting
+from selectune.study.records import Items, Record, Setting
 
 OPTIMISTIC = (
     "The score of a run is the best of its evaluations, chosen on the rows that it is reported on. It is too good; the "
     "last score (--rule last) is not chosen."
+)
+FEW_SEEDS = (
+    "Fewer than 6 seeds say little of how seeds differ. The interval over seeds and rows widens their part by "
+    "Student's t, which is right where their differences are about normal."
 )
 NOT_INDEPENDENT = (
     "Each run is paired with each run, so the pairs are not independent: n counts pairs, and Wilcoxon's p is far too "
@@ -116,6 +120,23 @@ def selected(chosen: Mapping[str, str]) -> str:
     )
 
 
+def no_rows(runs: Iterable[Runs], items: Mapping[str, Items]) -> list[str]:
+    """Tasks that runs were measured on beside their own, and of whose rows nothing was kept."""
+    lacking = [
+        of.setting.task
+        for of in runs
+        if of.elsewhere and any(of.setting.task not in items[c].measured for c in of.cells.values() if c in items)
+    ]
+    return (
+        [
+            f"Runs of an earlier version were measured on {some(list(dict.fromkeys(lacking)), ', ', 12)} without "
+            "keeping what they said of each row, so the tests over rows are left out there."
+        ]
+        if lacking
+        else []
+    )
+
+
 def few_seeds(standings: Sequence[Standing]) -> list[str]:
     few = any(s.difference and s.difference.over_items and s.difference.over_items.freedom < 5 for s in standings)
-    return ["A bootstrap over fewer than 6 seeds is too narrow: it never leaves the range of the runs."] if few else []
+    return [FEW_SEEDS] if few else []

@@ -101,7 +101,7 @@ class Contrast:
         """With what the scores of single rows say, where both runs of a seed have them."""
         rows: dict[int, list[NDArray[np.float64]]] = {}
         for seed in (seed for seed in ours.scores if seed in theirs.scores):
-            told = [(self.items or {}).get(runs.cells[seed]) for runs in (ours, theirs)]
+            told = [items_of(runs, seed, self.items or {}) for runs in (ours, theirs)]
             scores = [np.asarray(items.scores, float) for items in told if items and items.scores is not None]
             if len(scores) == 2:
                 rows[seed] = scores
@@ -117,6 +117,12 @@ class Contrast:
         binary = np.isin(list(rows.values()), (0.0, 1.0)).all()
         by_seed = {seed: mcnemar(*pair) for seed, pair in rows.items()} if binary else {}
         return dataclasses.replace(found, over_items=over, mcnemar=by_seed)
+
+
+def items_of(runs: Runs, seed: int, items: Mapping[str, Items]) -> Items | None:
+    """What a run said of each row of the task that its score is of; None where that was not kept."""
+    found = items.get(runs.cells[seed])
+    return found.measured.get(runs.setting.task) if found and runs.elsewhere else found
 
 
 def _sign(blocks: Blocks) -> int:

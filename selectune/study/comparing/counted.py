@@ -12,13 +12,17 @@ from selectune.study.records import Record, Setting, of_runs
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of one setting: their `scores` and their cells, by seed, in the order of seeds."""
+    """The runs of one setting: their `scores` and their cells, by seed, in the order of seeds.
+
+    `elsewhere`: the runs have another task, and were only measured on this one.
+    """
 
     setting: Setting
     metric: str
     lowest: bool
     scores: Mapping[int, float]
     cells: Mapping[int, str]
+    elsewhere: bool = False
 
 
 def label(setting: Setting) -> str:
@@ -62,6 +66,9 @@ def counted(records: Sequence[Record], rule: str) -> dict[Setting, Runs]:
                 "in settings that a table does not show, such as the number of epochs. Compare them apart."
             )
     of_seed = {(record.setting, record.seed): record.cell for record in last}
+    own: dict[str, str] = {}
+    for record in last:  # the results of a cell begin with its own task
+        own.setdefault(record.cell, record.setting.task)
     return {
         setting: Runs(
             setting,
@@ -69,6 +76,7 @@ def counted(records: Sequence[Record], rule: str) -> dict[Setting, Runs]:
             told[setting.task].lowest,
             dict(sorted(scores.items())),
             {seed: of_seed[setting, seed] for seed in sorted(scores)},
+            any(own[of_seed[setting, seed]] != setting.task for seed in scores),
         )
         for setting, scores in of_runs(main, rule).items()
     }

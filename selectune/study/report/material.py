@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selectune.errors import StudyError
+from selectune.errors import SelectuneError, StudyError
 from selectune.files.reading import read_json
 from selectune.study.records import RESULTS, Record, Setting, read_results
+from selectune.study.workspace import Workspace, named_now
 
 STUDY = "study.json"
 RUN = "run.json"
@@ -72,7 +74,7 @@ def number(told: Mapping[str, Any], name: str) -> float | None:
 def _study(folder: Path) -> Material:
     told = read_json(folder / STUDY, error=StudyError) if (folder / STUDY).exists() else {}
     told = told if isinstance(told, Mapping) else {}
-    read = [_checked(record, folder / RESULTS) for record in read_results(folder / RESULTS)]
+    read = [_checked(record, folder / RESULTS) for record in _named(folder, read_results(folder / RESULTS))]
     notes = [*_cut(folder / RESULTS)]
     records = tuple(record for record in read if record.phase == "main")
     done = {record.cell for record in read if record.last}
@@ -96,6 +98,13 @@ def _study(folder: Path) -> Material:
         folder, str(told.get("name") or folder.resolve().name), str(told.get("question") or ""), False, records,
         tuple(record for record in read if record.phase != "main"), logs, tuple(notes),
     )  # fmt: skip
+
+
+def _named(folder: Path, records: list[Record]) -> list[Record]:
+    """The records with the names that the study's grid gives them now; as they are where there is no grid to read."""
+    with contextlib.suppress(SelectuneError):
+        return named_now(records, Workspace(folder).cells(records))
+    return records
 
 
 def _cells(count: int) -> str:

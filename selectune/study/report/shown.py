@@ -168,9 +168,9 @@ def _board(
     ended = [record for record in records if record.last]
     metrics = {r.setting.task: (r.metric, r.lowest) for r in ended}
     runs: dict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
-    way: dict[str, list[Record]] = defaultdict(list)
+    way: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
-        way[record.cell].append(record)
+        way[record.cell, record.setting.task].append(record)
         if record.last:
             runs[labels[record.setting], record.setting.task][record.seed] = record
     names = list(dict.fromkeys(label for label, _ in runs))
@@ -206,19 +206,22 @@ def _result(
     task: str,
     runs: Mapping[int, Record],
     apart: Mapping[Setting, Estimate],
-    way: Mapping[str, Sequence[Record]],
+    way: Mapping[tuple[str, str], Sequence[Record]],
     about: str,
 ) -> Result:
     ended = [runs[seed] for seed in sorted(runs)]
-    costs = {name: _mean(number(r.more, name) for r in ended) for name in COSTS}
+    # a time of 0 stands in older results of another task that a run was measured on
+    costs = {name: _mean(number(r.more, name) or None for r in ended) for name in COSTS}
     lost = [value for r in ended if (value := number(r.more, "forgetting")) is not None]
     logs = [material.logs.get(r.cell, ()) for r in ended]
     lines = {
-        "metric": [[(r.step, r.value) for r in sorted(way[e.cell], key=lambda r: (r.step, r.last))] for e in ended],
+        "metric": [
+            [(r.step, r.value) for r in sorted(way[e.cell, task], key=lambda r: (r.step, r.last))] for e in ended
+        ],
         "loss": [[(e["step"], e["loss"]) for e in log if "loss" in e] for log in logs],
         "selected": [
             [(e["step"], e["selected"]) for e in log if "selected" in e and "loss" in e]
-            or [(r.step, r.selected) for r in way[end.cell]]
+            or [(r.step, r.selected) for r in way[end.cell, task]]
             for log, end in zip(logs, ended, strict=True)
         ],
     }

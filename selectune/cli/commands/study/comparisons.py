@@ -182,7 +182,7 @@ def _read(studies: Sequence[str]) -> tuple[list[Record], dict[str, Items]]:
         for cell in dict.fromkeys(record.cell for record in new if record.last and record.phase == "main"):
             for file in path.parent.glob(f"*/{cell}/{ITEMS}"):
                 try:
-                    items[cell] = Items(**read_json(file, limit=2**28, error=StudyError))
+                    items[cell] = Items.of_json(read_json(file, limit=2**28, error=StudyError))
                 except TypeError as why:
                     raise StudyError(f"{file} does not hold the scores of rows: {why}.") from why
     return records, items
