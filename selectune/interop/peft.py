@@ -119,8 +119,8 @@ class SelectuneModel(BaseTuner):
         """Applies a loaded delta; refuses another base."""
         if self.tuner is not None:
             raise ConfigError(
-                "What peft loads is a delta and no state of a run, so it cannot be trained on. To resume under a Trainer, "
-                "attach with selectune.attach in place of peft_config=; in a loop of your own, continue by "
+                "What peft loads is a delta and no state of a run, so it cannot be trained on. To resume under a "
+                "Trainer, attach with selectune.attach in place of peft_config=; in a loop of your own, continue by "
                 "tuner.load_state_dict. To use the delta, load the folder for inference (is_trainable=False)."
             )
         delta.apply(self.model)
