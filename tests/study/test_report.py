@@ -105,6 +105,7 @@ def test_search_runs_are_counted_apart(folder, made):
     shown = content(gather(folder))
     assert [line.results["trec"].score.runs for line in shown.boards[0].lines] == [3, 3, 3]
     assert any("searched with 2 trial runs" in note for note in shown.notes)
+    assert not any("not finished" in note for note in shown.notes)  # their folders are not needed
 
 
 def test_a_study_without_a_finished_run_and_a_folder_of_something_else(folder, tmp_path):

@@ -84,8 +84,8 @@ def _study(folder: Path) -> Material:
             f"{folder} has no finished run that counts yet: {len(begun - done):,} cells have begun and {len(done):,} "
             "trial rates are done. Go on with it (`selectune study run`), and ask for the report then."
         )
-    if open_ := len(begun | {record.cell for record in records}) - len(begun & done | done):
-        notes.append(f"{_cells(open_)} not finished; only finished ones count here.")
+    if open_ := (begun | {record.cell for record in records}) - done:
+        notes.append(f"{_cells(len(open_))} not finished; only finished ones count here.")
     logs: dict[str, Sequence[Mapping[str, Any]]] = {}
     for record in records:
         path = folder / CELLS / record.cell / RUN
