@@ -10,12 +10,12 @@ import resource
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from selectune.internals import TorchDispatchMode, tree_iter
 from selectune.ops.bounds import Factors
@@ -72,12 +72,16 @@ class Memory:
 
 
 class Storages(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live."""
+    """Counts the bytes of all storages that operations make, while they live.
 
-    def __init__(self, known: set[int]) -> None:
+    `known`: storages that are there already, by address. They are kept alive, because a new storage that took the
+    address of a freed one would go uncounted.
+    """
+
+    def __init__(self, known: Mapping[int, UntypedStorage]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen = known  # addresses of storages that are there already, and of those alive
+        self._known, self._seen = dict(known), set(known)  # addresses of what is alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

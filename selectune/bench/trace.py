@@ -200,9 +200,10 @@ def size(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def known(model: nn.Module, batch: dict[str, Tensor]) -> set[int]:
-    """The addresses of what lies in memory before a step, for `Storages`."""
-    return {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *batch.values())}
+def known(model: nn.Module, batch: dict[str, Tensor]) -> dict[int, torch.UntypedStorage]:
+    """What lies in memory before a step, by address, for `Storages`."""
+    found = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *batch.values())]
+    return {storage._cdata: storage for storage in found}
 
 
 class _Base(BaseCopy):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
+import importlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,8 +44,7 @@ class BlockLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         where = input.device.type
-        cast = torch.is_autocast_enabled(where)
-        x = input.to(torch.get_autocast_dtype(where)) if cast else input
+        x = input.to(torch.get_autocast_dtype(where)) if torch.is_autocast_enabled(where) else input
         with torch.autocast(where, enabled=False):
             return _Product.apply(x, None if self.bias is None else self.bias.to(x.dtype), self)  # type: ignore[no-any-return]
 
@@ -214,9 +213,12 @@ def _by_torch() -> Any:
 
 def library() -> Any:
     """The package gguf. Raises ModelError if it is not installed."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError("A GGUF file is read by the package gguf, which is not installed: pip install gguf.")
-    return importlib.import_module("gguf")
+    try:
+        return importlib.import_module("gguf")  # once loaded, a look into a table: scores ask at every weight
+    except ImportError as error:
+        raise ModelError(
+            "A GGUF file is read by the package gguf, which is not installed: pip install gguf."
+        ) from error
 
 
 def _blocks(module: nn.Module, parameter: nn.Parameter) -> Stored | None:

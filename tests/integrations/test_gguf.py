@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(int_view(a), int_view(b))
 
 
-def close(a: Tensor, b: Tensor) -> None:
+def assert_close(a: Tensor, b: Tensor) -> None:
     """Equal but for the order of sums, relative to the largest entry."""
     torch.testing.assert_close(a, b, rtol=0, atol=torch.finfo(a.dtype).eps * 64 * float(b.detach().abs().max()))
 
@@ -84,15 +85,15 @@ def test_layers_give_what_the_dequantised_model_gives(tmp_path, name):
     assert model.out.weight is model.table.weight
     assert type(model.fresh) is nn.Linear
     ids = torch.tensor([[1, 3, 39], [0, 7, 7]])
-    close(model(ids), plain(ids))
+    assert_close(model(ids), plain(ids))
     assert same(model.table(ids), plain.table(ids))
     ours, theirs = (torch.randn(4, BLOCK, generator=torch.Generator().manual_seed(2)).requires_grad_() for _ in "ab")
     model.inner(ours).square().sum().backward()
     plain.inner(theirs).square().sum().backward()
     model.inner(ours[None]).add_(1).sum().backward()  # as adapters change outputs in place
     plain.inner(theirs[None]).add_(1).sum().backward()
-    close(ours.grad, theirs.grad)
-    close(model.inner.bias.grad, plain.inner.bias.grad)
+    assert_close(ours.grad, theirs.grad)
+    assert_close(model.inner.bias.grad, plain.inner.bias.grad)
     for weight, layer in zip(quantised_weights(model).values(), (plain.table, plain.inner), strict=True):
         assert same(weight.dequantise(), layer.weight.detach())
         assert weight.stored.kind == f"gguf.{name}"
@@ -117,24 +118,24 @@ def test_wide_layers_are_read_some_rows_at_a_time(tmp_path, monkeypatch):
     ours, theirs = (torch.randn(4, 5, BLOCK, generator=torch.Generator().manual_seed(2)).requires_grad_() for _ in "ab")
     for layer in ("inner", "out"):
         got, wanted = getattr(model, layer)(ours), getattr(plain, layer)(theirs)
-        close(got, wanted)
+        assert_close(got, wanted)
         got.sum().backward()
         wanted.sum().backward()
-        close(ours.grad, theirs.grad)
+        assert_close(ours.grad, theirs.grad)
 
 
 def test_a_model_in_half_precision_and_under_autocast(tmp_path):
     model, file = pair(tmp_path, "Q4_1", torch.bfloat16)
     plain, ids = copy.deepcopy(model), torch.tensor([[1, 5, 9]])
     assert keep_blocks(model, file) == 2
-    close(model(ids), plain(ids))
+    assert_close(model(ids), plain(ids))
     model, file = pair(tmp_path, "Q4_1")
     plain = copy.deepcopy(model)
     keep_blocks(model, file)
     with torch.autocast("cpu", torch.bfloat16):
-        close(model(ids), plain(ids))
+        assert_close(model(ids), plain(ids))
         model(ids).sum().backward()
-    close(model.to(torch.bfloat16)(ids), plain.to(torch.bfloat16)(ids))  # the blocks stay as they are
+    assert_close(model.to(torch.bfloat16)(ids), plain.to(torch.bfloat16)(ids))  # the blocks stay as they are
     assert model.table.weight.dtype == torch.uint8
 
 
@@ -150,7 +151,7 @@ def test_copies_and_saved_states_keep_the_blocks(tmp_path):
     keep_blocks(again, file)
     again.load_state_dict(model.state_dict())
     for other in (twin, read, again):
-        close(other(ids), wanted)
+        assert_close(other(ids), wanted)
         assert [q.digest() for q in quantised_weights(other).values()] == [
             q.digest() for q in quantised_weights(model).values()
         ]
@@ -177,6 +178,6 @@ def test_what_is_refused(tmp_path, monkeypatch):
     assert (type(model.table), type(model.inner)) == (nn.Embedding, nn.Linear)
     with pytest.raises(ConfigError, match="this model comes from none"):
         quantise(model, "gguf")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ModelError, match="pip install gguf"):
         keep_blocks(model, file)
