@@ -107,6 +107,8 @@ def resolve(name: str, revision: str | None = None) -> Origin:
         raise ModelError(
             f"{name} is a file. A model is a folder with config.json and weights, a .gguf file, a hub id, or {NAMES}."
         )
+    if name.lower().endswith(".gguf"):
+        raise ModelError(f"The model file '{name}' does not exist.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
         raise ModelError(
             f"The model folder '{name}' does not exist. A model is a folder, a .gguf file, a hub id, or {NAMES}."
@@ -277,6 +279,8 @@ def _why(place: Origin, error: BaseException) -> str:
             f"The model '{place.id}' brings its own Python code, which does not run unasked. Read it, then pass "
             "--trust-remote-code if you trust it."
         )
+    if place.file is not None:
+        return f"The model file {place.file} cannot be loaded; it is cut, damaged or of an unknown kind: {first}"
     if place.local:
         return f"The model in {place.location} cannot be loaded: {first}{_pickled(Path(place.location))}"
     return (

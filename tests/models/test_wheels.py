@@ -159,6 +159,11 @@ def test_a_run_beside_the_blocks_of_its_file(tmp_path):
         load_model("demo", CAUSAL, 0, quantised="gguf")
     with pytest.raises(ModelError, match="has no revisions"):
         resolve(str(file), "main")
+    with pytest.raises(ModelError, match=r"The model file 'missing\.gguf' does not exist"):
+        resolve("missing.gguf")
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ModelError, match=r"The model file .*tiny\.gguf cannot be loaded; it is cut, damaged"):
+        load_model(str(file), CAUSAL, 0)
 
 
 @needs_gguf
