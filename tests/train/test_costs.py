@@ -83,7 +83,7 @@ def peak(method, depth: int) -> int:
     model = stack(depth)
     tuner = st.attach(model, method)
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
-    storages = Storages({p.untyped_storage()._cdata for p in model.parameters()})
+    storages = Storages({p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()})
     for step in range(3):
         loss = model(torch.randn(8, WIDTH)).square().mean()
         if step < 2:
