@@ -57,6 +57,9 @@ Words = Annotated[
 Shots = Annotated[
     int | None, option("With --pattern: so many training rows and their words stand before every row.", "--shots")
 ]
+EvalSize = Annotated[
+    int | None, option("Measure on at most so many rows, the same for every method and seed.", "--eval-size", min=1)
+]
 KindOption = Annotated[
     str | None,
     option(

@@ -19,7 +19,7 @@ MAX_RUN = 1 << 26
 _SETTINGS = (
     "revision", "task", "pattern", "shots", "method", "on", "budget", "lr", "optimizer", "epochs", "max_steps",
     "batch_size", "accumulation", "max_length", "seed", "warmup", "schedule", "weight_decay", "max_grad_norm",
-    "hold_out", "train_size", "train_size_seed", "dtype", "quantise",
+    "hold_out", "eval_size", "train_size", "train_size_seed", "dtype", "quantise",
 )  # fmt: skip
 _LISTS = ("words", "include", "exclude", "train_fully")
 _FLAGS = ("group_by_length", "trust_remote_code")

@@ -160,18 +160,20 @@ def evaluate_delta(
     max_length: int | None = None,
     seed: int = 6,
     retain: str | None = None,
+    eval_size: int | None = None,
 ) -> Evaluation:
     """The metric of a delta on a task: its base is loaded, its head drawn again, and the delta applied.
 
     Without a path the base itself is measured, with a head drawn from `seed`. The batches are those of training, so
-    the value is that of the run to the last bit, on the same machine and versions. `retain`: a text on which the
+    the value is that of the run to the last bit, on the same machine and versions. `eval_size`: as the run's, the
+    rows are drawn alike. `retain`: a text on which the
     delta's model is compared with the base (`text_of`). Raises ConfigError if there is no delta to compare.
     """
     if retain is not None and path is None:
         raise ConfigError(f"retain={retain} compares a delta's model with the base, and there is no delta.")
     delta = None if path is None else st.load(path)  # before the data, so that a wrong path fails at once
     with plugins.blame(plugins.source_of(plugins.TASKS, task.name)):
-        split = tasks.load(task, "validation", data)
+        split = tasks.some_rows(task, tasks.load(task, "validation", data), eval_size)
     text = None if retain is None else text_of(retain, data)
     measured: list[tuple[HeldOut, float]] = []
 

@@ -56,11 +56,12 @@ class RunConfig:
     In place of a task, `train` names a file of rows (or a data set of the hub), `text` its columns of text, `label`
     that of the label, and `validation` another file; see `selectune.tasks.OwnRows`. `hold_out`: measure on that share
     of the training rows instead, as a search for a learning rate should. `train_size`: only so many of the training
-    rows, the same for every method and `seed`; see `selectune.tasks.first_rows`. `pattern`, `words`: a task of classes
-    as a cloze, which a language model answers with its own head; see `selectune.tasks.Cloze`. `shots`: so
-    many training rows with their words stand before every row of a cloze. `soft_labels`: a file of rows to learn from
-    in place of the training rows, by the probability of each class; see `selectune.tasks.read_soft`. `optimizer`:
-    adamw, adamw-entry (each entry counts its own steps) or sm3; None: the method's.
+    rows, the same for every method and `seed`; see `selectune.tasks.first_rows`. `eval_size`: measure on at most so
+    many rows, which are the same too. `pattern`, `words`: a task of classes as a cloze, which a language model answers
+    with its own head; see `selectune.tasks.Cloze`. `shots`: so many training rows with their words stand before every
+    row of a cloze. `soft_labels`: a file of rows to learn from in place of the training rows, by the probability of
+    each class; see `selectune.tasks.read_soft`. `optimizer`: adamw, adamw-entry (each entry counts its own steps) or
+    sm3; None: the method's.
 
     `quantise`: `int8` or `nf4`: the base's linear layers are quantised after loading; `gguf`: the blocks of the file
     that the model is loaded from are kept. They stay so, to the bit, and the offsets lie beside them; see
@@ -120,12 +121,13 @@ class RunConfig:
     optimizer: str | None = None
     shots: int | None = None
     soft_labels: str | None = None
+    eval_size: int | None = None
 
     def __post_init__(self) -> None:
         plugins.add_files(self.plugin)
         plugins.want_method(self.recipe)
         _check_rows(self)
-        counts = ("max_steps", "max_length", "eval_every", "save_every", "keep", "train_size", "shots")
+        counts = ("max_steps", "max_length", "eval_every", "save_every", "keep", "train_size", "eval_size", "shots")
         for name in ("batch_size", "accumulation", *counts):
             _count(name, getattr(self, name), optional=name not in ("batch_size", "accumulation"))
         for name in ("lr", "epochs", "weight_decay", "warmup", "max_grad_norm"):

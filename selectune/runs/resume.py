@@ -35,7 +35,7 @@ MAX_RUN = 1 << 26
 # No bit depends on these; `plugins` has what a plug-in's file holds, wherever it lies.
 _FREE = (
     "out", "data", "train", "validation", "eval_every", "save_every", "keep", "full_checkpoints", "report_to", "retain",
-    "plugin", "soft_labels",
+    "plugin", "soft_labels", "eval_size",
 )  # fmt: skip
 
 _LATER = (

@@ -107,6 +107,7 @@ class _Run:
             splits["train"] = tasks.read_soft(self.task, config.soft_labels)
         self.learned_from = splits["train"].digest
         self.measured_on = splits["validation"].digest
+        splits["validation"] = tasks.some_rows(self.task, splits["validation"], config.eval_size)
         self.origins = {name: f"{split.origin} ({len(split):,} rows)" for name, split in splits.items()}
         text = None if config.retain is None else text_of(config.retain, config.data)
         self.held_out: HeldOut | None = None

@@ -148,7 +148,12 @@ def _elsewhere(cell: Cell, found: RunResult) -> list[tuple[Task, Evaluation]]:
     source = Source(config.model, config.revision, config.dtype, config.trust_remote_code)
     there = [in_form(plugins.task(name), load(found.delta)) for name in cell.measure]
     return [
-        (task, evaluate_delta(source, found.delta, task, config.data, config.max_length, config.seed, None))
+        (
+            task,
+            evaluate_delta(
+                source, found.delta, task, config.data, config.max_length, config.seed, None, config.eval_size
+            ),
+        )
         for task in there
     ]
 

@@ -36,7 +36,7 @@ from selectune.tasks.labels import FORMS
 from selectune.tasks.own import OWN, OwnRows, bare_task, unlabelled
 from selectune.tasks.soft import read_soft, soft_labels, surest, with_soft_labels, write_soft
 from selectune.tasks.sources import read_rows
-from selectune.tasks.splits import DATA, Split, first_rows, load, splits_of
+from selectune.tasks.splits import DATA, Split, first_rows, load, some_rows, splits_of
 from selectune.tasks.tables.commonsense import COMMONSENSE
 from selectune.tasks.tables.data_to_text import DATA_TO_TEXT
 from selectune.tasks.tables.glue import GLUE
@@ -75,7 +75,7 @@ def get(name: str) -> Task:
 
 
 __all__ = [
-    "TASKS", "get", "load", "splits_of", "first_rows", "DATA", "Split", "FORMS", "OWN", "OwnRows", "KINDS",
+    "TASKS", "get", "load", "splits_of", "first_rows", "some_rows", "DATA", "Split", "FORMS", "OWN", "OwnRows", "KINDS",
     "bare_task", "unlabelled", "read_rows", "read_soft", "write_soft", "with_soft_labels", "soft_labels", "surest",
     "Task", "TaskKind", "Head", "Hub", "Example", "Features", "ANSWER",
     "Classification", "Multilabel", "Regression", "Tagging", "Completion", "CompletionLoss", "Seq2Seq", "Choice",

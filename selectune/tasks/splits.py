@@ -95,6 +95,11 @@ def first_rows(task: Task, split: Split, size: int, seed: int = 0) -> Split:
     return _part(split, chosen, f"{size:,} of {len(split):,} rows")
 
 
+def some_rows(task: Task, split: Split, size: int | None) -> Split:
+    """At most `size` rows to measure on, the same for every method and seed; None: all. See `first_rows`."""
+    return split if size is None or size >= len(split) else first_rows(task, split, size)
+
+
 def splits_of(task: Task, data: str | os.PathLike[str] | None, hold_out: float | None) -> dict[str, Split]:
     """The splits of a task by name. `hold_out`: validate on that share of the training rows instead."""
     if hold_out is None:

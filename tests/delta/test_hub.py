@@ -267,6 +267,7 @@ def test_the_command_in_the_card_is_that_of_the_run(tmp_path: Path):
     whole = RunConfig(
         model="demo", task="glue/rte", budget=500, seed=0, max_grad_norm=0.0, pattern="{} {} is", words=("yes", "no"),
         shots=2, optimizer="sm3", quantise="nf4", train_size=50, hold_out=0.1, group_by_length=True, revision="v1",
+        eval_size=9,
     )  # fmt: skip
     (tmp_path / "run.json").write_text(json.dumps({**told, "config": whole.as_json()}))
     words = shlex.split(run_of(tmp_path)[1][0])

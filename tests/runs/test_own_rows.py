@@ -89,6 +89,22 @@ def test_a_held_out_share_and_few_rows(config, tiny):
     assert evaluate_delta(Source(str(tiny)), found.delta, task_on(None, found.delta, NONE)) == found.evaluation
 
 
+def test_few_rows_are_measured_on_and_they_are_the_same_everywhere(config, tiny):
+    few = dataclasses.replace(config, validation=None, hold_out=0.25, eval_size=4, save_every=2)
+    found = run(few)
+    assert found.evaluation.examples == 4
+    assert found.origins["validation"].endswith("a held-out share of 0.25), 4 of 10 rows (4 rows)")
+    task = task_on(None, found.delta, NONE)  # of a delta that records the digest of all ten
+    assert evaluate_delta(Source(str(tiny)), found.delta, task, eval_size=4) == found.evaluation
+    assert evaluate_delta(Source(str(tiny)), found.delta, task).examples == 10
+    another = run(dataclasses.replace(few, seed=9, method="random", out=f"{few.out}-9"))
+    assert another.evaluation.answers == found.evaluation.answers
+    first = found.delta.read_bytes()
+    more = run(dataclasses.replace(few, eval_size=100), resume=f"{few.out}/checkpoint-2", overwrite=True)
+    assert more.evaluation.examples == 10  # there are no more
+    assert more.delta.read_bytes() == first
+
+
 def test_a_delta_of_a_budget_on_the_way_is_measured_on_the_rows_of_its_run(config, tiny, files, monkeypatch):
     found = run(dataclasses.replace(config, validation=None, hold_out=0.25, budget=60, checkpoint_budgets=(20,)))
     way = found.delta.parent / "budget-20"
@@ -147,6 +163,7 @@ BAD = [
     ({"kind": "regresion"}, "Did you mean regression"),
     ({"data": "here"}, "a folder of published tasks"),
     ({"train_size": 0}, "train_size=0"),
+    ({"eval_size": 0}, "eval_size=0"),
     ({"train_size_seed": -1}, "train_size_seed=-1"),
 ]
 

@@ -15,6 +15,7 @@ from selectune.cli.options import (
     ROWS,
     Data,
     Dtype,
+    EvalSize,
     Json,
     KindOption,
     Label,
@@ -149,6 +150,7 @@ def train(
         int | None, option("Learn from so many rows only, the same for every method and seed.", panel=LOOP)
     ] = None,
     train_size_seed: Annotated[int, typer.Option(help="Seed of these rows.", rich_help_panel=LOOP)] = 0,
+    eval_size: EvalSize = None,
     checkpoint_budgets: Annotated[
         list[str] | None,
         option("Save and measure a delta as so many scalars are selected: 40k,80k.", panel=FILES),
@@ -305,6 +307,7 @@ def evaluate(
     pattern: Pattern = None,
     words: Words = None,
     shots: Shots = None,
+    eval_size: EvalSize = None,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -324,7 +327,7 @@ def evaluate(
             if delta is not None:
                 raise ConfigError("--shots is for a base; a delta records the examples that it was trained with.")
             asked = with_shots(asked, first_rows(asked, load(asked, "train", data), shots).examples)
-        found = evaluate_delta(source, delta, asked, data, max_length, seed, retain)
+        found = evaluate_delta(source, delta, asked, data, max_length, seed, retain, eval_size)
     told = f"{found.task}: {found.metric} {found.value:.4f} on {found.examples:,} examples"
     result(as_json, found.as_json(), told + _retained(found))
 
