@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from selectune.models.evaluate import Evaluation
 from selectune.models.restore import Source, evaluate_delta, in_form
 from selectune.runs.config import RunConfig
 from selectune.runs.folder import run_folder
-from selectune.runs.result import RunResult
+from selectune.runs.result import RunResult, package_versions
 from selectune.runs.stop import Stop
 from selectune.runs.training import run
 from selectune.study.cells import Cell
@@ -51,19 +54,22 @@ def main(folder: Path) -> int:
     _listen(stop)
     try:
         check_measured(cell)
-        found = _trained(cell.config, folder, stop)
-        elsewhere = _elsewhere(cell, found)
+        if cell.untuned:
+            kind, evaluation, elsewhere, records = _as_it_is(cell, told["key"])
+        else:
+            found = _trained(cell.config, folder, stop)
+            kind, evaluation, elsewhere = found.kind, found.evaluation, _elsewhere(cell, found.delta)
+            records = _records(cell, told["key"], found, memory.peak())
     except StoppedError:
         return STOPPED
     except SelectuneError as error:
         why = {"kind": type(error).__name__, "why": str(error)}
         write_durably(folder / ERROR, json.dumps(why).encode())
         return REFUSED
-    items = {**_items(found.kind, found.evaluation), "measured": {}}
+    items = {**_items(kind, evaluation), "measured": {}}
     items["measured"] = {task.name: _items(task.kind.name, there) for task, there in elsewhere}
     write_durably(folder / ITEMS, json.dumps(items).encode())
-    records = _records(cell, told["key"], found, memory.peak())
-    records += [_measured(cell, told["key"], found, *each) for each in elsewhere]
+    records += [_measured(records[-1], *each) for each in elsewhere]
     told = {"records": [record.as_json() for record in records]}
     write_durably(folder / DONE, json.dumps(told, allow_nan=False).encode())
     return 0
@@ -76,9 +82,7 @@ def check_measured(cell: Cell) -> None:
     """
     config = cell.config
     for name in cell.measure:
-        task = plugins.task(name)
-        if config.pattern is not None:
-            task = tasks.as_cloze(task, config.pattern, config.words)
+        task = _named(config)(name)
         trained, there = (
             (of.head.architecture, of.head.num_labels if of.head.labels is None else len(of.head.labels))
             for of in (config.the_task, task)
@@ -133,8 +137,8 @@ def _records(cell: Cell, key: str, found: RunResult, peak: int) -> list[Record]:
         "delta_bytes": found.delta_bytes,
         "run": found.run,
         "kind": found.kind,
-        "threads": int(os.environ.get("OMP_NUM_THREADS", 0)),
-        "versions": dict(found.as_json()["versions"]),
+        "threads": _threads(),
+        "versions": package_versions(),
         **({"others": dict(found.evaluation.others)} if found.evaluation.others else {}),
         **({"forgetting": retention.forgetting} if retention is not None else {}),
     }
@@ -142,30 +146,70 @@ def _records(cell: Cell, key: str, found: RunResult, peak: int) -> list[Record]:
     return [*way, last]
 
 
-def _elsewhere(cell: Cell, found: RunResult) -> list[tuple[Task, Evaluation]]:
+def _as_it_is(cell: Cell, key: str) -> tuple[str, Evaluation, list[tuple[Task, Evaluation]], list[Record]]:
+    """The base on the cell's task and on others: the kind of task, what was measured, and the record."""
+    config, began = cell.config, time.perf_counter()
+    task, *others = (_with_examples(config, each) for each in (config.the_task, *map(_named(config), cell.measure)))
+    evaluation = _evaluated(config, None, task)
+    elsewhere = [(there, _evaluated(config, None, there)) for there in others]
+    record = Record(
+        key, cell.phase, setting_of(cell), 0.0, config.seed, evaluation.metric, task.lower_is_better, 0, 0,
+        evaluation.value, 0, evaluation.examples, last=True,
+        more={
+            "trained": 0, "changed": 0, "seconds": round(time.perf_counter() - began, 3), "kind": task.kind.name,
+            "threads": _threads(), "versions": package_versions(), "command": _command(config),
+            **({"others": dict(evaluation.others)} if evaluation.others else {}),
+        },
+    )  # fmt: skip
+    return task.kind.name, evaluation, elsewhere, [record]
+
+
+def _with_examples(config: RunConfig, task: Task) -> Task:
+    """The task with the examples in context that are asked for, of its own training rows."""
+    if config.shots is None:
+        return task
+    rows = tasks.load(task, "train", config.data)
+    if config.train_size is not None:
+        rows = tasks.first_rows(task, rows, config.train_size, config.train_size_seed)
+    return tasks.with_shots(task, tasks.first_rows(task, rows, config.shots).examples)
+
+
+def _command(config: RunConfig) -> str:
+    """The command that measures a base again, but for the rows that its examples are among."""
+    names = ("model", "task", "validation", "label", "kind", "seed", "revision", "dtype", "max_length", "eval_size")
+    given = [(name, getattr(config, name)) for name in (*names, "pattern", "shots")]
+    given += [("text", text) for text in config.text] + [("words", ",".join(config.words) or None)]
+    words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given if value is not None]
+    return " ".join(["selectune eval", *words, *(["--trust-remote-code"] if config.trust_remote_code else [])])
+
+
+def _named(config: RunConfig) -> Callable[[str], Task]:
+    """The task of a name, as a cloze where the cell's own is one."""
+    if config.pattern is None:
+        return plugins.task
+    pattern = config.pattern
+    return lambda name: tasks.as_cloze(plugins.task(name), pattern, config.words)
+
+
+def _elsewhere(cell: Cell, delta: Path) -> list[tuple[Task, Evaluation]]:
     """The saved delta on the other tasks that the cell is measured on."""
-    config = cell.config
+    there = [in_form(plugins.task(name), load(delta)) for name in cell.measure]
+    return [(task, _evaluated(cell.config, delta, task)) for task in there]
+
+
+def _evaluated(config: RunConfig, delta: Path | None, task: Task) -> Evaluation:
     source = Source(config.model, config.revision, config.dtype, config.trust_remote_code)
-    there = [in_form(plugins.task(name), load(found.delta)) for name in cell.measure]
-    return [
-        (
-            task,
-            evaluate_delta(
-                source, found.delta, task, config.data, config.max_length, config.seed, None, config.eval_size
-            ),
-        )
-        for task in there
-    ]
+    return evaluate_delta(source, delta, task, config.data, config.max_length, config.seed, None, config.eval_size)
 
 
-def _measured(cell: Cell, key: str, found: RunResult, task: Task, there: Evaluation) -> Record:
+def _measured(own: Record, task: Task, there: Evaluation) -> Record:
     """The record of another task. It tells no time and no size: those of the run stand at its own task."""
-    setting = dataclasses.replace(setting_of(cell), task=task.name)
-    more = {"trained": found.trained, "run": found.run, "kind": task.kind.name}
-    more |= {"others": dict(there.others)} if there.others else {}
-    return Record(
-        key, cell.phase, setting, cell.config.learning_rate, cell.config.seed, there.metric, task.lower_is_better,
-        found.steps, found.steps, there.value, found.selected, there.examples, last=True, more=more,
+    more = {name: own.more[name] for name in ("trained", "run") if name in own.more}
+    more |= {"kind": task.kind.name, **({"others": dict(there.others)} if there.others else {})}
+    setting = dataclasses.replace(own.setting, task=task.name)
+    return dataclasses.replace(
+        own, setting=setting, metric=there.metric, lowest=task.lower_is_better, value=there.value,
+        examples=there.examples, more=more,
     )  # fmt: skip
 
 
@@ -176,6 +220,10 @@ def _items(kind: str, evaluation: Evaluation) -> dict[str, Any]:
         pairs = zip(told["predictions"], told["answers"], strict=True)
         scores = [float(prediction == answer) for prediction, answer in pairs]
     return {"scores": scores, **told}
+
+
+def _threads() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS", 0))
 
 
 def _plain(value: Any) -> Any:

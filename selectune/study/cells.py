@@ -17,10 +17,20 @@ from selectune.runs.config import RunConfig
 PHASES = ("search", "main")
 """A trial rate on held-out training rows, or a run that counts."""
 
+BASE = "base"
+"""The method of a cell that trains nothing: the base itself is measured, with its head drawn from the seed."""
+
+OF_BASE = (
+    "model", "task", "train", "validation", "text", "label", "kind", "data", "plugin", "revision", "dtype",
+    "trust_remote_code", "max_length", "batch_size", "seed", "eval_size", "pattern", "words", "shots", "train_size",
+    "train_size_seed", "hold_out",
+)  # fmt: skip
+"""Settings that a cell of the base takes. `train_size`: of the rows that `shots` are drawn from."""
+
 _APART = ("out", "data", "report_to", "save_every", "keep", "full_checkpoints", "plugin")
 """Settings that change no number of a run."""
 
-_LATER = ("pattern", "words", "optimizer", "shots", "quantise", "soft_labels")
+_LATER = ("pattern", "words", "optimizer", "shots", "quantise", "soft_labels", "eval_size")
 """Settings that runs of earlier versions lack: where they are not set, keys are those of before."""
 
 
@@ -41,19 +51,25 @@ class Cell:
     name: str | None = None
     title: str | None = None
 
+    @property
+    def untuned(self) -> bool:
+        """Whether nothing is trained, and the base is measured."""
+        return self.settings.get("method") == BASE
+
     @functools.cached_property
     def config(self) -> RunConfig:
-        """The settings, checked. Raises ConfigError."""
+        """The settings, checked; those of full fine-tuning on the same rows for the base. Raises ConfigError."""
         given: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in self.settings.items()
         }
-        return RunConfig(**given)
+        return RunConfig(**{**given, "method": "full"} if self.untuned else given)
 
     @functools.cached_property
     def key(self) -> str:
         """16 hex digits of a hash of everything that changes a number of the run, files of rows by what is in them."""
         config = self.config
         told = {**config.as_json(), "method": config.canonical, "lr": config.learning_rate, "phase": self.phase}
+        told |= {"method": BASE} if self.untuned else {}
         told |= {"measure": self.measure} if self.measure else {}
         files = (config.train, config.validation, config.retain, config.soft_labels)
         told |= {f"bits of {file}": bits for file in files if file and (bits := _bits_of(file))}

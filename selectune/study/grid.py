@@ -11,8 +11,10 @@
     settings: {max_steps: 300, batch_size: 16, train_fully: ["classifier.*"]}
 
 `settings` are options of `selectune train`. A method that takes no budget, or no `train_fully`, is a row without it.
-`runs` in place of rates and seeds pairs them, for all methods or for one: [{lr: 1e-4, seed: 6}, {lr: 3e-4, seed: 7}].
-`measure` names more tasks that every run's delta is measured on. `twin` has other values for a small form of the study.
+The method `base` trains nothing: its row is the untuned model's, with `pattern`, `words` and `shots` that of examples
+in context. `runs` in place of rates and seeds pairs them, for all methods or for one: [{lr: 1e-4, seed: 6}, {lr: 3e-4,
+seed: 7}]. `measure` names more tasks that every run's delta is measured on. `twin` has other values for a small form of
+the study.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from selectune.models.adapted import peer
 from selectune.recipes import RECIPES
 from selectune.runs.config import RunConfig
 from selectune.study.asked.shape import checked
-from selectune.study.cells import Cell
+from selectune.study.cells import BASE, OF_BASE, Cell
 from selectune.study.records import Setting
 
 LISTS = ("models", "tasks", "methods", "budgets", "on", "seeds", "runs", "measure")
@@ -200,6 +202,8 @@ class Grid:
         shared = {key: value for key, value in self.settings.items() if key not in _SELECTING or key in takes}
         if plus:
             own["on"] = under
+        if name == BASE:
+            shared, where, rates, runs = self._of_base(shared, where, own, rates, runs)
         for on in self.on if "on" in takes and "on" not in own else [None]:
             for budget in self.budgets if self.budgets and "budget" in takes and "budget" not in own else [None]:
                 axes = {"model": model, "method": name, "on": on, "budget": budget}
@@ -207,6 +211,20 @@ class Grid:
                 given = {key: value for key, value in given.items() if value is not None}
                 self._check_names(given)
                 yield Arm(given, rates, tuple(runs), self.measure, called, title)
+
+    def _of_base(self, shared: dict[str, Any], where: Any, own: Mapping[str, Any], rates: Any, runs: Any) -> Any:
+        """The settings, the task's, rates and runs as the base takes them. Refuses what is of training."""
+        wrong = [key for key in own if key in _GRANTED and key not in OF_BASE]
+        wrong += ["rates"] if rates else []
+        wrong += ["quantise"] if "quantise" in shared else []
+        if "hold_out" in {**shared, **where, **own} and "train" not in where:
+            wrong.append("hold_out of a published task")
+        if wrong:
+            raise StudyError(
+                f"The study {self.name}: the base is not trained and is measured as it is loaded, so it takes no "
+                f"{wrong[0]}. It takes {', '.join(OF_BASE)}."
+            )
+        return *map(_of_no_training, (shared, where)), (), [_of_no_training(run) for run in runs]
 
     def _rates(self, method: str, own: dict[str, Any]) -> tuple[float, ...] | None:
         """The rates that a method's mapping names for the search: () for `search: false`, None if it names none."""
@@ -250,9 +268,14 @@ class Grid:
         return {key: value for key, value in told.items() if value not in (None, (), {}, "")}
 
 
+def _of_no_training(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that only a run has. What is no setting stays, to be refused."""
+    return {key: value for key, value in settings.items() if key in OF_BASE or key not in _GRANTED}
+
+
 def taken(method: str) -> set[str]:
     """Which of a study's axes a method takes: budget, on, include, exclude, train_fully."""
-    if peer(method) is not None:
+    if method == BASE or peer(method) is not None:
         return set()
     recipe = RECIPES.get(method.partition(":")[0])
     if recipe is None:  # RunConfig names the known ones
@@ -269,6 +292,8 @@ def setting_of(cell: Cell) -> Setting:
     config = cell.config
     task = cell.title or config.task or os.path.basename(str(config.train))
     task += "" if config.train_size is None else f", {config.train_size:,} rows"
+    if cell.untuned:
+        return Setting(config.model, task, cell.name or BASE)
     method = config.method if peer(config.method) is not None else config.canonical
     budget = None if peer(config.method) is not None or "budget" not in taken(config.method) else config.budget
     return Setting(config.model, task, cell.name or method, config.on, budget)

@@ -40,7 +40,8 @@ class Record:
     scalars then. `value` of `metric`, on `examples` rows; `lowest`: a lower value is better. `last`: the measurement of
     the saved delta, read back onto a bare base; only there, `more` has: trained, changed, budget (scalars in all),
     seconds, peak_bytes (of the whole process), delta_bytes, run (its id), forgetting (nats per token, if retention was
-    asked for), others (further metrics by name), kind (of the task), threads, versions. Of another task that the run
+    asked for), others (further metrics by name), kind (of the task), threads, versions, and where nothing was trained
+    (`steps` 0) the command that measures it. Of another task that the run
     was measured on, there are trained, run, kind and others: what a run took is told once.
     """
 

@@ -144,7 +144,10 @@ def forecast(grid: Grid, records: Sequence[Record] = ()) -> Forecast:
 
 
 def _peak(settings: Any) -> int | None:
-    config = Cell("main", settings).config
+    cell = Cell("main", settings)
+    if cell.untuned:
+        return None
+    config = cell.config
     length = config.max_length or config.the_task.max_length or 256
     budget = 0.0017 if config.budget is None else config.budget  # methods without one do not read it
     return _planned(config.model, config.batch_size, length, config.method, budget, config.on)

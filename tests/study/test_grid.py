@@ -74,6 +74,36 @@ def test_a_method_with_settings_of_its_own_has_a_name():
     assert len({grid.cells(arm, None)[0].key for arm in grid.arms}) == 2
 
 
+def test_the_base_is_a_row_without_training():
+    search = {"factors": [0.5, 2], "seeds": [8]}
+    grid = of_mapping(PLAIN | {"methods": ["base", "id3"], "search": search, "seeds": [1, 2]}, "x")
+    base = grid.arms[0]
+    assert (base.setting.method, base.setting.budget, grid.trials(base)) == ("base", None, [])
+    assert base.settings == {"model": "demo", "method": "base", "task": "glue/rte"}
+    assert len({cell.key for cell in grid.cells(base, None)}) == 2
+    other = of_mapping(PLAIN | {"methods": ["base", "full"], "settings": {"max_steps": 9}, "seeds": [1, 2]}, "x")
+    assert [c.key for c in other.cells(other.arms[0], None)] == [c.key for c in grid.cells(base, None)]
+    assert not {c.key for c in other.cells(other.arms[1], None)} & {c.key for c in grid.cells(base, None)}
+    paired = of_mapping(PLAIN | {"methods": ["base"], "seeds": [], "runs": [{"lr": 1e-3, "seed": 6}]}, "x")
+    assert [cell.settings["seed"] for cell in paired.cells(paired.arms[0], None)] == [6]
+
+
+NOT_OF_BASE = [
+    ({"methods": [{"method": "base", "lr": 1e-3}]}, "takes no lr"),
+    ({"methods": [{"method": "base", "rates": [1e-3]}], "search": {"factors": [1]}}, "takes no rates"),
+    ({"methods": ["base+lora:r=2"]}, "takes no on"),
+    ({"methods": ["base"], "settings": {"quantise": "int8"}}, "takes no quantise"),
+    ({"methods": ["base"], "settings": {"hold_out": 0.1}}, "takes no hold_out of a published task"),
+    ({"methods": ["base"], "settings": {"max_step": 1}}, "max_step is no option of a run"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), NOT_OF_BASE, ids=[message for _, message in NOT_OF_BASE])
+def test_what_is_of_training_is_refused_for_the_base(change, message):
+    with pytest.raises(StudyError, match=message):
+        of_mapping(PLAIN | change, "x")
+
+
 def test_tasks_of_files_with_one_name_have_names(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

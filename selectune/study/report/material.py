@@ -92,7 +92,7 @@ def _study(folder: Path) -> Material:
         if record.last and path.is_file():
             told_run = read_json(path, limit=LARGEST, error=StudyError)
             logs[record.cell] = _history(told_run) if isinstance(told_run, Mapping) else ()
-    if gone := sum(record.last and record.cell not in logs for record in records):
+    if gone := sum(record.last and record.steps > 0 and record.cell not in logs for record in records):
         notes.append(f"{_cells(gone)} finished, but without a {RUN} in {CELLS}/: no losses are shown of them.")
     return Material(
         folder, str(told.get("name") or folder.resolve().name), str(told.get("question") or ""), False, records,

@@ -211,7 +211,7 @@ def _result(
 ) -> Result:
     ended = [runs[seed] for seed in sorted(runs)]
     # a time of 0 stands in older results of another task that a run was measured on
-    costs = {name: _mean(number(r.more, name) or None for r in ended) for name in COSTS}
+    costs = {name: _mean(number(r.more, name) or None for r in ended if r.steps) for name in COSTS}
     lost = [value for r in ended if (value := number(r.more, "forgetting")) is not None]
     logs = [material.logs.get(r.cell, ()) for r in ended]
     lines = {
@@ -243,7 +243,9 @@ def _seed(material: Material, record: Record) -> Seed:
     folder = material.place(record.cell)
     told = shlex.quote(str(folder / RUN))
     again = f"selectune train --config {told} --out {shlex.quote(f'again/{record.cell}')}"
-    return Seed(record.seed, record.lr, record.value, str(record.more.get("run") or "unknown"), record.cell, again)
+    again = str(record.more.get("command") or again)
+    run = record.more.get("run") or ("unknown" if record.steps else "none")
+    return Seed(record.seed, record.lr, record.value, str(run), record.cell, again)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
