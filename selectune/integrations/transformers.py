@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from selectune.delta import digest_bits
+from selectune.delta import Delta, digest_bits
 from selectune.errors import ConfigError, DetachedError, IntegrityError, some
 from selectune.files import read_manifest, seal, verify
 from selectune.frames import methods_of
@@ -89,6 +89,7 @@ class SelectuneCallback(TrainerCallback):
         self._passes = 1  # expected backward passes in a batch
         self._hooks: list[Any] = []
         self._kept_out: dict[str, str | None] = {}  # {name: digest} of weights that a loader brought before training
+        self._delta: Delta | None = None  # that peft brought in place of weights
         self._prefixes: dict[str, str] = {}
         self._order: Tensor | None = None  # torch's random state as this epoch began: it draws the order
         self._resumed_order: Tensor | None = None
@@ -128,12 +129,14 @@ class SelectuneCallback(TrainerCallback):
     def _guard_weights(self, trainer: Any) -> None:
         """Keeps weights out of the attached model until training starts."""
         self._release()
-        self._kept_out = {}
+        self._kept_out, self._delta = {}, None
         if trainer is not None:
             guard(trainer, self._before_weights)
             self._guarded = True
         if self.tuner.sharded:  # weights are loaded into the parts themselves, past every hook
             return
+        if (adapter := getattr(self.tuner.model, "selectune_adapter", None)) is not None:  # selectune.interop.peft
+            adapter.keep_out = self._keep_delta
         for name, module in self.tuner.model.named_modules():  # all, because peft loads virtual tokens into a submodule
             keep_out, none_missing = Own(partial(self._keep_out, name)), Own(partial(self._none_missing, name))
             self._hooks.append(module.register_load_state_dict_pre_hook(keep_out))
@@ -143,6 +146,7 @@ class SelectuneCallback(TrainerCallback):
         self._go_first()
         self._release()
         kept_out, self._kept_out = self._kept_out, {}
+        delta, self._delta = self._delta, None
         tuner = self.tuner
         self._passes = _passes(args.gradient_accumulation_steps, tuner.accumulation_steps)
         if model is not None and tuner.model not in list(model.modules()):
@@ -153,8 +157,8 @@ class SelectuneCallback(TrainerCallback):
             )
         if getattr(model, "peft_type", None) == "SELECTUNE" and args.load_best_model_at_end:
             raise ConfigError(
-                "load_best_model_at_end=True loads a checkpoint by peft, whose folder holds a delta and no state of a "
-                "run, so it would fail once training is over. Attach with selectune.attach and give the Trainer that "
+                "load_best_model_at_end=True puts a checkpoint's delta on the model by peft once training is over, "
+                "which a model with a tuner does not take. Attach with selectune.attach and give the Trainer that "
                 "model without peft_config=, or leave load_best_model_at_end out."
             )
         if args.auto_find_batch_size:
@@ -167,10 +171,10 @@ class SelectuneCallback(TrainerCallback):
                 "the budget will not be used up" if tuner.steps > state.max_steps else "selection ends before training",
             )
         if state.global_step > 0:
-            self._resume(args, state, kept_out)
-        elif kept_out:
+            self._resume(args, state, kept_out, delta)
+        elif count := len(kept_out) or (0 if delta is None else len(delta.parts)):
             raise ConfigError(
-                f"{len(kept_out)} tensors were to be loaded into the attached model before training, and were kept out "
+                f"{count} tensors were to be loaded into the attached model before training, and were kept out "
                 "of it. Load weights before attach, or resume with trainer.train(resume_from_checkpoint=...)."
             )
         else:
@@ -248,8 +252,11 @@ class SelectuneCallback(TrainerCallback):
             moments = {} if optimizer is None else copy.deepcopy(optimizer.state_dict())
             self._began = _Beginning(tuner, size, tuner.state_dict(), moments)
 
-    def _resume(self, args: Any, state: Any, kept_out: Mapping[str, str | None]) -> None:
-        """Loads the tuner's state from the checkpoint. Optimizer and scheduler have theirs already."""
+    def _resume(self, args: Any, state: Any, kept_out: Mapping[str, str | None], delta: Delta | None) -> None:
+        """Loads the tuner's state from the checkpoint. Optimizer and scheduler have theirs already.
+
+        Raises IntegrityError for another state than that of the weights, or of the delta, which were kept out.
+        """
         tuner, folder = self.tuner, _checkpoint(args, state)
         file = folder / STATE_FILE
         if STATE_FILE not in (read_manifest if self._guarded else verify)(folder).files:
@@ -277,6 +284,11 @@ class SelectuneCallback(TrainerCallback):
                 f"{len(wrong)} of the {len(now)} tensors in {folder} are not the base's with the tuner's state on it: "
                 f"{some(wrong)}. Its weights were changed, or {STATE_FILE} is of another checkpoint."
             )
+        if delta is not None and delta.digest != tuner.delta(allow_empty=True).digest:
+            raise IntegrityError(
+                f"The delta in {folder} is not that of the tuner's state beside it: one of the two is of another "
+                "checkpoint, or was changed."
+            )
         tuner.verify()
         log.info("Goes on from %s: step %d, %d scalars selected.", folder, tuner.step, tuner.selected)
 
@@ -292,11 +304,7 @@ class SelectuneCallback(TrainerCallback):
         keys = [key for key in weights if key.startswith(prefix)]
         if not keys or self._tuner_is_off():
             return
-        if next(methods_of(Trainer), None) is None:
-            raise ConfigError(
-                f"{len(keys)} tensors are to be loaded into a model with a tuner whose training has not begun. Load "
-                "weights before attach, or resume with trainer.train(resume_from_checkpoint=...)."
-            )
+        _refuse_outside(len(keys))
         self._prefixes[name] = prefix
         for key in keys:
             tensor, own = weights.pop(key), key.removeprefix(prefix)
@@ -304,6 +312,11 @@ class SelectuneCallback(TrainerCallback):
                 # weights of a part may mean other tensors: p-tuning's encoder saves its output
                 whole = not name
                 self._kept_out[own if whole else f"{name}.{own}"] = digest_bits(tensor.cpu()) if whole else None
+
+    def _keep_delta(self, delta: Delta) -> None:
+        """Takes the delta that peft would put on the model."""
+        _refuse_outside(len(delta.parts))
+        self._delta = delta
 
     def _none_missing(self, name: str, module: nn.Module, incompatible: Any) -> None:
         prefix, missing = self._prefixes.pop(name, None), incompatible.missing_keys
@@ -320,6 +333,8 @@ class SelectuneCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if not self._tuner_is_off() and (adapter := getattr(self.tuner.model, "selectune_adapter", None)) is not None:
+            adapter.keep_out = None
 
 
 @dataclass(frozen=True)
@@ -330,6 +345,15 @@ class _Beginning:
     batch_size: int
     state: Mapping[str, Any]
     optimizer: Mapping[str, Any]
+
+
+def _refuse_outside(tensors: int) -> None:
+    """Raises ConfigError for weights that no Trainer brings."""
+    if next(methods_of(Trainer), None) is None:
+        raise ConfigError(
+            f"{tensors} tensors are to be loaded into a model with a tuner whose training has not begun. Load weights "
+            "before attach, or resume with trainer.train(resume_from_checkpoint=...)."
+        )
 
 
 def _refuse_deepspeed(args: Any) -> None:

@@ -8,13 +8,14 @@
     model = peft.PeftModel.from_pretrained(base, "run")  # in another process, after the same import
 
 peft takes no method from outside (its list of types is closed), so the tables that it looks methods up in are written
-to here. `TESTED` is the version that this was tested with. The folder holds our delta file, with all its checks.
+to here. The folder holds our delta file, with all its checks. A run under a Trainer is resumed if its checkpoints have the
+tuner's state: `SelectuneCallback(selectune.tuner_of(trainer.model)).add_to(trainer)`. `TESTED` is the version that this was tested with.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -81,6 +82,7 @@ class SelectuneLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.owner = [owner]  # in a list, so that it is no submodule
         self._active_adapter, self._disable_adapters, self.merged_adapters = name, False, []
+        self.keep_out: Callable[[Delta], None] | None = None  # takes a checkpoint's delta while a Trainer resumes
 
     def enable_adapters(self, enabled: bool) -> None:
         """Bits of the base or of the tuned model: O(B)."""
@@ -90,7 +92,7 @@ class SelectuneLayer(nn.Module, BaseTunerLayer):
             self._disable_adapters = not enabled
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"owner": []}  # a copy of the model alone is an ordinary model
+        return self.__dict__ | {"owner": [], "keep_out": None}  # a copy of the model alone is an ordinary model
 
 
 class SelectuneModel(BaseTuner):
@@ -116,12 +118,15 @@ class SelectuneModel(BaseTuner):
         model.add_module("selectune_adapter", SelectuneLayer(self, adapter_name))
 
     def hold(self, delta: Delta) -> None:
-        """Applies a loaded delta; refuses another base."""
+        """Applies a loaded delta; refuses another base. A Trainer that resumes brings it with the tuner's state."""
         if self.tuner is not None:
+            if (keep_out := self.model.selectune_adapter.keep_out) is not None:
+                return keep_out(delta)
             raise ConfigError(
                 "What peft loads is a delta and no state of a run, so it cannot be trained on. To resume under a "
-                "Trainer, attach with selectune.attach in place of peft_config=; in a loop of your own, continue by "
-                "tuner.load_state_dict. To use the delta, load the folder for inference (is_trainable=False)."
+                "Trainer, call SelectuneCallback(selectune.tuner_of(trainer.model)).add_to(trainer) before it trains, "
+                "also in the run that is to be resumed; in a loop of your own, continue by tuner.load_state_dict. To "
+                "use the delta, load the folder for inference (is_trainable=False)."
             )
         delta.apply(self.model)
         self.delta = delta

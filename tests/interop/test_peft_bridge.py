@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from interop_kit import load, logits, make_llama, tokens
 
 import selectune as st
-from selectune.errors import BaseMismatchError, ConfigError
+from selectune.errors import BaseMismatchError, ConfigError, IntegrityError
 
 peft = pytest.importorskip("peft")
 bridge = pytest.importorskip("selectune.interop.peft")
@@ -157,6 +158,58 @@ def test_a_best_checkpoint_that_could_not_be_loaded_is_refused_as_training_start
     trainer = transformers.Trainer(
         model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[SelectuneCallback(st.tuner_of(model))]
     )
-    with pytest.raises(ConfigError, match=r"load_best_model_at_end=True loads a checkpoint by peft"):
+    with pytest.raises(
+        ConfigError, match=r"load_best_model_at_end=True puts a checkpoint's delta on the model by peft"
+    ):
         trainer.train()
     assert st.tuner_of(model).step == 0
+
+
+def trainer_of(llama: Path, folder: Path, **more: Any) -> Any:
+    """A Trainer of a peft model with the callback, which is added to it afterwards, as TRL's peft_config= needs."""
+    transformers = pytest.importorskip("transformers")
+    from selectune.integrations.transformers import SelectuneCallback
+
+    torch.manual_seed(7)
+    model = peft.get_peft_model(load(llama), config(steps=6, **more))
+    rows = [{"input_ids": row, "labels": row} for row in tokens().repeat(5, 1)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=6, save_steps=2, per_device_train_batch_size=3, learning_rate=0.05,
+        report_to="none", use_cpu=True, logging_steps=1,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    SelectuneCallback(st.tuner_of(model), full=False).add_to(trainer)
+    return trainer
+
+
+def bytes_of(trainer: Any) -> bytes:
+    return st.tuner_of(trainer.model).delta().to_bytes()
+
+
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}, {"method": "repeat-d3"}], ids=str)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(more, llama, tmp_path):
+    whole = trainer_of(llama, tmp_path / "whole", **more)
+    whole.train()
+    for step in (2, 4):
+        again = trainer_of(llama, tmp_path / f"from-{step}", **more)
+        shutil.copytree(tmp_path / f"whole/checkpoint-{step}", tmp_path / f"from-{step}/checkpoint-{step}")
+        again.train(resume_from_checkpoint=True)
+        assert st.tuner_of(again.model).step == 6
+        assert bytes_of(again) == bytes_of(whole)
+        assert torch.equal(logits(again.model.eval()), logits(whole.model.eval()))
+
+
+def test_the_delta_of_another_checkpoint_is_not_resumed_from(llama, tmp_path):
+    from selectune.files import seal
+
+    trainer_of(llama, tmp_path / "out").train()
+    early, late = (tmp_path / f"out/checkpoint-{step}" for step in (2, 4))
+    shutil.copy(early / "adapter_model.safetensors", late)
+    seal(late, {"step": 4})
+    again = trainer_of(llama, tmp_path / "again")
+    with pytest.raises(IntegrityError, match="is not that of the tuner's state beside it"):
+        again.train(resume_from_checkpoint=str(late))
+    fresh = trainer_of(llama, tmp_path / "fresh")
+    with pytest.raises(ConfigError, match="a tuner whose training has not begun"):
+        fresh.model.load_adapter(str(early), "default", is_trainable=True)
+    assert st.tuner_of(fresh.model).step == 0
