@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,18 @@ def test_no_file_stem_stands_in_two_rooms():
         if path.stem not in ("__init__", "__main__") and "ops" not in path.parts:
             found[path.stem].add(path.parent)
     assert not _standing_twice(found)
+
+
+OPTIONAL = {"kernels", "apex", "deepspeed", "flash_attn", "sentencepiece", "wandb"}
+"""Packages that transformers and others import where they are installed."""
+
+
+def test_no_script_hides_a_package():
+    """A script's own folder is the first that imports look in."""
+    taken = sys.stdlib_module_names | set(metadata.packages_distributions()) | OPTIONAL
+    scripts = [path for name in ("benchmarks", "docs", "examples") for path in (ROOT / name).glob("*.py")]
+    assert len(scripts) > 10
+    assert not [where(path) for path in scripts if path.stem in taken]
 
 
 def test_no_class_name_stands_in_two_rooms():

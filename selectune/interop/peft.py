@@ -8,8 +8,9 @@
     model = peft.PeftModel.from_pretrained(base, "run")  # in another process, after the same import
 
 peft takes no method from outside (its list of types is closed), so the tables that it looks methods up in are written
-to here. The folder holds our delta file, with all its checks. A run under a Trainer is resumed if its checkpoints have the
-tuner's state: `SelectuneCallback(selectune.tuner_of(trainer.model)).add_to(trainer)`. `TESTED` is the version that this was tested with.
+to here. The folder holds our delta file, with all its checks. A run under a Trainer is resumed if its checkpoints have
+the tuner's state: `SelectuneCallback(selectune.tuner_of(trainer.model)).add_to(trainer)`. `TESTED` is the version that
+this was tested with.
 """
 
 from __future__ import annotations

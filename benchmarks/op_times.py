@@ -1,4 +1,4 @@
-"""Times every op against plain torch and the dense product: `python benchmarks/kernels.py`.
+"""Times every op against plain torch and the dense product: `python benchmarks/op_times.py`.
 
 Ways are interleaved round by round in one process, so that their ratios hold on a busy machine too;
 the fastest round of each counts. `--cpu-time` takes the processor time of one thread instead.
