@@ -27,6 +27,9 @@ OF_BASE = (
 )  # fmt: skip
 """Settings that a cell of the base takes. `train_size`: of the rows that `shots` are drawn from."""
 
+FILES = ("train", "validation", "retain", "soft_labels")
+"""Settings that name a file of rows or of text."""
+
 _APART = ("out", "data", "report_to", "save_every", "keep", "full_checkpoints", "plugin")
 """Settings that change no number of a run."""
 
@@ -66,13 +69,13 @@ class Cell:
 
     @functools.cached_property
     def key(self) -> str:
-        """16 hex digits of a hash of everything that changes a number of the run, files of rows by what is in them."""
+        """16 hex digits of a hash of everything that changes a number of the run. A file counts by what is in it."""
         config = self.config
         told = {**config.as_json(), "method": config.canonical, "lr": config.learning_rate, "phase": self.phase}
         told |= {"method": BASE} if self.untuned else {}
         told |= {"measure": self.measure} if self.measure else {}
-        files = (config.train, config.validation, config.retain, config.soft_labels)
-        told |= {f"bits of {file}": bits for file in files if file and (bits := _bits_of(file))}
+        files = {name: told[name] for name in FILES if told[name]}
+        told |= {name: bits for name, path in files.items() if (bits := _bits_of(path))}
         unset = (*_APART, *(name for name in _LATER if not told[name]))
         told = {name: value for name, value in sorted(told.items()) if name not in unset}
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

@@ -9,6 +9,7 @@ from cli_kit import call
 
 from selectune.errors import StudyError
 from selectune.study.grid import Search, names, of_mapping, read_grid
+from selectune.study.workspace import Workspace, begin
 
 PLAIN = {
     "name": "t",
@@ -104,10 +105,34 @@ def test_what_is_of_training_is_refused_for_the_base(change, message):
         of_mapping(PLAIN | change, "x")
 
 
+def test_a_study_of_files_is_the_same_from_every_folder(tmp_path, monkeypatch):
+    for name, label in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / f"{name}.csv").write_text(f"text,label\nx,{label}\n")
+    (tmp_path / "text.txt").write_text("a text")
+
+    def asked(train):
+        rows = {"train": train, "validation": train, "text": "text", "label": "label", "retain": "text.txt"}
+        return of_mapping({"name": "t", "tasks": [rows], "methods": ["full"], "settings": {"max_steps": 3}}, "x")
+
+    def keys(grid):
+        return [cell.key for cell in grid.cells(grid.arms[0], None)]
+
+    monkeypatch.chdir(tmp_path)
+    grid = asked("a.csv")
+    begin("s", grid)
+    wanted = keys(grid)
+    assert keys(asked("b.csv")) == wanted  # by what is in it, wherever it lies
+    assert keys(asked("c.csv")) != wanted
+    monkeypatch.chdir(tmp_path.parent)
+    again = Workspace(tmp_path / "s").grid
+    assert keys(again) == wanted
+    assert again.arms[0].settings["retain"] == str(tmp_path / "text.txt")
+
+
 def test_tasks_of_files_with_one_name_have_names(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "rows.csv").write_text("text,label\nx,1\n")
+        (tmp_path / folder / "rows.csv").write_text(f"text,label\n{folder},1\n")
     tasks = [
         {"train": str(tmp_path / of / "rows.csv"), "hold_out": 0.5, "text": ["text"], "label": "label"} for of in "ab"
     ]

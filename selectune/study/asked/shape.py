@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selectune.errors import StudyError, did_you_mean
 from selectune.runs.config import RunConfig
+from selectune.study.cells import FILES
+
+PLACES = (*FILES, "data", "plugin")
+"""Options that name a file or a folder, or a task's text or a data set of the hub."""
 
 _CALLED = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
 _ENTRIES: Mapping[str, tuple[tuple[type, ...], str]] = {
@@ -70,7 +75,17 @@ def _options(told: Mapping[str, Any], where: str, place: str) -> dict[str, Any]:
                 _known(run, where, at)
         elif name in _forms() and value is not None:
             found[name] = _option(value, *_forms()[name], where, at)
+            if name in PLACES:
+                found[name] = _anchored(name, found[name])
     return found
+
+
+def _anchored(of: str, value: Any) -> Any:
+    """Places of files and folders from the root on, so that a study is the same wherever its commands are given."""
+    if isinstance(value, list):
+        return [_anchored(of, entry) for entry in value]
+    path = os.path.expanduser(value)
+    return os.path.abspath(path) if (os.path.isdir if of == "data" else os.path.isfile)(path) else value
 
 
 def _option(value: Any, many: bool, types: Sequence[type], where: str, at: str) -> Any:
