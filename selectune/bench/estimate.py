@@ -18,7 +18,7 @@ from selectune.bits import wide
 from selectune.errors import ConfigError, ModelError, SelectuneError
 from selectune.integrations.quantise import QUANTISED, bytes_saved
 from selectune.method import Method
-from selectune.models.adapted import peer, virtual_tokens
+from selectune.models.adapted import parts, peer, virtual_tokens
 from selectune.ops import bounds
 from selectune.ops.cpu.kernels import DESKS
 from selectune.recipes import RECIPES
@@ -227,7 +227,7 @@ def _size_of(model: nn.Module, adapter: str) -> int:
 
 def _adapted(model: nn.Module, name: str, steps: int | None) -> nn.Module:
     """The model with the adapter that the method's name says, if any."""
-    adapter = methods.parts(name)[1]
+    adapter = parts(name)[1]
     if name in (methods.FLOOR, methods.DENSE) or (methods.is_ours(name) and not adapter):
         return model
     if methods.base_of(adapter or name) == "shira":
@@ -243,7 +243,7 @@ def _adapted(model: nn.Module, name: str, steps: int | None) -> nn.Module:
 def _fitting(bench: Bench, config: Any, name: str) -> Bench:
     """The bench with examples so short that an adapter's virtual tokens fit in as well."""
     limit = getattr(config, "max_position_embeddings", None)
-    taken = virtual_tokens(peer(methods.parts(name)[1] or name))
+    taken = virtual_tokens(peer(parts(name)[1] or name))
     return replace(bench, length=max(1, min(bench.length, limit - taken))) if taken and limit else bench
 
 

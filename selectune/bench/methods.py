@@ -18,7 +18,7 @@ from selectune.adapters import KINDS, LINEARS, Spec, linears, make, parse, put_o
 from selectune.bench.workload import Bench, input_gradients
 from selectune.errors import ConfigError, ModelError, did_you_mean
 from selectune.method import Method
-from selectune.models.adapted import peer, spec_of
+from selectune.models.adapted import parts, peer, spec_of
 from selectune.recipes import RECIPES
 from selectune.recipes.named import named, parameters
 from selectune.runs.calibration import calibration
@@ -57,16 +57,6 @@ class Ready:
     after_step: Callable[[int], None] | None = None  # with the step's number, before gradients are dropped
     select_s: list[float] = field(default_factory=list)  # seconds of selections, where a peer's can be timed
     note: str = ""
-
-
-def parts(name: str) -> tuple[str, str]:
-    """Splits `id3:every=10+lora:r=8` into the recipe with its options and the adapter; other names stay whole.
-
-    >>> parts("id3:every=10+lora:r=8"), parts("lora:targets=query+value")
-    (('id3:every=10', 'lora:r=8'), ('lora:targets=query+value', ''))
-    """
-    head, _, on = name.partition("+")
-    return (head, on) if base_of(head) in RECIPES else (name, "")
 
 
 def base_of(name: str) -> str:

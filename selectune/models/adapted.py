@@ -18,6 +18,20 @@ def peer(method: str) -> Spec | None:
     return parse(method) if method.partition(":")[0] in KINDS else None
 
 
+def parts(text: str) -> tuple[str, str]:
+    """Splits `id3:every=10+lora:r=8` into the method and the adapter under it; other methods stay whole.
+
+    >>> parts("id3:every=10+lora:r=8"), parts("lora:targets=query+value")
+    (('id3:every=10', 'lora:r=8'), ('lora:targets=query+value', ''))
+    >>> parts("pafi+lora:targets=query+value")
+    ('pafi', 'lora:targets=query+value')
+    """
+    if text.partition(":")[0].strip() in KINDS:
+        return text, ""
+    method, _, on = text.partition("+")
+    return method, on
+
+
 def spec_of(method: str, on: str | None) -> Spec | None:
     """The adapter that a run puts on its model. Raises ConfigError if `method` and `on` do not go together."""
     dense = peer(method)

@@ -173,6 +173,8 @@ def run_of(path: str | Path) -> tuple[dict[str, float], list[str]]:
     if not isinstance(found, dict) or not isinstance(config := found.get("config"), dict):
         return {}, []
     task, base = found.get("task"), (found.get("model") or {}).get("id")
+    if config.get("eval_size") is not None:
+        task = f"{task}, {found.get('examples')} rows"
     values = {found.get("metric"): found.get("value"), **(found.get("others") or {})}
     metrics = {f"{name} on {task}": float(value) for name, value in values.items() if isinstance(value, int | float)}
     if any(config.get(name) for name in ("train", "plugin", "data", "soft_labels")) or not isinstance(base, str):

@@ -62,7 +62,7 @@ def run(
 
     The same config gives the same delta, byte for byte, on the same machine, thread count and versions (on a CPU).
     `resume`: a checkpoint, or True for the newest whole one in `out`. The delta then has the bytes of a run without a
-    stop. Only `out`, `data`, `eval_every`, `save_every`, `keep`, `full_checkpoints` and `report_to` may differ.
+    stop. Only what no bit of it depends on may differ: where files lie, and what is measured, kept and reported.
     Under torchrun or accelerate launch, `batch_size` is that of each process, and the first process writes.
     `overwrite`: replace a run that is in `out`. `stop`: when it is asked, the run ends after its step, with a
     checkpoint. `folder`: `out`, if the caller owns it already (`run_folder`).

@@ -69,7 +69,7 @@ def main(folder: Path) -> int:
     items = {**_items(kind, evaluation), "measured": {}}
     items["measured"] = {task.name: _items(task.kind.name, there) for task, there in elsewhere}
     write_durably(folder / ITEMS, json.dumps(items).encode())
-    records += [_measured(records[-1], *each) for each in elsewhere]
+    records += [_measured(cell.config, records[-1], *each) for each in elsewhere]
     told = {"records": [record.as_json() for record in records]}
     write_durably(folder / DONE, json.dumps(told, allow_nan=False).encode())
     return 0
@@ -157,7 +157,7 @@ def _as_it_is(cell: Cell, key: str) -> tuple[str, Evaluation, list[tuple[Task, E
         evaluation.value, 0, evaluation.examples, last=True,
         more={
             "trained": 0, "changed": 0, "seconds": round(time.perf_counter() - began, 3), "kind": task.kind.name,
-            "threads": _threads(), "versions": package_versions(), "command": _command(config),
+            "threads": _threads(), "versions": package_versions(), **_command(config, task.name),
             **({"others": dict(evaluation.others)} if evaluation.others else {}),
         },
     )  # fmt: skip
@@ -174,13 +174,15 @@ def _with_examples(config: RunConfig, task: Task) -> Task:
     return tasks.with_shots(task, tasks.first_rows(task, rows, config.shots).examples)
 
 
-def _command(config: RunConfig) -> str:
-    """The command that measures a base again, but for the rows that its examples are among."""
-    names = ("model", "task", "validation", "label", "kind", "seed", "revision", "dtype", "max_length", "eval_size")
-    given = [(name, getattr(config, name)) for name in (*names, "pattern", "shots")]
-    given += [("text", text) for text in config.text] + [("words", ",".join(config.words) or None)]
+def _command(config: RunConfig, task: str) -> dict[str, str]:
+    """The command that measures a base again on a published task, where `selectune eval` can say all of it."""
+    if config.task is None or (config.shots and config.train_size) or any("," in word for word in config.words):
+        return {}
+    names = ("model", "seed", "data", "revision", "dtype", "max_length", "eval_size", "pattern", "shots")
+    given = [("task", task), *((name, getattr(config, name)) for name in names)]
+    given += [(name, value) for name in ("words", "plugin") for value in getattr(config, name)]
     words = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given if value is not None]
-    return " ".join(["selectune eval", *words, *(["--trust-remote-code"] if config.trust_remote_code else [])])
+    return {"command": " ".join(["selectune eval", *words, *["--trust-remote-code"] * config.trust_remote_code])}
 
 
 def _named(config: RunConfig) -> Callable[[str], Task]:
@@ -202,10 +204,11 @@ def _evaluated(config: RunConfig, delta: Path | None, task: Task) -> Evaluation:
     return evaluate_delta(source, delta, task, config.data, config.max_length, config.seed, None, config.eval_size)
 
 
-def _measured(own: Record, task: Task, there: Evaluation) -> Record:
+def _measured(config: RunConfig, own: Record, task: Task, there: Evaluation) -> Record:
     """The record of another task. It tells no time and no size: those of the run stand at its own task."""
     more = {name: own.more[name] for name in ("trained", "run") if name in own.more}
     more |= {"kind": task.kind.name, **({"others": dict(there.others)} if there.others else {})}
+    more |= {} if own.steps else _command(config, task.name)
     setting = dataclasses.replace(own.setting, task=task.name)
     return dataclasses.replace(
         own, setting=setting, metric=there.metric, lowest=task.lower_is_better, value=there.value,

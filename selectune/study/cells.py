@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from selectune.errors import StudyError
 from selectune.runs.config import RunConfig
 
 PHASES = ("search", "main")
@@ -22,7 +23,7 @@ BASE = "base"
 
 OF_BASE = (
     "model", "task", "train", "validation", "text", "label", "kind", "data", "plugin", "revision", "dtype",
-    "trust_remote_code", "max_length", "batch_size", "seed", "eval_size", "pattern", "words", "shots", "train_size",
+    "trust_remote_code", "max_length", "seed", "eval_size", "pattern", "words", "shots", "train_size",
     "train_size_seed", "hold_out",
 )  # fmt: skip
 """Settings that a cell of the base takes. `train_size`: of the rows that `shots` are drawn from."""
@@ -83,6 +84,30 @@ class Cell:
     def with_(self, **settings: Any) -> Cell:
         """The cell with other settings."""
         return dataclasses.replace(self, settings={**self.settings, **settings})
+
+
+def of_base(own: Mapping[str, Any], *shared: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings that a cell of the base shares with others, without those that only training has.
+
+    `own`: those of its method's mapping. What is no setting stays, to be refused. Raises StudyError for what would make
+    the base another model, or measure it on other rows.
+    """
+    options = {field.name for field in dataclasses.fields(RunConfig)}
+    wrong = [key for key in own if key in (options | {"rates"}) - set(OF_BASE)]
+    wrong += [key for settings in shared for key in settings if key == "quantise"]
+    if wrong:
+        raise StudyError(
+            f"The base is not trained and is measured as it is loaded, so it takes no {wrong[0]}. It takes "
+            f"{', '.join(OF_BASE)}."
+        )
+    every = {key for settings in (own, *shared) for key in settings}
+    if "hold_out" in every and "train" not in every:
+        raise StudyError(
+            "The base is measured on the validation rows of a published task, and hold_out measures the other methods "
+            "on training rows. Leave out one of the two."
+        )
+    kept = set(OF_BASE) - (set() if "shots" in every else {"train_size", "train_size_seed"})
+    return [{k: v for k, v in settings.items() if k in kept or k not in options} for settings in shared]
 
 
 def _bits_of(path: str) -> str | None:

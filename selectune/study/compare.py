@@ -11,7 +11,7 @@ import numpy as np
 from selectune.errors import ConfigError, StudyError, did_you_mean
 from selectune.study.comparing import caveats
 from selectune.study.comparing.contrast import Contrast
-from selectune.study.comparing.counted import Runs, counted, label, resolved
+from selectune.study.comparing.counted import Runs, counted, resolved
 from selectune.study.comparing.standing import Comparison, Standing
 from selectune.study.records import Items, Record, Setting
 from selectune.study.stats import effects, papers
@@ -56,9 +56,9 @@ def compare(
     direction(alternative)
     records = list(records)
     runs = counted(records, rule)
-    wanted = [resolved(name, runs) for name in methods] or list(dict.fromkeys(map(label, runs)))
+    wanted = [resolved(name, runs) for name in methods] or list(dict.fromkeys(s.label for s in runs))
     reference = _references(against, wanted if methods else [], runs)
-    runs = {setting: of for setting, of in runs.items() if label(setting) in (*wanted, reference.get(setting.task))}
+    runs = {setting: of for setting, of in runs.items() if setting.label in (*wanted, reference.get(setting.task))}
     how = Contrast(alpha, alternative, seed, items if rule == "last" else None)
     standings = _corrected([s for task, of in reference.items() for s in _standings(task, of, runs, how, pairing)])
     without = caveats.unmatched(standings, reference)
@@ -91,16 +91,16 @@ def _references(against: str, ours: Sequence[str], runs: Mapping[Setting, Runs])
         return dict.fromkeys((setting.task for setting in runs), resolved(against, runs))
     if not ours:
         raise ConfigError("For a comparison with the best baseline, name the methods that are none (--methods id3).")
-    tasks = dict.fromkeys(setting.task for setting in runs if label(setting) in ours)
+    tasks = dict.fromkeys(setting.task for setting in runs if setting.label in ours)
     return {task: _best_baseline(task, ours, runs) for task in tasks}
 
 
 def _best_baseline(task: str, ours: Sequence[str], runs: Mapping[Setting, Runs]) -> str:
     """The best of those that have runs wherever ours have; full fine-tuning is left out."""
     here = [setting for setting in runs if setting.task == task]
-    settings = [setting for setting in here if label(setting) in ours]
+    settings = [setting for setting in here if setting.label in ours]
     table = {}
-    for name in dict.fromkeys(label(s) for s in here if label(s) not in ours and s.method.partition(":")[0] != "full"):
+    for name in dict.fromkeys(s.label for s in here if s.label not in ours and s.method.partition(":")[0] != "full"):
         met = [_partner(setting, name, here) for setting in settings]
         if None not in met:
             table[name] = {task: [value for s in dict.fromkeys(met) if s for value in runs[s].scores.values()]}
@@ -111,7 +111,7 @@ def _best_baseline(task: str, ours: Sequence[str], runs: Mapping[Setting, Runs])
 
 def _partner(setting: Setting, name: str, among: Iterable[Setting]) -> Setting | None:
     """The setting of a method that another is compared with: of its budget, or else the only one there is."""
-    found = [s for s in among if label(s) == name and (s.model, s.task) == (setting.model, setting.task)]
+    found = [s for s in among if s.label == name and (s.model, s.task) == (setting.model, setting.task)]
     same = [s for s in found if s.budget == setting.budget]
     return same[0] if same else found[0] if len(found) == 1 else None
 
@@ -121,8 +121,8 @@ def _standings(
 ) -> Iterator[Standing]:
     """Every method of a task, setting by setting, and over all its settings if it has several."""
     here = [setting for setting in runs if setting.task == task]
-    for name in dict.fromkeys(map(label, here)):
-        own = [setting for setting in here if label(setting) == name]
+    for name in dict.fromkeys(s.label for s in here):
+        own = [setting for setting in here if setting.label == name]
         for group in [*([setting] for setting in own), *([own] if len(own) > 1 else [])]:
             of = [runs[setting] for setting in group]
             met = [runs[s] for setting in group if (s := _partner(setting, reference, here))]
@@ -133,7 +133,10 @@ def _standings(
                 test = how.by_seed if pairing == "seed" else how.by_each
                 difference = test(reference, list(zip(of, met, strict=True)))
             scores = tuple(runs.scores for runs in of)
-            yield Standing(name, task, of[0].metric, of[0].lowest, tuple(group), scores, _spread(scores), difference)
+            yield Standing(
+                name, task, of[0].metric, of[0].lowest, tuple(group), scores, _spread(scores), difference,
+                of[0].untuned,
+            )  # fmt: skip
 
 
 def _spread(scores: Sequence[Mapping[int, float]]) -> effects.Spread:
@@ -144,16 +147,16 @@ def _spread(scores: Sequence[Mapping[int, float]]) -> effects.Spread:
 
 
 def _corrected(standings: list[Standing]) -> list[Standing]:
-    """With Holm's correction over the methods of a task; those over several settings are a family of their own."""
-    ps: dict[tuple[str, bool], list[float]] = {}
+    """With Holm's correction over the methods of each family."""
+    ps: dict[tuple[str, bool, bool], list[float]] = {}
     for standing in standings:
         if standing.difference:
-            ps.setdefault((standing.task, standing.pooled), []).append(standing.difference.p)
+            ps.setdefault(standing.family, []).append(standing.difference.p)
     adjusted = {family: iter(holm(of)) for family, of in ps.items()}
     return [
         dataclasses.replace(
             standing,
-            difference=dataclasses.replace(standing.difference, holm=next(adjusted[standing.task, standing.pooled])),
+            difference=dataclasses.replace(standing.difference, holm=next(adjusted[standing.family])),
         )
         if standing.difference
         else standing
@@ -162,10 +165,13 @@ def _corrected(standings: list[Standing]) -> list[Standing]:
 
 
 def _anovas(runs: Iterable[Runs]) -> dict[str, Anova]:
-    """By task, and by model if there are several: do the methods differ at all? Those with one run are left out."""
+    """By task, and by model if there are several: do the methods differ at all?
+
+    Those with one run are left out, and so is the base, which differs from whatever was trained.
+    """
     groups: dict[tuple[str, str], list[list[float]]] = {}
     for of in runs:
-        if len(of.scores) > 1:
+        if len(of.scores) > 1 and not of.untuned:
             groups.setdefault((of.setting.task, of.setting.model), []).append(list(of.scores.values()))
     many = len({model for _, model in groups}) > 1
     return {

@@ -34,11 +34,11 @@ from selectune import plugins, spec
 from selectune.adapters import KINDS
 from selectune.documents import read_document
 from selectune.errors import SelectuneError, StudyError, did_you_mean
-from selectune.models.adapted import peer
+from selectune.models.adapted import parts, peer
 from selectune.recipes import RECIPES
 from selectune.runs.config import RunConfig
 from selectune.study.asked.shape import checked
-from selectune.study.cells import BASE, OF_BASE, Cell
+from selectune.study.cells import BASE, Cell, of_base
 from selectune.study.records import Setting
 
 LISTS = ("models", "tasks", "methods", "budgets", "on", "seeds", "runs", "measure")
@@ -194,16 +194,19 @@ class Grid:
         name = str(own.pop("method", "")).strip()
         if not name:
             raise StudyError(f"The study {self.name}: {method!r} names no method; write {{method: id3, ...}}.")
-        name, plus, under = name.partition("+")
+        name, under = parts(name)
         rates, runs = self._rates(name, own), own.pop("runs", self.runs)
         where = dict(task) if isinstance(task, Mapping) else {"task": task}
         called, title = (self._title(of) for of in (own, where))
+        if called is not None and "," in called:
+            raise StudyError(f"The study {self.name}: {called!r} has a comma, which separates methods in --methods.")
         takes = taken(name)
         shared = {key: value for key, value in self.settings.items() if key not in _SELECTING or key in takes}
-        if plus:
+        if under:
             own["on"] = under
         if name == BASE:
-            shared, where, rates, runs = self._of_base(shared, where, own, rates, runs)
+            shared, where, *runs = of_base(own | ({"rates": rates} if rates else {}), shared, where, *runs)
+            rates = ()
         for on in self.on if "on" in takes and "on" not in own else [None]:
             for budget in self.budgets if self.budgets and "budget" in takes and "budget" not in own else [None]:
                 axes = {"model": model, "method": name, "on": on, "budget": budget}
@@ -211,20 +214,6 @@ class Grid:
                 given = {key: value for key, value in given.items() if value is not None}
                 self._check_names(given)
                 yield Arm(given, rates, tuple(runs), self.measure, called, title)
-
-    def _of_base(self, shared: dict[str, Any], where: Any, own: Mapping[str, Any], rates: Any, runs: Any) -> Any:
-        """The settings, the task's, rates and runs as the base takes them. Refuses what is of training."""
-        wrong = [key for key in own if key in _GRANTED and key not in OF_BASE]
-        wrong += ["rates"] if rates else []
-        wrong += ["quantise"] if "quantise" in shared else []
-        if "hold_out" in {**shared, **where, **own} and "train" not in where:
-            wrong.append("hold_out of a published task")
-        if wrong:
-            raise StudyError(
-                f"The study {self.name}: the base is not trained and is measured as it is loaded, so it takes no "
-                f"{wrong[0]}. It takes {', '.join(OF_BASE)}."
-            )
-        return *map(_of_no_training, (shared, where)), (), [_of_no_training(run) for run in runs]
 
     def _rates(self, method: str, own: dict[str, Any]) -> tuple[float, ...] | None:
         """The rates that a method's mapping names for the search: () for `search: false`, None if it names none."""
@@ -266,11 +255,6 @@ class Grid:
     def as_json(self) -> dict[str, Any]:
         told = dataclasses.asdict(self)
         return {key: value for key, value in told.items() if value not in (None, (), {}, "")}
-
-
-def _of_no_training(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without those that only a run has. What is no setting stays, to be refused."""
-    return {key: value for key, value in settings.items() if key in OF_BASE or key not in _GRANTED}
 
 
 def taken(method: str) -> set[str]:

@@ -31,6 +31,35 @@ class Setting:
     on: str | None = None
     budget: int | float | str | None = None
 
+    @property
+    def label(self) -> str:
+        """The method as a table names it, and as `--against` takes it.
+
+        >>> Setting("demo", "glue/rte", "id3", on="lora:r=32").label
+        'id3+lora:r=32'
+        """
+        return self.method if self.on is None else f"{self.method}+{self.on}"
+
+    @property
+    def row(self) -> str:
+        """The method with its budget.
+
+        >>> Setting("demo", "glue/rte", "id3", "lora:r=32", 0.0017).row, Setting("demo", "glue/rte", "lora:r=8").row
+        ('id3+lora:r=32 0.17%', 'lora:r=8')
+        """
+        return self.label if self.budget is None else f"{self.label} {size_of(self.budget)}"
+
+
+def size_of(budget: int | float | str | None) -> str:
+    """A budget as it was asked for.
+
+    >>> [size_of(asked) for asked in (103000, 0.0017, "lora:r=2", None)]
+    ['103,000', '0.17%', 'lora:r=2', 'its own size']
+    """
+    if isinstance(budget, float):
+        return f"{100 * budget:.4g}%"
+    return "its own size" if budget is None else f"{budget:,}" if isinstance(budget, int) else budget
+
 
 @dataclass(frozen=True)
 class Record:
@@ -108,7 +137,7 @@ class Items:
 def of_runs(records: Iterable[Record], rule: str = "last", phase: str = "main") -> dict[Setting, dict[int, float]]:
     """The score of every run, by setting and seed. `rule`: "last", the saved delta's, or "best" of all evaluations.
 
-    A setting and seed with several rates (the papers' runs are a zip of rates and seeds) keep the last one.
+    Of several rates of a setting and seed (the papers' runs are a zip of rates and seeds), "last" keeps the last one.
     """
     found: dict[Setting, dict[int, float]] = {}
     for record in records:

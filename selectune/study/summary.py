@@ -43,24 +43,9 @@ def status(workspace: Workspace) -> Status:
     return Status(grid.name, grid.question, len(workspace.done()), len(left.ready), left.waiting, failures, edges)
 
 
-def label(method: str, on: str | None, budget: Any) -> str:
-    """A method's name in a table.
-
-    >>> label("id3", "lora:r=32", 0.0017), label("lora:r=8", None, None)
-    ('id3+lora:r=32 0.17%', 'lora:r=8')
-    """
-    size = str(budget)
-    if isinstance(budget, float):
-        size = f"{100 * budget:.4g}%"
-    elif isinstance(budget, int):
-        size = f"{budget:,}"
-    return method + (f"+{on}" if on else "") + ("" if budget is None else f" {size}")
-
-
 def named(arm: Arm) -> str:
     """An arm in words: its task, and its method with adapter and budget."""
-    setting = arm.setting
-    return f"{setting.task}  {label(setting.method, setting.on, setting.budget)}"
+    return f"{arm.setting.task}  {arm.setting.row}"
 
 
 def table(records: Sequence[Record], rule: str = "last") -> tuple[list[str], list[list[str]]]:
@@ -73,7 +58,7 @@ def table(records: Sequence[Record], rule: str = "last") -> tuple[list[str], lis
         columns.setdefault(column, None)
         values = list(runs.values())
         spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        row = rows.setdefault(label(setting.method, setting.on, setting.budget), {})
+        row = rows.setdefault(setting.row, {})
         row[column] = f"{statistics.fmean(values):.4f}{spread} ({len(values)})"
     body = [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()]
     return ["method", *columns], body

@@ -15,7 +15,7 @@ from pathlib import Path
 from selectune.errors import StudyError
 from selectune.files import own, read_json, read_lines, write_durably
 from selectune.runs.folder import RESULTS as OF_A_RUN
-from selectune.study.cells import BASE, Cell
+from selectune.study.cells import Cell
 from selectune.study.grid import STUDY, Arm, Grid, of_mapping, setting_of
 from selectune.study.records import RESULTS, Record, line_of, read_results
 
@@ -241,12 +241,8 @@ def told_of(cell: Cell) -> str:
     """A cell in a few words: what differs between cells.
 
     >>> told_of(Cell("main", {"model": "demo", "task": "glue/rte", "method": "id3", "budget": 1000, "seed": 3}))
-    'glue/rte id3 1,000 seed 3 lr 0.0005'
+    'demo glue/rte id3 1,000 seed 3 lr 0.0005'
     """
-    config = cell.config
-    where = cell.title or config.task or os.path.basename(str(config.train))
-    if cell.untuned:
-        return f"{where} {cell.name or BASE} seed {config.seed}"
-    method = config.method + (f"+{config.on}" if config.on else "")
-    size = f" {config.budget:,}" if config.budget is not None and not isinstance(config.budget, str) else ""
-    return f"{where} {method}{size} seed {config.seed} lr {config.learning_rate:g}"
+    setting, config = setting_of(cell), cell.config
+    told = f"{os.path.basename(setting.model)} {setting.task} {setting.row} seed {config.seed}"
+    return told if cell.untuned else f"{told} lr {config.learning_rate:g}"

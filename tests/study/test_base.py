@@ -43,11 +43,11 @@ def test_the_base_is_measured_as_it_is(tiny, tmp_path):
     assert base.examples == tuned.examples == 20
     items = json.loads((folder / "cells" / base.cell / "items.json").read_text())
     assert sum(items["scores"]) / 20 == base.value
-    assert again(base) == base.value
+    assert "command" not in base.more  # `selectune eval` draws no rows from a file of training rows
     shown = content(gather(folder), "base")
     row = next(line for line in shown.boards[0].lines if line.label == "base")
     found = row.results[base.setting.task]
-    assert (found.costs, found.trained, found.runs[0].command) == ({}, 0, base.more["command"])
+    assert (found.costs, found.trained, found.runs[0].command) == ({}, 0, "none")
     assert not any("finished" in note for note in shown.notes)
 
 
@@ -55,7 +55,7 @@ def test_examples_in_context_are_a_row_too(tmp_path, monkeypatch):
     """The same model with and without examples; both read the rows as `selectune eval` does."""
     model = make_llama(tmp_path / "llama")
     cloze = {"pattern": "{} and {} is", "words": ["small", "big"]}
-    methods = ["base", {"method": "base", "shots": 1, "name": "base, 1 example"}]
+    methods = ["base", {"method": "base", "shots": 1, "name": "base with 1 example"}]
     settings = {**cloze, "eval_size": 12, "max_steps": 2}
     told = grid(model, tmp_path, tasks=["glue/rte"], methods=methods, seeds=[1], settings=settings)
     data = make_data(tmp_path / "data")
@@ -63,9 +63,9 @@ def test_examples_in_context_are_a_row_too(tmp_path, monkeypatch):
     monkeypatch.setenv("SELECTUNE_DATA", str(data))
     found = measured({**told, "measure": ["glue/mrpc"]}, tmp_path / "s")
     assert [(r.setting.task, r.setting.method) for r in found] == [
-        (task, name) for name in ("base", "base, 1 example") for task in ("glue/rte", "glue/mrpc")
+        (task, name) for name in ("base", "base with 1 example") for task in ("glue/rte", "glue/mrpc")
     ]  # fmt: skip
-    for record in found[::2]:
+    for record in found:
         assert record.examples == 12
         assert again(record) == record.value
     said = [json.loads((tmp_path / f"s/cells/{r.cell}/items.json").read_text())["answers"] for r in found[::2]]

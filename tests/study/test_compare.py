@@ -176,6 +176,51 @@ def test_scores_of_rows_are_those_of_the_task_that_the_difference_is_of():
     assert sum("glue/sst2 without keeping" in warning for warning in found.warnings) == 1
 
 
+def test_nobody_pays_for_the_base():
+    """It has no rate that a search could miss, and it is no method that was tried."""
+    base = runs("base", [0.1] * 6, steps=0)
+    search = [r for method in ("lora:r=8", "id3") for r in runs(method, [0.5], phase="search", lr=1e-3)]
+    study = [*runs("lora:r=8", LORA), *runs("id3", ID3), *search]
+    alone, found = compare(study, "lora"), compare([*study, *base], "lora")
+    assert of(found, "id3").difference == of(alone, "id3").difference
+    assert found.anova == alone.anova
+    assert not any("searched" in warning for warning in found.warnings)
+    assert of(found, "base").difference.mean == pytest.approx(0.1 - np.mean(LORA))
+    assert of(compare([*study, *base], "base"), "id3").difference.holm == 2 / 64
+
+
+@pytest.mark.parametrize(("alternative", "marks"), [("greater", "*"), ("less", "†"), ("two-sided", "*†")])
+def test_a_mark_says_on_which_side_a_method_is(alternative, marks):
+    """Of a loss, below is better."""
+    for lowest, (good, bad) in ((False, ("up", "down")), (True, ("down", "up"))):
+        told = {"lowest": lowest}
+        study = [
+            *runs("full", [0.5 + i / 100 for i in range(8)], **told),
+            *runs("up", [0.7 + i / 90 for i in range(8)], **told),
+            *runs("down", [0.3 + i / 90 for i in range(8)], **told),
+        ]  # fmt: skip
+        found = compare(study, "full", alternative=alternative)
+        cells = dict(layouts.scores(found)[1])
+        assert cells[good].endswith("(8) *") == ("*" in marks)
+        assert cells[bad].endswith("(8) †") == ("†" in marks)
+        assert not cells["full"].endswith(("*", "†"))
+        assert all(mark in layouts.legend(found) for mark in marks)
+        assert r"$\dagger$" in layouts.latex(found) or "†" not in marks
+
+
+def test_holms_correction_counts_in_what_could_pass():
+    """The smallest p of six pairs is 1/64, and .05 / 3 lies above it, but .05 / 4 does not."""
+    good = [0.8 + i / 100 for i in range(6)]
+    for count, said in ((3, False), (4, True)):
+        found = compare([*runs("full", LORA), *(r for k in range(count) for r in runs(f"m{k}", good))], "full")
+        told = [warning for warning in found.warnings if "could not pass" in warning]
+        assert bool(told) == said == (max(s.difference.holm for s in found.standings if s.difference) > 0.05)
+    assert told[0].startswith(
+        "So few runs that differ can give no p below 0.015625, and Holm's correction takes the smallest of 4 times 4, "
+        "so these could not pass 0.05: m0 on glue/rte; "
+    )
+
+
 @pytest.mark.parametrize(
     ("records", "more", "says"),
     [

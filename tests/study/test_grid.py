@@ -67,6 +67,13 @@ def test_every_method_has_as_many_trials_around_its_own_rate():
         assert [cell.config.hold_out for cell in grid.cells(arm, 1e-3)] == [None]
 
 
+def test_options_of_an_adapter_may_have_a_plus():
+    methods = ["lora:r=2,targets=query+value", "pafi+lora:r=2,targets=query+value"]
+    assert arms(methods=methods, budgets=["1k"]) == [
+        ("lora:r=2,targets=query+value", None, None), ("pafi", "lora:r=2,targets=query+value", 1000),
+    ]  # fmt: skip
+
+
 def test_a_method_with_settings_of_its_own_has_a_name():
     grid = of_mapping(
         PLAIN | {"methods": ["full", {"method": "full", "include": ["classifier.*"], "name": "head"}]}, "x"
@@ -94,7 +101,9 @@ NOT_OF_BASE = [
     ({"methods": [{"method": "base", "rates": [1e-3]}], "search": {"factors": [1]}}, "takes no rates"),
     ({"methods": ["base+lora:r=2"]}, "takes no on"),
     ({"methods": ["base"], "settings": {"quantise": "int8"}}, "takes no quantise"),
-    ({"methods": ["base"], "settings": {"hold_out": 0.1}}, "takes no hold_out of a published task"),
+    ({"methods": ["base"], "settings": {"hold_out": 0.1}}, "hold_out measures the other methods on training rows"),
+    ({"methods": ["base"], "tasks": [{"task": "glue/rte", "quantise": "int8"}]}, "takes no quantise"),
+    ({"methods": [{"method": "base", "name": "base, alone"}]}, "has a comma"),
     ({"methods": ["base"], "settings": {"max_step": 1}}, "max_step is no option of a run"),
 ]
 

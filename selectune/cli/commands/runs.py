@@ -311,7 +311,7 @@ def evaluate(
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model with a delta on a task's validation rows. The number is the one that training printed."""
+    """Measure a model with a delta on a task's validation rows. With the run's --eval-size, it is the run's number."""
     from selectune import plugins
     from selectune.models.recorded import task_on
     from selectune.models.restore import Source, evaluate_delta

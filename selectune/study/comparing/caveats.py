@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from selectune.files.reading import some
-from selectune.study.comparing.counted import Runs, label, run_name
+from selectune.study.comparing.counted import Runs, run_name
 from selectune.study.comparing.standing import Standing
 from selectune.study.records import Items, Record, Setting
 
@@ -31,7 +32,7 @@ def unequal_runs(runs: Iterable[Runs]) -> list[str]:
     for of in runs:
         seeds.setdefault((of.setting.model, of.setting.task), set()).update(of.scores)
     lacking = [
-        f"{label(of.setting)} on {of.setting.task} lacks {', '.join(map(str, missing))}"
+        f"{of.setting.label} on {of.setting.task} lacks {', '.join(map(str, missing))}"
         for of in runs
         if (missing := sorted(seeds[of.setting.model, of.setting.task] - set(of.scores)))
     ]
@@ -65,26 +66,32 @@ def unequal_search(records: Iterable[Record]) -> list[str]:
     trials: dict[tuple[str, str], dict[Setting, set[str]]] = {}
     for record in records:
         setting = record.setting
+        if record.steps == 0:  # nothing was trained, so there is no rate
+            continue
         cells = trials.setdefault((setting.model, setting.task), {}).setdefault(setting, set())
         if record.phase == "search":
             cells.add(record.cell)
     said = []
     for (_, task), of in trials.items():
         if len({len(cells) for cells in of.values()}) > 1:
-            counts = dict.fromkeys(f"{label(setting)} had {len(cells)}" for setting, cells in of.items())
+            counts = dict.fromkeys(f"{setting.label} had {len(cells)}" for setting, cells in of.items())
             said.append(f"on {task} {some(list(counts), ', ', 12)}")
     return [f"Rates were not searched equally, which favours those with more trials: {some(said)}."] if said else []
 
 
-def few_runs(standings: Iterable[Standing], alpha: float) -> list[str]:
+def few_runs(standings: Sequence[Standing], alpha: float) -> list[str]:
     """Comparisons that no result could have made significant."""
-    names: dict[float, list[str]] = {}
+    many = Counter(standing.family for standing in standings if standing.difference)
+    names: dict[tuple[float, int], list[str]] = {}
     for standing in standings:
-        if (found := standing.difference) and found.smallest > alpha:
-            names.setdefault(found.smallest, []).append(f"{standing.method} on {standing.task}")
+        if (found := standing.difference) and found.smallest * many[standing.family] > alpha:
+            key = (found.smallest, 1 if found.smallest > alpha else many[standing.family])
+            names.setdefault(key, []).append(f"{standing.method} on {standing.task}")
     return [
-        f"So few runs that differ can give no p below {smallest:g}, so these could not pass {alpha:g}: {some(found)}."
-        for smallest, found in sorted(names.items())
+        f"So few runs that differ can give no p below {smallest:g}"
+        + (f", and Holm's correction takes the smallest of {methods} times {methods}" if methods > 1 else "")
+        + f", so these could not pass {alpha:g}: {some(found)}."
+        for (smallest, methods), found in sorted(names.items())
     ]
 
 

@@ -14,7 +14,7 @@ from selectune.study.records import Record, Setting, of_runs
 class Runs:
     """The runs of one setting: their `scores` and their cells, by seed, in the order of seeds.
 
-    `elsewhere`: the runs have another task, and were only measured on this one.
+    `elsewhere`: the runs have another task, and were only measured on this one. `untuned`: nothing was trained.
     """
 
     setting: Setting
@@ -23,15 +23,7 @@ class Runs:
     scores: Mapping[int, float]
     cells: Mapping[int, str]
     elsewhere: bool = False
-
-
-def label(setting: Setting) -> str:
-    """A method as a table names it.
-
-    >>> label(Setting("demo", "glue/rte", "id3", on="lora:r=32"))
-    'id3 on lora:r=32'
-    """
-    return setting.method if setting.on is None else f"{setting.method} on {setting.on}"
+    untuned: bool = False
 
 
 def counted(records: Sequence[Record], rule: str) -> dict[Setting, Runs]:
@@ -66,6 +58,7 @@ def counted(records: Sequence[Record], rule: str) -> dict[Setting, Runs]:
                 "in settings that a table does not show, such as the number of epochs. Compare them apart."
             )
     of_seed = {(record.setting, record.seed): record.cell for record in last}
+    untuned = {record.setting for record in last if record.steps == 0}
     own: dict[str, str] = {}
     for record in last:  # the results of a cell begin with its own task
         own.setdefault(record.cell, record.setting.task)
@@ -77,6 +70,7 @@ def counted(records: Sequence[Record], rule: str) -> dict[Setting, Runs]:
             dict(sorted(scores.items())),
             {seed: of_seed[setting, seed] for seed in sorted(scores)},
             any(own[of_seed[setting, seed]] != setting.task for seed in scores),
+            setting in untuned,
         )
         for setting, scores in of_runs(main, rule).items()
     }
@@ -84,17 +78,27 @@ def counted(records: Sequence[Record], rule: str) -> dict[Setting, Runs]:
 
 def run_name(record: Record) -> str:
     """A run as a message names it: method, task, seed."""
-    return f"{label(record.setting)} on {record.setting.task}, seed {record.seed}"
+    return f"{record.setting.label} on {record.setting.task}, seed {record.seed}"
 
 
 def resolved(name: str, runs: Iterable[Setting]) -> str:
-    """The method of this name, or the only one whose name without options it is. Raises ConfigError."""
-    known = list(dict.fromkeys(map(label, runs)))
-    found = [name] if name in known else [one for one in known if one.partition(":")[0] == name]
+    """The method of this name, or the only one that has it without options or adapter. Raises ConfigError.
+
+    >>> resolved("id3", [Setting("demo", "glue/rte", "id3:exp=1", "lora:r=2"), Setting("demo", "glue/rte", "full")])
+    'id3:exp=1+lora:r=2'
+    """
+    known = {setting.label: setting for setting in runs}
+    found = [name] if name in known else [one for one, setting in known.items() if name in _short(setting)]
     if len(found) > 1:
         raise ConfigError(f"'{name}' names several methods of these results: {', '.join(found)}. Name one in full.")
     if not found:
         raise ConfigError(
-            f"These results have no method '{name}'. They have: {', '.join(known)}.{did_you_mean(name, known)}"
+            f"These results have no method '{name}'. They have: {', '.join(known)}.{did_you_mean(name, list(known))}"
         )
     return found[0]
+
+
+def _short(setting: Setting) -> set[str]:
+    """A method without its options, and with and without its adapter."""
+    bare = setting.method.partition(":")[0]
+    return {bare, setting.method, bare if setting.on is None else f"{bare}+{setting.on}"}

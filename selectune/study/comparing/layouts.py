@@ -6,15 +6,21 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 
-from selectune.study.comparing.counted import label
 from selectune.study.comparing.standing import Comparison, Standing
+from selectune.study.records import size_of
 from selectune.study.stats.intervals import Interval
 
 Table = tuple[list[str], list[list[str]]]
 """The names of the columns, and rows of cells."""
 
 NO = "-"
-_LATEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {"±": r"$\pm$", "²": "$^2$", "<": "$<$", ">": "$>$"}
+_LATEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {
+    "±": r"$\pm$",
+    "†": r"$\dagger$",
+    "²": "$^2$",
+    "<": "$<$",
+    ">": "$>$",
+}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
@@ -28,22 +34,11 @@ def named(standing: Standing, among: Sequence[Standing]) -> str:
     setting = standing.settings[0]
     alone = [s.settings[0] for s in among if not s.pooled]
     parts = [standing.method]
-    if len({s.budget for s in alone if label(s) == standing.method}) > 1:
-        parts.append(f"budget {budget(setting.budget)}")
+    if len({s.budget for s in alone if s.label == standing.method}) > 1:
+        parts.append(f"budget {size_of(setting.budget)}")
     if len({s.model for s in alone}) > 1:
         parts.append(setting.model)
     return ", ".join(parts)
-
-
-def budget(asked: int | float | str | None) -> str:
-    """A budget for people.
-
-    >>> [budget(asked) for asked in (103000, 0.0017, "lora:r=2", None)]
-    ['103,000', '0.17%', 'lora:r=2', 'its own']
-    """
-    if isinstance(asked, float):
-        return f"{100 * asked:.4g}%"
-    return "its own" if asked is None else f"{asked:,}" if isinstance(asked, int) else asked
 
 
 def score(standing: Standing) -> str:
@@ -59,7 +54,7 @@ def p_value(p: float) -> str:
 def scores(comparison: Comparison) -> Table:
     """Method by task: mean ± spread, runs; and the mean of all tasks, where they agree on what is better.
 
-    An asterisk: better than the reference by Wilcoxon's p with Holm's correction.
+    An asterisk: better than the reference, by the p that is corrected; a dagger: worse.
     """
     rows: dict[str, dict[str, Standing]] = {}
     alone = [standing for standing in comparison.standings if not standing.pooled]
@@ -78,8 +73,10 @@ def scores(comparison: Comparison) -> Table:
 
 
 def _cell(standing: Standing, alpha: float) -> str:
-    passed = standing.difference is not None and standing.difference.holm <= alpha
-    return f"{score(standing)} ({standing.spread.n})" + (" *" if passed else "")
+    found, mark = standing.difference, ""
+    if found is not None and found.holm <= alpha:
+        mark = " *" if (found.mean < 0) == standing.lowest else " †"
+    return f"{score(standing)} ({standing.spread.n}){mark}"
 
 
 DETAILS = (
@@ -133,9 +130,13 @@ def legend(comparison: Comparison) -> str:
     pairs = "runs of one seed" if comparison.pairing == "seed" else "each run with each run"
     what = {"greater": "is better than", "less": "is worse than", "two-sided": "differs from"}[comparison.alternative]
     interval = "Student's" if comparison.pairing == "seed" else "Welch's"
+    p = "Wilcoxon's" if comparison.pairing == "seed" else "the permutation's"
+    marks = {"greater": "*: better than the reference", "less": "†: worse than the reference"}
+    mark = marks.get(comparison.alternative, "*: better than the reference, †: worse")
     return (
         f"Score: mean ± standard deviation of the {comparison.rule} scores of runs. Pairs: {pairs}. p: Wilcoxon's, "
-        f"that the method {what} the reference; Holm's correction is over the methods of a task. Interval: "
+        f"that the method {what} the reference; Holm's correction, of {p} p, is over the methods of a task. "
+        f"{mark}, by that p at {comparison.alpha:g}. Interval: "
         f"{100 * (1 - comparison.alpha):g} %, {interval}; over seeds and rows, by the bootstrap. d: Cohen's. "
         f"Detectable: the smallest true difference that a t-test at {comparison.alpha:g} would have seen with 80 % "
         "power, by the noncentral t."

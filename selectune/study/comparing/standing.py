@@ -49,7 +49,8 @@ class Standing:
     """A method on a task. `runs`: the scores by seed, for each of its `settings`.
 
     Several settings are the budgets or models of one method, tested together: by seed, the differences of a seed are
-    averaged over them first. The mean is the mean over settings, and the spread is that within a setting.
+    averaged over them first. The mean is the mean over settings, and the spread is that within a setting. `untuned`:
+    the base itself.
     """
 
     method: str
@@ -60,6 +61,15 @@ class Standing:
     runs: tuple[Mapping[int, float], ...]
     spread: Spread
     difference: Difference | None = None
+    untuned: bool = False
+
+    @property
+    def family(self) -> tuple[str, bool, bool]:
+        """The tests that Holm's correction is over are those of a task, apart where they are over several settings.
+
+        The base is no method that was tried, so no method pays for it.
+        """
+        return self.task, self.pooled, self.untuned
 
     @property
     def pooled(self) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from selectune.files.reading import some
 from selectune.study.report.estimates import LEVEL, of_rows
 from selectune.study.report.numbers import counted, interval, metric, signed, size, span, spread
 
@@ -35,16 +36,12 @@ def answer_of(shown: Shown) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def _where(board: Board, task: str) -> str:
-    return f"on {task}"
-
-
 def _reference(board: Board, task: str) -> str:
     found = next((result for line, result in board.of(task) if line.reference), None)
     if found is None:
         return ""
     ends = f" {interval(found.score)}" if found.score.low is not None else ""
-    return f"{board.metrics[task][0]} {metric(found.score.mean)}{ends} {_where(board, task)}"
+    return f"{board.metrics[task][0]} {metric(found.score.mean)}{ends} on {task}"
 
 
 def _best(board: Board, task: str) -> str:
@@ -57,7 +54,7 @@ def _best(board: Board, task: str) -> str:
     if apart is None:
         return ""
     ends = f" {interval(apart, sign=True)}" if apart.low is not None else " (no interval: one pair of runs)"
-    return f"{signed(apart.mean)}{ends} {_where(board, task)} ({line.label})"
+    return f"{signed(apart.mean)}{ends} on {task} ({line.label})"
 
 
 def _verdict(shown: Shown) -> str:
@@ -121,29 +118,21 @@ def notes_of(shown: Shown, material: Material) -> tuple[str, ...]:
         f"{line.label} on {task}" for _, line in lines for task, result in line.results.items() if result is None
     ]
     if missing:
-        notes.append(f"No run is finished of {_some(missing)}.")
+        notes.append(f"No run is finished of {some(missing, ', ', 5)}.")
     notes.append(
         "± is the standard deviation over seeds. Brackets hold 95 % intervals of means by Student's t; differences are "
         "paired by seed. Intervals are not corrected for the number of comparisons, and cover no other tasks or models."
     )
-    trials: dict[str, set[float]] = defaultdict(set)
-    count: dict[str, int] = defaultdict(int)
-    for record in material.search:
-        if record.last:
-            count[record.setting.method] += 1
-            trials[record.setting.method].add(record.lr)
-    if trials:
+    count = Counter(record.setting for record in material.search if record.last)
+    if count:
         least, most = min(count.values()), max(count.values())
         runs = f"{most:,}" if least == most else f"from {least:,} to {most:,}"
+        methods = len({(setting.label, setting.budget) for setting in count})
         notes.append(
-            f"Learning rates were searched with {runs} trial runs for each of {len(trials)} methods, on other rows "
-            "than those that are measured here; trial runs are in none of the numbers."
+            f"Learning rates were searched with {runs} trial runs for each of {methods} methods on each task, on other "
+            "rows than those that are measured here; trial runs are in none of the numbers."
         )
     return tuple(notes)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def describe(line: Line, result: Result) -> str:

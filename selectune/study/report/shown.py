@@ -11,9 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from selectune.study.comparing.counted import label as method_of
 from selectune.study.comparing.counted import resolved
-from selectune.study.records import Record, Setting
+from selectune.study.records import Record, Setting, size_of
 from selectune.study.report.estimates import Estimate, differences, estimate
 from selectune.study.report.heat import HeatMap, heat_map
 from selectune.study.report.material import RUN, Material, number
@@ -133,25 +132,13 @@ def _labels(settings: Iterable[Setting]) -> dict[Setting, str]:
         budgets[s.method, s.on].add(s.budget)
     labels = {}
     for s in settings:
-        on = f" on {s.on}" if s.on else ""
         size = f" at {size_of(s.budget)}" if len(budgets[s.method, s.on]) > 1 else ""
-        labels[s] = f"{s.method}{on}{size}"
+        labels[s] = f"{s.label}{size}"
     return labels
 
 
-def size_of(budget: float | str | None) -> str:
-    """A budget as it was asked for.
-
-    >>> size_of(0.0017), size_of(38613), size_of("lora:r=2")
-    ('0.17 %', '38,613', 'lora:r=2')
-    """
-    if isinstance(budget, float):
-        return f"{100 * budget:g} %"
-    return f"{budget:,}" if isinstance(budget, int) else str(budget or "its own size")
-
-
 def _reference(settings: Iterable[Setting], against: str | None) -> str:
-    names = sorted(set(map(method_of, settings)))
+    names = sorted({setting.label for setting in settings})
     if against is None:
         return "full" if "full" in names else names[0]
     return resolved(against, settings)
@@ -181,7 +168,7 @@ def _board(
             return None
         return _result(material, task, mine, apart, way, f"{model} {task} {label}")
 
-    compared = {labels[setting] for setting in labels if method_of(setting) == reference}
+    compared = {labels[setting] for setting in labels if setting.label == reference}
     lines = [Line(label, label in compared, {task: result(label, task) for task in metrics}) for label in names]
     return Board(model, metrics, tuple(sorted(lines, key=lambda line: _rank(line, lines, metrics))))
 
@@ -243,9 +230,12 @@ def _seed(material: Material, record: Record) -> Seed:
     folder = material.place(record.cell)
     told = shlex.quote(str(folder / RUN))
     again = f"selectune train --config {told} --out {shlex.quote(f'again/{record.cell}')}"
-    again = str(record.more.get("command") or again)
-    run = record.more.get("run") or ("unknown" if record.steps else "none")
-    return Seed(record.seed, record.lr, record.value, str(run), record.cell, again)
+    if not record.steps:  # the base
+        return Seed(
+            record.seed, record.lr, record.value, "none", record.cell, str(record.more.get("command") or "none")
+        )
+    run = str(record.more.get("run") or "unknown")
+    return Seed(record.seed, record.lr, record.value, run, record.cell, again)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -281,7 +271,8 @@ def _maps(material: Material, labels: Mapping[Setting, str]) -> tuple[HeatMap, .
     """A map for each model and method, of its first task and seed; those without one come last."""
     first: dict[tuple[str, str], Record] = {}
     for record in material.runs:
-        first.setdefault((record.setting.model, labels[record.setting]), record)
+        if record.steps:  # the base has none
+            first.setdefault((record.setting.model, labels[record.setting]), record)
     models = {model for model, _ in first}
     maps, left = [], SPOTS
     for (model, label), record in first.items():

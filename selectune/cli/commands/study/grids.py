@@ -43,7 +43,9 @@ def run(
     out: Annotated[str, typer.Option("--out", "-o", help="Folder of the study; the same one goes on.")],
     twin: Twin = False,
     workers: Annotated[int, typer.Option(help="Cells at a time.")] = 1,
-    threads: Annotated[int | None, option("Threads of a cell. Default: an equal share of the processors.")] = None,
+    threads: Annotated[
+        int | None, option("Threads of a cell. Default: an equal share of the processors; 1 under Ray.")
+    ] = None,
     retries: Annotated[int, typer.Option(help="Further attempts at a cell whose process died.")] = 1,
     most: Annotated[int | None, option("Run at most so many cells now.")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: a Ray cluster.")] = "local",
@@ -207,7 +209,7 @@ class _Live:
 
     def __init__(self) -> None:
         self._console, self._live = stderr(), None
-        self._running: dict[str, float] = {}
+        self._running: dict[str, tuple[str, float]] = {}  # by key
         self._counts: Counts | None = None
         self._last: list[str] = []
         self._began, self._done = time.monotonic(), 0
@@ -225,12 +227,12 @@ class _Live:
     def began(self, cell: Cell) -> None:
         from selectune.study.workspace import told_of
 
-        self._running[told_of(cell)] = time.monotonic()
+        self._running[cell.key] = told_of(cell), time.monotonic()
 
     def ended(self, cell: Cell, failure: Failure | None, counts: Counts) -> None:
         from selectune.study.workspace import told_of
 
-        took = time.monotonic() - self._running.pop(told_of(cell), self._began)
+        took = time.monotonic() - self._running.pop(cell.key, ("", self._began))[1]
         self._counts, self._done = counts, self._done + 1
         how = "done" if failure is None else f"failed: {failure.kind}: {failure.why}"
         line = escape(f"{counts.done}/{counts.all}  {cell.phase}  {told_of(cell)}  {took:.0f} s  {how}")
@@ -251,7 +253,7 @@ class _Live:
             left = counts.all - counts.done - counts.failed
             ahead = f", about {(now - self._began) / self._done * left / 60:.0f} min left" if self._done else ""
             grid.add_row(f"[bold]{counts.done}[/] of {counts.all} cells done, {counts.failed} failed{ahead}")
-        for name, since in self._running.items():
+        for name, since in self._running.values():
             grid.add_row(f"[cyan]running[/]  {escape(name)}  {now - since:.0f} s")
         for line in self._last:
             grid.add_row(f"[dim]{line}[/]")
