@@ -103,8 +103,7 @@ class _Work:
 
     def counts(self) -> Counts:
         left, running = self.workspace.left(), len(self.running)
-        done = len(self.workspace.done())
-        return Counts(done, len(self.gone), running, len(left.ready) - running - len(self.gone), left.waiting)
+        return Counts(left.done, len(self.gone), running, len(left.ready) - running - len(self.gone), left.waiting)
 
     def fill(self, watcher: Watcher | None) -> bool:
         """Starts cells while there is room. False if nothing runs and nothing is left that could."""

@@ -40,7 +40,7 @@ def status(workspace: Workspace) -> Status:
     left, grid = workspace.left(), workspace.grid
     edges = [f"{named(arm)} lr {rate:g}" for arm, rate in workspace.at_the_edge()]
     failures = [f"{failure.kind}: {failure.why}" for failure in workspace.failures()]
-    return Status(grid.name, grid.question, len(workspace.done()), len(left.ready), left.waiting, failures, edges)
+    return Status(grid.name, grid.question, left.done, len(left.ready), left.waiting, failures, edges)
 
 
 def named(arm: Arm) -> str:

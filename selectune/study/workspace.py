@@ -38,10 +38,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Left:
-    """What is to do: cells that can run now, in order, and how many wait for a rate that is not found yet."""
+    """What is to do: cells that can run now, in order, and how many wait for a rate that is not found yet.
+
+    `done`: cells that have a result, or diverged: another attempt would diverge too.
+    """
 
     ready: Sequence[Cell]
     waiting: int
+    done: int
 
 
 class Workspace:
@@ -116,20 +120,16 @@ class Workspace:
             found.append((arm, None if missing or not whole else max(whole, key=lambda lr: (whole[lr], -lr))))
         return found
 
-    def done(self) -> set[str]:
-        """The keys of the grid's cells that have a result, or diverged: another attempt would diverge too."""
-        results = read_results(self.path / RESULTS)
-        keys = {record.cell for record in results if record.last} | self._diverged()
-        return keys & {cell.key for cell in self.cells(results)}
-
     def left(self) -> Left:
-        """What is to do."""
-        results, done = read_results(self.path / RESULTS), self.done()
+        """What is to do, and how much is done."""
+        results = read_results(self.path / RESULTS)
+        ended = {record.cell for record in results if record.last} | self._diverged()
         known = self.cells(results)
+        ready = [cell for cell in known if cell.key not in ended]
         waiting = sum(
             len(self.grid.cells(arm, None)) for arm, rate in self.rates(results) if self.grid.trials(arm) and not rate
         )
-        return Left([cell for cell in known if cell.key not in done], waiting)
+        return Left(ready, waiting, len(known) - len(ready))
 
     def at_the_edge(self) -> list[tuple[Arm, float]]:
         """Arms whose best rate is the lowest or the highest that was tried: a better one may lie beyond."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selectune.delta import DELTA_FILE, load
 from selectune.errors import SelectuneError
 from selectune.study.report.material import number
 
-DELTA = "delta.safetensors"
 LARGEST = 1 << 28
 """Bytes of a delta that is read for a map."""
 
@@ -60,12 +60,11 @@ class HeatMap:
 
 def heat_map(folder: Path, label: str, about: str, log: Sequence[Mapping[str, Any]]) -> HeatMap:
     """The map of the delta in a run's folder; `log`: its history, by which a rank becomes a step."""
-    path = folder / DELTA
+    path = folder / DELTA_FILE
     if not path.is_file():
-        return HeatMap(label, about, why=f"There is no {DELTA} in this run's folder.")
+        return HeatMap(label, about, why=f"There is no {DELTA_FILE} in this run's folder.")
     if path.stat().st_size > LARGEST:
         return HeatMap(label, about, why=f"Its delta has {path.stat().st_size:,} bytes, and is not read for a map.")
-    from selectune.delta import load
 
     try:
         delta = load(path)

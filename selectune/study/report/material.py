@@ -11,12 +11,11 @@ from typing import Any
 
 from selectune.errors import SelectuneError, StudyError
 from selectune.files.reading import read_json
+from selectune.runs.folder import RUN_FILE
+from selectune.study.grid import STUDY
 from selectune.study.records import RESULTS, Record, Setting, read_results
-from selectune.study.workspace import Workspace, named_now
+from selectune.study.workspace import CELLS, Workspace, named_now
 
-STUDY = "study.json"
-RUN = "run.json"
-CELLS = "cells"
 LARGEST = 1 << 26
 """Bytes of a run.json with its history."""
 
@@ -54,12 +53,12 @@ def gather(folder: Path) -> Material:
     """Reads the folder of a study or of a run. Raises StudyError if it is neither, or holds no finished run."""
     if (folder / RESULTS).is_file() or (folder / STUDY).is_file():
         return _study(folder)
-    if (folder / RUN).is_file():
+    if (folder / RUN_FILE).is_file():
         return _run(folder)
     what = "is neither a study nor a finished run" if folder.is_dir() else "is no folder"
     raise StudyError(
         f"{folder} {what}. A report is made of a study's folder, which holds {RESULTS}, or of a run's, which holds "
-        f"{RUN}."
+        f"{RUN_FILE}."
     )
 
 
@@ -88,12 +87,12 @@ def _study(folder: Path) -> Material:
         notes.append(f"{_cells(len(open_))} not finished; only finished ones count here.")
     logs: dict[str, Sequence[Mapping[str, Any]]] = {}
     for record in records:
-        path = folder / CELLS / record.cell / RUN
+        path = folder / CELLS / record.cell / RUN_FILE
         if record.last and path.is_file():
             told_run = read_json(path, limit=LARGEST, error=StudyError)
             logs[record.cell] = _history(told_run) if isinstance(told_run, Mapping) else ()
     if gone := sum(record.last and record.steps > 0 and record.cell not in logs for record in records):
-        notes.append(f"{_cells(gone)} finished, but without a {RUN} in {CELLS}/: no losses are shown of them.")
+        notes.append(f"{_cells(gone)} finished, but without a {RUN_FILE} in {CELLS}/: no losses are shown of them.")
     return Material(
         folder, str(told.get("name") or folder.resolve().name), str(told.get("question") or ""), False, records,
         tuple(record for record in read if record.phase != "main"), logs, tuple(notes),
@@ -133,7 +132,7 @@ def _checked(record: Record, path: Path) -> Record:
 
 
 def _run(folder: Path) -> Material:
-    path = folder / RUN
+    path = folder / RUN_FILE
     told = read_json(path, limit=LARGEST, error=StudyError)
     try:
         config, history = told["config"], _history(told)

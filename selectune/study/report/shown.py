@@ -11,11 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from selectune.runs.folder import RUN_FILE
 from selectune.study.comparing.counted import resolved
 from selectune.study.records import Record, Setting, size_of
 from selectune.study.report.estimates import Estimate, differences, estimate
 from selectune.study.report.heat import HeatMap, heat_map
-from selectune.study.report.material import RUN, Material, number
+from selectune.study.report.material import Material, number
 from selectune.study.report.sentences import answer_of, notes_of
 
 POINTS = 40
@@ -228,7 +229,7 @@ def _result(
 
 def _seed(material: Material, record: Record) -> Seed:
     folder = material.place(record.cell)
-    told = shlex.quote(str(folder / RUN))
+    told = shlex.quote(str(folder / RUN_FILE))
     again = f"selectune train --config {told} --out {shlex.quote(f'again/{record.cell}')}"
     if not record.steps:  # the base
         return Seed(
