@@ -23,6 +23,8 @@ from typing import Any
 
 from selectune.adapters import KINDS
 from selectune.recipes import RECIPES
+from selectune.runs.config import RunConfig
+from selectune.spec import budget
 
 EXTRA = {  # what a method needs beside its name, and the papers' combinations
     "id3": ["--budget", "{budget}"],
@@ -38,11 +40,12 @@ HEAD = "classifier.*"  # fresh, so that nothing is learnt where a mask leaves it
 PAGE_TEXT = """# Every method on STS-B
 
 MiniLM (`--model demo`), {epochs} epochs, one seed, {budget} of the weights where a budget applies, batches of 16 rows
-of like length; the fresh head (385 scalars) is trained whole beside the budget; each command's own default learning
-rate. Metric: mean of Pearson and Spearman of the saved delta on a fresh base. `moved`: scalars of the support that
-differ from the base; dense tensors are not in it. Peak: the whole process. Seconds a step: the whole run, data, set-up
-and evaluation too, over its steps; with two jobs on two cores, and other work beside them, they compare roughly. One
-seed: differences of a few hundredths mean nothing.
+of like length; the fresh head (385 scalars) is trained whole beside the budget. Rate: the command's own default of
+the day, which is not the best of each method and for some has changed since ([core study](core.md)). Metric: mean of
+Pearson and Spearman of the saved delta on a fresh base. `moved`: scalars of the support that differ from the base;
+dense tensors are not in it. Peak: the whole process. Seconds a step: the whole run, data, set-up and evaluation too,
+over its steps; with two jobs on two cores, and other work beside them, they compare roughly. One seed: differences of
+a few hundredths mean nothing.
 
 Made by `{made}`.
 
@@ -82,7 +85,10 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The row of a method: from its file, or made now."""
     file = options.out / folder(name) / "row.json"
     kept = saved().get(name, {"error": ""})
-    if "error" not in kept and kept.get("settings") == settings(options) and not file.exists():
+    if options.render and name in saved() and not file.exists():
+        return kept
+    same = (kept.get("settings"), kept.get("lr")) == (settings(options), rate(name, options))
+    if "error" not in kept and same and not file.exists():
         return kept
     if file.exists():
         known = json.loads(file.read_text(encoding="utf-8"))
@@ -101,7 +107,12 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     line = [sys.executable, "-c", watch, *command(name, options)]
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     code, out, err, peak = json.loads(done.stdout)
-    row: dict[str, Any] = {"name": name, "command": command(name, options)[2:], "peak_kib": peak}
+    row: dict[str, Any] = {
+        "name": name,
+        "command": command(name, options)[2:],
+        "lr": rate(name, options),
+        "peak_kib": peak,
+    }
     if code == 0:
         found = json.loads(out)
         keep = ("value", "metric", "steps", "trained", "changed", "selected", "delta_bytes", "seconds", "events")
@@ -111,6 +122,15 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     file.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     say(f"{name}: {row.get('value', row.get('error'))} ({time.monotonic() - began:.0f} s)")
     return row
+
+
+def rate(name: str, options: argparse.Namespace) -> float:
+    """The default learning rate of a row's command."""
+    words = command(name, options)
+    given = {of: words[words.index(f"--{of}") + 1] for of in ("method", "on", "budget") if f"--{of}" in words}
+    if "budget" in given:
+        given["budget"] = budget(given["budget"])
+    return RunConfig(model=options.model, task=options.task, **given).learning_rate
 
 
 def saved() -> dict[str, dict[str, Any]]:
@@ -130,15 +150,15 @@ def say(text: str) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| method | metric | trained | moved | peak MiB | s / step | delta bytes |",
-        "|---|---|---|---|---|---|---|",
+        "| method | rate | metric | trained | moved | peak MiB | s / step | delta bytes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if "error" in row:
-            lines.append(f"| {row['name']} | {row['error'][:120]} | | | | | |")
+            lines.append(f"| {row['name']} | {row['lr']:g} | {row['error'][:120]} | | | | | |")
             continue
         lines.append(
-            f"| {row['name']} | {row['value']:.4f} | {row['trained']:,} | {row['changed']:,} | "
+            f"| {row['name']} | {row['lr']:g} | {row['value']:.4f} | {row['trained']:,} | {row['changed']:,} | "
             f"{row['peak_kib'] / 1024:,.0f} | {row['seconds'] / row['steps']:.2f} | {row['delta_bytes']:,} |"
         )
     return "\n".join(lines)
