@@ -18,6 +18,7 @@ from selectune.integrations.quantise import QUANTISED
 from selectune.method import Method
 from selectune.models.adapted import method_of, peer, spec_of
 from selectune.models.bases import DTYPES
+from selectune.recipes import RECIPES
 from selectune.recipes.named import named
 from selectune.runs.trackers import check_trackers
 from selectune.schedule import Increment, Quotas
@@ -35,6 +36,9 @@ LEARNING_RATES = {
 }  # fmt: skip
 DENSE_RATES = {"lt-sft": 5e-5, "diff-pruning": 1e-5}  # the papers' rates for dense steps
 LEARNING_RATE = 5e-4
+LORA_RATE = (
+    2e-3  # of entries of LoRA that gradients choose, which at 5e-4 learn next to nothing (docs/results/on-lora.md)
+)
 _MANY = 1 << 30  # in place of a number of steps that is not known yet
 
 
@@ -45,13 +49,14 @@ class RunConfig:
     `method`: a recipe with its options, `id3:exp=1,every=10`, or an adapter that is trained in full, `lora:r=16`. `on`:
     an adapter under a recipe, `pfeiffer`. `budget`: a count (int), a density (float below 1), or an adapter with as
     many scalars, `lora:r=2`. `lr` None: 5e-5 for `full`, 4e-5 for Child-Tuning, 2e-3 for BitFit and SpIEL-MA, 8e-3
-    where no gradient chooses (random, PaFi, PaCA), an adapter's own in `selectune.adapters.KINDS`, 5e-4 for the others.
-    `epochs`, `eval_every`, `max_length` None: the papers' values for the task. `seed` draws the head, the data order,
-    dropout and the method's choices. `batch_size` rows make one backward pass and `accumulation` passes make one step.
-    `save_every`: steps between checkpoints; the newest `keep` remain (None: all), and they hold the model only with
-    `full_checkpoints`. `group_by_length` batches rows of similar length, which saves padding (half the tokens on STS-B)
-    and changes the order. `report_to`: trackers of transformers that get the log, such as tensorboard. `retain`: a text
-    on which base and tuned model are compared. `plugin`: Python files with more methods and tasks.
+    where no gradient chooses (random, PaFi, PaCA), an adapter's own in `selectune.adapters.KINDS`, for the others 2e-3
+    on LoRA and 5e-4 elsewhere. `epochs`, `eval_every`, `max_length` None: the papers' values for the task. `seed` draws
+    the head, the data order, dropout and the method's choices. `batch_size` rows make one backward pass and
+    `accumulation` passes make one step. `save_every`: steps between checkpoints; the newest `keep` remain (None: all),
+    and they hold the model only with `full_checkpoints`. `group_by_length` batches rows of similar length, which saves
+    padding (half the tokens on STS-B) and changes the order. `report_to`: trackers of transformers that get the log,
+    such as tensorboard. `retain`: a text on which base and tuned model are compared. `plugin`: Python files with more
+    methods and tasks.
 
     In place of a task, `train` names a file of rows (or a data set of the hub), `text` its columns of text, `label`
     that of the label, and `validation` another file; see `selectune.tasks.OwnRows`. `hold_out`: measure on that share
@@ -161,7 +166,8 @@ class RunConfig:
         adapter = self.adapter
         if adapter is not None and (peer(self.method) or self.recipe == "full"):
             return KINDS[adapter.kind].lr
-        return LEARNING_RATES.get(self.recipe, LEARNING_RATE)
+        on_lora = adapter is not None and adapter.kind == "lora" and not RECIPES[self.recipe].beside
+        return LEARNING_RATES.get(self.recipe, LORA_RATE if on_lora else LEARNING_RATE)
 
     @functools.cached_property
     def the_task(self) -> Task:

@@ -221,7 +221,10 @@ def test_what_does_not_go_together_is_refused_early(change, message):
 def test_learning_rates():
     of = {m: RunConfig(model="m", task="glue/rte", method=m).learning_rate for m in ("lora", "lora:r=2", "pfeiffer")}
     assert of == {"lora": KINDS["lora"].lr, "lora:r=2": KINDS["lora"].lr, "pfeiffer": KINDS["pfeiffer"].lr}
-    assert RunConfig(model="m", task="glue/rte", method="id3", budget=9, on="lora").learning_rate == 5e-4
+    assert RunConfig(model="m", task="glue/rte", method="id3", budget=9, on="lora").learning_rate == 2e-3
+    assert RunConfig(model="m", task="glue/rte", method="id3", budget=9, on="pfeiffer").learning_rate == 5e-4
+    assert RunConfig(model="m", task="glue/rte", method="rosa", budget=9, on="lora").learning_rate == 5e-4
+    assert RunConfig(model="m", task="glue/rte", method="random", budget=9, on="lora").learning_rate == 8e-3
     assert RunConfig(model="m", task="glue/rte", method="full", on="lora").learning_rate == KINDS["lora"].lr
 
 

@@ -163,7 +163,7 @@ def train(
         list[str] | None, option("Train these in full, outside the budget: 'classifier.*'.", panel=SCOPE)
     ] = None,
     lr: Annotated[
-        float | None, option("Learning rate. Default: the method's, 5e-4 for most.", "--lr", panel=LOOP)
+        float | None, option("Learning rate. Default: the method's, 5e-4 for most, 2e-3 on LoRA.", "--lr", panel=LOOP)
     ] = None,
     epochs: Annotated[float | None, option("Passes over the data. Default: the task's.", panel=LOOP)] = None,
     max_steps: Annotated[int | None, option("Optimizer steps, in place of --epochs.", panel=LOOP)] = None,
