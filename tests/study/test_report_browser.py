@@ -61,6 +61,19 @@ def test_an_error_on_the_console_is_seen(path, tmp_path):
 
 
 DRIVER = """
+// a window has the focus of the desktop or not, as it happens; so the page's own events are made here
+const moved = (at, type) => at && at.dispatchEvent(new FocusEvent(type, {bubbles: true}));
+for (const type of ["focusin", "focusout"])
+  window.addEventListener(type, (event) => event.isTrusted && event.stopImmediatePropagation(), true);
+for (const [name, after] of [["focus", "focusin"], ["blur", null]]) {
+  const own = HTMLElement.prototype[name];
+  HTMLElement.prototype[name] = function () {
+    const before = document.activeElement;
+    own.call(this);
+    if (before !== document.body) moved(before, "focusout");
+    if (after) moved(this, after);
+  };
+}
 const button = (r, c) => document.getElementById(`map-1-${r}-${c}`);
 const said = () => document.querySelector("#map-1 .said").textContent;
 const key = (name) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true}));
