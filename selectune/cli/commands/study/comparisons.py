@@ -200,7 +200,7 @@ def shown(comparison: Comparison) -> str:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH
     console = Console(file=file, width=width, highlight=False, emoji=False)
     tasks = list(dict.fromkeys(standing.task for standing in comparison.standings))
-    parts = [("mean ± spread (runs); * passes with Holm's correction", layouts.scores(comparison))] * (len(tasks) > 1)
+    parts = [("mean ± spread (runs)", layouts.scores(comparison))] * (len(tasks) > 1)
     parts += [(layouts.title(comparison, task), layouts.details(comparison, task)) for task in tasks]
     for title, (header, rows) in parts:
         table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
