@@ -165,9 +165,9 @@ def evaluate_delta(
     """The metric of a delta on a task: its base is loaded, its head drawn again, and the delta applied.
 
     Without a path the base itself is measured, with a head drawn from `seed`. The batches are those of training, so
-    the value is that of the run to the last bit, on the same machine and versions. `eval_size`: as the run's, the
-    rows are drawn alike. `retain`: a text on which the
-    delta's model is compared with the base (`text_of`). Raises ConfigError if there is no delta to compare.
+    the value is that of the run to the last bit, on the same machine and versions. `eval_size`: at most so many
+    rows, the same as in training. `retain`: a text on which the delta's model is compared with the base (`text_of`).
+    Raises ConfigError if there is no delta to compare.
     """
     if retain is not None and path is None:
         raise ConfigError(f"retain={retain} compares a delta's model with the base, and there is no delta.")

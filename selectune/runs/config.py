@@ -36,9 +36,7 @@ LEARNING_RATES = {
 }  # fmt: skip
 DENSE_RATES = {"lt-sft": 5e-5, "diff-pruning": 1e-5}  # the papers' rates for dense steps
 LEARNING_RATE = 5e-4
-LORA_RATE = (
-    2e-3  # of entries of LoRA that gradients choose, which at 5e-4 learn next to nothing (docs/results/on-lora.md)
-)
+LORA_RATE = 2e-3  # of entries of LoRA that gradients choose, which learn slowly at 5e-4 (docs/results/on-lora.md)
 _MANY = 1 << 30  # in place of a number of steps that is not known yet
 
 

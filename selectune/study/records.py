@@ -70,8 +70,8 @@ class Record:
     the saved delta, read back onto a bare base; only there, `more` has: trained, changed, budget (scalars in all),
     seconds, peak_bytes (of the whole process), delta_bytes, run (its id), forgetting (nats per token, if retention was
     asked for), others (further metrics by name), kind (of the task), threads, versions, and where nothing was trained
-    (`steps` 0) the command that measures it. Of another task that the run
-    was measured on, there are trained, run, kind and others: what a run took is told once.
+    (`steps` 0) the command that measures it. Of another task that the run was measured on, there are trained, run, kind
+    and others, and that command: what a run took is told once.
     """
 
     cell: str
